@@ -1,0 +1,15 @@
+# Sourced by the other scripts: makes .venv in the repository root, or reuses it, and sets $PYTHON.
+# Set PYTHON beforehand to use an environment of your own. Needs Python 3.10 or newer.
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=.venv/bin/python
+  wanted=$(cat requirements.txt tests/requirements.txt | sha256sum)
+  if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+    base=$(command -v python3) || { echo "error: python3 not found; install Python 3.10 or newer" >&2; exit 1; }
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+      { echo "error: $base is older than Python 3.10" >&2; exit 1; }
+    [ -x "$PYTHON" ] || "$base" -m venv .venv
+    echo "Installing the requirements into .venv (about 3 minutes the first time) ..."
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+    echo "$wanted" > .venv/installed
+  fi
+fi

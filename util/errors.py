@@ -1,0 +1,24 @@
+"""How every program here reports bad input: one line on stderr, a non-zero exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input that the user can mend.
+
+    The message is one line that names the file, column or flag, says what is wrong with it and
+    what to do. `run_cli` prints it without a traceback; anything else keeps its traceback, since
+    it is a defect of this program.
+    """
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run `main` as a command: exit with its status, or with 1 and one line for a `UserError`."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
