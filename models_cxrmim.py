@@ -1,0 +1,410 @@
+"""CXR-MIM: masked image modelling of chest X-rays, guided by radiologists' gaze.
+
+`CXRMIM.forward` reads as the paper's figure: mask, encode the visible patches, decode four encoder
+layers at four scales, compare with HOG targets, weight by gaze. Each step is a method of its own.
+
+Source: Zhao et al., "Taming Masked Image Modeling for Chest X-ray Diagnosis by Incorporating
+Clinical Visual Priors", IPMI 2025. Encoder and recipe follow MAE (He et al., CVPR 2022), the
+multi-layer multi-scale reconstruction follows LocalMIM (Wang et al., CVPR 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerNorm2d
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from util.hog import HOGPyramid
+from util.masking import (
+    attention_controlled_mask,
+    block_mask,
+    masked_count,
+    otsu_foreground,
+    random_mask,
+)
+
+MASKINGS = ("attention", "random", "block")
+SCALES = (4.0, 2.0, 1.0, 0.5)
+
+
+class CXRMIM(nn.Module):
+    """Masked autoencoder with a pyramid of HOG decoders.
+
+    Args:
+        img_size: side of the square input in pixels, a multiple of `patch_size` and of every HOG cell.
+        patch_size: p, side of a patch in pixels.
+        in_chans: channels of the input image.
+        embed_dim, depth, num_heads, mlp_ratio: the ViT encoder; D = embed_dim, a multiple of 4.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: each of the decoders; d = decoder_embed_dim.
+        hog_nbins: orientation bins of the targets.
+        id_list: 0-based encoder blocks whose output is decoded, one decoder each.
+        scale_list: for each of them, target cells per patch side, out of 4, 2, 1, 0.5.
+        gaze_weighted: weight the loss by gaze.
+        gaze_temperature: T of that weighting's softmax.
+        masking: "attention" (the paper's), "random" or "block".
+
+    Raises:
+        ValueError: for values that don't fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 256,
+        decoder_depth: int = 1,
+        decoder_num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        hog_nbins: int = 9,
+        id_list: Sequence[int] = (1, 3, 9, 11),
+        scale_list: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
+        gaze_weighted: bool = False,
+        gaze_temperature: float = 0.1,
+        masking: str = "attention",
+    ):
+        super().__init__()
+        id_list, scale_list = tuple(id_list), tuple(float(scale) for scale in scale_list)
+        _check_taps(id_list, scale_list, depth)
+        cell_sizes = [int(patch_size / scale) for scale in scale_list]
+        for divisor in (patch_size, *cell_sizes):
+            if img_size % divisor:
+                raise ValueError(f"input_size {img_size} is not a multiple of {divisor} (patch or HOG cell, px)")
+        if masking not in MASKINGS:
+            raise ValueError(f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
+        if gaze_temperature <= 0:
+            raise ValueError(f"gaze_temperature {gaze_temperature} is not positive")
+
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.id_list = id_list
+        self.scale_list = scale_list
+        self.gaze_weighted = gaze_weighted
+        self.gaze_temperature = gaze_temperature
+        self.masking = masking
+        grid = img_size // patch_size
+        self.grid_size = (grid, grid)
+        self.num_patches = grid * grid  # L
+
+        layer_norm = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = sincos_pos_embed(embed_dim, self.grid_size)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
+        )
+        self.norm = nn.ModuleList(layer_norm(embed_dim) for _ in id_list)
+        self.decoder = nn.ModuleList(
+            ScaleDecoder(
+                scale, embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads, self.grid_size, 3 * hog_nbins
+            )
+            for scale in scale_list
+        )
+        self.hog = HOGPyramid(hog_nbins, cell_sizes)
+        # Not part of the state dict, whose names are the published ones.
+        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(1, -1, 1, 1), persistent=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        for decoder in self.decoder:
+            nn.init.normal_(decoder.mask_token, std=0.02)
+
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        mask_ratio: float = 0.75,
+        clinical_ratio: float = 0.5,
+        mask: Tensor | None = None,
+        *,
+        n_visible: int | None = None,
+        per_scale: bool = False,
+    ) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            batch: see `prepare_batch`.
+            mask_ratio, clinical_ratio: see `draw_mask`; not used when `mask` is given.
+            mask: [B, L], 1 = masked, used as it is; every image must have equally many masked patches.
+            n_visible: visible patches per image of a given mask; counted when absent, which on a GPU
+                waits for the device.
+            per_scale: return the [K] losses of the scales, whose sum is the loss.
+
+        Returns:
+            Scalar loss (or [K]). In distributed training the mean of the ranks' unweighted losses is
+            the loss of the whole batch, since masked counts are equal. The gaze-weighted loss is
+            normalised by each rank's own sum of weights, which differs a little between ranks at the
+            coarse scales, so there the mean of ranks is close to the whole batch's loss but not equal.
+        """
+        batch = self.prepare_batch(batch)
+        if mask is None:
+            mask = self.draw_mask(batch, mask_ratio, clinical_ratio)
+            n_visible = self.num_patches - masked_count(self.num_patches, mask_ratio)
+        latents = self.forward_encoder(batch["img"], mask, n_visible)
+        preds = self.forward_decoder(latents, mask)
+        targets = self.hog_targets(batch.get("gray", batch["img"]))
+        losses = self.scale_losses(preds, targets, mask, batch["attention"] if self.gaze_weighted else None)
+        return losses if per_scale else losses.sum()
+
+    def prepare_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring a batch to the model's device and to the values that the other methods take.
+
+        Args:
+            batch: "img": float [B, 3, H, W] normalised by ImageNet's mean and std, or as the data sets
+                give it, uint8 [B, 1, H, W] gray, which is normalised and repeated here;
+                "attention": [B, H, W] gaze heatmap, float 0..1 or uint8 0..255;
+                optional "foreground": [B, H, W], any format of `util.masking.significant_patches`.
+
+        Returns:
+            The same keys with "img" float [B, 3, H, W] and "attention" float 0..1. For a gray image
+            also "gray", [B, 1, H, W], one channel of "img". A prepared batch passes unchanged.
+        """
+        device = self.cls_token.device
+        prepared = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        img, attention = prepared["img"], prepared["attention"]
+        if img.shape[-2:] != (self.img_size, self.img_size):
+            raise ValueError(f"images of {img.shape[-2]} x {img.shape[-1]} px, the model takes {self.img_size} px")
+        if img.dtype == torch.uint8:
+            if img.shape[1] != 1:
+                raise ValueError(f"uint8 images must be gray, [B, 1, H, W], not {list(img.shape)}")
+            prepared["img"] = (img.float() / 255 - self.mean) / self.std  # [B, 3, H, W]
+            prepared["gray"] = prepared["img"][:, :1]
+        if attention.dtype == torch.uint8:
+            prepared["attention"] = attention.float() / 255
+        return prepared
+
+    def draw_mask(
+        self,
+        batch: Mapping[str, Tensor],
+        mask_ratio: float = 0.75,
+        clinical_ratio: float = 0.5,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw a mask for each image of a prepared batch, as `masking` says: float [B, L], 1 = masked.
+
+        Where the batch has no foreground it is the Otsu foreground of its attention.
+        """
+        attention = batch["attention"]
+        if self.masking == "random":
+            return random_mask(len(attention), self.num_patches, mask_ratio, generator, attention.device)
+        if self.masking == "block":
+            return block_mask(len(attention), self.grid_size, mask_ratio, generator, attention.device)
+        foreground = batch["foreground"] if "foreground" in batch else otsu_foreground(attention)
+        return attention_controlled_mask(foreground, self.patch_size, mask_ratio, clinical_ratio, generator)
+
+    def forward_encoder(self, img: Tensor, mask: Tensor, n_visible: int | None = None) -> list[Tensor]:
+        """Encode the visible patches.
+
+        Args:
+            img: float [B, 3, H, W], normalised.
+            mask: [B, L], 1 = masked; all zeros to encode the whole image.
+            n_visible: see `forward`.
+
+        Returns:
+            For each tap the normalised tokens [B, 1 + visible, D], cls first, patches in ascending order.
+        """
+        visible = _visible_ids(mask, n_visible)  # [B, V]
+        x = self.patch_embed(img, visible)  # [B, V, D]
+        x = x + self.pos_embed[0, 1:][visible]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token.to(x.dtype), x], 1)  # [B, 1+V, D]
+        latents: list[Tensor | None] = [None] * len(self.id_list)
+        for i, block in enumerate(self.blocks[: max(self.id_list) + 1]):
+            x = block(x)
+            for k, tap in enumerate(self.id_list):
+                if tap == i:
+                    latents[k] = self.norm[k](x)
+        return latents
+
+    def forward_decoder(self, latents: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
+        """Predict the HOG of every cell from each tap: list of [B, cells_k, 3*nbins], cells row-major."""
+        visible = _visible_ids(mask, latents[0].shape[1] - 1)  # [B, V]
+        return [decoder(latent, visible) for decoder, latent in zip(self.decoder, latents, strict=True)]
+
+    def hog_targets(self, img: Tensor) -> list[Tensor]:
+        """HOG of a normalised image for each scale: list of [B, cells_k, 3*nbins]; see `HOGPyramid`."""
+        return self.hog(img)
+
+    def forward_loss(
+        self, preds: Sequence[Tensor], targets: Sequence[Tensor], mask: Tensor, attention: Tensor | None = None
+    ) -> Tensor:
+        """Sum of `scale_losses`, a scalar."""
+        return self.scale_losses(preds, targets, mask, attention).sum()
+
+    def scale_losses(
+        self, preds: Sequence[Tensor], targets: Sequence[Tensor], mask: Tensor, attention: Tensor | None = None
+    ) -> Tensor:
+        """Weighted mean squared error of each scale, in float32.
+
+        With M the mask on the grid of a scale's cells (repeated, or averaged where a cell spans
+        patches) and e the error averaged over channels: sum(e * M) / sum(M) over the batch. With
+        `attention` the weights are softmax(a / T) + M instead, a = M * the attention averaged over a
+        cell, softmax over the cells of one image (CXR-MIM, gaze-weighted loss).
+
+        Args:
+            preds, targets: lists of [B, cells_k, 3*nbins].
+            mask: [B, L], 1 = masked.
+            attention: [B, H, W] float 0..1, or None for the unweighted loss.
+
+        Returns:
+            Float [K], one loss per scale.
+        """
+        mask = mask.view(-1, 1, *self.grid_size).float()  # [B, 1, h, w]
+        losses = []
+        for scale, pred, target in zip(self.scale_list, preds, targets, strict=True):
+            if scale >= 1:
+                mask_k = mask.repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
+            else:
+                mask_k = F.avg_pool2d(mask, int(1 / scale))
+            weight = mask_k.flatten(1)  # [B, cells_k]
+            if attention is not None:
+                attention_k = F.avg_pool2d(attention[:, None].float(), int(self.patch_size / scale)).flatten(1)
+                weight = (attention_k * weight / self.gaze_temperature).softmax(1) + weight
+            error = (pred.float() - target).square().mean(2)  # [B, cells_k]
+            losses.append((error * weight).sum() / weight.sum())
+        return torch.stack(losses)
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of chosen patches; the weights are those of timm's convolutional PatchEmbed.
+
+    Only the patches asked for are projected: a quarter of the work at the default mask ratio.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, img: Tensor, ids: Tensor) -> Tensor:
+        """img [B, C, H, W], ids int64 [B, V] of patches, row-major -> tokens [B, V, D]."""
+        p = self.proj.kernel_size[0]
+        batch, channels, height, width = img.shape
+        patches = img.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # a view
+        rows, columns = ids // (width // p), ids % (width // p)
+        images = torch.arange(batch, device=ids.device)[:, None]
+        chosen = patches[images, rows, columns].flatten(2)  # [B, V, C*p*p]
+        return F.linear(chosen, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ScaleDecoder(nn.Module):
+    """Decoder of one encoder layer: predicts the HOG of every cell at one scale.
+
+    Args:
+        scale: cells per patch side, out of 4, 2, 1, 0.5.
+        embed_dim: D, width of the encoder.
+        dim: d, width of the decoder.
+        grid_size: (h, w) of the patch grid.
+        out_channels: channels of the target.
+    """
+
+    def __init__(
+        self,
+        scale: float,
+        embed_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        grid_size: tuple[int, int],
+        out_channels: int,
+    ):
+        super().__init__()
+        layer_norm = partial(nn.LayerNorm, eps=1e-6)
+        self.grid_size = grid_size
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = sincos_pos_embed(dim, grid_size)
+        self.embed = nn.Linear(embed_dim, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
+        )
+        self.norm = layer_norm(dim)
+        if scale == 4:
+            self.pred = nn.Sequential(
+                nn.ConvTranspose2d(dim, dim // 2, 2, 2),
+                LayerNorm2d(dim // 2, eps=1e-6),
+                nn.GELU(),
+                nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2),
+                nn.Conv2d(dim // 4, out_channels, 1),
+            )
+        elif scale == 2:
+            self.pred = nn.Sequential(
+                nn.ConvTranspose2d(dim, dim // 2, 2, 2),
+                nn.Conv2d(dim // 2, out_channels, 1),
+            )
+        elif scale == 1:
+            self.pred = nn.Sequential(nn.Conv2d(dim, out_channels, 1))
+        else:
+            self.pred = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(dim, out_channels, 1))
+
+    def forward(self, latent: Tensor, visible: Tensor) -> Tensor:
+        """latent [B, 1+V, D], visible int64 [B, V] -> [B, cells, out_channels], cells row-major."""
+        x = self.embed(latent)  # [B, 1+V, d]
+        batch, _, dim = x.shape
+        height, width = self.grid_size
+        tokens = self.mask_token.to(x.dtype).expand(batch, height * width, dim)
+        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, dim), x[:, 1:])  # [B, L, d]
+        x = torch.cat([x[:, :1], tokens], 1) + self.pos_embed  # [B, 1+L, d]
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)[:, 1:]  # [B, L, d]
+        x = self.pred(x.transpose(1, 2).reshape(batch, dim, height, width))  # [B, out, h*s, w*s]
+        return x.flatten(2).transpose(1, 2)
+
+
+def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
+    """Fixed 2-D sin-cos position embedding, [1, 1 + h*w, dim], with a zero row for cls (MAE).
+
+    The first half of the channels encodes the column, the second half the row; each half is
+    [sin(position * w), cos(position * w)] with w_i = 10000^(-i / (dim/4)).
+    """
+    if dim % 4:
+        raise ValueError(f"width {dim} of a position embedding is not a multiple of 4")
+    height, width = grid_size
+    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # [dim/4]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]  # 2 x [L, dim/4]
+    embed = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)  # [L, dim]
+    embed = torch.cat([torch.zeros(1, dim, dtype=torch.float64), embed]).float()
+    return nn.Parameter(embed[None], requires_grad=False)
+
+
+def _check_taps(id_list: tuple[int, ...], scale_list: tuple[float, ...], depth: int) -> None:
+    if not id_list or len(id_list) != len(scale_list):
+        raise ValueError(
+            f"id_list has {len(id_list)} blocks and scale_list {len(scale_list)} scales; give as many of each"
+        )
+    if outside := [i for i in id_list if not 0 <= i < depth]:
+        raise ValueError(f"id_list {outside} outside the encoder's blocks 0..{depth - 1}")
+    if unknown := [scale for scale in scale_list if scale not in SCALES]:
+        raise ValueError(f"scale_list {unknown} not among {', '.join(map(str, SCALES))}")
+
+
+def _visible_ids(mask: Tensor, n_visible: int | None) -> Tensor:
+    """Indices of the visible patches of each image in ascending order: [B, L] -> int64 [B, V]."""
+    if n_visible is None:
+        counts = (mask == 0).sum(1)
+        n_visible = int(counts[0])
+        if not bool((counts == n_visible).all()):
+            raise ValueError(f"masks with unequal numbers of visible patches: {counts.tolist()}")
+    return (mask != 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :n_visible]
+
+
+cxrmim_vit_tiny_patch16 = partial(CXRMIM, patch_size=16, embed_dim=192, depth=12, num_heads=3)
+cxrmim_vit_small_patch16 = partial(CXRMIM, patch_size=16, embed_dim=384, depth=12, num_heads=6)
+cxrmim_vit_base_patch16 = partial(CXRMIM, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+cxrmim_vit_large_patch16 = partial(CXRMIM, patch_size=16, embed_dim=1024, depth=24, num_heads=16)

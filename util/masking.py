@@ -1,0 +1,190 @@
+"""Which patches are hidden from the encoder: by gaze, at random, or in blocks.
+
+Everything here is a pure function on a batch: no loop over images, no host synchronisation, on the
+device of its input, random only through the `generator` given. One convention throughout:
+mask [B, L], row-major over the patch grid, 1 = masked (to be reconstructed), 0 = visible; every
+image of a batch has the same number of masked patches, `masked_count(L, mask_ratio)`.
+
+Source: CXR-MIM (Zhao et al., IPMI 2025), attention-controlled masking; block-wise masking as a
+baseline after BEiT (Bao et al., ICLR 2022).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def masked_count(n_patches: int, mask_ratio: float) -> int:
+    """Number of masked patches in every image: int(L * mask_ratio), 147 of 196 at 0.75.
+
+    Raises:
+        ValueError: if no patch would be masked, or none left visible.
+    """
+    n_masked = int(n_patches * mask_ratio)
+    if not 0 < n_masked < n_patches:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} masks {n_masked} of {n_patches} patches; "
+            "choose one that leaves at least one masked and one visible patch"
+        )
+    return n_masked
+
+
+def mask_generator(seed: int, epoch: int, step: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Generator for the masks of one step: a function of (seed, epoch, step, rank) and nothing else,
+    so that masks don't depend on the number of workers or on where a run was resumed."""
+    state = np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(state >> np.uint64(1)))  # manual_seed takes int64
+
+
+def otsu_foreground(attention: Tensor) -> Tensor:
+    """Split each heatmap at its own Otsu threshold.
+
+    Args:
+        attention: [B, H, W] gaze heatmap, float 0..1 or uint8 0..255; floats are quantised to 8 bits.
+
+    Returns:
+        Bool [B, H, W], true where the quantised heatmap exceeds the threshold that maximises the
+        variance between the two classes (Otsu 1979; the first maximum, as scikit-image takes it).
+        An all-equal heatmap has no foreground.
+    """
+    levels = attention if attention.dtype == torch.uint8 else (attention * 255).round().clamp(0, 255)
+    levels = levels.flatten(1).long()  # [B, H*W]
+    histogram = torch.zeros(len(levels), 256, dtype=torch.int64, device=levels.device)
+    histogram.scatter_add_(1, levels, torch.ones_like(levels))  # integers: exact in any order
+    counts = histogram.double()  # [B, 256]
+    mass = counts * torch.arange(256, dtype=torch.float64, device=counts.device)
+    n_low, mass_low = counts.cumsum(1), mass.cumsum(1)
+    n_high, mass_high = n_low[:, -1:] - n_low, mass_low[:, -1:] - mass_low
+    variance = n_low * n_high * (mass_low / n_low.clamp(min=1) - mass_high / n_high.clamp(min=1)) ** 2
+    threshold = variance.argmax(1, keepdim=True)  # [B, 1]
+    return (levels > threshold).view(attention.shape)
+
+
+def significant_patches(foreground: Tensor, patch_size: int) -> Tensor:
+    """Patches of which at least half of the pixels (count >= p*p//2) are foreground.
+
+    Args:
+        foreground: [B, H, W] bool, uint8 0/1, uint8 0/255, float 0..1 or float 0..255. Full scale is
+            1 for an image in which no value exceeds 1, else 255; a value left in between by resizing
+            counts from half of full scale.
+        patch_size: p, a divisor of H and W.
+
+    Returns:
+        Bool [B, L], L = (H/p) * (W/p), row-major.
+    """
+    batch, height, width = foreground.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"foreground of {height} x {width} px is not divisible into patches of {patch_size} px")
+    if foreground.dtype != torch.bool:
+        full_scale = torch.where(foreground.flatten(1).amax(1) <= 1, 1.0, 255.0)  # [B]
+        foreground = foreground >= 0.5 * full_scale[:, None, None]
+    cells = foreground.view(batch, height // patch_size, patch_size, width // patch_size, patch_size)
+    return (cells.sum((2, 4)) >= patch_size * patch_size // 2).flatten(1)
+
+
+def attention_controlled_mask(
+    foreground: Tensor,
+    patch_size: int,
+    mask_ratio: float = 0.75,
+    clinical_ratio: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Mask a fixed share of the patches that radiologists attended to, the rest elsewhere.
+
+    Of an image's n_sig significant patches, floor(n_sig * clinical_ratio) are masked; the other
+    masked ones come from the rest of the image, capped at how many there are, and whatever is still
+    missing from the significant ones. Inside each group the choice is uniform (CXR-MIM, section on
+    attention-controlled masking).
+
+    Args:
+        foreground: [B, H, W], any format of `significant_patches`.
+        mask_ratio: share of all patches, in [0, 1), see `masked_count`.
+        clinical_ratio: share of the significant patches, in [0, 1].
+
+    Returns:
+        Float [B, L], 1 = masked.
+    """
+    if not 0 <= clinical_ratio <= 1:
+        raise ValueError(f"clinical_ratio {clinical_ratio} is not in [0, 1]")
+    significant = significant_patches(foreground, patch_size)  # [B, L]
+    n_patches = significant.shape[1]
+    n_masked = masked_count(n_patches, mask_ratio)
+    n_significant = significant.sum(1, keepdim=True)  # [B, 1]
+    n_other = n_patches - n_significant
+    # float64, so that the floor is the one Python's own numbers give
+    from_significant = (n_significant.double() * clinical_ratio).floor().long().clamp(max=n_masked)
+    from_other = torch.minimum(n_masked - from_significant, n_other)
+    from_significant = n_masked - from_other
+
+    noise = torch.rand(significant.shape, generator=generator, device=significant.device)
+    # Order the significant patches of each image first, each group shuffled: noise is below 1.
+    order = (noise + (~significant)).argsort(dim=1, stable=True)  # [B, L]
+    rank = torch.arange(n_patches, device=order.device).expand_as(order)
+    rank_in_group = torch.where(rank < n_significant, rank, rank - n_significant)
+    chosen = rank_in_group < torch.where(rank < n_significant, from_significant, from_other)
+    return torch.zeros_like(noise).scatter_(1, order, chosen.to(noise.dtype))
+
+
+def random_mask(
+    batch_size: int,
+    n_patches: int,
+    mask_ratio: float = 0.75,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Mask uniformly at random (MAE): float [B, L], 1 = masked."""
+    noise = torch.rand(batch_size, n_patches, generator=generator, device=device)
+    return _mask_lowest(noise, masked_count(n_patches, mask_ratio))
+
+
+def block_mask(
+    batch_size: int,
+    grid_size: tuple[int, int],
+    mask_ratio: float = 0.75,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    n_blocks: int = 32,
+) -> Tensor:
+    """Mask rectangles of patches until the count is reached (after BEiT's block-wise masking).
+
+    Rectangles of 1/12 to 1/3 of the grid's area with an aspect ratio of 0.3 to 1/0.3 (log-uniform)
+    are laid at random places, one after the other; a patch is masked in the order in which it is
+    first covered. The last rectangle is cut, row by row, where the count is full; should `n_blocks`
+    of them not cover enough, the rest is random.
+
+    Args:
+        grid_size: (h, w) of the patch grid, L = h * w.
+
+    Returns:
+        Float [B, L], 1 = masked.
+    """
+    height, width = grid_size
+
+    def uniform(low: float, high: float) -> Tensor:
+        noise = torch.rand(batch_size, n_blocks, generator=generator, device=device)
+        return low + (high - low) * noise
+
+    area = height * width * uniform(1 / 12, 1 / 3)
+    aspect = torch.exp(uniform(np.log(0.3), -np.log(0.3)))
+    block_height = (area * aspect).sqrt().round().clamp(1, height)  # [B, n_blocks]
+    block_width = (area / aspect).sqrt().round().clamp(1, width)
+    top = (uniform(0, 1) * (height - block_height + 1)).floor()
+    left = (uniform(0, 1) * (width - block_width + 1)).floor()
+    rows = torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
+    in_rows = (rows >= top[..., None]) & (rows < (top + block_height)[..., None])  # [B, n_blocks, h]
+    in_columns = (columns >= left[..., None]) & (columns < (left + block_width)[..., None])
+    covered = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)  # [B, n_blocks, L]
+    first_block = torch.where(covered.any(1), covered.int().argmax(1), n_blocks)  # [B, L]
+    within = torch.arange(height * width, device=device) / (height * width)  # row by row inside a block
+    leftover = torch.rand(batch_size, height * width, generator=generator, device=device)
+    order = first_block + torch.where(first_block < n_blocks, within, leftover)
+    return _mask_lowest(order, masked_count(height * width, mask_ratio))
+
+
+def _mask_lowest(order: Tensor, n_masked: int) -> Tensor:
+    """Float mask [B, L] with 1 at the `n_masked` places of each row that come first in `order`."""
+    chosen = order.argsort(dim=1, stable=True)[:, :n_masked]
+    return torch.zeros_like(order).scatter_(1, chosen, 1.0)
