@@ -1,0 +1,74 @@
+"""Which samples each step trains on: a function of (seed, epoch, step, rank), for all epochs at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import DistributedSampler, Sampler
+
+
+class TrainBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of all epochs in one go, so that a DataLoader is never restarted between epochs.
+
+    An epoch's order is that of torch's DistributedSampler(seed, drop_last), which deals the shuffled
+    samples to the ranks in turn: R ranks with batch b see in each step the same samples as one rank
+    with batch R*b. Incomplete batches, and batches that don't fill a last accumulation window, are
+    dropped, so every epoch has the same number of steps and ends with an optimiser step.
+
+    Args:
+        dataset_size: number of samples.
+        batch_size: samples per rank and step.
+        world_size, rank: of the process group.
+        seed: shuffles the epochs.
+        epochs: where training ends.
+        start_epoch, start_step: where it goes on.
+        accum_iter: steps per optimiser step.
+
+    Raises:
+        ValueError: if the data set doesn't fill a single optimiser step.
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        batch_size: int,
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        epochs: int = 1,
+        start_epoch: int = 0,
+        start_step: int = 0,
+        accum_iter: int = 1,
+    ):
+        self.sampler = DistributedSampler(
+            range(dataset_size), num_replicas=world_size, rank=rank, seed=seed, shuffle=True, drop_last=True
+        )
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.start_epoch, self.start_step = start_epoch, start_step
+        self.steps_per_epoch = dataset_size // world_size // batch_size // accum_iter * accum_iter
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes is larger than "
+                f"the data set ({dataset_size} samples)"
+            )
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """This rank's samples of an epoch, in order."""
+        self.sampler.set_epoch(epoch)
+        return list(self.sampler)
+
+    def batch(self, epoch: int, step: int) -> list[int]:
+        """The samples that this rank trains on in one step."""
+        return self.epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(self.start_epoch, self.epochs):
+            order = self.epoch_order(epoch)
+            first = self.start_step if epoch == self.start_epoch else 0
+            for step in range(first, self.steps_per_epoch):
+                yield [(epoch, index) for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
+
+    def __len__(self) -> int:
+        return (self.epochs - self.start_epoch) * self.steps_per_epoch - self.start_step

@@ -1,0 +1,96 @@
+"""One process or many: who am I, which device is mine, and small agreements between ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job.
+
+    Attributes:
+        rank, world_size, local_rank: as the launcher set them; 0, 1, 0 without one.
+        device: where this rank computes.
+        control: gloo group for small agreements on CPU tensors, which never wait for the GPU; None
+            in a single process.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: object) -> list:
+        """`value` of every rank, in rank order, on every rank. Takes plain objects."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: str = "env://") -> Ranks:
+    """Join the process group that the launcher describes in the environment, if there is one.
+
+    Args:
+        device: "cuda" or "cpu"; without a usable GPU "cuda" falls back to "cpu", with a warning.
+        local_rank: as `torch.distributed.launch` passes it; the environment's LOCAL_RANK wins.
+        world_size: only checked: more than one process must come from a launcher.
+        dist_url: where the processes meet.
+
+    Raises:
+        UserError: for more processes than GPUs on this node, or a missing launcher.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched and world_size > 1:
+        raise UserError(f"--world_size {world_size} needs a launcher: torchrun --nproc_per_node {world_size} ...")
+    rank = int(os.environ["RANK"]) if launched else 0
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
+
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        if rank == 0:
+            print("warning: no CUDA device is available, training on the CPU instead (--device cpu)", flush=True)
+        kind = "cpu"
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}: "
+                "lower --nproc_per_node"
+            )
+        torch.cuda.set_device(local_rank)
+        chosen = torch.device("cuda", local_rank)
+    elif kind == "cpu":
+        chosen = torch.device("cpu")
+    else:
+        raise UserError(f"--device {device}: use cuda or cpu")
+
+    control = None
+    if launched:
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=dist_url, world_size=world_size, rank=rank, timeout=timedelta(minutes=30)
+        )
+        if world_size > 1:
+            control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    return Ranks(rank, world_size, local_rank, chosen, control)
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

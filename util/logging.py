@@ -1,0 +1,190 @@
+"""What a run leaves to read: log.txt, args.json, TensorBoard events, and progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy
+import timm
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from util.files import atomic_write
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class RunLog:
+    """Records of one run in `output_dir`, written by rank 0 and silent elsewhere.
+
+    - log.txt: one JSON line per finished epoch. A resumed run drops half a line and the lines of
+      epochs that it does again.
+    - args.json: one entry per start, with arguments, versions and the git commit.
+    - TensorBoard events in `log_dir`, x-axis epoch * 1000; what a resumed run does again is purged.
+
+    Args:
+        output_dir: made if missing.
+        log_dir: of the TensorBoard events.
+        start_epoch: fractional epoch at which this start goes on.
+        enabled: false on all ranks but one.
+    """
+
+    def __init__(self, output_dir: Path, log_dir: Path, start_epoch: float, enabled: bool = True):
+        self.path = Path(output_dir) / "log.txt"
+        self.enabled = enabled
+        self.writer = None
+        if enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._drop_lines_from(int(start_epoch))
+            self.writer = SummaryWriter(log_dir, purge_step=epoch_1000x(start_epoch) if start_epoch else None)
+
+    def _drop_lines_from(self, epoch: int) -> None:
+        """Keep the whole lines of epochs before `epoch`."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["epoch"] < epoch:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                print(f"warning: {self.path}: dropped the unreadable line {line[:60]!r}", flush=True)
+        with atomic_write(self.path, "w") as file:
+            file.writelines(kept)
+
+    def start(self, args: dict, world_size: int) -> None:
+        """Add this start to args.json."""
+        if not self.enabled:
+            return
+        path = self.path.parent / "args.json"
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        starts.append(
+            {
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "command": sys.argv,
+                "args": args,
+                "world_size": world_size,
+                "versions": versions(),
+                "git": git_commit(),
+            }
+        )
+        with atomic_write(path, "w") as file:
+            json.dump(starts, file, indent=2)
+
+    def epoch(self, record: dict) -> None:
+        """Append an epoch's record to log.txt, durably."""
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def scalars(self, values: dict[str, float], epoch: float) -> None:
+        """Write values to TensorBoard at a fractional epoch."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch_1000x(epoch))
+
+    def figure(self, name: str, figure, epoch: float) -> None:
+        """Write a matplotlib figure to TensorBoard and close it."""
+        if self.writer:
+            self.writer.add_figure(name, figure, epoch_1000x(epoch))
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+class Progress:
+    """Progress of a run: a bar on a terminal, plain lines elsewhere; silent unless `enabled`.
+
+    Args:
+        total_steps: of the whole run.
+        done_steps: before this start.
+        samples_per_step: over all ranks.
+    """
+
+    def __init__(self, total_steps: int, done_steps: int, samples_per_step: int, enabled: bool = True):
+        self.total_steps = total_steps
+        self.samples_per_step = samples_per_step
+        self.enabled = enabled
+        self.done = self.last_done = done_steps
+        self.last_time = time.perf_counter()
+        self.last_waited = 0.0
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True)
+
+    def step(self) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def rates(self, waited: float) -> dict[str, float]:
+        """Samples per second and share of time spent waiting for data since the last call.
+
+        Args:
+            waited: seconds waited for data since the start.
+        """
+        now = time.perf_counter()
+        seconds, steps = now - self.last_time, self.done - self.last_done
+        rates = {
+            "samples_per_s": steps * self.samples_per_step / seconds,
+            "data_wait": (waited - self.last_waited) / seconds,
+        }
+        self.seconds_per_step = seconds / max(steps, 1)
+        self.last_time, self.last_done, self.last_waited = now, self.done, waited
+        return rates
+
+    def show(self, where: str, loss: float, lr: float, rates: dict[str, float]) -> None:
+        """Show the state of training after `rates` was called."""
+        if not self.enabled:
+            return
+        left = timedelta(seconds=round((self.total_steps - self.done) * self.seconds_per_step))
+        text = (
+            f"{where}  loss {loss:.4f}  lr {lr:.2e}  {rates['samples_per_s']:.1f} samples/s  "
+            f"data wait {rates['data_wait']:.1%}  left {left}"
+        )
+        if self.bar is not None:
+            self.bar.set_description_str(text, refresh=True)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def epoch_1000x(epoch: float) -> int:
+    """TensorBoard's x-axis: runs with different epoch lengths line up."""
+    return int(epoch * 1000)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, torchvision, timm, numpy)},
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this program, "-dirty" when tracked files are changed; None outside a git checkout."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() if result.returncode == 0 else None
