@@ -1,0 +1,106 @@
+"""Gaze heatmaps: from the fixations of one reading to an attention map.
+
+The rule is the one of the REFLACX authors: every fixation puts a Gaussian on the image, as wide as
+one degree of visual angle and as heavy as the fixation is long, cut to the part of the image that
+was in view. Gaussian and rectangle are both separable, so the whole map is one matrix product, at
+any output size directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from util.errors import UserError
+
+FIXATION_COLUMNS = ("x", "y", "duration", "sigma_x", "sigma_y", "xmin", "ymin", "xmax", "ymax")
+
+
+def fixation_heatmap(
+    fixations: pd.DataFrame | Mapping[str, Sequence[float]],
+    image_size: tuple[int, int],
+    out_size: tuple[int, int],
+) -> np.ndarray:
+    """Gaze density of one reading: float64 [height, width], >= 0, sums to 1.
+
+    `image_size` is (width, height) of the original image in pixels, `out_size` is (height, width)
+    of the map. `fixations` has one element per fixation in each of the columns
+
+    - x, y: position, pixels of the original image, (0, 0) is the centre of the top left pixel;
+    - duration: seconds; a fixation of zero or negative duration counts for nothing;
+    - sigma_x, sigma_y: standard deviation of its Gaussian, pixels of the original image (one degree
+      of visual angle: the angular resolution);
+    - xmin, ymin, xmax, ymax: the rectangle of the image that was in view, pixel edges: pixel i is in
+      view where xmin <= i + 0.5 < xmax. -inf and inf mean uncut.
+
+    The map is sum over fixations of duration * N(x; sigma_x) * N(y; sigma_y), N being the normal
+    density (so a fixation weighs what it lasted, however far the reader had zoomed in), each cut to
+    its rectangle, sampled at the centres of the output pixels, (j + 0.5) * width / out_width - 0.5,
+    and divided by its sum. A fixation outside the image is kept: what its Gaussian spills into the
+    image counts, as for any other.
+
+    Raises `UserError` when nothing is left: no fixation of positive duration, or none that reaches
+    the image within the rectangle in view; and for values that are not finite or a sigma that is
+    not positive.
+    """
+    columns = {name: np.asarray(fixations[name], dtype=np.float64) for name in FIXATION_COLUMNS}
+    keep = columns["duration"] > 0
+    if not keep.any():
+        raise UserError("no fixation of positive duration")
+    columns = {name: values[keep] for name, values in columns.items()}
+    for name in ("x", "y", "duration", "sigma_x", "sigma_y"):
+        if not np.isfinite(columns[name]).all():
+            raise UserError(f"fixation column {name} has a value that is not a finite number")
+    for name in ("sigma_x", "sigma_y"):
+        if (columns[name] <= 0).any():
+            raise UserError(f"fixation column {name} (angular resolution) has a value that is not positive")
+
+    width, height = image_size
+    out_height, out_width = out_size
+    gx = _axis_factor(columns["x"], columns["sigma_x"], columns["xmin"], columns["xmax"], width, out_width)
+    gy = _axis_factor(columns["y"], columns["sigma_y"], columns["ymin"], columns["ymax"], height, out_height)
+    heatmap = gy.T @ (columns["duration"][:, None] * gx)  # [out_height, out_width]
+    total = heatmap.sum()
+    if not total > 0:
+        raise UserError("no fixation reaches the image within the rectangle in view")
+    return heatmap / total
+
+
+def _axis_factor(
+    centre: np.ndarray, sigma: np.ndarray, low: np.ndarray, high: np.ndarray, length: int, out_length: int
+) -> np.ndarray:
+    """Normal density of each fixation along one axis, zero outside the rectangle: [n, out_length]."""
+    edge = (np.arange(out_length) + 0.5) * (length / out_length)  # middles of the output pixels, edge scale
+    z = (edge - 0.5 - centre[:, None]) / sigma[:, None]
+    density = np.exp(-0.5 * z * z) / (np.sqrt(2 * np.pi) * sigma[:, None])
+    density[(edge < low[:, None]) | (edge >= high[:, None])] = 0.0
+    return density
+
+
+def inside_image(
+    fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int]
+) -> np.ndarray:
+    """Which fixations lie in the image of (width, height) `image_size`, borders included: bool [n]."""
+    x, y = np.asarray(fixations["x"], dtype=np.float64), np.asarray(fixations["y"], dtype=np.float64)
+    width, height = image_size
+    return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
+
+
+def merge_heatmaps(heatmaps: Sequence[np.ndarray]) -> np.ndarray:
+    """Heatmap of several readings of one image: their mean, [H, W], sums to 1.
+
+    Each reading's map sums to 1 by then, so every reader counts the same, however long they looked;
+    the maps are added before they are quantised to 8 bits.
+    """
+    merged = np.sum(heatmaps, axis=0)
+    return merged / merged.sum()
+
+
+def heatmap_to_uint8(heatmap: np.ndarray) -> np.ndarray:
+    """The stored attention: heatmap / max * 255, rounded to the nearest level (half up): uint8 [H, W]."""
+    peak = heatmap.max()
+    if not peak > 0:
+        raise UserError("the heatmap is zero everywhere")
+    return np.floor(heatmap * (255.0 / peak) + 0.5).astype(np.uint8)
