@@ -1,0 +1,150 @@
+"""One epoch of pretraining."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.distributed import Ranks
+from util.logging import Progress, RunLog
+from util.lr_sched import learning_rate
+from util.masking import mask_generator, masked_count, significant_patches
+
+
+@dataclass
+class Meters:
+    """Sums over the steps of the current epoch on this rank, kept on the device until they are read.
+
+    Attributes:
+        sums: float64 [K + 1], the K scale losses and the number of significant patches per image.
+        steps: how many steps were added.
+    """
+
+    sums: Tensor
+    steps: int = 0
+
+    def add(self, losses: Tensor, n_significant: Tensor) -> None:
+        self.sums += torch.cat([losses.detach(), n_significant[None]])
+        self.steps += 1
+
+    def mean(self) -> list[float]:
+        return (self.sums / self.steps).tolist()
+
+
+@dataclass
+class Training:
+    """What training works on, from one epoch to the next.
+
+    Attributes:
+        model: what is called, wrapped for several ranks; `core` is the bare CXRMIM in it.
+        scaler: scales the loss under float16; with any dtype it skips, on the device, an update whose
+            gradient is not finite.
+        batches: iterator over the batches of all epochs.
+        steps_per_epoch: of this rank.
+        waited: seconds spent waiting for data since the start.
+    """
+
+    model: nn.Module
+    core: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    batches: Iterator[Mapping[str, Tensor]]
+    steps_per_epoch: int
+    ranks: Ranks
+    log: RunLog
+    progress: Progress
+    waited: float = field(default=0.0)
+
+
+def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Meters, args) -> None:
+    """Train from `first_step` to the end of the epoch.
+
+    A step is one forward and backward pass; every `accum_iter` steps the optimiser steps, with the
+    learning rate of the window's first step. `meters` gathers the epoch's sums.
+
+    Args:
+        args: the command line's options: accum_iter, mask_ratio, clinical_ratio, dtype, clip_grad,
+            seed, print_every and those of the learning rate.
+    """
+    core, optimizer, scaler, ranks = training.core, training.optimizer, training.scaler, training.ranks
+    device, steps = ranks.device, training.steps_per_epoch
+    n_visible = core.num_patches - masked_count(core.num_patches, args.mask_ratio)
+    dtype = getattr(torch, args.dtype)
+    shown = Meters(torch.zeros_like(meters.sums))  # since the last line on the terminal
+    training.model.train()
+
+    for step in range(first_step, steps):
+        began = time.perf_counter()
+        batch = next(training.batches)
+        training.waited += time.perf_counter() - began
+
+        updates = (step + 1) % args.accum_iter == 0
+        if step % args.accum_iter == 0:
+            lr = set_learning_rate(optimizer, epoch + step / steps, args)
+
+        batch = core.prepare_batch(batch)
+        generator = mask_generator(args.seed, epoch, step, ranks.rank, device)
+        mask = core.draw_mask(batch, args.mask_ratio, args.clinical_ratio, generator)
+        with contextlib.ExitStack() as stack:
+            if not updates and isinstance(training.model, DistributedDataParallel):
+                stack.enter_context(training.model.no_sync())  # gradients travel once per update
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = training.model(batch, mask=mask, n_visible=n_visible, per_scale=True)  # [K]
+            loss = losses.sum()
+            scaler.scale(loss / args.accum_iter).backward()
+        if updates:
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(core.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        n_significant = significant_patches(batch["foreground"], core.patch_size).sum(1).double().mean()
+        for meter in (meters, shown):
+            meter.add(losses, n_significant)
+        training.progress.step()
+        if (step + 1) % args.print_every == 0 or step + 1 == steps:
+            report(training, epoch, step, shown, lr, args)
+            shown = Meters(torch.zeros_like(meters.sums))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args) -> float:
+    """Give all parameter groups the learning rate of a fractional epoch; returns it."""
+    lr = learning_rate(epoch, lr=args.lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def report(training: Training, epoch: int, step: int, shown: Meters, lr: float, args) -> None:
+    """Show this rank's means since the last report on the terminal and in TensorBoard."""
+    *losses, n_significant = shown.mean()  # the only wait for the device
+    rates = training.progress.rates(training.waited)
+    where = f"epoch {epoch + 1}/{args.epochs}  step {step + 1}/{training.steps_per_epoch}"
+    training.progress.show(where, sum(losses), lr, rates)
+    training.log.scalars(
+        {
+            "train_loss": sum(losses),
+            **{f"train_loss_{name}": loss for name, loss in zip(scale_names(training.core), losses, strict=True)},
+            "lr": lr,
+            "significant_patches": n_significant,
+            **rates,
+        },
+        epoch + (step + 1) / training.steps_per_epoch,
+    )
+
+
+def scale_names(core: nn.Module) -> list[str]:
+    """Name of each scale in the records: "scale_4.0", or with its block where a scale comes twice."""
+    scales = core.scale_list
+    return [
+        f"scale_{scale}" if scales.count(scale) == 1 else f"scale_{scale}_block_{block}"
+        for scale, block in zip(scales, core.id_list, strict=True)
+    ]

@@ -1,0 +1,380 @@
+"""Pretrain CXR-MIM. See README.md; `python run_pretrain.py --help` lists every flag."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import datasets
+import models_cxrmim
+from datasets.sampler import TrainBatches
+from engine_pretrain import Meters, Training, scale_names, train_one_epoch
+from util import checkpoint as ckpt
+from util import distributed
+from util.errors import UserError, run_cli
+from util.logging import Progress, RunLog
+from util.lr_sched import absolute_lr, parameter_groups
+from util.masking import masked_count, significant_patches
+from util.weights import load_initial_weights
+
+BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
+MODELS = tuple(f"cxrmim_vit_{size}_patch16" for size in ("tiny", "small", "base", "large"))
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line: the published flags with their names, meanings and defaults, and ours."""
+    parser = argparse.ArgumentParser(
+        "run_pretrain.py",
+        description="Pretrain CXR-MIM on chest X-rays with gaze heatmaps.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", nargs="+", default=["../data/reflacx-1.0.0/"], help="processed tree, or several")
+    add("--preload", action="store_true", help="read the stored foreground instead of the Otsu of the crop")
+    add("--input_size", type=int, default=224, help="side of the input in pixels, divisible by 32")
+    add("--min_crop_ratio", type=float, default=0.2, help="smallest area of a random crop")
+    add("--num_workers", type=int, default=4, help="data loading processes per rank")
+    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS)
+    add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
+    add("--cache_size", type=int, default=512, help="short side of cached images in pixels")
+    add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
+    add("--check_data", action="store_true", help="read every file of the data, list the bad ones, and exit")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="cxrmim_vit_base_patch16", choices=MODELS, help="encoder size")
+    add("--pretrained", default=None, metavar="PATH|none",
+        help=f"initial weights; for the base model {BASE_WEIGHTS} unless given, else none")  # fmt: skip
+    add("--id_list", type=int, nargs="+", default=[1, 3, 9, 11], help="0-based encoder blocks to decode")
+    add("--scale_list", type=float, nargs="+", default=[4.0, 2.0, 1.0, 0.5], help="target scale of each")
+    add("--decoder_depth", type=int, default=1, help="transformer blocks in each decoder")
+    add("--decoder_num_heads", type=int, default=8, help="attention heads in each decoder")
+    add("--hog_nbins", type=int, default=9, help="orientation bins of the HOG targets")
+
+    add = parser.add_argument_group("masking and loss").add_argument
+    add("--masking", default="attention", choices=models_cxrmim.MASKINGS, help="what chooses the masked patches")
+    add("--mask_ratio", type=float, default=0.75, help="share of masked patches")
+    add("--clinical_ratio", type=float, default=0.5, help="share of masked ones among the attended patches")
+    add("--gaze_weighted", action="store_true", help="weight the loss by gaze")
+    add("--gaze_temperature", type=float, default=0.1, help="temperature of that weighting")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", type=int, default=32, help="images per rank and step")
+    add("--epochs", type=int, default=400)
+    add("--accum_iter", type=int, default=1, help="steps per optimiser step")
+    add("--weight_decay", type=float, default=0.05)
+    add("--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
+    add("--blr", type=float, default=1e-3, help="learning rate per 256 images")
+    add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    add("--warmup_epochs", type=int, default=40)
+    add("--clip_grad", type=float, default=None, help="largest gradient norm")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+        help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
+    add("--tf32", action="store_true", help="TF32 in float32 matrix products on CUDA")
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--seed", type=int, default=0)
+
+    add = parser.add_argument_group("output and resuming").add_argument
+    add("--output_dir", default="./output_dir", help="checkpoints, log.txt, args.json")
+    add("--log_dir", default=None, help="TensorBoard events (default: output_dir)")
+    add("--save_every", type=int, default=50, help="epochs between checkpoints that are kept")
+    add("--keep", type=int, default=None, help="keep only the last N (default: every save_every-th and the last 2)")
+    add("--print_every", type=int, default=20, help="steps between progress lines")
+    add("--resume", default="", metavar="PATH", help="checkpoint to go on from")
+    add("--auto_resume", action="store_true", default=True, help="go on from the newest checkpoint in output_dir")
+    add("--no_auto_resume", action="store_false", dest="auto_resume", default=argparse.SUPPRESS)
+    add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
+
+    add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
+    add("--device", default="cuda", help="cuda or cpu")
+    add("--world_size", type=int, default=1, help="number of processes")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="index of the process on its node")
+    add("--dist_url", default="env://", help="where the processes meet")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
+    check_args(args)
+    if args.check_data:
+        return check_data(args)
+
+    # Who and where
+    ranks = distributed.start(
+        args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
+    )
+    say = print if ranks.is_main else lambda *_, **__: None
+    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    # Data and model
+    dataset = build_data(args)
+    core = build_model(args).to(ranks.device)
+    resumed = find_checkpoint(args, ranks)
+    if resumed is None:
+        if path := initial_weights(args):
+            say(load_initial_weights(core, path))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+    )
+    scaler = make_scaler(args.dtype, ranks.device)
+
+    # Where to go on
+    meters = Meters(torch.zeros(len(core.scale_list) + 1, dtype=torch.float64, device=ranks.device))
+    epoch, step = args.start_epoch, 0
+    effective_batch = args.batch_size * args.accum_iter * ranks.world_size
+    if args.lr is None:
+        args.lr = absolute_lr(args.blr, effective_batch)
+    if resumed is not None:
+        state = ckpt.load_checkpoint(resumed)
+        if table := ckpt.describe_mismatch(state, vars(args), world_size=ranks.world_size):
+            say(f"warning: going on from {resumed} with other options than it was made with:\n{table}")
+        core.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        epoch, step = state["epoch"] + 1, state["step"]
+        restore_meters(meters, state["meters"], ranks)
+        say(f"resumed from {resumed}: epoch {epoch + 1}, step {step}")
+
+    try:
+        sampler = TrainBatches(
+            len(dataset), args.batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=args.seed,
+            epochs=args.epochs, start_epoch=epoch, start_step=step, accum_iter=args.accum_iter,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and ranks.device.type == "cuda",
+        prefetch_factor=4 if args.num_workers else None,
+    )
+    steps = sampler.steps_per_epoch
+
+    model = core
+    if args.compile:
+        core.compile()
+    if ranks.world_size > 1:
+        model = DistributedDataParallel(
+            core,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,  # they are constants
+            gradient_as_bucket_view=True,
+        )
+    log = RunLog(output_dir, Path(args.log_dir or output_dir), epoch + step / steps, enabled=ranks.is_main)
+    log.start(vars(args), ranks.world_size)
+    say(describe_run(args, core, dataset, sampler, effective_batch, ranks))
+    progress = Progress(
+        args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
+    )
+    training = Training(model, core, optimizer, scaler, iter(loader), steps, ranks, log, progress)
+
+    # Train
+    while epoch < args.epochs:
+        began = time.perf_counter()
+        train_one_epoch(training, epoch, step, meters, args)
+        log.epoch(epoch_record(training, epoch, meters, time.perf_counter() - began))
+        meters, step = Meters(torch.zeros_like(meters.sums)), 0
+        if ckpt.is_due(epoch, save_every=args.save_every, epochs=args.epochs):
+            save(training, args, epoch, 0, meters)
+        epoch += 1
+    progress.close()
+    log.close()
+    distributed.stop()
+    return 0
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse values that can't work, by the flag's name, before anything is loaded."""
+    for name in ("batch_size", "epochs", "accum_iter", "input_size", "hog_nbins", "decoder_num_heads",
+                 "save_every", "print_every", "cache_size"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("num_workers", "decoder_depth", "warmup_epochs", "weight_decay", "blr", "min_lr", "start_epoch"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if args.input_size % 32:
+        raise UserError(f"--input_size {args.input_size}: must be divisible by 32")
+    if not 0 < args.min_crop_ratio <= 1:
+        raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
+    if not 0 <= args.clinical_ratio <= 1:
+        raise UserError(f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start_epoch {args.start_epoch}: must be below --epochs {args.epochs}")
+    try:
+        masked_count((args.input_size // 16) ** 2, args.mask_ratio)
+    except ValueError as error:
+        raise UserError(f"--mask_ratio: {error}") from None
+    if args.resume and not Path(args.resume).is_file():
+        raise UserError(f"--resume {args.resume}: no such file")
+
+
+def check_data(args: argparse.Namespace) -> int:
+    """Read the whole tree and list every bad entry; returns the exit status."""
+    problems = datasets.check_data(args.data_path, preload=args.preload)
+    for problem in problems:
+        print(f"{problem.severity}: {problem.file}: {problem.message}")
+    n_errors = sum(problem.severity == "error" for problem in problems)
+    print(f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {len(problems) - n_errors} warnings")
+    return 1 if n_errors else 0
+
+
+def build_data(args: argparse.Namespace):
+    return datasets.build_dataset(
+        args.data_path,
+        input_size=args.input_size,
+        min_crop_ratio=args.min_crop_ratio,
+        seed=args.seed,
+        preload=args.preload,
+        use_cache=args.use_cache,
+        cache_dir=args.cache_dir,
+        cache_size=args.cache_size,
+    )
+
+
+def build_model(args: argparse.Namespace) -> models_cxrmim.CXRMIM:
+    try:
+        return getattr(models_cxrmim, args.model)(
+            img_size=args.input_size,
+            decoder_depth=args.decoder_depth,
+            decoder_num_heads=args.decoder_num_heads,
+            hog_nbins=args.hog_nbins,
+            id_list=args.id_list,
+            scale_list=args.scale_list,
+            gaze_weighted=args.gaze_weighted,
+            gaze_temperature=args.gaze_temperature,
+            masking=args.masking,
+        )
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def initial_weights(args: argparse.Namespace) -> str | None:
+    """The file of initial weights that --pretrained and --model ask for."""
+    path = args.pretrained
+    if path is None and args.model == "cxrmim_vit_base_patch16":
+        path = BASE_WEIGHTS
+    if path is None or path.lower() == "none":
+        return None
+    if not Path(path).exists():
+        raise UserError(
+            f"--pretrained {path}: no such file; make it with `python scripts/fetch_weights.py`, "
+            "or start from random weights with --pretrained none"
+        )
+    return path
+
+
+def find_checkpoint(args: argparse.Namespace, ranks: distributed.Ranks) -> Path | None:
+    """The checkpoint to go on from, the same on all ranks; None for a fresh start."""
+    found = None
+    if ranks.is_main:
+        ckpt.remove_leftovers(args.output_dir)
+        if args.resume:
+            found = Path(args.resume)
+        elif args.auto_resume:
+            found = ckpt.newest_checkpoint(args.output_dir)
+        elif older := ckpt.list_checkpoints(args.output_dir):
+            raise UserError(
+                f"--no_auto_resume: {args.output_dir} already holds {older[0].name}; choose another --output_dir"
+            )
+    return ranks.gather(found)[0]
+
+
+def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """The usual loss scaler for float16; elsewhere one whose scale stays 1, there only to skip
+    updates with a gradient that is not finite, on the device."""
+    if dtype == "float16":
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+def describe_run(args, core, dataset, sampler, effective_batch, ranks) -> str:
+    """What a user checks before leaving a run alone for hours, with a loud warning where gaze is void."""
+    n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    sample = [dataset[(sampler.start_epoch, i)] for i in range(min(32, len(dataset)))]
+    foreground = torch.stack([item["foreground"] for item in sample])
+    n_significant = significant_patches(foreground, core.patch_size).sum(1).float().mean().item()
+    lines = [
+        f"model            {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on {ranks.device}",
+        f"images           {len(dataset)}, {sampler.steps_per_epoch} steps per epoch",
+        f"effective batch  {effective_batch} = {args.batch_size} x {args.accum_iter} accumulated "
+        f"x {ranks.world_size} processes",
+        f"learning rate    {args.lr:.3e} (absolute)",
+        f"masking          {args.masking}, {masked_count(core.num_patches, args.mask_ratio)} of {core.num_patches} "
+        f"patches; {n_significant:.1f} significant on average in the first {len(sample)} images",
+    ]
+    if args.masking == "attention" and n_significant == 0:
+        lines.append(
+            "WARNING: no patch of these images is significant, so the mask is plain random masking. Look at the "
+            "heatmaps (attention/, foreground/): `python run_pretrain.py --check_data ...` lists empty ones."
+        )
+    return "\n".join(lines)
+
+
+def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float) -> dict:
+    """The epoch's means over all ranks, for log.txt."""
+    ranks_means = training.ranks.gather(meters.mean())
+    *losses, n_significant = (sum(values) / len(values) for values in zip(*ranks_means, strict=True))
+    names = scale_names(training.core)
+    return {
+        "epoch": epoch,
+        "train_loss": sum(losses),
+        **{f"train_loss_{name}": loss for name, loss in zip(names, losses, strict=True)},
+        "train_lr": training.optimizer.param_groups[0]["lr"],
+        "significant_patches": n_significant,
+        "time_s": round(seconds, 2),
+    }
+
+
+def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
+    """Save a checkpoint after `epoch` finished epochs' index and `step` steps of the next; rank 0 writes."""
+    ranks = training.ranks
+    sums = ranks.gather(meters.sums.tolist())
+    error = None
+    if ranks.is_main:
+        state = {
+            "model": training.core.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "scaler": training.scaler.state_dict(),
+            "epoch": epoch,
+            "step": step,
+            "args": vars(args),
+            "meters": {"sums": sums, "steps": meters.steps},
+            "world_size": ranks.world_size,
+            "format": ckpt.FORMAT,
+        }
+        try:
+            ckpt.save_checkpoint(state, ckpt.checkpoint_path(args.output_dir, epoch, step))
+            ckpt.prune(args.output_dir, save_every=args.save_every, keep=args.keep)
+        except UserError as problem:
+            error = str(problem)
+    if error := ranks.gather(error)[0]:  # all ranks stop together
+        raise UserError(error)
+
+
+def restore_meters(meters: Meters, saved: dict, ranks: distributed.Ranks) -> None:
+    """Put back each rank's sums; another number of ranks shares out the total."""
+    sums = torch.tensor(saved["sums"], dtype=torch.float64)  # [ranks, K + 1]
+    if len(sums) == ranks.world_size:
+        mine = sums[ranks.rank]
+    else:
+        mine = sums.mean(0)
+    meters.sums.copy_(mine)
+    meters.steps = saved["steps"]
+
+
+if __name__ == "__main__":
+    run_cli(main)
