@@ -29,7 +29,7 @@ def make_state(epoch: int = 0, step: int = 0, *, size: int = 40, **args) -> dict
     generator = torch.Generator().manual_seed(epoch * 1000 + step)
     weights = {"w": torch.randn(size, size, generator=generator), "b": torch.zeros(0), "n": torch.tensor(7)}
     return {"model": collections.OrderedDict(weights),
-            "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3)}},
+            "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.arange(3.0)}},
                           "param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "fused": None, "params": [0]}]},
             "scaler": {"scale": 65536.0, "growth_interval": 2000}, "epoch": epoch, "step": step,
             "args": {**ARGS, **args}, "meters": {"loss": 1.5, "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -222,7 +222,7 @@ def test_set_aside_newer(tmp_path):
     for place in ((3, 0), (3, 4), (4, 0)):
         write(tmp_path, *place, size=1)
     moved = set_aside_newer(tmp_path, epoch=3, step=0)
-    assert {path.name for path in moved} == {"superseded-checkpoint-4-step4.pth", "superseded-checkpoint-4.pth"}
+    assert {path.name for path in moved} == {f"superseded-checkpoint-4{rest}" for rest in ("-step4.pth", ".pth")}
     assert names(tmp_path) == ["checkpoint-3.pth"]
     for path in moved:
         load_checkpoint(path)
