@@ -1,0 +1,37 @@
+"""Where radiologists look: the motivation analysis of the CXR-MIM paper, on a user's own raw data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+Box = tuple[float, float, float, float]
+
+
+def pixel_centres(length: int, out_length: int) -> np.ndarray:
+    """Original coordinates of the centres of `out_length` pixels that stand for `length`: [out_length]."""
+    return (np.arange(out_length) + 0.5) * (length / out_length) - 0.5
+
+
+def ellipse_mask(boxes: Iterable[Box], image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
+    """Union of axis-aligned ellipses, each given by its bounding box (xmin, ymin, xmax, ymax) in px of
+    the original image: bool [height, width] of `out_size` = (height, width), sampled at pixel centres.
+    `image_size` is (width, height) of the original."""
+    x = pixel_centres(image_size[0], out_size[1])[None, :]
+    y = pixel_centres(image_size[1], out_size[0])[:, None]
+    mask = np.zeros(out_size, dtype=bool)
+    for xmin, ymin, xmax, ymax in boxes:
+        rx, ry = max((xmax - xmin) / 2, 1e-9), max((ymax - ymin) / 2, 1e-9)
+        mask |= ((x - (xmin + xmax) / 2) / rx) ** 2 + ((y - (ymin + ymax) / 2) / ry) ** 2 <= 1.0
+    return mask
+
+
+def density_ratio(heatmap: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
+    """Gaze density in `inside` over that in `outside`: the mean of the heatmap over one bool [H, W]
+    region divided by that over the other (mass per area over mass per area). NaN where a region is
+    empty or nothing was looked at in `outside`."""
+    if not inside.any() or not outside.any():
+        return float("nan")
+    elsewhere = heatmap[outside].mean()
+    return float(heatmap[inside].mean() / elsewhere) if elsewhere > 0 else float("nan")
