@@ -387,7 +387,6 @@ def _calibrated_dwell(survey: np.ndarray, size: tuple[int, int], boxes: Sequence
     def part(dwell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return dwell[:, :3], _zoom_boxes(dwell, size, boxes, is_zoomed)
 
-    of_survey = share_inside(survey_part)
     # The dwell is to be all there is inside. For ratios near 1 the survey has to keep a distance, too.
     centre, axes = _centres_and_axes(boxes)
     for margin in range(4):
