@@ -58,7 +58,8 @@ def otsu_foreground(attention: Tensor) -> Tensor:
     n_low, mass_low = counts.cumsum(1), mass.cumsum(1)
     n_high, mass_high = n_low[:, -1:] - n_low, mass_low[:, -1:] - mass_low
     variance = n_low * n_high * (mass_low / n_low.clamp(min=1) - mass_high / n_high.clamp(min=1)) ** 2
-    threshold = variance.argmax(1, keepdim=True)  # [B, 1]
+    best, threshold = variance.max(1, keepdim=True)  # [B, 1]
+    threshold = torch.where(best > 0, threshold, 255)
     return (levels > threshold).view(attention.shape)
 
 
@@ -150,9 +151,10 @@ def block_mask(
     """Mask rectangles of patches until the count is reached (after BEiT's block-wise masking).
 
     Rectangles of 1/12 to 1/3 of the grid's area with an aspect ratio of 0.3 to 1/0.3 (log-uniform)
-    are laid at random places, one after the other; a patch is masked in the order in which it is
-    first covered. The last rectangle is cut, row by row, where the count is full; should `n_blocks`
-    of them not cover enough, the rest is random.
+    are laid at random places, one after the other; they may reach over the border, so that each covers
+    any patch with equal probability. Patches are masked in the order in which they are first covered.
+    The last rectangle is cut, row by row, where the count is full; should `n_blocks` of them not cover
+    enough, the rest is random.
 
     Args:
         grid_size: (h, w) of the patch grid, L = h * w.
@@ -170,8 +172,8 @@ def block_mask(
     aspect = torch.exp(uniform(np.log(0.3), -np.log(0.3)))
     block_height = (area * aspect).sqrt().round().clamp(1, height)  # [B, n_blocks]
     block_width = (area / aspect).sqrt().round().clamp(1, width)
-    top = (uniform(0, 1) * (height - block_height + 1)).floor()
-    left = (uniform(0, 1) * (width - block_width + 1)).floor()
+    top = (uniform(0, 1) * (height + block_height - 1)).floor() - (block_height - 1)
+    left = (uniform(0, 1) * (width + block_width - 1)).floor() - (block_width - 1)
     rows = torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
     in_rows = (rows >= top[..., None]) & (rows < (top + block_height)[..., None])  # [B, n_blocks, h]
