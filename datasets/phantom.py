@@ -134,10 +134,9 @@ def make_study(
     """
     size = (size, size) if isinstance(size, int) else tuple(size)
     shared = n_images // 4 if shared_images is None else shared_images
-    if n_images < 1 or not 0 <= shared <= n_images or readers < 1:
-        raise ValueError(f"n_images {n_images}, shared_images {shared}, readers {readers}: out of range")
-    if image_format not in ("jpg", "dcm", "mixed"):
-        raise ValueError(f"image_format {image_format!r} is not jpg, dcm or mixed")
+    _check_options(n_images, image_format, lesion_kinds)
+    if not 0 <= shared <= n_images or readers < 1:
+        raise ValueError(f"shared_images {shared} of n_images {n_images}, readers {readers}: out of range")
     if unknown := [name for name in faults if name not in FAULTS]:
         raise ValueError(f"unknown faults {unknown}: known are {', '.join(FAULTS)}")
     if len(faults) > n_images - shared:
@@ -149,8 +148,7 @@ def make_study(
     for index in range(n_images):
         rng = np.random.default_rng([seed, index])
         lesions = _draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
-        as_dicom = image_format == "dcm" or (image_format == "mixed" and index % 2 == 1)
-        image = _new_image(study, index, size, lesions, ".dcm" if as_dicom else ".jpg")
+        image = _new_image(study, index, size, lesions, _suffix(image_format, index))
         gray = render_chest(size, np.random.default_rng([seed, index, 1]), tuple(lesions))
         _write_image(image, gray, inverted=index % 4 == 3)
         study.truth.append(image)
@@ -170,6 +168,20 @@ def make_study(
     for phase, phase_rows in rows.items():
         _write_metadata(study.raw, phase, phase_rows)
     return study
+
+
+def _check_options(n_images: int, image_format: str, lesion_kinds: Sequence[str]) -> None:
+    if n_images < 1:
+        raise ValueError(f"n_images {n_images} is not at least 1")
+    if image_format not in ("jpg", "dcm", "mixed"):
+        raise ValueError(f"image_format {image_format!r} is not jpg, dcm or mixed")
+    if unknown := [kind for kind in lesion_kinds if kind not in LESION_KINDS]:
+        raise ValueError(f"unknown lesion kinds {unknown}: known are {', '.join(LESION_KINDS)}")
+
+
+def _suffix(image_format: str, index: int) -> str:
+    is_dicom = image_format == "dcm" or (image_format == "mixed" and index % 2 == 1)
+    return ".dcm" if is_dicom else ".jpg"
 
 
 def _draw_lesions(rng: np.random.Generator, kinds: Sequence[str], count: tuple[int, int], normal_fraction: float,
@@ -530,6 +542,12 @@ def make_egd(
     *,
     with_duration: bool = True,
     image_format: str = "jpg",
+    lesion_kinds: Sequence[str] = LESION_KINDS,
+    lesions_per_image: tuple[int, int] = (1, 2),
+    normal_fraction: float = 0.2,
+    lesion_size: float = 1.0,
+    lesion_contrast: float = 1.0,
+    dwell_ratio: float = 6.0,
     screen: tuple[int, int] = (1920, 1080),
 ) -> PhantomStudy:
     """Write a study in the raw EGD-CXR layout, `root`/egd-cxr, and its images, `root`/mimic/files.
@@ -540,16 +558,15 @@ def make_egd(
     `screen` (width, height px), at its full height or width, with padding beside them.
     """
     size = (size, size) if isinstance(size, int) else tuple(size)
-    if image_format not in ("jpg", "dcm"):
-        raise ValueError(f"image_format {image_format!r} is not jpg or dcm")
+    _check_options(n_images, image_format, lesion_kinds)
     root = Path(root)
-    study = PhantomStudy(root, root / "egd-cxr", root / "mimic", [], seed)
+    study = PhantomStudy(root, root / "egd-cxr", root / "mimic", [], seed, dwell_ratio)
     study.raw.mkdir(parents=True, exist_ok=True)
     master, gaze = [], []
     for index in range(n_images):
         rng = np.random.default_rng([seed, index, 9])
-        lesions = _draw_lesions(rng, LESION_KINDS, (1, 2), 0.34, 1.0, 1.0)
-        image = _new_image(study, index, size, lesions, f".{image_format}")
+        lesions = _draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
+        image = _new_image(study, index, size, lesions, _suffix(image_format, index))
         _write_image(image, render_chest(size, np.random.default_rng([seed, index, 10]), tuple(lesions)),
                      inverted=index % 4 == 3)
         study.truth.append(image)
@@ -563,7 +580,7 @@ def make_egd(
             "image_left": left, "image_right": left, "Normal": int(not kinds), "CHF": int("cardiomegaly" in kinds),
             "pneumonia": int("consolidation" in kinds),
         })
-        table = simulate_fixations(size, image.boxes, rng)
+        table = simulate_fixations(size, image.boxes, rng, dwell_ratio=dwell_ratio)
         if index % 3 == 0:
             gaze.append(_egd_rows(table.iloc[:5], f"calibration-{index}", index, size, screen, (left, top)))
         gaze.append(_egd_rows(table, image.dicom_id, index, size, screen, (left, top)))
