@@ -30,7 +30,8 @@ class Reading(ABC):
     relative, may be empty), `image_size` (width, height) in pixels or None where the data set does
     not say. `labels` are the data set's own columns with their own values (certainty 0-5, bool or
     text); `datasets.findings.unify` maps them to common findings. `split` is train, validate, test
-    or None. The heavy tables are read by the load_ methods, when they are wanted.
+    or None. `fixations_path` is the file that messages name. The heavy tables are read by the load_
+    methods, when they are wanted.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Reading(ABC):
     split: str | None
     phase: int | None
     source: str
+    fixations_path: Path
 
     @abstractmethod
     def load_fixations(self) -> pd.DataFrame:
@@ -121,16 +123,20 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
     return table
 
 
-def numeric_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> dict[str, np.ndarray]:
+def numeric_columns(
+    table: pd.DataFrame, columns: Sequence[str], path: Path, lines: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """The columns as finite float64 arrays; `UserError` names file, line and column of the first
-    cell that is no finite number (the header is line 1)."""
+    cell that is no finite number. `lines` are the rows' lines in the file; by default the first row
+    is line 2, after the header."""
     arrays = {}
     for column in columns:
         values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             cell = table[column].iloc[bad[0]]
-            raise UserError(f"{path}: line {bad[0] + 2}, column {column!r}: {cell!r} is not a finite number")
+            line = bad[0] + 2 if lines is None else lines[bad[0]]
+            raise UserError(f"{path}: line {line}, column {column!r}: {cell!r} is not a finite number")
         arrays[column] = values
     return arrays
 

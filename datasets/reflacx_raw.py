@@ -64,12 +64,14 @@ _START, _END = "timestamp_start_fixation", "timestamp_end_fixation"
 
 @dataclass(frozen=True, kw_only=True)
 class ReflacxReading(Reading):
-    """A reading whose tables lie in `directory` (main_data/<id>)."""
+    """A reading whose tables lie in main_data/<id>."""
 
-    directory: Path
+    @property
+    def directory(self) -> Path:
+        return self.fixations_path.parent
 
     def load_fixations(self) -> pd.DataFrame:
-        path = self.directory / "fixations.csv"
+        path = self.fixations_path
         wanted = (_START, _END, *_FIXATION_SOURCE.values())
         columns = numeric_columns(read_table(path, wanted), wanted, path)
         fixations = {ours: columns[theirs] for ours, theirs in _FIXATION_SOURCE.items()}
@@ -134,6 +136,10 @@ def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> 
     labels = (*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase], *TEXT_LABELS[phase])
     text = (*_ID_COLUMNS, *TEXT_LABELS[phase])
     required = (*_ID_COLUMNS, "eye_tracking_data_discarded", *_SIZE_COLUMNS, *labels)
+    table = read_table(path, ("id",))
+    for other in PHASES:
+        if not set(labels) <= set(table.columns) and set(CERTAINTY_LABELS[other]) <= set(table.columns):
+            raise UserError(f"{path}: has the label columns of phase {other}, not of phase {phase}")
     table = read_table(path, required, text=text)
     for line, row in enumerate(table[list(required)].to_dict("records"), start=2):
         name = row["id"]
@@ -188,7 +194,7 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> tuple[ReflacxRea
         split=row["split"],
         phase=phase,
         source="reflacx",
-        directory=path.parent / name,
+        fixations_path=path.parent / name / "fixations.csv",
     )
     column = "eye_tracking_data_discarded"
     return reading, parse_bool(row[column], path, line, column)

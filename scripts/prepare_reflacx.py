@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""From raw REFLACX (or EGD-CXR) and MIMIC-CXR's images to the tree that run_pretrain.py reads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets.egd_raw import DEFAULT_SIGMA
+from datasets.prepare import SOURCES, prepare
+from util.errors import run_cli
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__ + " Damaged files and readings are listed at the end and left out; the exit "
+        "status is 1 then. An interrupted run goes on where it stopped; a second run changes nothing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--raw", type=Path, required=True,
+        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above")
+    add("--images", type=Path, required=True,
+        help="root of MIMIC-CXR-JPG or of MIMIC-CXR (DICOM), any depth, both kinds may be mixed")
+    add("--out", type=Path, required=True, help="where the processed tree goes")
+    add("--source", choices=["auto", *SOURCES], default="auto", help="which data set --raw holds")
+    add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
+    add("--readings", choices=["one", "each", "merge"], default="one",
+        help="of an image with several readings: the first usable by id, each as an entry of its own, or "
+        "one entry with their heatmaps added")
+    add("--split", choices=["all", "train", "validate", "test"], default="all",
+        help="'all' is what the paper pretrains on; 'train' keeps REFLACX's validation and test images out "
+        "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)")
+    add("--sigma", type=float, default=DEFAULT_SIGMA,
+        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image")
+    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
+    add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
+    add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
+    return parser  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = vars(get_args_parser().parse_args(argv))
+    source = args.pop("source")
+    report = prepare(**args, source=None if source == "auto" else source)
+    print(report)
+    if report.seconds:
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+        print(f"seconds by stage, over all workers: {stages}")
+    if report.faults:
+        print(f"{len(report.faults)} readings left out for damaged input, listed above", file=sys.stderr)
+        return 1
+    print("nothing written (--dry_run)" if report.dry_run else f"{args['out']} is ready")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,24 @@
+"""One door to all radiographs: 8-bit gray from JPG, PNG or DICOM."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from util.dicom import dicom_size, is_dicom, read_dicom
+from util.images import image_size, read_gray
+
+
+def read_radiograph(path: str | os.PathLike) -> np.ndarray:
+    """The radiograph as uint8 [H, W], air dark and bone bright; the content tells DICOM from JPG and
+    PNG, not the name. Raises `UserError` naming the file."""
+    path = Path(path)
+    return read_dicom(path) if is_dicom(path) else read_gray(path)
+
+
+def radiograph_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) from the header, without decoding. Raises `UserError` naming the file."""
+    path = Path(path)
+    return dicom_size(path) if is_dicom(path) else image_size(path)
