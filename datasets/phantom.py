@@ -239,7 +239,7 @@ def _write_dicom(image: PhantomImage, gray: np.ndarray, inverted: bool) -> None:
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
     data.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
     data.WindowCenter, data.WindowWidth = 2048, 4096
-    stored = gray.astype(np.uint16) * 4095 // 255
+    stored = gray.astype(np.uint32) * 4095 // 255  # 16 bits would overflow
     data.PixelData = (4095 - stored if inverted else stored).astype("<u2").tobytes()
     data.save_as(image.path, enforce_file_format=True)
 
