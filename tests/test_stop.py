@@ -1,0 +1,154 @@
+"""Requests to stop: noted once, agreed between ranks at one step, and left alone by data workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, Agreement, exit_status
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(code: str) -> subprocess.Popen:
+    """A Python process that prints a line when it is ready to be signalled."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(code)
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", code],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+WAIT = """
+    import time
+    from util.stop import GO_ON, StopSignals, exit_status
+    signals = StopSignals()
+    print("ready")
+    while signals.request == GO_ON or {stay}:
+        time.sleep(0.01)
+    sys.exit(exit_status(signals.request))
+"""
+
+
+def test_first_signal_asks_and_the_second_stops_at_once():
+    statuses = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+    polite = {signum: start(WAIT.format(stay=False)) for signum in statuses}
+    stubborn = {signum: start(WAIT.format(stay=True)) for signum in statuses}
+    for processes in (polite, stubborn):
+        for signum, process in processes.items():
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signum)
+            process.send_signal(signum)  # the copy that a launcher passes on, at once
+    for signum, process in polite.items():
+        assert process.wait(10) == statuses[signum]
+        assert f"{signum.name}: saving a checkpoint" in process.stderr.read()
+    time.sleep(0.6)
+    for signum, process in stubborn.items():
+        assert process.poll() is None
+        process.send_signal(signum)
+        assert process.wait(10) == -signum
+
+
+def test_time_limit_is_a_request_to_pause():
+    process = start("""
+        import time
+        from util.stop import StopSignals, PAUSE
+        signals = StopSignals(max_minutes=0.2 / 60)
+        assert signals.request == 0
+        time.sleep(0.3)
+        assert signals.request == PAUSE
+    """)
+    assert process.wait(20) == 0, process.stderr.read()
+
+
+def test_exit_statuses():
+    assert [exit_status(request) for request in (GO_ON, PAUSE, TERMINATE, INTERRUPT)] == [0, 75, 143, 130]
+
+
+def test_a_single_process_agrees_with_itself_at_once():
+    agreement = Agreement(None, size=2)
+    assert agreement.exchange((3, 1)) == [3, 1]
+    assert agreement.settle((0, 2)) == [0, 2]
+    assert agreement.collect() == [0, 0]
+
+
+def agreeing_rank(rank: int, world_size: int, store: str, values: list[list[int]], queue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    agreement = Agreement(dist.group.WORLD, size=1)
+    seen = []
+    for own in values[rank]:
+        if own == 2:
+            time.sleep(0.3)  # a slow rank changes nothing of what is agreed when
+        seen.append(agreement.exchange([own])[0])
+    seen.append(agreement.settle([rank])[0])
+    seen.append(agreement.collect()[0])
+    queue.put((rank, seen))
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_one_step_late_on_the_largest(tmp_path):
+    values = [[0, 0, 2, 0, 0], [0, 1, 0, 0, 3], [0, 0, 0, 0, 0]]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [context.Process(target=agreeing_rank, args=(rank, 3, str(tmp_path / "store"), values, queue))
+             for rank in range(3)]
+    for process in ranks:
+        process.start()
+    seen = dict(queue.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(10)
+        assert process.exitcode == 0
+    # The exchange before settle is dropped by it: settle's caller collects first if it needs that.
+    assert seen == {rank: [0, 0, 1, 2, 0, 2, 0] for rank in range(3)}
+
+
+LOADER = """
+    import os, signal, time
+    import torch
+    from torch.utils.data import DataLoader
+    from util.stop import ignore_stop_signals
+    class Slow(torch.utils.data.Dataset):
+        def __len__(self): return 10**6
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return os.getpid()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, lambda *_: None)
+    batches = iter(DataLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
+    print(*sorted({int(next(batches)[0]) for _ in range(2)}))
+    while True:
+        next(batches)
+        print("batch")
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_ignore_signals_to_the_group_and_die_with_their_parent():
+    process = start(LOADER)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.killpg(process.pid, signum)
+    for _ in range(10):
+        assert process.stdout.readline() == "batch\n"
+    assert all(is_running(pid) for pid in workers)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 3  # torch's own watchdog takes five seconds or more
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in workers)

@@ -1,0 +1,141 @@
+"""Stopping a run in an orderly way: by signal or time limit, at a step that all ranks agree upon.
+
+Exit statuses of run_pretrain.py: 0 finished; 1 an error; 143 stopped by SIGTERM; 130 by SIGINT;
+75 (EX_TEMPFAIL) by SIGUSR1, SIGUSR2 or --max_minutes: unfinished, run the same command again.
+All three left a checkpoint from which `--auto_resume`, the default, goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+# What a rank asks for; where ranks differ, the largest wins.
+GO_ON, PAUSE, TERMINATE, INTERRUPT = range(4)
+_EXIT_STATUS = {GO_ON: 0, PAUSE: 75, TERMINATE: 143, INTERRUPT: 130}
+_REQUESTS = {
+    signal.SIGTERM: TERMINATE,
+    signal.SIGINT: INTERRUPT,
+    signal.SIGUSR1: PAUSE,
+    signal.SIGUSR2: PAUSE,
+}
+
+# A terminal or a scheduler signals a whole group, and torchrun passes its own copy on: copies that
+# arrive this close together are one request.
+_SAME_REQUEST_SECONDS = 0.5
+
+
+def exit_status(request: int) -> int:
+    """The status with which a run that stopped for `request` exits."""
+    return _EXIT_STATUS[request]
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and a time limit into a request to stop.
+
+    The first signal is noted in `request`, for the training loop to see after its step. A second one, at
+    least half a second later, ends the process at once, as if nothing had been installed.
+
+    Args:
+        max_minutes: since now, after which the run should pause; None for no limit.
+    """
+
+    def __init__(self, max_minutes: float | None = None):
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._request = GO_ON
+        self._noted_at = 0.0
+        for signum in _REQUESTS:
+            signal.signal(signum, self._note)
+
+    @property
+    def request(self) -> int:
+        """What was asked for so far: GO_ON, PAUSE, TERMINATE or INTERRUPT."""
+        if self._request == GO_ON and self._deadline is not None and time.monotonic() >= self._deadline:
+            return PAUSE
+        return self._request
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._request == GO_ON:
+            self._request, self._noted_at = _REQUESTS[signal.Signals(signum)], now
+            # A print could meet the print that it interrupted; a write to the descriptor can't.
+            name = signal.Signals(signum).name
+            text = f"{name}: saving a checkpoint after this step, then stopping; again: at once\n"
+            os.write(sys.__stderr__.fileno(), text.encode())
+        elif now - self._noted_at >= _SAME_REQUEST_SECONDS:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+
+class Agreement:
+    """Ranks agree on the largest of their values, one optimiser step late and without waiting.
+
+    Every rank calls `exchange` at the same steps. A step's values travel in the background (on CPU tensors
+    through gloo, so the GPU is never waited for) and are read at the next step, so all ranks act
+    on the same values at the same step.
+
+    Args:
+        group: gloo process group; None in a single process, which agrees with itself at once.
+        size: how many values travel together.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, size: int):
+        self.group = group
+        self._size = size
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def exchange(self, values: Sequence[int]) -> list[int]:
+        """Give this rank's values; returns all ranks' largest of the exchange before, zeros at first."""
+        if self.group is None:
+            return list(values)
+        agreed = self.collect()
+        tensor = torch.tensor(values, dtype=torch.int64)
+        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True), tensor
+        return agreed
+
+    def settle(self, values: Sequence[int]) -> list[int]:
+        """Give this rank's values and wait for those of the others; returns the largest."""
+        if self.group is None:
+            return list(values)
+        self.exchange(values)
+        return self.collect()
+
+    def collect(self) -> list[int]:
+        """Wait for the values under way and return the largest; zeros where there are none."""
+        if self._pending is None:
+            return [0] * self._size
+        work, tensor = self._pending
+        self._pending = None
+        work.wait()
+        return tensor.tolist()
+
+
+def ignore_stop_signals(worker_id: int = 0) -> None:
+    """`worker_init_fn` of a DataLoader: the main process alone decides when its workers end.
+
+    Signals to a process group reach workers too and would end them in the middle of the step after which
+    the main process wants to save. If the main process dies, so do they.
+    """
+    for signum in _REQUESTS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal_on_parent_death(signal.SIGKILL)
+
+
+def signal_on_parent_death(signum: signal.Signals) -> None:
+    """Have Linux send `signum` to this process when its parent ends, however it ends; no-op elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    pr_set_pdeathsig = 1
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signum), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), signum)
