@@ -278,7 +278,7 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
             except ValueError as error:
                 raise UserError(
                     f"{info.path}: pos_embed of shape {_shape(tensor)} cannot be resampled: {error}"
-                )
+                ) from None
             resampled = (
                 f"pos_embed resampled from {state[name].shape[1] - 1} patches to "
                 f"{grid[0]} x {grid[1]} (bicubic)"

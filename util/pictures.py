@@ -1,0 +1,415 @@
+"""Pictures of what the model sees and predicts: masks, gaze, HOG as line glyphs, error.
+
+All are `matplotlib.figure.Figure` objects without pyplot's global state, so that they can be drawn
+anywhere (TensorBoard's add_figure, a file). Nothing here is random.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from models_cxrmim import CXRMIM
+from util.errors import UserError
+from util.files import atomic_write
+from util.masking import otsu_foreground, significant_patches
+
+# Colours told apart by every common kind of colour vision (Okabe and Ito 2008).
+SIGNIFICANT = "#E69F00"  # orange
+MASKED = "#0072B2"  # blue
+GAZE_MAP = "inferno"  # perceptually uniform
+ERROR_MAP = "viridis"
+GLYPH_PIXELS = 896  # least side of a drawn HOG panel
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` found, as NumPy arrays. B images, h x w patches, scale k has h_k x w_k cells.
+
+    Attributes:
+        gray: float [B, H, W] in 0..1, the radiograph.
+        attention: float [B, H, W] in 0..1.
+        significant, masked: bool [B, h, w].
+        targets, predictions: for each scale float [B, h_k, w_k, nbins], mean of the colour channels.
+        predicted: for each scale bool [B, h_k, w_k], cells that touch a masked patch.
+        error: float [B, h, w], squared error of the patch's cells, averaged over cells and channels
+            and summed over scales: the unweighted loss of the patch.
+        cell_sizes: px of each scale.
+    """
+
+    gray: np.ndarray
+    attention: np.ndarray
+    significant: np.ndarray
+    masked: np.ndarray
+    targets: list[np.ndarray]
+    predictions: list[np.ndarray]
+    predicted: list[np.ndarray]
+    error: np.ndarray
+    cell_sizes: list[int]
+
+
+@torch.no_grad()
+def reconstruct(model: CXRMIM, batch: Mapping[str, Tensor], mask: Tensor) -> Reconstruction:
+    """Run the model on a batch with a given mask and collect everything that a picture shows.
+
+    Args:
+        model: unwrapped; its training mode is restored.
+        batch: as `CXRMIM.prepare_batch` takes it.
+        mask: [B, L], 1 = masked.
+    """
+    training = model.training
+    model.eval()
+    batch = model.prepare_batch(batch)
+    mask = mask.to(batch["img"].device)
+    predictions = model.forward_decoder(model.forward_encoder(batch["img"], mask), mask)
+    targets = model.hog_targets(batch.get("gray", batch["img"]))
+    model.train(training)
+
+    height, width = model.grid_size
+    grid_mask = mask.view(-1, 1, height, width).float()
+    error = torch.zeros_like(grid_mask)
+    shown_targets, shown_predictions, predicted = [], [], []
+    for scale, target, prediction in zip(model.scale_list, targets, predictions, strict=True):
+        shape = (-1, int(height * scale), int(width * scale))
+        cell_error = (prediction.float() - target).square().mean(2).view(shape)[:, None]
+        if scale >= 1:
+            error += F.avg_pool2d(cell_error, int(scale)) if scale > 1 else cell_error
+            touched = grid_mask.repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
+        else:
+            step = int(1 / scale)
+            error += cell_error.repeat_interleave(step, 2).repeat_interleave(step, 3)
+            touched = F.max_pool2d(grid_mask, step)
+        by_channel = (*shape, 3, model.hog.nbins)
+        shown_targets.append(target.float().view(by_channel).mean(3).cpu().numpy())
+        shown_predictions.append(prediction.float().view(by_channel).mean(3).cpu().numpy())
+        predicted.append((touched[:, 0] > 0).cpu().numpy())
+    foreground = batch["foreground"] if "foreground" in batch else otsu_foreground(batch["attention"])
+    significant = significant_patches(foreground, model.patch_size).view(-1, height, width)
+    return Reconstruction(
+        gray=gray_image(model, batch),
+        attention=batch["attention"].float().cpu().numpy(),
+        significant=significant.cpu().numpy(),
+        masked=(grid_mask[:, 0] > 0).cpu().numpy(),
+        targets=shown_targets,
+        predictions=shown_predictions,
+        predicted=predicted,
+        error=error[:, 0].cpu().numpy(),
+        cell_sizes=list(model.hog.cell_sizes),
+    )
+
+
+def gray_image(model: CXRMIM, prepared: Mapping[str, Tensor]) -> np.ndarray:
+    """Undo the normalisation of a prepared batch: float [B, H, W] in 0..1, mean of the channels."""
+    image = (prepared["img"].float() * model.std + model.mean).mean(1)
+    return image.clamp(0, 1).cpu().numpy()
+
+
+def hog_glyphs(hog: np.ndarray, cell: int) -> np.ndarray:
+    """Draw histograms of oriented gradients as lines along the *edges*.
+
+    A gradient's bin is drawn as a line through the cell's centre, perpendicular to the gradient, i.e.
+    along the edge that has this gradient, so that the lines trace the contours of the image (as
+    scikit-image draws HOG). The brightness of a line is the value of its bin, cut to 0..1: 1 is a cell
+    with one orientation only, 1/sqrt(nbins) a cell with all alike.
+
+    Args:
+        hog: float [h, w, nbins]; bin k has gradient angles from k to k+1 times pi/nbins, measured from
+            the x axis (right) towards the y axis (down).
+        cell: side of a drawn cell in output pixels.
+
+    Returns:
+        float32 [h*cell, w*cell] in 0..1.
+    """
+    height, width, nbins = hog.shape
+    centre = np.arange(cell) - (cell - 1) / 2
+    x, y = centre[None, :], centre[:, None]
+    thickness = max(2.4, cell / 12)  # a panel is often shown at half its pixels
+    length = 0.46 * cell
+    drawn = np.zeros((height, cell, width, cell), np.float32)
+    for k in range(nbins):
+        angle = (k + 0.5) * math.pi / nbins + math.pi / 2  # of the edge
+        along = np.abs(x * math.cos(angle) + y * math.sin(angle))
+        across = np.abs(x * math.sin(angle) - y * math.cos(angle))
+        line = np.clip(thickness / 2 + 0.5 - across, 0, 1) * np.clip(
+            length + 0.5 - along, 0, 1
+        )  # [cell, cell]
+        value = np.clip(hog[:, :, k], 0, 1).astype(np.float32)
+        np.maximum(drawn, value[:, None, :, None] * line.astype(np.float32)[None, :, None, :], out=drawn)
+    return drawn.reshape(height * cell, width * cell)
+
+
+def gaze_overlay(gray: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """Lay a heatmap over a radiograph, [H, W] each in 0..1 -> RGB [H, W, 3].
+
+    Opacity grows with attention: where nobody looked the radiograph is left exactly as it is.
+    """
+    color = matplotlib.colormaps[GAZE_MAP](attention)[..., :3]
+    alpha = 0.75 * np.sqrt(np.clip(attention, 0, 1))[..., None]
+    return (1 - alpha) * gray[..., None] + alpha * color
+
+
+def mask_picture(gray: np.ndarray, significant: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """Colour the masked patches of a radiograph: orange where significant, else blue.
+
+    Args:
+        gray: [H, W] in 0..1.
+        significant, masked: bool [h, w].
+
+    Returns:
+        RGB [H, W, 3]; visible patches are the radiograph itself.
+    """
+    patch = gray.shape[0] // masked.shape[0]
+    picture = np.repeat(gray[..., None], 3, 2)
+    large = _enlarge(masked, patch)
+    colors = np.where(
+        _enlarge(significant, patch)[..., None],
+        to_rgb(SIGNIFICANT),
+        to_rgb(MASKED),
+    )
+    picture[large] = (0.3 * picture + 0.7 * colors)[large]
+    return picture
+
+
+def prediction_picture(
+    target: np.ndarray, prediction: np.ndarray, predicted: np.ndarray, pixels: int = GLYPH_PIXELS
+) -> np.ndarray:
+    """Glyphs of the prediction in cells that touch a masked patch; elsewhere the target, dim on blue.
+
+    Args:
+        target, prediction: [h, w, nbins].
+        predicted: bool [h, w].
+        pixels: least side of the result.
+
+    Returns:
+        RGB [H, W, 3] in 0..1.
+    """
+    cell = _glyph_cell(target.shape[0], pixels)
+    shown = hog_glyphs(np.where(predicted[..., None], prediction, 0.45 * np.clip(target, 0, 1)), cell)[
+        ..., None
+    ]
+    ground = np.where(_enlarge(predicted, cell)[..., None], 0.0, 0.45 * np.array(to_rgb(MASKED)))
+    return shown + (1 - shown) * ground
+
+
+def _glyph_cell(cells: int, pixels: int) -> int:
+    return max(7, math.ceil(pixels / cells))
+
+
+def _enlarge(grid: np.ndarray, factor: int) -> np.ndarray:
+    return grid.repeat(factor, 0).repeat(factor, 1)
+
+
+def reconstruction_figure(
+    model: CXRMIM,
+    batch: Mapping[str, Tensor],
+    mask: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    panel_inches: float = 2.2,
+) -> Figure:
+    """Figure with one band per image, of two lines: radiograph, gaze, targets; mask, error, predictions.
+
+    Args:
+        model: unwrapped CXRMIM.
+        batch: B images as the data sets give them, or prepared.
+        mask: [B, L], 1 = masked.
+        names: one line of text per image.
+        panel_inches: side of a panel.
+
+    Returns:
+        A figure of about (2 + K) x 2B panels; save it with `save_figure`.
+    """
+    found = reconstruct(model, batch, mask)
+    count, scales = len(found.gray), len(found.cell_sizes)
+    columns = 2 + scales
+    gap, title, header, footer, left = 0.06, 0.24, 0.26, 0.62, 0.06
+    band = header + 2 * (title + panel_inches)
+    width = left + columns * (panel_inches + gap)
+    height = count * band + footer
+    figure = Figure(figsize=(width, height), dpi=200)
+    FigureCanvasAgg(figure)
+    error_scale = Normalize(0, max(float(found.error[found.masked].max(initial=0)), 1e-12))
+
+    def panel(row: int, line: int, column: int, text: str, picture: np.ndarray, **options):
+        x = left + column * (panel_inches + gap)
+        y = height - row * band - header - line * (title + panel_inches) - title - panel_inches
+        axes = figure.add_axes((x / width, y / height, panel_inches / width, panel_inches / height))
+        axes.imshow(picture, **options)
+        axes.set_title(text, fontsize=8, pad=2.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_linewidth(0.4)
+        return axes
+
+    for i in range(count):
+        gray, significant, masked = found.gray[i], found.significant[i], found.masked[i]
+        counts = (
+            f"{significant.sum()} of {masked.size} patches significant; "
+            f"masked: {masked.sum()}, of which significant: {(masked & significant).sum()}"
+        )
+        name = f"{names[i]}   " if names else ""
+        top = height - i * band - header * 0.72
+        figure.text(left / width, top / height, name, fontsize=8.5, weight="bold", va="center")
+        figure.text(1 - gap / width, top / height, counts, fontsize=8, va="center", ha="right")
+
+        panel(i, 0, 0, "radiograph", gray, cmap="gray", vmin=0, vmax=1)
+        panel(i, 0, 1, "gaze heatmap", gaze_overlay(gray, found.attention[i]))
+        axes = panel(i, 1, 0, "mask", mask_picture(gray, significant, masked), interpolation="nearest")
+        _outline(axes, significant & ~masked, gray.shape[0] // masked.shape[0])
+        error = matplotlib.colormaps[ERROR_MAP](error_scale(found.error[i]))[..., :3]
+        patch = gray.shape[0] // masked.shape[0]
+        dim = np.repeat(0.35 * gray[..., None], 3, 2)
+        shown = np.where(_enlarge(masked, patch)[..., None], error.repeat(patch, 0).repeat(patch, 1), dim)
+        panel(i, 1, 1, "squared error of masked patches", shown, interpolation="nearest")
+        for k, cell in enumerate(found.cell_sizes):
+            target, prediction = found.targets[k][i], found.predictions[k][i]
+            glyphs = hog_glyphs(target, _glyph_cell(target.shape[0], GLYPH_PIXELS))
+            panel(i, 0, 2 + k, f"HOG target, {cell} px cells", glyphs, cmap="gray", vmin=0, vmax=1)
+            shown = prediction_picture(target, prediction, found.predicted[k][i])
+            panel(i, 1, 2 + k, f"HOG prediction, {cell} px cells", shown)
+
+    visible = Patch(
+        fc=0.45 * np.array(to_rgb(MASKED)), label="in predictions: visible cells, the target dimmed"
+    )
+    _legend(figure, (left / width, 0.05 / height, 0.5, (footer - 0.15) / height), [visible])
+    axes = figure.add_axes(
+        (1 - (2.2 * panel_inches) / width, (footer - 0.22) / height, 2 * panel_inches / width, 0.09 / height)
+    )
+    bar = figure.colorbar(
+        matplotlib.cm.ScalarMappable(error_scale, ERROR_MAP), cax=axes, orientation="horizontal"
+    )
+    bar.ax.tick_params(labelsize=7, length=2, pad=1)
+    bar.set_label("squared error of a patch, summed over scales", fontsize=7.5, labelpad=1)
+    bar.outline.set_linewidth(0.4)
+    return figure
+
+
+def contact_sheet(
+    model: CXRMIM,
+    batch: Mapping[str, Tensor],
+    mask: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    columns: int = 4,
+    panel_inches: float = 1.5,
+) -> Figure:
+    """Figure of many images, two panels each: gaze heatmap, and mask with significant patches.
+
+    Arguments as for `reconstruction_figure`; `columns` images stand side by side.
+    """
+    batch = model.prepare_batch(batch)
+    gray = gray_image(model, batch)
+    attention = batch["attention"].float().cpu().numpy()
+    foreground = batch["foreground"] if "foreground" in batch else otsu_foreground(batch["attention"])
+    shape = (len(gray), *model.grid_size)
+    significant = significant_patches(foreground, model.patch_size).view(shape).cpu().numpy()
+    masked = (mask.view(shape) > 0).cpu().numpy()
+
+    columns = min(columns, len(gray))
+    rows = math.ceil(len(gray) / columns)
+    title, gap, footer = 0.32, 0.12, 0.4
+    tile = 2 * panel_inches + 0.04 + gap
+    width, height = gap + columns * tile, rows * (panel_inches + title) + footer
+    figure = Figure(figsize=(max(width, 4.5), height), dpi=200)
+    FigureCanvasAgg(figure)
+    width = figure.get_figwidth()
+    for i in range(len(gray)):
+        row, column = divmod(i, columns)
+        y = height - row * (panel_inches + title) - title - panel_inches
+        text = f"{significant[i].sum()} significant, {(significant[i] & masked[i]).sum()} of them masked"
+        if names:
+            text = f"{_fit(names[i], int(panel_inches * 28))}\n{text}"
+        pictures = (gaze_overlay(gray[i], attention[i]), mask_picture(gray[i], significant[i], masked[i]))
+        for j, picture in enumerate(pictures):
+            x = gap + column * tile + j * (panel_inches + 0.04)
+            axes = figure.add_axes((x / width, y / height, panel_inches / width, panel_inches / height))
+            axes.imshow(picture, interpolation="nearest" if j else "antialiased")
+            axes.set_axis_off()
+        _outline(axes, significant[i] & ~masked[i], gray.shape[1] // masked.shape[1])
+        x = gap + column * tile
+        figure.text(x / width, (y + panel_inches + 0.03) / height, text, fontsize=5.5, va="bottom")
+    _legend(figure, (gap / width, 0.03 / height, 1 - 2 * gap / width, (footer - 0.1) / height))
+    return figure
+
+
+def _fit(text: str, limit: int) -> str:
+    return text if len(text) <= limit else "..." + text[3 - limit :]
+
+
+def _outline(axes, patches: np.ndarray, size: int) -> None:
+    """Outline each true patch of [h, w] in the colour of significant patches."""
+    for row, column in np.argwhere(patches):
+        axes.add_patch(
+            matplotlib.patches.Rectangle(
+                (column * size + 0.5, row * size + 0.5),
+                size - 2,
+                size - 2,
+                fill=False,
+                ec=SIGNIFICANT,
+                lw=0.8,
+            )
+        )
+
+
+def _legend(figure: Figure, place: tuple[float, float, float, float], further: Sequence[Patch] = ()) -> None:
+    axes = figure.add_axes(place)
+    axes.set_axis_off()
+    handles = [
+        Patch(fc=MASKED, alpha=0.8, label="masked"),
+        Patch(fc=SIGNIFICANT, alpha=0.8, label="masked, significant (gazed at)"),
+        Patch(fc="none", ec=SIGNIFICANT, lw=1.2, label="visible, significant"),
+        *further,
+    ]
+    axes.legend(
+        handles=handles,
+        loc="center left",
+        ncols=4,
+        fontsize=7.5,
+        columnspacing=1.2,
+        frameon=False,
+        borderpad=0,
+    )
+
+
+def check_picture_path(path: str | os.PathLike) -> Path:
+    """The path, if a picture can be written there.
+
+    Raises:
+        UserError: unknown suffix, or its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"{path}: pictures are written as {', '.join(PICTURE_SUFFIXES)}; choose such a name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder to write {path.name} into")
+    return path
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure, whole or not at all, in the format of the suffix; equal figures give equal bytes."""
+    path = check_picture_path(path)
+    kind = path.suffix.lower()[1:]
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
+    with matplotlib.rc_context({"svg.hashsalt": "cxr-mim"}), atomic_write(path) as file:
+        figure.savefig(file, format=kind, metadata=metadata if kind != "jpg" else None)
+
+
+def page_path(path: str | os.PathLike, page: int, pages: int) -> Path:
+    """`path` itself for a single page, else name-001.png, name-002.png, ... from page 0 on."""
+    path = Path(path)
+    return path if pages == 1 else path.with_name(f"{path.stem}-{page + 1:03d}{path.suffix}")
