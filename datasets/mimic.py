@@ -1,0 +1,33 @@
+"""The MIMIC-CXR tree, for pretraining on more images with heatmaps that were predicted elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from datasets.tree import EntryFiles, GazeTree
+
+
+class Mimic(GazeTree):
+    """`mimic-cxr-jpg-cleanv4.json`, images under `files/`, and `attention/` and `foreground/` that mirror
+    `image_path` with .png; see `GazeTree`. `image_path` may begin with `files/` or leave it out, and so may
+    the mirrors."""
+
+    index_file = "mimic-cxr-jpg-cleanv4.json"
+    required_keys = ("image_path",)
+
+    def entry_files(self, entry: dict[str, Any]) -> EntryFiles:
+        image = PurePosixPath(entry["image_path"])
+        inner = image.relative_to("files") if image.parts[0] == "files" else image
+        png = inner.with_suffix(".png")
+        with_prefix_first = image.parts[0] == "files"
+
+        def mirror(kind: str) -> tuple[str, str]:
+            places = (f"{kind}/files/{png}", f"{kind}/{png}")
+            return places if with_prefix_first else places[::-1]
+
+        return EntryFiles(
+            image=self.first_existing(f"files/{inner}", str(image)),
+            attention=self.first_existing(*mirror("attention")),
+            foreground=self.first_existing(*mirror("foreground")),
+        )

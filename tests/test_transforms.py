@@ -1,0 +1,180 @@
+"""datasets/transforms.py: equal to slow plain code, and random only as far as it says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from datasets.transforms import (
+    Box,
+    binary_foreground,
+    centre_box,
+    crop_resize_flip,
+    full_scale_foreground,
+    grid_size,
+    random_crop_box,
+    sample_rng,
+    scale_box,
+)
+
+
+def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
+    """Antialiased bicubic resampling written down: Keys' kernel (a = -0.5), stretched when shrinking."""
+    scale = n_in / n_out
+    stretch = max(scale, 1.0)
+    matrix = np.zeros((n_out, n_in))
+    for j in range(n_out):
+        centre = (j + 0.5) * scale
+        for i in range(n_in):
+            x = abs((i + 0.5 - centre) / stretch)
+            if x < 1:
+                matrix[j, i] = 1.5 * x**3 - 2.5 * x**2 + 1
+            elif x < 2:
+                matrix[j, i] = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def plain_crop(plane: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
+    """The same in float64, row and column sums and nothing else."""
+    crop = plane[box.top : box.top + box.height, box.left : box.left + box.width].astype(np.float64)
+    out = bicubic_matrix(box.height, size[0]) @ crop @ bicubic_matrix(box.width, size[1]).T
+    return np.clip(out[:, ::-1] if flip else out, 0, 255)
+
+
+def noise_planes(n: int, height: int, width: int, seed: int = 0) -> list[np.ndarray]:
+    """Noise, soft enough that neither pass of the resizing has to clamp."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(64, 192, (height, width), dtype=np.uint8) for _ in range(n)]
+
+
+@pytest.mark.parametrize("n_planes", [1, 2, 3])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    "shape, box, size",
+    [
+        ((90, 70), Box(3, 5, 64, 61), (32, 32)),  # down
+        ((40, 40), Box(10, 0, 20, 13), (32, 32)),  # up
+        ((200, 50), Box(0, 0, 200, 50), (32, 64)),  # down and up, all of it
+        ((32, 32), Box(0, 0, 32, 32), (32, 32)),  # as it is
+    ],
+)
+def test_crop_equals_plain_code_within_one_level(n_planes, flip, shape, box, size):
+    planes = noise_planes(n_planes, *shape)
+    got = crop_resize_flip(planes, box, size, flip)
+    assert got.dtype == torch.uint8 and got.shape == (n_planes, *size) and got.is_contiguous()
+    for plane, result in zip(planes, got):
+        assert np.abs(result.numpy() - plain_crop(plane, box, size, flip).round()).max() <= 1.0
+
+
+def test_overshoot_is_clamped():
+    """Bicubic rings beside an edge; 8-bit numbers must not wrap around there."""
+    edge = np.zeros((60, 60), np.uint8)
+    edge[:, 31:] = 255
+    got = crop_resize_flip([edge], Box(0, 0, 60, 60), (32, 32))[0].numpy()
+    plain = bicubic_matrix(60, 32) @ edge.astype(np.float64) @ bicubic_matrix(60, 32).T
+    assert plain.min() < -5 and plain.max() > 260
+    assert np.abs(got - plain.clip(0, 255).round()).max() <= 1
+
+
+def test_every_plane_is_cut_at_the_same_place():
+    plane = noise_planes(1, 60, 80)[0]
+    got = crop_resize_flip([plane, plane, plane], Box(7, 9, 41, 37), (32, 32), True)
+    assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    height=st.integers(1, 900),
+    width=st.integers(1, 900),
+    ratio=st.floats(0.01, 1.0),
+    seed=st.integers(0, 2**31),
+)
+def test_box_lies_inside_and_keeps_its_promises(height, width, ratio, seed):
+    box = random_crop_box(np.random.default_rng(seed), height, width, ratio)
+    assert 0 <= box.top and box.top + box.height <= height and box.height >= 1
+    assert 0 <= box.left and box.left + box.width <= width and box.width >= 1
+
+
+def test_box_distribution_is_that_of_random_resized_crop():
+    """Against torchvision's own, drawn from its own generator: areas, aspects and places alike."""
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    height, width, n = 614, 512, 3000
+    image = torch.empty(1, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(n)])
+    ours = np.array([random_crop_box(sample_rng(0, 0, i), height, width, 0.2) for i in range(n)])
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 3] / b[:, 2],
+        lambda b: b[:, 0] / np.maximum(height - b[:, 2], 1),
+        lambda b: b[:, 1] / np.maximum(width - b[:, 3], 1),
+    ):
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+    areas = ours[:, 2] * ours[:, 3] / (height * width)
+    aspects = ours[:, 3] / ours[:, 2]
+    assert 0.199 < areas.min() < 0.22 and 0.95 < areas.max() <= 1
+    assert aspects.min() > 0.745 and aspects.max() < 1.345
+
+
+def test_fallback_is_the_largest_centred_box():
+    assert random_crop_box(np.random.default_rng(0), 10, 1000, 1.0) == Box(0, 493, 10, 13)
+    assert random_crop_box(np.random.default_rng(0), 1000, 9, 1.0) == Box(494, 0, 12, 9)
+
+
+def test_sample_rng_depends_on_all_three_and_nothing_else():
+    def first(*key):
+        return sample_rng(*key).random()
+
+    assert first(1, 2, 3) == first(1, 2, 3)
+    assert len({first(1, 2, 3), first(2, 2, 3), first(1, 3, 3), first(1, 2, 4), first(2, 1, 3)}) == 5
+
+
+def test_grid_size_scales_down_only():
+    assert grid_size(3056, 2544, 512) == (615, 512)
+    assert grid_size(2544, 3056, 512) == (512, 615)
+    assert grid_size(400, 300, 512) == (400, 300)
+    assert grid_size(512, 700, 512) == (512, 700)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), height=st.integers(600, 4000), width=st.integers(600, 4000))
+def test_scaled_box_covers_the_same_part(data, height, width):
+    grid = grid_size(height, width, 512)
+    seed = data.draw(st.integers(0, 1000))
+    box = random_crop_box(np.random.default_rng(seed), *grid, 0.2)
+    native = scale_box(box, grid, (height, width))
+    assert native.top + native.height <= height and native.left + native.width <= width
+    for small, large, n, full in [
+        (box.top, native.top, grid[0], height),
+        (box.top + box.height, native.top + native.height, grid[0], height),
+        (box.left, native.left, grid[1], width),
+        (box.left + box.width, native.left + native.width, grid[1], width),
+    ]:
+        assert math.isclose(small / n, large / full, abs_tol=0.5001 / full)
+
+
+def test_centre_box():
+    assert centre_box(10, 20) == Box(0, 5, 10, 10)
+    assert centre_box(21, 10) == Box(5, 0, 10, 10)
+
+
+def test_foreground_keeps_area_and_scale():
+    """Half of full scale keeps a disc's area to 2%, at any offset; 0/1 and 0/255 files are alike."""
+    y, x = np.mgrid[:600, :600]
+    for offset in (0.0, 1.7, 3.3):
+        disc = ((y - 300 - offset) ** 2 + (x - 310) ** 2 < 150**2).astype(np.uint8)
+        full = full_scale_foreground(disc)
+        assert set(np.unique(full)) == {0, 255}
+        np.testing.assert_array_equal(full, full_scale_foreground(disc * np.uint8(255)))
+        small = binary_foreground(crop_resize_flip([full], Box(0, 0, 600, 600), (64, 64)))[0]
+        assert small.dtype == torch.uint8 and set(small.unique().tolist()) == {0, 1}
+        area = small.sum().item() * (600 / 64) ** 2
+        assert abs(area / disc.sum() - 1) < 0.02
+    assert full_scale_foreground(np.zeros((3, 3), np.uint8)).max() == 0
