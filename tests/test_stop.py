@@ -7,66 +7,60 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import torch.distributed as dist
 
-from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, Agreement, exit_status
+from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, Agreement, StopSignals, exit_status
 
 ROOT = Path(__file__).parents[1]
 
 
-def start(code: str) -> subprocess.Popen:
-    """A Python process that prints a line when it is ready to be signalled."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(code)
-    return subprocess.Popen(
-        [sys.executable, "-u", "-c", code],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-WAIT = """
-    import time
-    from util.stop import GO_ON, StopSignals, exit_status
-    signals = StopSignals()
-    print("ready")
-    while signals.request == GO_ON or {stay}:
+def wait_for_request(stay: bool, max_minutes: float | None, ready) -> None:
+    signals = StopSignals(max_minutes)
+    ready.set()
+    while signals.request == GO_ON or stay:
         time.sleep(0.01)
     sys.exit(exit_status(signals.request))
-"""
 
 
-def test_first_signal_asks_and_the_second_stops_at_once():
+def start_waiting(*, stay: bool = False, max_minutes: float | None = None) -> multiprocessing.Process:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=wait_for_request, args=(stay, max_minutes, ready))
+    process.start()
+    assert ready.wait(10)
+    return process
+
+
+def exit_code(process: multiprocessing.Process) -> int | None:
+    process.join(10)
+    return process.exitcode
+
+
+def test_first_signal_asks_and_the_second_stops_at_once(capfd):
     statuses = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
-    polite = {signum: start(WAIT.format(stay=False)) for signum in statuses}
-    stubborn = {signum: start(WAIT.format(stay=True)) for signum in statuses}
+    polite = {signum: start_waiting() for signum in statuses}
+    stubborn = {signum: start_waiting(stay=True) for signum in statuses}
     for processes in (polite, stubborn):
         for signum, process in processes.items():
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signum)
-            process.send_signal(signum)  # the copy that a launcher passes on, at once
-    for signum, process in polite.items():
-        assert process.wait(10) == statuses[signum]
-        assert f"{signum.name}: saving a checkpoint" in process.stderr.read()
+            os.kill(process.pid, signum)
+            os.kill(process.pid, signum)  # the copy that a launcher passes on, at once
+    assert {signum: exit_code(process) for signum, process in polite.items()} == statuses
+    told = capfd.readouterr().err
+    assert all(told.count(f"{signum.name}: saving a checkpoint") == 2 for signum in statuses)
     time.sleep(0.6)
     for signum, process in stubborn.items():
-        assert process.poll() is None
-        process.send_signal(signum)
-        assert process.wait(10) == -signum
+        assert process.is_alive()
+        os.kill(process.pid, signum)
+        assert exit_code(process) == -signum
 
 
 def test_time_limit_is_a_request_to_pause():
-    process = start("""
-        import time
-        from util.stop import StopSignals, PAUSE
-        signals = StopSignals(max_minutes=0.2 / 60)
-        assert signals.request == 0
-        time.sleep(0.3)
-        assert signals.request == PAUSE
-    """)
-    assert process.wait(20) == 0, process.stderr.read()
+    began = time.monotonic()
+    assert exit_code(start_waiting(max_minutes=0.5 / 60)) == 75
+    assert 0.5 <= time.monotonic() - began < 5
 
 
 def test_exit_statuses():
@@ -111,22 +105,23 @@ def test_ranks_agree_one_step_late_on_the_largest(tmp_path):
 
 
 LOADER = """
-    import os, signal, time
-    import torch
-    from torch.utils.data import DataLoader
-    from util.stop import ignore_stop_signals
-    class Slow(torch.utils.data.Dataset):
-        def __len__(self): return 10**6
-        def __getitem__(self, index):
-            time.sleep(0.02)
-            return os.getpid()
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, lambda *_: None)
-    batches = iter(DataLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
-    print(*sorted({int(next(batches)[0]) for _ in range(2)}))
-    while True:
-        next(batches)
-        print("batch")
+import sys; sys.path.insert(0, "@ROOT@")
+import os, signal, time
+import torch
+from torch.utils.data import DataLoader
+from util.stop import ignore_stop_signals
+class Slow(torch.utils.data.Dataset):
+    def __len__(self): return 10**6
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return os.getpid()
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(signum, lambda *_: None)
+batches = iter(DataLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
+print(*sorted({int(next(batches)[0]) for _ in range(2)}))
+while True:
+    next(batches)
+    print("batch")
 """
 
 
@@ -138,7 +133,8 @@ def is_running(pid: int) -> bool:
 
 
 def test_workers_ignore_signals_to_the_group_and_die_with_their_parent():
-    process = start(LOADER)
+    process = subprocess.Popen([sys.executable, "-u", "-c", LOADER.replace("@ROOT@", str(ROOT))],
+                               stdout=subprocess.PIPE, text=True, start_new_session=True)
     workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
