@@ -102,6 +102,8 @@ class CXRMIM(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
         )
+        for block in self.blocks[max(id_list) + 1 :]:
+            block.requires_grad_(False)  # never run: no optimiser or DDP should wait for its gradient
         self.norm = nn.ModuleList(layer_norm(embed_dim) for _ in id_list)
         self.decoder = nn.ModuleList(
             ScaleDecoder(
