@@ -10,6 +10,7 @@ and contrasts that masks, gradients and gaze have to cope with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 # Anatomy is drawn at no more than this many pixels on the long side and enlarged: a film's blur is a
 # few pixels at native resolution anyway. Only the noise is drawn at the full size.
-MAX_DRAWN_SIDE = 1100
+MAX_DRAWN_SIDE = 768
 APEX_Y, DOME_Y = -0.385, 0.285
+HEART = (0.052, 0.150, 0.150)  # centre x, y and longer semi-axis of the ventricles
 
 LESION_KINDS = ("nodule", "mass", "consolidation", "effusion", "pneumothorax", "cardiomegaly", "atelectasis")
 
@@ -99,7 +101,7 @@ def draw_lesion(kind: str, rng: np.random.Generator, size: float = 1.0, contrast
         ellipse = (side * (0.31 - rx), APEX_Y + 0.02 + ry, rx, ry)
     elif kind == "cardiomegaly":
         growth = 1.0 + 0.28 * size
-        ellipse = (0.055, 0.14, 0.155 * growth, 0.125 * growth ** 0.6)
+        ellipse = (0.052, 0.145, HEART[2] * growth, 0.115 * growth ** 0.8 + 0.01)
     elif kind == "atelectasis":
         rx, ry = size * within(0.06, 0.09), size * within(0.012, 0.018)
         ellipse = (side * within(0.22, 0.25), within(0.10, 0.20), rx, ry)
@@ -121,7 +123,7 @@ def render_chest(size: tuple[int, int], rng: np.random.Generator, lesions: tuple
         film = np.asarray(Image.fromarray(film).resize(size, Image.Resampling.BICUBIC))
     # Quantum noise is relatively stronger where few quanta pass: in the bright parts of the film.
     noise = rng.standard_normal((height, width), dtype=np.float32)
-    noise *= 0.006 + 0.008 * film
+    noise *= 0.008 + 0.008 * film
     film = film + noise
     np.clip(film, 0.0, 1.0, out=film)
     return (film * 255.0 + 0.5).astype(np.uint8)
@@ -141,7 +143,7 @@ def _smooth(t: np.ndarray) -> np.ndarray:
 
 def _curve(at: np.ndarray, points: list[tuple[float, float]]) -> np.ndarray:
     """A smooth curve through `points` (position, value): cubic Hermite with finite-difference slopes."""
-    position, value = (np.array(column) for column in zip(*points))
+    position, value = (np.array(column, dtype=np.float32) for column in zip(*points))
     slope = np.gradient(value, position)
     i = np.clip(np.searchsorted(position, at) - 1, 0, len(position) - 2)
     step = position[i + 1] - position[i]
@@ -153,7 +155,7 @@ def _curve(at: np.ndarray, points: list[tuple[float, float]]) -> np.ndarray:
 def _lung_wall(y: np.ndarray) -> np.ndarray:
     """Half-width of the rib cage's inside at height y; 0 above the apex."""
     t = np.clip((y - APEX_Y) / (0.36 - APEX_Y), 0.0, 1.0)
-    return 0.15 * np.sqrt(np.clip(t / 0.12, 0, 1) * (2 - np.clip(t / 0.12, 0, 1))) + 0.205 * (1 - (1 - t) ** 2.2)
+    return 0.215 * _dome_profile(t / 0.20) + 0.15 * (1 - (1 - t) ** 1.7)
 
 
 def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion, ...]) -> np.ndarray:
@@ -161,121 +163,130 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     width, height = size
     x = ((np.arange(width) - width / 2 + 0.5) / frame.unit).astype(np.float32)[None, :]  # [1, W]
     y = ((np.arange(height) - height / 2 + 0.5) / frame.unit).astype(np.float32)[:, None]  # [H, 1]
-    pixel = 1.0 / frame.unit
-    vary = rng.uniform(-1.0, 1.0, 16)  # one patient's build
-    enlarged = [lesion for lesion in lesions if lesion.kind == "cardiomegaly"]
-    female, inspiration = vary[0] > 0.0, 0.018 * vary[1]
-    build = 1.0 + 0.04 * vary[2]
+    vary = rng.uniform(-1.0, 1.0, 16).tolist()  # one patient's build
+    growth = next((lesion.ellipse[2] / HEART[2] for lesion in lesions if lesion.kind == "cardiomegaly"), 1.0)
+    is_female, inspiration = vary[0] > 0.0, 0.016 * vary[1]
 
-    x = x / build - 0.012 * vary[3] - 0.02 * vary[4] * y  # [H, W]: build, centring and a slight tilt
+    x = x / (1.0 + 0.03 * vary[2]) - 0.008 * vary[3] - 0.02 * vary[4] * y  # [H, W]: build, centring, tilt
     ax = np.abs(x)
-    right = x < 0  # the patient's right
+    left = _smooth(0.5 + x / 0.05)  # 0 on the patient's right, 1 on the left
 
     # --- body -------------------------------------------------------------------------------------
-    trunk = _curve(y, [(-0.60, 0.085), (-0.50, 0.088), (-0.44, 0.125), (-0.40, 0.24), (-0.35, 0.40), (-0.29, 0.52),
-                       (-0.20, 0.56), (-0.08, 0.47), (0.10, 0.435), (0.30, 0.43), (0.55, 0.44)])
-    film = 0.86 * _dome_profile((trunk - ax) / (0.75 * trunk)) ** 0.55
-    along = (y + 0.30) * 0.97 - (ax - 0.50) * -0.24
-    across = np.abs((ax - 0.505) * 0.97 - (y + 0.30) * 0.24)
-    arm = np.where(along > 0, 0.62 * _dome_profile((0.085 - across) / 0.085) ** 0.7, 0)
-    np.maximum(film, arm.astype(np.float32), out=film)
+    slope = 0.02 * vary[8]
+    trunk = _curve(y, [(-0.60, 0.095), (-0.52, 0.10), (-0.47, 0.12), (-0.43, 0.19 - slope), (-0.39, 0.33 - 2 * slope),
+                       (-0.34, 0.46 - slope), (-0.28, 0.54), (-0.20, 0.57), (-0.08, 0.48), (0.10, 0.437), (0.30, 0.43), (0.55, 0.44)])
+    film = 0.84 * _dome_profile((trunk - ax) / (0.62 * trunk)) ** 0.6
+    arm_axis = np.abs((ax - 0.52) * 0.97 - (y + 0.30) * 0.24)
+    np.maximum(film, 0.60 * _dome_profile((0.085 - arm_axis) / 0.085) * _smooth((y + 0.32) / 0.05), out=film)
     inside = _smooth((trunk - ax) / 0.02)
 
     # --- lungs ------------------------------------------------------------------------------------
     wall = _lung_wall(y)
     d_wall = wall - ax
-    lateral = np.clip(ax / 0.35, 0, 1.1)
-    dome = np.where(right, DOME_Y - 0.015, DOME_Y + 0.012) + inspiration
-    dome = dome - 0.055 * (1 - ((lateral - 0.52) / 0.52) ** 2) + 0.11 * _smooth((lateral - 0.72) / 0.33)
+    lateral = ax * (1 / 0.36)
+    dome = DOME_Y - 0.018 + 0.030 * left + inspiration - 0.06 * (1 - ((lateral - 0.50) / 0.5) ** 2)
+    dome += 0.045 * _smooth((lateral - 0.72) / 0.32) ** 1.5
     d_dome = dome - y
-    lung = _dome_profile(d_wall / 0.13) ** 0.8 * _dome_profile(d_dome / 0.05)
-    lung *= 0.62 + 0.38 * _smooth((y - APEX_Y) / 0.22)
+    across = _dome_profile(d_wall / 0.14)
+    lung = across ** 0.85 * _dome_profile(d_dome / 0.035)
+    lung *= 0.70 + 0.30 * _smooth((y - APEX_Y) / 0.20)
     # Lung goes on behind and below the dome: the upper abdomen is a little darker.
-    below = _dome_profile(d_wall / 0.13) * _smooth((d_dome + 0.10) / 0.10)
-    film -= inside * (0.56 * lung + 0.045 * (below - lung).clip(0))
+    film -= inside * (0.53 * lung + 0.06 * (across * _smooth((d_dome + 0.13) / 0.13) - lung).clip(0))
 
     # --- mediastinum, heart, great vessels ----------------------------------------------------------
-    growth = 1.0
-    if enlarged:
-        growth = enlarged[0].ellipse[2] / 0.155
-    soft = np.zeros_like(film)
-    pedicle = _curve(y, [(-0.50, 0.050), (-0.30, 0.060), (-0.20, 0.066), (-0.10, 0.066), (0.0, 0.07), (0.35, 0.06)])
-    soft = 0.80 * _smooth((pedicle - ax) / 0.022)
-    tilt = 0.42
-    hx, hy = x - (0.060 + 0.02 * (growth - 1)), y - 0.150
-    u, v = hx * np.cos(tilt) + hy * np.sin(tilt), -hx * np.sin(tilt) + hy * np.cos(tilt)
-    heart = 1 - np.sqrt((u / (0.158 * growth)) ** 2 + (v / (0.118 * growth ** 0.7)) ** 2)
-    atrium = 1 - np.sqrt(((x + 0.030) / (0.066 * growth)) ** 2 + ((y - 0.125) / 0.115) ** 2)
-    base = 1 - np.sqrt(((x - 0.045) / 0.075) ** 2 + ((y - 0.03) / 0.12) ** 2)
-    knob = 1 - np.sqrt(((x - 0.045) / 0.042) ** 2 + ((y + 0.155) / 0.043) ** 2)
-    for term, amplitude, edge in ((heart, 0.86, 0.55), (atrium, 0.80, 0.5), (base, 0.76, 0.6), (knob, 0.72, 0.5)):
-        np.maximum(soft, amplitude * _dome_profile(term / edge) ** 0.7, out=soft)
-    soft = np.minimum(soft, 0.86)
-    film += inside * 0.60 * lung * soft
-    film -= 0.10 * _smooth((0.013 - np.abs(x + 0.004)) / 0.008) * _smooth((-0.105 - y) / 0.02)  # trachea
-    for sign, slope, length in ((-1, 0.75, 0.075), (1, 0.55, 0.085)):  # main bronchi
-        centre = sign * (y + 0.115) / slope
-        film -= 0.06 * _smooth((0.011 - np.abs(x - centre)) / 0.008) * ((y > -0.115) & (np.abs(centre) < length))
+    pedicle = _curve(y, [(-0.50, 0.040), (-0.34, 0.050), (-0.22, 0.060), (-0.08, 0.064), (0.05, 0.068), (0.4, 0.07)])
+    soft = 0.88 * _smooth((pedicle - ax + 0.008) / 0.024)
+    tilt = 0.45
+    hx, hy = x - (HEART[0] + 0.02 * (growth - 1)), y - HEART[1] - inspiration
+    u, v = hx * math.cos(tilt) + hy * math.sin(tilt), hy * math.cos(tilt) - hx * math.sin(tilt)
+    for centre_x, centre_y, rx, ry, edge in (
+        (None, None, HEART[2] * growth, 0.114 * growth ** 0.8, 0.55),  # ventricles, along the tilted axis
+        (-0.022, 0.125 + inspiration, 0.072 * growth, 0.120, 0.5),  # right atrium
+        (0.038, 0.025, 0.068, 0.115, 0.45),  # pulmonary trunk, left auricle
+        (0.040, -0.160, 0.040, 0.046, 0.5),  # aortic knob
+        (-0.034, -0.12, 0.035, 0.12, 0.5),  # superior vena cava, ascending aorta
+    ):
+        if centre_x is None:
+            radius = np.sqrt((u / rx) ** 2 + (v / ry) ** 2)
+        else:
+            radius = np.sqrt(((x - centre_x) / rx) ** 2 + ((y - centre_y) / ry) ** 2)
+        np.maximum(soft, 0.88 * _dome_profile((1 - radius) / edge), out=soft)
+    film += inside * (0.50 * lung * soft + 0.05 * _smooth((pedicle - ax + 0.01) / 0.04))
+    film += 0.03 * _smooth((0.018 - np.abs(x - 0.040)) / 0.02) * _smooth((y + 0.16) / 0.02) * lung  # descending aorta
+    film -= 0.085 * _smooth((0.017 - np.abs(x + 0.003)) / 0.012) * _smooth((-0.115 - y) / 0.03)  # trachea
+    bronchus = np.minimum(np.abs(x + 0.003 + (y + 0.125) / 0.95), np.abs(x + 0.003 - (y + 0.125) / 0.68))
+    film -= 0.045 * _smooth((0.017 - bronchus) / 0.015) * _smooth((y + 0.14) / 0.03) * _smooth((-0.045 - y) / 0.03)
 
     # --- spine ------------------------------------------------------------------------------------
-    level = (y + 0.6) / (0.058 + 0.02 * (y + 0.6))
+    level = (y + 0.6) / (0.056 + 0.018 * (y + 0.6))  # [H, 1]: vertebra's number
     phase = level - np.floor(level)
-    body_width = 0.034 + 0.012 * (y + 0.5)
-    column = _smooth((body_width + 0.004 * np.cos(2 * np.pi * phase) - ax) / 0.012)
-    disc = _smooth((np.abs(phase - 0.5) - 0.36) / 0.08)
-    seen = 0.25 + 0.75 * _smooth((-0.12 - y) / 0.25)
-    film += inside * column * seen * (0.075 - 0.075 * disc)
-    pedicles = ((ax - 0.62 * body_width) / 0.006) ** 2 + ((phase - 0.42) / 0.13) ** 2
-    film += 0.05 * seen * inside * np.exp(-pedicles)
-    film += 0.05 * seen * inside * np.exp(-(x / 0.006) ** 2 - ((phase - 0.68) / 0.16) ** 2)  # spinous processes
+    breadth = 0.033 + 0.012 * (y + 0.5)
+    seen = inside * (0.28 + 0.72 * _smooth((-0.16 - y) / 0.22))
+    column = _smooth((breadth + 0.004 * np.cos(2 * np.pi * phase) - ax) / 0.010)
+    plates = np.exp(-((np.abs(phase - 0.5) - 0.36) / 0.05) ** 2) - 1.2 * _smooth((np.abs(phase - 0.5) - 0.40) / 0.07)
+    film += seen * column * (0.035 + 0.045 * plates)
+    film += 0.05 * seen * np.exp(-((ax - 0.66 * breadth) / 0.006) ** 2 - ((phase - 0.36) / 0.13) ** 2)  # pedicles
+    film += 0.05 * seen * np.exp(-(x / 0.005) ** 2 - ((phase - 0.62) / 0.15) ** 2)  # spinous processes
 
     # --- ribs -------------------------------------------------------------------------------------
-    reach = ax / np.maximum(wall, 0.05)
-    cage = _smooth((1.06 - reach) / 0.05) * _smooth((y - APEX_Y + 0.03) / 0.03)
-    posterior = (y + 0.46 + 0.035 * ax / 0.1 * np.exp(-ax / 0.1) - 0.10 * reach ** 2.4 * (0.45 + 0.9 * (y + 0.4)).clip(0.2, 1.0))
-    spacing = 0.070 + 0.012 * (y + 0.4)
-    fade = 0.55 + 0.45 * _smooth((ax - 0.05) / 0.05)
-    film += inside * cage * fade * _ribs(posterior / spacing, 0.24) * np.where(d_dome > 0, 0.085, 0.022)
-    anterior = y + 0.40 - 0.17 * (1 - reach) - 0.02
-    cartilage = _smooth((reach - 0.42 - 0.25 * (y + 0.2)) / 0.18)
-    film += inside * cage * cartilage * _ribs(anterior / 0.088 + 0.3, 0.22) * np.where(d_dome > 0, 0.055, 0.012)
-    rim = np.exp(-((d_wall + 0.012) / 0.011) ** 2) + 0.7 * np.exp(-((d_wall + 0.030) / 0.008) ** 2)
-    film += 0.075 * inside * rim * _smooth((y - APEX_Y) / 0.05)
+    reach = ax / np.maximum(wall, 0.06)
+    cage = inside * _smooth((1.10 - reach) / 0.06) * _smooth((y - APEX_Y + 0.03) / 0.03)
+    over_lung = 0.25 + 0.75 * _smooth(d_dome / 0.02 + 0.5)
+    # Posterior: from the spine outward, nearly level, then down along the wall, more so lower down.
+    drop = 0.055 + 0.11 * _smooth((y + 0.35) / 0.5)
+    posterior = y + 0.50 + 0.02 * _smooth((0.16 - ax) / 0.16) - drop * reach ** 2.6
+    shade = (0.125 - 0.075 * soft) * _smooth((ax - 0.035) / 0.03) * (0.75 + 0.25 * reach)
+    film += cage * over_lung * shade * _ribs(posterior / (0.064 + 0.026 * (y + 0.4)), 0.27)
+    # Anterior: from the wall down and inward, ending in cartilage that does not show.
+    anterior = y + 0.55 - 0.20 * (1 - reach) + 0.06 * (reach - 0.6) ** 2
+    cartilage = _smooth((reach - 0.42) / 0.22) * _smooth((y + 0.30) / 0.10)
+    film += cage * over_lung * cartilage * 0.06 * _ribs(anterior / 0.096 + 0.1, 0.24)
+    # The wall itself, where the ribs are seen along their edge.
+    rim = np.exp(-((d_wall + 0.010) / 0.009) ** 2) + 0.6 * np.exp(-((d_wall + 0.027) / 0.007) ** 2)
+    film += 0.07 * inside * rim * _smooth((y - APEX_Y) / 0.05)
 
-    # --- clavicles, scapulae ------------------------------------------------------------------------
-    clavicle = -0.262 + 0.012 * vary[5] - 0.26 * (ax - 0.03) + 0.055 * np.sin((ax - 0.03) / 0.33 * 2 * np.pi) * 0.35
-    thick = 0.0135 + 0.006 * np.exp(-(ax - 0.03) / 0.03)
-    d = np.abs(y - clavicle) / thick
-    bone = 0.65 * _dome_profile(1 - d) + 0.45 * np.exp(-((d - 0.82) / 0.16) ** 2)
-    film += 0.105 * bone * (d < 1.3) * _smooth((ax - 0.028) / 0.008) * _smooth((0.40 - ax) / 0.03)
-    blade = _smooth((ax - (0.30 + 0.16 * (y + 0.28))) / 0.02) * _smooth((y + 0.32) / 0.06) * _smooth((0.02 - y) / 0.14)
-    film += 0.05 * blade * _smooth((0.44 - ax) / 0.05)
-    head = 1 - np.sqrt(((ax - 0.47) / 0.05) ** 2 + ((y + 0.285) / 0.055) ** 2)
-    film += 0.12 * _dome_profile(head / 0.5)
+    # --- clavicles, scapulae, humeral heads -----------------------------------------------------------
+    # Only in the rows where they lie.
+    top = slice(*np.searchsorted(y[:, 0], (-0.46, 0.06)).tolist())
+    x_top, y_top, shoulder = ax[top], y[top], inside[top]
+    along = x_top - 0.03
+    clavicle = -0.272 + 0.012 * vary[5] - 0.40 * along + 0.52 * along ** 2 + 0.008 * np.sin(along * 18.0)
+    d = np.abs(y_top - clavicle) / (0.0125 + 0.008 * np.exp((0.03 - x_top) / 0.03))
+    bone = 0.6 * _dome_profile(1 - d) + 0.45 * np.exp(-((d - 0.84) / 0.17) ** 2)
+    extent = _smooth((x_top - 0.030) / 0.008) * _smooth((0.40 - x_top) / 0.04)
+    film[top] += 0.10 * bone * extent * (d < 1.4)
+    edge = x_top - (0.315 + 0.13 * (y_top + 0.28) ** 2 + 0.18 * (y_top + 0.28))
+    blade = _smooth(edge / 0.012) * _smooth((y_top + 0.33) / 0.06) * _smooth((0.03 - y_top) / 0.10)
+    film[top] += shoulder * blade * (0.035 + 0.04 * np.exp(-(edge / 0.010) ** 2)) * _smooth((0.47 - x_top) / 0.08)
+    head = np.sqrt(((x_top - 0.475) / 0.055) ** 2 + ((y_top + 0.285) / 0.055) ** 2)
+    film[top] += shoulder * 0.07 * _dome_profile((1 - head) / 0.8)
 
     # --- abdomen, breasts ---------------------------------------------------------------------------
-    film += 0.05 * inside * _smooth((y - dome) / 0.06) * (0.4 + 0.6 * right)
-    bubble = 1 - np.sqrt(((x - 0.17 - 0.02 * vary[6]) / 0.075) ** 2 + ((y - 0.345) / 0.045) ** 2)
-    film -= (0.16 + 0.06 * vary[7]) * _dome_profile(bubble / 0.5) ** 0.8 * (d_dome < -0.008)
-    if female:
-        breast = 1 - np.sqrt(((ax - 0.245) / 0.175) ** 2 + ((y - 0.10) / 0.20) ** 2)
-        film += 0.085 * _dome_profile(breast) * _smooth((y + 0.10) / 0.20)
+    film += 0.04 * inside * _smooth((y - dome) / 0.05) * (1.0 - 0.5 * left)
+    bubble = np.sqrt(((x - 0.16 - 0.02 * vary[6]) / 0.085) ** 2 + ((y - dome - 0.052) / 0.042) ** 2)
+    film -= (0.14 + 0.05 * vary[7]) * _dome_profile((1 - bubble) / 0.6)
+    if is_female:
+        breast = np.sqrt(((ax - 0.235) / 0.180) ** 2 + ((y - 0.12) / 0.215) ** 2)
+        film += 0.08 * _dome_profile((1 - breast) / 0.8) * _smooth((y + 0.12) / 0.24) * _smooth((ax - 0.04) / 0.14)
 
     # --- vessels and texture --------------------------------------------------------------------------
-    air = np.clip(lung * (1 - soft / 0.86), 0, 1)
-    film += 0.17 * air * _vessels(frame, rng)
+    air = lung * (1 - soft / 0.88).clip(0, 1)
+    vessels = 0.15 * air * _vessels(frame, rng)
     for sign in (-1.0, 1.0):
-        hilum = ((x - sign * 0.082) / 0.030) ** 2 + ((y + 0.025 + 0.012 * sign) / 0.058) ** 2
-        film += 0.14 * lung * np.exp(-hilum)
-    film += 0.034 * air * _texture(size, rng, frame.unit * 0.012) + 0.016 * inside * _texture(size, rng, frame.unit * 0.09)
+        hilum = ((x - sign * 0.080) / 0.030) ** 2 + ((y + 0.028 + 0.012 * sign) / 0.058) ** 2
+        film += 0.12 * lung * np.exp(-hilum)
+    grain = 0.020 * air * _texture(size, rng, frame.unit * 0.010)
+    film += vessels + grain + 0.010 * inside * _texture(size, rng, frame.unit * 0.09)
 
+    chest = {"x": x, "y": y, "lung": lung, "air": air, "d_wall": d_wall, "lines": vessels + grain, "unit": frame.unit}
     for lesion in lesions:
-        _add_lesion(film, lesion, x, y, lung, air, d_dome, d_wall, rng, pixel)
+        if lesion.kind != "cardiomegaly":  # the heart is drawn larger
+            _add_lesion(film, lesion, chest, rng)
 
     _marker(film, frame)
-    film = np.clip(film, 0, None)
-    film = film / (1 + 0.10 * film ** 4)  # a film's shoulder: the brightest parts flatten
-    return (0.025 + 0.965 * film).astype(np.float32).clip(0, 1)
+    film = np.clip(1.12 * film - 0.04, 0, None)
+    film /= 1 + 0.10 * film ** 4  # a film's shoulder: the brightest parts flatten
+    return (0.02 + 0.97 * film).clip(0, 1)
 
 
 def _ribs(coordinate: np.ndarray, half_width: float) -> np.ndarray:
@@ -299,7 +310,7 @@ def _vessels(frame: Frame, rng: np.random.Generator) -> np.ndarray:
     branches = []
     for sign in (-1.0, 1.0):
         for direction in np.linspace(-1.35, 1.35, 11) + rng.uniform(-0.1, 0.1, 11):
-            branches.append((sign * 0.075, -0.025 + 0.01 * direction, sign, direction, 0.0115, 0))
+            branches.append((sign * 0.075, -0.025 + 0.03 * direction, sign, direction, 0.010, 0))
     while branches:
         x, y, sign, direction, thick, depth = branches.pop()
         steps = 5 if depth < 4 else 3
@@ -310,7 +321,7 @@ def _vessels(frame: Frame, rng: np.random.Generator) -> np.ndarray:
             x, y = x + sign * 0.013 * np.cos(direction), y + 0.013 * np.sin(direction)
             points.append((x, y))
         px, py = frame.to_pixels(*np.array(points).T)
-        shade = int(255 * min(1.0, 0.35 + 45 * thick))
+        shade = int(255 * min(1.0, 0.10 + 75 * thick))
         pen.line(list(zip(px.tolist(), py.tolist())), fill=shade, width=max(1, round(thick * frame.unit)), joint="curve")
         if depth < 5 and abs(x) < 0.34:
             fork = rng.uniform(0.2, 0.55, 2)
@@ -321,42 +332,43 @@ def _vessels(frame: Frame, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(blurred, dtype=np.float32) / 255.0
 
 
-def _add_lesion(film: np.ndarray, lesion: Lesion, x: np.ndarray, y: np.ndarray, lung: np.ndarray, air: np.ndarray,
-                d_dome: np.ndarray, d_wall: np.ndarray, rng: np.random.Generator, pixel: float) -> None:
+def _add_lesion(film: np.ndarray, lesion: Lesion, chest: dict, rng: np.random.Generator) -> None:
+    """Draw a lesion into `film`, in the rows it reaches. `chest` holds the maps of `_draw` that it needs."""
     cx, cy, rx, ry = lesion.ellipse
-    if lesion.kind == "cardiomegaly":
-        return  # the heart is drawn larger
-    rows = slice(*np.searchsorted(y[:, 0], (cy - 2 * ry, cy + 2 * ry)))
-    u, v = (x[rows] - cx) / rx, (y[rows] - cy) / ry
-    radius = np.hypot(u, v)
-    shape = radius.shape[::-1]
-    if 0 in shape:
+    rows = slice(*np.searchsorted(chest["y"][:, 0], (cy - 2 * ry, cy + 2 * ry)).tolist())
+    x, y = chest["x"][rows], chest["y"][rows]
+    lung, air = chest["lung"][rows], chest["air"][rows]
+    if 0 in x.shape:
         return
-    amplitude = {"nodule": 0.20, "mass": 0.30, "consolidation": 0.34, "effusion": 0.55, "pneumothorax": 0.09,
-                 "atelectasis": 0.20}[lesion.kind] * lesion.contrast
+    u, v = (x - cx) / rx, (y - cy) / ry
+    radius = np.sqrt(u * u + v * v)
+
+    def texture(grain: float) -> np.ndarray:
+        return _texture(x.shape[::-1], rng, grain * rx * chest["unit"])
+
+    same_side = x * math.copysign(1.0, cx) > 0
     if lesion.kind == "nodule":
-        film[rows] += amplitude * _dome_profile((1 - radius) / 0.7) * np.sqrt(lung[rows])
+        film[rows] += lesion.contrast * 0.20 * _dome_profile((1 - radius) / 0.7) * np.sqrt(lung)
     elif lesion.kind == "mass":
-        edge = radius + 0.10 * _texture(shape, rng, rx / pixel * 0.45)
-        film[rows] += amplitude * _dome_profile((1 - edge) / 0.75) * np.sqrt(lung[rows])
+        film[rows] += lesion.contrast * 0.30 * _dome_profile((1 - radius + 0.10 * texture(0.45)) / 0.75) * np.sqrt(lung)
     elif lesion.kind == "consolidation":
-        cloud = 1.15 - radius + 0.28 * _texture(shape, rng, rx / pixel * 0.35)
-        patchy = 0.85 + 0.15 * _texture(shape, rng, rx / pixel * 0.12)
-        film[rows] += amplitude * _smooth(cloud / 0.65) * patchy * np.sqrt(air[rows])
-    elif lesion.kind == "effusion":
-        # Fluid in the angle: a meniscus that climbs towards the wall.
-        level = cy + ry - 2 * ry * _smooth((np.abs(x[rows]) - (abs(cx) - rx)) / (2.2 * rx)) ** 1.3
-        fluid = _smooth((y[rows] - level) / (0.25 * ry)) * (np.sign(x[rows]) == np.sign(cx))
-        film[rows] += amplitude * fluid * lung[rows] * (radius < 2)
-    elif lesion.kind == "pneumothorax":
-        outside = _smooth((np.hypot((np.abs(x[rows]) - 0.10) / (abs(cx) + 0.2 * rx - 0.10),
-                                    (y[rows] - 0.10) / (cy - 0.35 * ry - 0.10)) - 1) / 0.02)
-        here = outside * (np.sign(x[rows]) == np.sign(cx)) * (y[rows] < cy + ry)
-        line = np.exp(-((outside - 0.5) / 0.3) ** 2) * (here > 0)
-        film[rows] += 0.9 * amplitude * line * np.sqrt(lung[rows]) - amplitude * here * lung[rows]
-    else:  # atelectasis: a plate
-        tilted = v + 0.5 * u
-        film[rows] += amplitude * np.exp(-(tilted / 0.45) ** 2) * _smooth((1 - np.abs(u)) / 0.3) * np.sqrt(air[rows])
+        cloud = _smooth((1.20 - radius + 0.22 * texture(0.5)) / 0.95)
+        film[rows] += lesion.contrast * 0.33 * cloud * (0.92 + 0.10 * texture(0.16)) * np.sqrt(air)
+    elif lesion.kind == "atelectasis":  # a plate
+        plate = np.exp(-((v + 0.4 * u) / 0.5) ** 2) * _smooth((1.1 - np.abs(u)) / 0.5)
+        film[rows] += lesion.contrast * 0.20 * plate * np.sqrt(air)
+    elif lesion.kind == "effusion":  # fluid in the angle, its meniscus climbing towards the wall
+        inward = (abs(cx) + rx - np.abs(x)) / (2 * rx)
+        level = cy + ry - 2 * ry * np.exp(-2.0 * inward.clip(0))
+        fluid = _smooth((y - level) / (0.35 * ry) + 0.5) * same_side * _smooth((1.4 - inward) / 0.5)
+        film[rows] += lesion.contrast * fluid * (0.90 - film[rows]).clip(0) * _smooth(lung / 0.05)
+    elif lesion.kind == "pneumothorax":  # lung fallen off the wall: nothing but black beyond a thin line
+        gap = 1.5 * rx * _smooth((cy + 1.1 * ry - y) / (1.6 * ry))
+        d_pleura = gap - chest["d_wall"][rows]
+        beyond = _smooth(d_pleura / 0.006) * same_side * _smooth((np.abs(x) - 0.055) / 0.03)
+        line = np.exp(-(d_pleura / 0.0035) ** 2) * same_side * _smooth((np.abs(x) - 0.055) / 0.03) * (gap > 0.002)
+        air_only = 0.085 * np.sqrt(lung) + chest["lines"][rows]
+        film[rows] += lesion.contrast * (0.11 * line * lung - beyond * air_only)
 
 
 def _marker(film: np.ndarray, frame: Frame) -> None:
