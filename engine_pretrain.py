@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.distributed import Ranks
+from util.finite import FiniteWatch, poison
 from util.logging import Progress, RunLog
 from util.lr_sched import learning_rate
 from util.masking import mask_generator, masked_count, significant_patches
+from util.stop import GO_ON
 
 
 @dataclass
@@ -46,7 +48,9 @@ class Training:
         scaler: scales the loss under float16; with any dtype it skips, on the device, an update whose
             gradient is not finite.
         batches: iterator over the batches of all epochs.
+        dataset_size: samples of the whole data set.
         steps_per_epoch: of this rank.
+        watch: finds non-finite numbers and requests to stop.
         waited: seconds spent waiting for data since the start.
     """
 
@@ -55,28 +59,38 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     batches: Iterator[Mapping[str, Tensor]]
+    dataset_size: int
     steps_per_epoch: int
+    watch: FiniteWatch
     ranks: Ranks
     log: RunLog
     progress: Progress
     waited: float = field(default=0.0)
 
 
-def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Meters, args) -> None:
-    """Train from `first_step` to the end of the epoch.
+def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Meters, args) -> tuple[int, int]:
+    """Train from `first_step` to the end of the epoch, or to a step at which all ranks agree to stop.
 
     A step is one forward and backward pass; every `accum_iter` steps the optimiser steps, with the
-    learning rate of the window's first step. `meters` gathers the epoch's sums.
+    learning rate of the window's first step. Training stops only after an optimiser step, so no
+    gradient is ever left behind. `meters` gathers the epoch's sums.
 
     Args:
         args: the command line's options: accum_iter, mask_ratio, clinical_ratio, dtype, clip_grad,
             seed, print_every and those of the learning rate.
+
+    Returns:
+        The number of steps done in this epoch, and the request to stop (`util.stop`), GO_ON for none.
+
+    Raises:
+        NonFiniteError: on all ranks, when the loss or the gradient of a step was not finite.
     """
     core, optimizer, scaler, ranks = training.core, training.optimizer, training.scaler, training.ranks
     device, steps = ranks.device, training.steps_per_epoch
     n_visible = core.num_patches - masked_count(core.num_patches, args.mask_ratio)
     dtype = getattr(torch, args.dtype)
     shown = Meters(torch.zeros_like(meters.sums))  # since the last line on the terminal
+    window_losses = torch.zeros_like(meters.sums[:-1])  # [K], mean over an accumulation window
     training.model.train()
 
     for step in range(first_step, steps):
@@ -96,23 +110,39 @@ def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Met
                 stack.enter_context(training.model.no_sync())  # gradients travel once per update
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = training.model(batch, mask=mask, n_visible=n_visible, per_scale=True)  # [K]
-            loss = losses.sum()
-            scaler.scale(loss / args.accum_iter).backward()
-        if updates:
-            if args.clip_grad:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(core.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
+            scaler.scale(poison(losses.sum()) / args.accum_iter).backward()
         n_significant = significant_patches(batch["foreground"], core.patch_size).sum(1).double().mean()
         for meter in (meters, shown):
             meter.add(losses, n_significant)
+        window_losses += losses.detach() / args.accum_iter
         training.progress.step()
         if (step + 1) % args.print_every == 0 or step + 1 == steps:
             report(training, epoch, step, shown, lr, args)
             shown = Meters(torch.zeros_like(meters.sums))
+
+        if updates:
+            skipped = update(training, args.clip_grad)
+            window = range(step + 1 - args.accum_iter, step + 1)
+            request = training.watch.step(epoch, window, lr=lr, losses=window_losses, skipped=skipped)
+            window_losses = torch.zeros_like(window_losses)
+            if request != GO_ON:
+                return step + 1, request
+    return steps, GO_ON
+
+
+def update(training: Training, clip_grad: float | None) -> Tensor:
+    """Step the optimiser; returns a scalar on the device, non-zero if the update was left out because
+    the gradient was not finite."""
+    optimizer, scaler = training.optimizer, training.scaler
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(training.core.parameters(), clip_grad)
+    scaler.step(optimizer)
+    # The scaler tells this only by a private method; reading the scale instead would wait for the GPU.
+    (skipped,) = scaler._found_inf_per_device(optimizer).values()
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return skipped
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args) -> float:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -21,7 +19,9 @@ from util import distributed
 from util.errors import UserError, run_cli
 from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
+from util.finite import FiniteWatch
 from util.masking import masked_count, significant_patches
+from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
@@ -80,6 +80,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--tf32", action="store_true", help="TF32 in float32 matrix products on CUDA")
     add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--skip_nonfinite", type=int, default=0, metavar="N",
+        help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
     add("--seed", type=int, default=0)
 
     add = parser.add_argument_group("output and resuming").add_argument
@@ -91,6 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resume", default="", metavar="PATH", help="checkpoint to go on from")
     add("--auto_resume", action="store_true", default=True, help="go on from the newest checkpoint in output_dir")
     add("--no_auto_resume", action="store_false", dest="auto_resume", default=argparse.SUPPRESS)
+    add("--max_minutes", type=float, default=None, help="stop after so long, with a checkpoint, exit status 75")
     add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
 
     add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
@@ -108,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         return check_data(args)
 
     # Who and where
+    signals = StopSignals(args.max_minutes)
     ranks = distributed.start(
         args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
     )
@@ -139,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
         args.lr = absolute_lr(args.blr, effective_batch)
     if resumed is not None:
         state = ckpt.load_checkpoint(resumed)
-        if table := ckpt.describe_mismatch(state, vars(args), world_size=ranks.world_size):
+        if table := ckpt.describe_mismatch(
+            state, vars(args), world_size=ranks.world_size, dataset_size=len(dataset)
+        ):
             say(f"warning: going on from {resumed} with other options than it was made with:\n{table}")
         core.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -161,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and ranks.device.type == "cuda",
         prefetch_factor=4 if args.num_workers else None,
+        worker_init_fn=ignore_stop_signals,
     )
     steps = sampler.steps_per_epoch
 
@@ -180,20 +187,30 @@ def main(argv: list[str] | None = None) -> int:
     progress = Progress(
         args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
     )
-    training = Training(model, core, optimizer, scaler, iter(loader), steps, ranks, log, progress)
+    watch = FiniteWatch(
+        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
+        sample_names=lambda epoch, step: [dataset.sample_name(i) for i in sampler.batch(epoch, step)],
+    )  # fmt: skip
+    training = Training(model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress)
 
     # Train
-    while epoch < args.epochs:
+    request = GO_ON
+    while epoch < args.epochs and request == GO_ON:
         began = time.perf_counter()
-        train_one_epoch(training, epoch, step, meters, args)
-        log.epoch(epoch_record(training, epoch, meters, time.perf_counter() - began))
-        meters, step = Meters(torch.zeros_like(meters.sums)), 0
-        if ckpt.is_due(epoch, save_every=args.save_every, epochs=args.epochs):
-            save(training, args, epoch, 0, meters)
-        epoch += 1
+        step, request = train_one_epoch(training, epoch, step, meters, args)
+        if step == steps:  # the line first: a run killed before the checkpoint replaces it
+            log.epoch(epoch_record(training, epoch, meters, time.perf_counter() - began))
+            meters, epoch, step = Meters(torch.zeros_like(meters.sums)), epoch + 1, 0
+        due = ckpt.is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs) and step == 0
+        if due or request != GO_ON:
+            request = max(request, watch.settle())
+            save(training, args, epoch - 1, step, meters)
     progress.close()
     log.close()
     distributed.stop()
+    if epoch < args.epochs:
+        say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
+        return exit_status(request)
     return 0
 
 
@@ -340,7 +357,7 @@ def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float)
 
 
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
-    """Save a checkpoint after `epoch` finished epochs' index and `step` steps of the next; rank 0 writes."""
+    """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
     ranks = training.ranks
     sums = ranks.gather(meters.sums.tolist())
     error = None
@@ -354,6 +371,7 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
             "args": vars(args),
             "meters": {"sums": sums, "steps": meters.steps},
             "world_size": ranks.world_size,
+            "dataset_size": training.dataset_size,
             "format": ckpt.FORMAT,
         }
         try:
