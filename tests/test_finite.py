@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from util.finite import OVERFLOWS_IN_A_ROW, FiniteWatch, NonFiniteError, poison
+from util.finite import OVERFLOWS_IN_A_ROW, FiniteWatch, NonFiniteError, poison, update_was_skipped
 from util.stop import GO_ON, PAUSE, TERMINATE
 
 CPU = torch.device("cpu")
@@ -57,6 +57,7 @@ def test_no_update_is_made_with_a_nonfinite_gradient(clip):
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_([weight, other], clip)
         scaler.step(optimizer)
+        assert update_was_skipped(scaler, optimizer).item() == (not math.isfinite(factor))
         scaler.update()
         optimizer.zero_grad()
         state = optimizer.state[weight]

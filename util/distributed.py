@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -88,6 +89,25 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
         if world_size > 1:
             control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     return Ranks(rank, world_size, local_rank, chosen, control)
+
+
+def on_main(ranks: Ranks, work: Callable[[], object]) -> object:
+    """Do `work` on rank 0 while the others wait; returns its result on every rank.
+
+    A UserError of it ends all ranks; rank 0 tells it.
+    """
+    result, error = None, None
+    if ranks.is_main:
+        try:
+            result = work()
+        except UserError as problem:
+            error = problem
+    result, failed = ranks.gather((result, error is not None))[0]
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(1)
+    return result
 
 
 def stop() -> None:

@@ -35,6 +35,16 @@ def poison(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
+def update_was_skipped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """Whether the last `scaler.step` left out its update: a scalar on the device, 0 or 1.
+
+    To be asked before `scaler.update`, which forgets it.
+    """
+    # GradScaler tells this publicly only by waiting for the device (a lower get_scale()).
+    found = list(scaler._found_inf_per_device(optimizer).values())
+    return torch.stack(found).max()
+
+
 @dataclass
 class _Step:
     epoch: int

@@ -18,6 +18,7 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from util.errors import UserError
 from util.files import atomic_write
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -45,7 +46,8 @@ class RunLog:
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._drop_lines_from(int(start_epoch))
-            self.writer = SummaryWriter(log_dir, purge_step=epoch_1000x(start_epoch) if start_epoch else None)
+            # The points at start_epoch itself were written before the checkpoint and are not done again.
+            self.writer = SummaryWriter(log_dir, purge_step=epoch_1000x(start_epoch) + 1)
 
     def _drop_lines_from(self, epoch: int) -> None:
         """Keep the whole lines of epochs before `epoch`."""
@@ -81,12 +83,20 @@ class RunLog:
             json.dump(starts, file, indent=2)
 
     def epoch(self, record: dict) -> None:
-        """Append an epoch's record to log.txt, durably."""
+        """Append an epoch's record to log.txt, durably. Raises UserError if it can't be written."""
         if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(f"{self.path}: can't be written: {error.strerror}; make room") from error
+
+    def flush(self) -> None:
+        """Bring the TensorBoard events so far to disk, so that no checkpoint is ahead of them."""
+        if self.writer:
+            self.writer.flush()
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
         """Write values to TensorBoard at a fractional epoch."""

@@ -42,7 +42,8 @@ class StopSignals:
     """Turns SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and a time limit into a request to stop.
 
     The first signal is noted in `request`, for the training loop to see after its step. A second one, at
-    least half a second later, ends the process at once, as if nothing had been installed.
+    least half a second later, ends the process at once, as if nothing had been installed. As a context
+    manager it puts the earlier handlers back.
 
     Args:
         max_minutes: since now, after which the run should pause; None for no limit.
@@ -52,8 +53,14 @@ class StopSignals:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._request = GO_ON
         self._noted_at = 0.0
-        for signum in _REQUESTS:
-            signal.signal(signum, self._note)
+        self._earlier = {signum: signal.signal(signum, self._note) for signum in _REQUESTS}
+
+    def __enter__(self) -> StopSignals:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for signum, handler in self._earlier.items():
+            signal.signal(signum, handler)
 
     @property
     def request(self) -> int:
