@@ -248,7 +248,7 @@ def process_image(
     mapped: list[tuple[Reading, np.ndarray]] = []
     for reading in readings:
         with result.timed("heatmaps"):
-            heatmap = _heatmap(reading, path, file_size, (height, width))
+            heatmap = reading_heatmap(reading, path, file_size, (height, width))
         if isinstance(heatmap, Exclusion):
             result.exclusions.append(heatmap)
             continue
@@ -289,7 +289,7 @@ def process_image(
     return result
 
 
-def _heatmap(
+def reading_heatmap(
     reading: Reading, path: Path, file_size: tuple[int, int], out_size: tuple[int, int]
 ) -> np.ndarray | Exclusion:
     """Gaze map of one reading, float64 [H, W] of `out_size` (height, width), or why there is none."""
