@@ -24,20 +24,10 @@ from PIL import Image
 
 from datasets.analysis import density_ratio, ellipse_mask
 from datasets.phantom_chest import LESION_KINDS, Frame, Lesion, chest_box, chest_ellipses, draw_lesion, render_chest
+from datasets.reflacx_raw import BOOL_LABELS, CERTAINTY_LABELS, TEXT_LABELS
 from util.errors import UserError
 from util.gaze import fixation_heatmap
 
-PHASE_1_LABELS = (
-    "Airway wall thickening", "Atelectasis", "Consolidation", "Emphysema", "Enlarged cardiac silhouette",
-    "Fibrosis", "Fracture", "Groundglass opacity", "Mass", "Nodule", "Pleural effusion", "Pleural thickening",
-    "Pneumothorax", "Pulmonary edema", "Wide mediastinum",
-)
-PHASE_23_LABELS = (
-    "Abnormal mediastinal contour", "Acute fracture", "Atelectasis", "Consolidation",
-    "Enlarged cardiac silhouette", "Enlarged hilum", "Groundglass opacity", "Hiatal hernia",
-    "High lung volume / emphysema", "Interstitial lung disease", "Lung nodule or mass", "Pleural abnormality",
-    "Pneumothorax", "Pulmonary edema",
-)
 _COMMON = {"consolidation": "Consolidation", "pneumothorax": "Pneumothorax", "atelectasis": "Atelectasis",
            "cardiomegaly": "Enlarged cardiac silhouette"}
 LABEL_OF_KIND = {
@@ -256,8 +246,7 @@ def _write_reading(study: PhantomStudy, image: PhantomImage, reading_id: str, ph
     directory = study.raw / "main_data" / reading_id
     directory.mkdir(parents=True, exist_ok=True)
     _write_csv(table, directory / "fixations.csv")
-    known = PHASE_1_LABELS if phase == 1 else PHASE_23_LABELS
-    flags = ("Support devices", "Quality issue") if phase == 1 else ("Support devices",)
+    known, flags = CERTAINTY_LABELS[phase], BOOL_LABELS[phase]
     ellipses = pd.DataFrame(boxes, columns=["xmin", "ymin", "xmax", "ymax"], dtype=float).round(2)
     ellipses["certainty"] = pd.Series(certainty, dtype=int)
     for label in sorted((*known, *flags)):
@@ -277,9 +266,7 @@ def _write_reading(study: PhantomStudy, image: PhantomImage, reading_id: str, ph
     for label in sorted((*known, *flags)):
         present = [sure for sure, own in zip(certainty, labels) if own == label]
         row[label] = False if label in flags else max(present, default=0)
-    if phase != 1:
-        row["Other"] = ""
-    return row
+    return row | {label: "" for label in TEXT_LABELS[phase]}
 
 
 def _reader_box(box: Sequence[float], size: tuple[int, int], rng: np.random.Generator, jitter: float = 0.08) -> tuple:
@@ -308,9 +295,9 @@ def _write_transcription(directory: Path, kinds: list[str], table: pd.DataFrame)
 
 def _write_metadata(raw: Path, phase: int, rows: list[dict]) -> None:
     (raw / "main_data").mkdir(parents=True, exist_ok=True)
-    labels = (*PHASE_1_LABELS, "Support devices", "Quality issue") if phase == 1 else (*PHASE_23_LABELS, "Support devices")
+    labels = (*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase])
     columns = ["id", "split", "eye_tracking_data_discarded", "image", "dicom_id", "subject_id", "image_size_x",
-               "image_size_y", *sorted(labels)] + (["Other"] if phase != 1 else [])
+               "image_size_y", *sorted(labels), *TEXT_LABELS[phase]]
     _write_csv(pd.DataFrame(rows, columns=columns), raw / "main_data" / f"metadata_phase_{phase}.csv")
 
 
