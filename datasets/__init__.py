@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets.cache import add_cache
 from datasets.mimic import Mimic
 from datasets.reflacx import Reflacx
 from datasets.tree import ConcatTrees, GazeTree, Problem, SampleError, check_tree
@@ -28,6 +29,7 @@ def build_dataset(
     use_cache: bool = True,
     cache_dir: str | os.PathLike | None = None,
     cache_size: int = 512,
+    fallback_dir: str | os.PathLike | None = None,
     num_workers: int | None = None,
 ) -> GazeTree | ConcatTrees:
     """Data set over one or several processed trees, told apart by their index files.
@@ -36,9 +38,12 @@ def build_dataset(
         data_path: directory of a tree, its index file, or a list of those.
         preload: read the stored foreground instead of the Otsu foreground of the cropped attention.
         augment: random crop and flip; without it, the resized centre square.
+        use_cache: read from memory-mapped planes of short side `cache_size`, built on first use by
+            `num_workers` threads (default: all CPUs), in `cache_dir`, by default `<tree>/.cache` or,
+            where that can't be written, `fallback_dir`; see `datasets.cache`.
 
     Raises:
-        UserError: see `GazeTree`.
+        UserError: see `GazeTree` and `datasets.cache.add_cache`.
     """
     trees = [
         tree_type(
@@ -52,6 +57,9 @@ def build_dataset(
         )
         for tree_type, root in (detect_tree(path) for path in _paths(data_path))
     ]
+    if use_cache:
+        for tree in trees:
+            add_cache(tree, cache_dir, fallback_dir=fallback_dir, num_workers=num_workers)
     return trees[0] if len(trees) == 1 else ConcatTrees(trees)
 
 

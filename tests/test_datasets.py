@@ -9,68 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from trees import make_mimic, make_reflacx, save, smooth
 
 from datasets import Mimic, Reflacx, SampleError, build_dataset, check_data
 from datasets.sampler import TrainBatches
 from util.errors import UserError
-from util.images import read_gray, write_gray
+from util.images import read_gray
 from util.masking import otsu_foreground
-
-SIZES = [(130, 100), (90, 120), (64, 64), (200, 150), (40, 50), (33, 77)]  # (height, width)
-
-
-def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A picture with soft structure, 0..255."""
-    y, x = np.mgrid[:height, :width]
-    waves = sum(np.sin(x * a + b) * np.cos(y * c + d) for a, b, c, d in rng.uniform(0.02, 0.15, (5, 4)))
-    waves = (waves - waves.min()) / np.ptp(waves)
-    return np.round(waves * 255).astype(np.uint8)
-
-
-def heatmap(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    y, x = np.mgrid[:height, :width]
-    total = np.zeros((height, width))
-    for _ in range(3):
-        centre = rng.uniform(0.2, 0.8, 2) * (height, width)
-        total += np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * (height / 9) ** 2))
-    return np.round(total / total.max() * 255).astype(np.uint8)
-
-
-def save(path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_gray(path, array)
-
-
-def make_reflacx(root, sizes=SIZES, foreground_scale: int = 255):
-    rng = np.random.default_rng(1)
-    entries = []
-    for i, (height, width) in enumerate(sizes):
-        image = f"files/p10/p1000{i}/s{i}/image{i}.{'png' if i % 2 else 'jpg'}"
-        entry = {"image_path": image, "study_id": 50000 + i, "reflacx_id": f"P300R{i:06d}", "split": "train"}
-        gaze = heatmap(rng, height, width)
-        name = f"{entry['study_id']}/{entry['reflacx_id']}.png"
-        save(root / image, smooth(rng, height, width))
-        save(root / "attention" / name, gaze)
-        binary = otsu_foreground(torch.from_numpy(gaze)[None])[0].numpy().astype(np.uint8)
-        save(root / "foreground" / name, binary * np.uint8(foreground_scale))
-        entries.append(entry)
-    (root / "reflacx.json").write_text(json.dumps(entries))
-    return root
-
-
-def make_mimic(root, prefix: str = "files/", mirror_prefix: str = "files/", sizes=SIZES[:3]):
-    rng = np.random.default_rng(2)
-    entries = []
-    for i, (height, width) in enumerate(sizes):
-        inner = f"p11/p1100{i}/s{i}/image{i}"
-        entries.append({"image_path": f"{prefix}{inner}.jpg", "study_id": i, "subject_id": i})
-        gaze = heatmap(rng, height, width)
-        save(root / f"files/{inner}.jpg", smooth(rng, height, width))
-        save(root / f"attention/{mirror_prefix}{inner}.png", gaze)
-        save(root / f"foreground/{mirror_prefix}{inner}.png", (gaze > 100) * np.uint8(255))
-    (root / "mimic-cxr-jpg-cleanv4.json").write_text(json.dumps(entries))
-    return root
-
 
 @pytest.fixture
 def tree(tmp_path):

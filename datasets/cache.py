@@ -1,0 +1,327 @@
+"""Each plane of a tree decoded once: small uint8 pictures in one memory-mapped file per plane.
+
+A *plane* is one kind of file of a tree: gray, attention or foreground. Its pictures, scaled down to
+short side `cache_size` (never up), lie one after the other in a single file, after a table of their
+offsets and sizes, so aspect ratios may differ. Files that entries share are held once. Readers map the
+file; its pages belong to the kernel's page cache and are shared by all workers, ranks and jobs of a
+node, whatever way the processes are started.
+
+Size: cache_size**2 * 1.2 bytes for a radiograph of usual shape, 0.29 MiB at 512: 0.77 GiB a plane for
+2,616 images. For the 377,000 images of MIMIC-CXR the same would be 110 GiB a plane, so pass
+`cache_size=256`: 28 GiB a plane, of which the kernel keeps in memory what fits and reads the rest again;
+crops then have half of the detail to draw from (at least 115 px enlarged to 224). Building reads the
+originals once, on all CPUs; starting again costs one stat per file. Nothing is copied per rank or
+worker at any size.
+
+A file's name holds a digest of everything its content depends on: names, sizes and modification times of
+the originals, `cache_size` and PREPROCESSING_VERSION. It is written aside and renamed when whole. One
+process builds while others that need it wait on a lock, which the kernel releases when its holder dies.
+Files of older content are removed once no process has them open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
+from datasets.tree import GazeTree, available_cpus, check_same_size
+from util.errors import UserError
+from util.files import TEMPORARY_PREFIX, atomic_write
+from util.images import image_size, read_gray
+
+# To be raised with every change of what a cached picture holds.
+PREPROCESSING_VERSION = 1
+
+MAGIC = b"CXRMIM\0\1"
+HEADER = struct.Struct("<8sq")  # magic, number of pictures
+OFFSET, HEIGHT, WIDTH, NATIVE_HEIGHT, NATIVE_WIDTH = range(5)  # columns of the int64 table
+LOCK_FILE = "lock"
+PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
+
+
+class Plane:
+    """The pictures of one plane, read from its memory-mapped file.
+
+    `plane[i]` is a uint8 [h, w] view of the file. Pickling holds the path alone: each process maps the
+    file for itself, on first use.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._table: np.ndarray | None = None
+        self._bytes: np.ndarray | None = None
+
+    def __getstate__(self) -> Path:
+        return self.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)
+
+    def open(self) -> None:
+        """Map the file. Raises FileNotFoundError, or UserError where it is not whole."""
+        file = open(self.path, "rb")  # stays open with the lock below until the process ends
+        # Held while in use, so that nobody removes the file before other processes have opened it.
+        with contextlib.suppress(OSError):  # no locks here: then nobody can get the one to remove it either
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(HEADER.size)
+        magic, count = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0)
+        if magic != MAGIC or count < 1 or size < _pixels_start(count):
+            raise UserError(f"{self.path}: not a cache file of this program; delete it")
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        table = data[HEADER.size : _pixels_start(count)].view(np.int64).reshape(count, 5)
+        if size != _pixels_end(table):
+            raise UserError(f"{self.path}: the cache file is damaged; delete it")
+        self._file, self._table, self._bytes = file, table, data
+
+    @property
+    def table(self) -> np.ndarray:
+        """int64 [n, 5]: offset in the file, height, width, native height, native width."""
+        if self._table is None:
+            self.open()
+        return self._table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        offset, height, width = self.table[index, :3].tolist()
+        return self._bytes[offset : offset + height * width].reshape(height, width)
+
+    def native_sizes(self) -> np.ndarray:
+        """(height, width) of the original files, int64 [n, 2]."""
+        return self.table[:, NATIVE_HEIGHT:]
+
+
+class TreeCache:
+    """The cached planes of a tree, by sample."""
+
+    def __init__(self, planes: list[Plane], positions: list[np.ndarray]):
+        self.by_plane = list(zip(planes, positions))
+
+    def planes(self, index: int) -> tuple[list[np.ndarray], tuple[int, int]]:
+        """Like `GazeTree.read_planes`: uint8 [h, w] of each plane and the image's native (height, width)."""
+        gray, positions = self.by_plane[0]
+        native = gray.table[positions[index], NATIVE_HEIGHT:].tolist()
+        return [plane[positions[index]] for plane, positions in self.by_plane], tuple(native)
+
+
+def add_cache(
+    tree: GazeTree,
+    cache_dir: str | os.PathLike | None = None,
+    *,
+    fallback_dir: str | os.PathLike | None = None,
+    num_workers: int | None = None,
+) -> None:
+    """Let a tree read its planes from the cache, building what is missing or out of date.
+
+    Safe to call from any number of processes at once: one builds, the others wait and use the result.
+
+    Args:
+        cache_dir: where the cache goes; each tree gets a directory of its own in it. Default: `.cache`
+            in the tree, or, where that can't be written, `fallback_dir`.
+        num_workers: threads that build; default all CPUs.
+
+    Raises:
+        UserError: a missing or damaged original, planes of different sizes, no place to write, disk full.
+    """
+    files = [tree.files(index) for index in range(len(tree))]
+    columns = list(zip(*files))[: 3 if tree.preload else 2]
+    directories = _directories(tree, cache_dir, fallback_dir)
+    planes, positions = [], []
+    for name, column in zip(PLANES, columns):
+        unique = list(dict.fromkeys(column))
+        place = {file: position for position, file in enumerate(unique)}
+        positions.append(np.array([place[file] for file in column]))
+        planes.append(
+            open_plane(directories, name, unique, tree.cache_size, root=tree.root, num_workers=num_workers)
+        )
+    image_sizes = planes[0].native_sizes()[positions[0]]  # [n, 2]
+    for plane, column, position in zip(planes[1:], columns[1:], positions[1:]):
+        sizes = plane.native_sizes()[position]
+        for index in np.flatnonzero((sizes != image_sizes).any(1))[:1]:
+            check_same_size(column[index], sizes[index], columns[0][index], image_sizes[index])
+    tree.cache = TreeCache(planes, positions)
+
+
+def open_plane(
+    directories: Sequence[Path],
+    name: str,
+    files: Sequence[Path],
+    cache_size: int,
+    *,
+    root: Path,
+    num_workers: int | None = None,
+) -> Plane:
+    """The plane of these files from the first directory that has it, or else built in the first that
+    can be written.
+
+    Args:
+        name: "gray", "attention" or "foreground" (whose 0/1 becomes 0/255).
+        root: the tree; names below it are part of the digest, its own place is not.
+        num_workers: threads that build; default all CPUs.
+    """
+    stem = f"{name}-{cache_size}-"
+    file_name = f"{stem}{_digest(name, files, cache_size, root)}.u8"
+    for directory in directories:
+        if (plane := _open_existing(directory / file_name)) is not None:
+            return plane
+    directory = _first_writable(directories)
+    with _locked(directory):
+        if (plane := _open_existing(directory / file_name)) is not None:
+            return plane  # another process has built it meanwhile
+        for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of a builder that was killed
+            leftover.unlink(missing_ok=True)
+        _build(directory / file_name, name, files, cache_size, num_workers or available_cpus())
+        for other in directory.glob(f"{stem}*.u8"):
+            if other.name != file_name:
+                _remove_unless_in_use(other)
+        return _open_existing(directory / file_name)
+
+
+def _open_existing(path: Path) -> Plane | None:
+    plane = Plane(path)
+    try:
+        plane.open()
+    except FileNotFoundError:
+        return None
+    if os.fstat(plane._file.fileno()).st_nlink == 0:  # removed between opening and locking
+        return None
+    return plane
+
+
+def _build(path: Path, name: str, files: Sequence[Path], cache_size: int, num_workers: int) -> None:
+    """Write the whole plane; headers first, so that every picture has its place before it is decoded."""
+    with ThreadPoolExecutor(num_workers) as pool:  # decoding and resizing release the GIL
+        try:
+            table = np.zeros((len(files), 5), np.int64)
+            table[:, NATIVE_WIDTH], table[:, NATIVE_HEIGHT] = np.transpose(list(pool.map(image_size, files)))
+            for row in table:
+                row[HEIGHT], row[WIDTH] = grid_size(row[NATIVE_HEIGHT], row[NATIVE_WIDTH], cache_size)
+            sizes = table[:, HEIGHT] * table[:, WIDTH]
+            table[:, OFFSET] = _pixels_start(len(files)) + np.cumsum(sizes) - sizes
+            needed = _pixels_end(table)
+            if needed > (free := shutil.disk_usage(path.parent).free):
+                raise _too_full(path.parent, needed, free)
+
+            def copy(index: int) -> None:
+                row = table[index]
+                native = read_gray(files[index])
+                if native.shape != (row[NATIVE_HEIGHT], row[NATIVE_WIDTH]):
+                    raise UserError(f"{files[index]}: the file changed while it was read; start again")
+                if name == "foreground":
+                    native = full_scale_foreground(native)
+                size = (int(row[HEIGHT]), int(row[WIDTH]))
+                small = crop_resize_flip([native], Box(0, 0, *native.shape), size)[0]
+                _write_at(file.fileno(), small.numpy().tobytes(), int(row[OFFSET]))
+
+            with atomic_write(path) as file:
+                file.write(HEADER.pack(MAGIC, len(files)) + table.tobytes())
+                file.flush()
+                with tqdm(total=len(files), desc=f"cache of {name}", unit="image", disable=None) as bar:
+                    for _ in pool.map(copy, range(len(files))):
+                        bar.update()
+        except UserError as error:
+            pool.shutdown(cancel_futures=True)
+            raise UserError(f"{error} (run_pretrain.py --check_data lists every bad file)") from None
+        except OSError as error:
+            pool.shutdown(cancel_futures=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise _too_full(path.parent, needed, shutil.disk_usage(path.parent).free) from None
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    while data:  # a disk that runs full writes a part, then fails
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _too_full(directory: Path, needed: int, free: int) -> UserError:
+    return UserError(
+        f"{directory}: the cache needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+        "name another disk by --cache_dir, a smaller --cache_size, or pass --no_cache"
+    )
+
+
+def _digest(name: str, files: Sequence[Path], cache_size: int, root: Path) -> str:
+    """Digest of all that a plane's content depends on. Raises UserError for a missing file."""
+    digest = hashlib.sha256(json.dumps([PREPROCESSING_VERSION, name, cache_size, len(files)]).encode())
+    for file in files:
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            raise UserError(
+                f"{file}: no such file (run_pretrain.py --check_data lists every bad file)"
+            ) from None
+        name_in_tree = os.fspath(file).removeprefix(f"{root}{os.sep}")
+        digest.update(f"{name_in_tree}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:20]
+
+
+def _directories(
+    tree: GazeTree, cache_dir: str | os.PathLike | None, fallback_dir: str | os.PathLike | None
+) -> list[Path]:
+    """Where the planes of a tree may be, in order of preference."""
+    kind = Path(tree.index_file).stem
+    name = f"{kind}-{hashlib.sha256(str(tree.root.resolve()).encode()).hexdigest()[:8]}"
+    if cache_dir is not None:
+        return [Path(cache_dir) / name]
+    own = tree.root / ".cache" / kind
+    return [own] if fallback_dir is None else [own, Path(fallback_dir) / ".cache" / name]
+
+
+def _first_writable(directories: Sequence[Path]) -> Path:
+    for directory in directories:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with open(directory / LOCK_FILE, "a"):
+                return directory
+        except OSError as error:
+            reason = error.strerror
+    raise UserError(
+        f"{directories[-1]}: can't write the cache here ({reason}); "
+        "name a place by --cache_dir, or pass --no_cache"
+    )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Be the only process that builds in a cache directory; says so where it has to wait."""
+    with open(directory / LOCK_FILE, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"waiting for another process that builds the cache in {directory}"
+            print(message, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_unless_in_use(path: Path) -> None:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while any process holds the plane open
+        path.unlink()
+
+
+def _pixels_start(count: int) -> int:
+    return HEADER.size + count * 5 * 8
+
+
+def _pixels_end(table: np.ndarray) -> int:
+    return int(table[-1, OFFSET] + table[-1, HEIGHT] * table[-1, WIDTH])
