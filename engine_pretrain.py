@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.distributed import Ranks
-from util.finite import FiniteWatch, poison
+from util.finite import FiniteWatch, poison, update_was_skipped
 from util.logging import Progress, RunLog
 from util.lr_sched import learning_rate
 from util.masking import mask_generator, masked_count, significant_patches
@@ -21,22 +21,33 @@ from util.stop import GO_ON
 
 @dataclass
 class Meters:
-    """Sums over the steps of the current epoch on this rank, kept on the device until they are read.
+    """Sums over steps on this rank, kept on the device until they are read.
 
     Attributes:
-        sums: float64 [K + 1], the K scale losses and the number of significant patches per image.
-        steps: how many steps were added.
+        sums: float64 [2, K + 2]; since the epoch began, and since the last report: the K scale losses,
+            the number of significant patches per image, and how many steps were added.
     """
 
     sums: Tensor
-    steps: int = 0
+
+    @classmethod
+    def zeros(cls, n_scales: int, device: torch.device) -> Meters:
+        return cls(torch.zeros(2, n_scales + 2, dtype=torch.float64, device=device))
 
     def add(self, losses: Tensor, n_significant: Tensor) -> None:
-        self.sums += torch.cat([losses.detach(), n_significant[None]])
-        self.steps += 1
+        """Add a step, unless a loss is not finite: training leaves such a step out too."""
+        losses = losses.detach().double()
+        row = torch.cat([losses, n_significant[None], torch.ones_like(n_significant)[None]])  # [K + 2]
+        self.sums += torch.where(torch.isfinite(losses).all(), row, 0.0)
 
-    def mean(self) -> list[float]:
-        return (self.sums / self.steps).tolist()
+    def epoch_means(self) -> list[float]:
+        return (self.sums[0, :-1] / self.sums[0, -1]).tolist()
+
+    def report_means(self) -> list[float]:
+        """Means since this was last asked."""
+        means = (self.sums[1, :-1] / self.sums[1, -1]).tolist()
+        self.sums[1] = 0
+        return means
 
 
 @dataclass
@@ -89,8 +100,7 @@ def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Met
     device, steps = ranks.device, training.steps_per_epoch
     n_visible = core.num_patches - masked_count(core.num_patches, args.mask_ratio)
     dtype = getattr(torch, args.dtype)
-    shown = Meters(torch.zeros_like(meters.sums))  # since the last line on the terminal
-    window_losses = torch.zeros_like(meters.sums[:-1])  # [K], mean over an accumulation window
+    request = GO_ON
     training.model.train()
 
     for step in range(first_step, steps):
@@ -101,6 +111,7 @@ def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Met
         updates = (step + 1) % args.accum_iter == 0
         if step % args.accum_iter == 0:
             lr = set_learning_rate(optimizer, epoch + step / steps, args)
+            window_losses = 0.0
 
         batch = core.prepare_batch(batch)
         generator = mask_generator(args.seed, epoch, step, ranks.rank, device)
@@ -111,23 +122,19 @@ def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Met
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = training.model(batch, mask=mask, n_visible=n_visible, per_scale=True)  # [K]
             scaler.scale(poison(losses.sum()) / args.accum_iter).backward()
-        n_significant = significant_patches(batch["foreground"], core.patch_size).sum(1).double().mean()
-        for meter in (meters, shown):
-            meter.add(losses, n_significant)
-        window_losses += losses.detach() / args.accum_iter
+        meters.add(losses, significant_patches(batch["foreground"], core.patch_size).sum(1).double().mean())
+        window_losses = window_losses + losses.detach() / args.accum_iter  # [K]
         training.progress.step()
         if (step + 1) % args.print_every == 0 or step + 1 == steps:
-            report(training, epoch, step, shown, lr, args)
-            shown = Meters(torch.zeros_like(meters.sums))
+            report(training, epoch, step, meters, lr, args)
 
         if updates:
             skipped = update(training, args.clip_grad)
             window = range(step + 1 - args.accum_iter, step + 1)
             request = training.watch.step(epoch, window, lr=lr, losses=window_losses, skipped=skipped)
-            window_losses = torch.zeros_like(window_losses)
             if request != GO_ON:
-                return step + 1, request
-    return steps, GO_ON
+                break
+    return step + 1, max(request, training.watch.settle())
 
 
 def update(training: Training, clip_grad: float | None) -> Tensor:
@@ -138,8 +145,7 @@ def update(training: Training, clip_grad: float | None) -> Tensor:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(training.core.parameters(), clip_grad)
     scaler.step(optimizer)
-    # The scaler tells this only by a private method; reading the scale instead would wait for the GPU.
-    (skipped,) = scaler._found_inf_per_device(optimizer).values()
+    skipped = update_was_skipped(scaler, optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return skipped
@@ -153,9 +159,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args) -> f
     return lr
 
 
-def report(training: Training, epoch: int, step: int, shown: Meters, lr: float, args) -> None:
+def report(training: Training, epoch: int, step: int, meters: Meters, lr: float, args) -> None:
     """Show this rank's means since the last report on the terminal and in TensorBoard."""
-    *losses, n_significant = shown.mean()  # the only wait for the device
+    *losses, n_significant = meters.report_means()  # the only wait for the device
     rates = training.progress.rates(training.waited)
     where = f"epoch {epoch + 1}/{args.epochs}  step {step + 1}/{training.steps_per_epoch}"
     training.progress.show(where, sum(losses), lr, rates)

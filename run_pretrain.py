@@ -109,9 +109,13 @@ def main(argv: list[str] | None = None) -> int:
     check_args(args)
     if args.check_data:
         return check_data(args)
+    with StopSignals(args.max_minutes) as signals:
+        return pretrain(args, signals)
 
+
+def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
+    """Train as `args` say, to the end or to a request to stop; returns the exit status (util/stop.py)."""
     # Who and where
-    signals = StopSignals(args.max_minutes)
     ranks = distributed.start(
         args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
     )
@@ -126,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     # Data and model
     dataset = build_data(args)
     core = build_model(args).to(ranks.device)
-    resumed = find_checkpoint(args, ranks)
+    resumed = distributed.on_main(ranks, lambda: find_checkpoint(args))
     if resumed is None:
         if path := initial_weights(args):
             say(load_initial_weights(core, path))
@@ -136,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     scaler = make_scaler(args.dtype, ranks.device)
 
     # Where to go on
-    meters = Meters(torch.zeros(len(core.scale_list) + 1, dtype=torch.float64, device=ranks.device))
+    meters = Meters.zeros(len(core.scale_list), ranks.device)
     epoch, step = args.start_epoch, 0
     effective_batch = args.batch_size * args.accum_iter * ranks.world_size
     if args.lr is None:
@@ -152,7 +156,11 @@ def main(argv: list[str] | None = None) -> int:
         scaler.load_state_dict(state["scaler"])
         epoch, step = state["epoch"] + 1, state["step"]
         restore_meters(meters, state["meters"], ranks)
+        del state
         say(f"resumed from {resumed}: epoch {epoch + 1}, step {step}")
+        if ranks.is_main and args.resume:
+            for path in ckpt.set_aside_newer(output_dir, epoch=epoch - 1, step=step):
+                print(f"warning: set aside as {path}, since it is further than --resume {resumed}", flush=True)
 
     try:
         sampler = TrainBatches(
@@ -199,11 +207,11 @@ def main(argv: list[str] | None = None) -> int:
         began = time.perf_counter()
         step, request = train_one_epoch(training, epoch, step, meters, args)
         if step == steps:  # the line first: a run killed before the checkpoint replaces it
-            log.epoch(epoch_record(training, epoch, meters, time.perf_counter() - began))
-            meters, epoch, step = Meters(torch.zeros_like(meters.sums)), epoch + 1, 0
-        due = ckpt.is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs) and step == 0
+            record = epoch_record(training, epoch, meters, time.perf_counter() - began)
+            distributed.on_main(ranks, lambda record=record: log.epoch(record))
+            meters, epoch, step = Meters.zeros(len(core.scale_list), ranks.device), epoch + 1, 0
+        due = step == 0 and ckpt.is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
         if due or request != GO_ON:
-            request = max(request, watch.settle())
             save(training, args, epoch - 1, step, meters)
     progress.close()
     log.close()
@@ -220,7 +228,8 @@ def check_args(args: argparse.Namespace) -> None:
                  "save_every", "print_every", "cache_size"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("num_workers", "decoder_depth", "warmup_epochs", "weight_decay", "blr", "min_lr", "start_epoch"):
+    for name in ("num_workers", "decoder_depth", "warmup_epochs", "weight_decay", "blr", "min_lr", "start_epoch",
+                 "skip_nonfinite"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if args.input_size % 32:
@@ -294,20 +303,18 @@ def initial_weights(args: argparse.Namespace) -> str | None:
     return path
 
 
-def find_checkpoint(args: argparse.Namespace, ranks: distributed.Ranks) -> Path | None:
-    """The checkpoint to go on from, the same on all ranks; None for a fresh start."""
-    found = None
-    if ranks.is_main:
-        ckpt.remove_leftovers(args.output_dir)
-        if args.resume:
-            found = Path(args.resume)
-        elif args.auto_resume:
-            found = ckpt.newest_checkpoint(args.output_dir)
-        elif older := ckpt.list_checkpoints(args.output_dir):
-            raise UserError(
-                f"--no_auto_resume: {args.output_dir} already holds {older[0].name}; choose another --output_dir"
-            )
-    return ranks.gather(found)[0]
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from; None for a fresh start. For rank 0."""
+    ckpt.remove_leftovers(args.output_dir)
+    if args.resume:
+        return Path(args.resume)
+    if args.auto_resume:
+        return ckpt.newest_checkpoint(args.output_dir)
+    if older := ckpt.list_checkpoints(args.output_dir):
+        raise UserError(
+            f"--no_auto_resume: {args.output_dir} already holds {older[0].name}; choose another --output_dir"
+        )
+    return None
 
 
 def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
@@ -343,7 +350,7 @@ def describe_run(args, core, dataset, sampler, effective_batch, ranks) -> str:
 
 def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float) -> dict:
     """The epoch's means over all ranks, for log.txt."""
-    ranks_means = training.ranks.gather(meters.mean())
+    ranks_means = training.ranks.gather(meters.epoch_means())
     *losses, n_significant = (sum(values) / len(values) for values in zip(*ranks_means, strict=True))
     names = scale_names(training.core)
     return {
@@ -358,40 +365,31 @@ def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float)
 
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
     """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
-    ranks = training.ranks
-    sums = ranks.gather(meters.sums.tolist())
-    error = None
-    if ranks.is_main:
-        state = {
-            "model": training.core.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "scaler": training.scaler.state_dict(),
-            "epoch": epoch,
-            "step": step,
-            "args": vars(args),
-            "meters": {"sums": sums, "steps": meters.steps},
-            "world_size": ranks.world_size,
-            "dataset_size": training.dataset_size,
-            "format": ckpt.FORMAT,
-        }
-        try:
-            ckpt.save_checkpoint(state, ckpt.checkpoint_path(args.output_dir, epoch, step))
-            ckpt.prune(args.output_dir, save_every=args.save_every, keep=args.keep)
-        except UserError as problem:
-            error = str(problem)
-    if error := ranks.gather(error)[0]:  # all ranks stop together
-        raise UserError(error)
+    state = {
+        "model": training.core.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "epoch": epoch,
+        "step": step,
+        "args": vars(args),
+        "meters": {"sums": training.ranks.gather(meters.sums.tolist())},
+        "world_size": training.ranks.world_size,
+        "dataset_size": training.dataset_size,
+        "format": ckpt.FORMAT,
+    }
+
+    def write() -> None:
+        training.log.flush()
+        ckpt.save_checkpoint(state, ckpt.checkpoint_path(args.output_dir, epoch, step))
+        ckpt.prune(args.output_dir, save_every=args.save_every, keep=args.keep)
+
+    distributed.on_main(training.ranks, write)
 
 
 def restore_meters(meters: Meters, saved: dict, ranks: distributed.Ranks) -> None:
-    """Put back each rank's sums; another number of ranks shares out the total."""
-    sums = torch.tensor(saved["sums"], dtype=torch.float64)  # [ranks, K + 1]
-    if len(sums) == ranks.world_size:
-        mine = sums[ranks.rank]
-    else:
-        mine = sums.mean(0)
-    meters.sums.copy_(mine)
-    meters.steps = saved["steps"]
+    """Put back each rank's sums; another number of ranks goes on from their mean."""
+    sums = torch.tensor(saved["sums"], dtype=torch.float64)  # [ranks, 2, K + 2]
+    meters.sums.copy_(sums[ranks.rank] if len(sums) == ranks.world_size else sums.mean(0))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from util import checkpoint
-from util.checkpoint import (CheckpointError, checkpoint_path, describe_mismatch, is_due, list_checkpoints,
+from util.checkpoint import (CheckpointError, checkpoint_path, is_due, list_checkpoints,
                              load_checkpoint, newest_checkpoint, prune, remove_leftovers, save_checkpoint,
                              set_aside_newer, verify_checkpoint)
 from util.errors import UserError
@@ -33,7 +33,7 @@ def make_state(epoch: int = 0, step: int = 0, *, size: int = 40, **args) -> dict
                           "param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "fused": None, "params": [0]}]},
             "scaler": {"scale": 65536.0, "growth_interval": 2000}, "epoch": epoch, "step": step,
             "args": {**ARGS, **args}, "meters": {"loss": 1.5, "half": torch.ones(2, dtype=torch.bfloat16)},
-            "world_size": 1, "format": 1}
+            "world_size": 1, "dataset_size": 100, "format": 1}
 
 
 def write(folder: Path, epoch: int, step: int = 0, **kwargs) -> Path:
@@ -266,6 +266,10 @@ def test_write_error_half_way_leaves_everything_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 
 
+def describe_mismatch(state: dict, args: dict, *, world_size: int, dataset_size: int = 100) -> str:
+    return checkpoint.describe_mismatch(state, args, world_size=world_size, dataset_size=dataset_size)
+
+
 def test_unchanged_flags_say_nothing():
     for change in ({"output_dir": "b", "num_workers": 0}, {"scale_list": (4.0, 0.5), "new_flag": 1}):
         assert describe_mismatch(make_state(3, 4), {**ARGS, **change}, world_size=1) == ""
@@ -303,3 +307,6 @@ def test_inside_an_epoch_the_samples_left_must_be_the_same():
         with pytest.raises(UserError, match="with 1 process.* pass --batch_size 4 --accum_iter 2 --seed 0"):
             describe_mismatch(state, {**ARGS, **change}, world_size=1)
         assert describe_mismatch({**state, "step": 0}, {**ARGS, **change}, world_size=1) != ""
+    with pytest.raises(UserError, match="of 100 samples, and --data_path has 101 now"):
+        describe_mismatch(state, ARGS, world_size=1, dataset_size=101)
+    assert "samples" in describe_mismatch({**state, "step": 0}, ARGS, world_size=1, dataset_size=101)

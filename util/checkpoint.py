@@ -7,7 +7,8 @@ unpickled, and other programs read it as ever. Files are written whole under ano
 renamed (`util.files.atomic_write`), so a crash leaves the old file or the new one.
 
 Keys: "model", "optimizer", "scaler", "epoch" (the last finished epoch, -1 before the first),
-"step" (micro-steps done in epoch + 1, 0 between epochs), "args", "meters", "world_size", "format".
+"step" (micro-steps done in epoch + 1, 0 between epochs), "args", "meters", "world_size", "dataset_size",
+"format".
 Names: `checkpoint-{epoch}.pth` at the end of an epoch, `checkpoint-{epoch+1}-step{step}.pth` inside one.
 """
 
@@ -31,7 +32,8 @@ from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, atomic_write, fsync_directory
 
 FORMAT = 1
-KEYS = ("model", "optimizer", "scaler", "epoch", "step", "args", "meters", "world_size", "format")
+KEYS = ("model", "optimizer", "scaler", "epoch", "step", "args", "meters", "world_size", "dataset_size",
+        "format")
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 _MARK = b"cxrmim sha256:"
@@ -217,13 +219,15 @@ def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = 
     return candidates
 
 
-def describe_mismatch(checkpoint: Mapping[str, Any], args: Mapping[str, Any], *, world_size: int) -> str:
+def describe_mismatch(
+    checkpoint: Mapping[str, Any], args: Mapping[str, Any], *, world_size: int, dataset_size: int
+) -> str:
     """Compare a checkpoint with the flags of the run that would go on from it.
 
     Returns a table old/new of the changed hyper-parameters, empty where nothing changed: the run may go
     on, no longer as the undisturbed one. Raises UserError, with the flags to use, where it can't go on:
-    another architecture; or, inside an epoch, another global batch, accumulation or seed, since the rest
-    of the epoch would then be other samples. The global batch of a step is the same set of samples for
+    another architecture; or, inside an epoch, another global batch, accumulation, seed or data, since the
+    rest of the epoch would then be other samples. The global batch of a step is the same set of samples for
     any number of ranks (METHOD.md section 6; datasets/sampler.py), so 2 ranks with batch b may go on as
     1 with 2b: each sample is still seen exactly once.
     """
@@ -237,12 +241,18 @@ def describe_mismatch(checkpoint: Mapping[str, Any], args: Mapping[str, Any], *,
                         "another --output_dir to start anew")
     if checkpoint["step"]:
         _require_same_epoch(checkpoint, args, changed, world_size)
+        if checkpoint["dataset_size"] != dataset_size:
+            raise UserError(f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of "
+                            f"{checkpoint['dataset_size']} samples, and --data_path has {dataset_size} now: bring "
+                            "back those, or --resume a checkpoint from the end of an epoch")
     rows = [(f"--{key}", _flag_value(before), _flag_value(after)) for key, (before, after) in changed.items()]
     if old_world != world_size:
         rows.append(("processes", str(old_world), str(world_size)))
     before, after = _effective_batch(old, old_world), _effective_batch(args, world_size)
     if before != after:
         rows.append(("effective batch", str(before), str(after)))
+    if checkpoint["dataset_size"] != dataset_size:
+        rows.append(("samples", str(checkpoint["dataset_size"]), str(dataset_size)))
     if not rows:
         return ""
     rows.insert(0, ("changed", "checkpoint", "now"))
