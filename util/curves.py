@@ -64,6 +64,12 @@ def run_names(runs: Sequence[str | os.PathLike]) -> list[str]:
     raise UserError(f"{runs[0]}: a run is named twice")
 
 
+def _by_scale(key: str) -> tuple[float, str]:
+    """Fine scales first; a name is "4.0", or "4.0_block_3" where a scale comes twice."""
+    scale = key.removeprefix(SCALE_PREFIX).partition("_")[0]
+    return -float(scale), key
+
+
 def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Loss curves of several runs side by side: a panel for the whole loss, and one for each scale.
 
@@ -71,7 +77,7 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         runs: name -> entries of `read_log`.
     """
     keys = {key for log in runs.values() for entry in log for key in entry if key.startswith(SCALE_PREFIX)}
-    panels = ["train_loss", *sorted(keys, key=lambda key: -float(key.removeprefix(SCALE_PREFIX)))]
+    panels = ["train_loss", *sorted(keys, key=_by_scale)]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.5), dpi=200, layout="constrained")
@@ -92,7 +98,8 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             )
         scale = key.removeprefix(SCALE_PREFIX)
         place.set_title(
-            "loss, sum of the scales" if key == "train_loss" else f"loss at scale {scale}", fontsize=9
+            "loss, sum of the scales" if key == "train_loss" else f"loss at scale {scale.replace('_', ' ')}",
+            fontsize=9,
         )
         place.set_xlabel("epoch", fontsize=8)
         place.tick_params(labelsize=7)

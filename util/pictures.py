@@ -157,8 +157,10 @@ def gaze_overlay(gray: np.ndarray, attention: np.ndarray) -> np.ndarray:
 
     Opacity grows with attention: where nobody looked the radiograph is left exactly as it is.
     """
-    color = matplotlib.colormaps[GAZE_MAP](attention)[..., :3]
-    alpha = 0.75 * np.sqrt(np.clip(attention, 0, 1))[..., None]
+    attention = np.clip(attention, 0, 1)[..., None]
+    # Without the map's darkest part, which would hide what is below it.
+    color = matplotlib.colormaps[GAZE_MAP](0.25 + 0.75 * attention[..., 0])[..., :3]
+    alpha = 0.85 * (1 - (1 - attention) ** 2)
     return (1 - alpha) * gray[..., None] + alpha * color
 
 

@@ -53,6 +53,7 @@ class WeightsInfo:
         kind: "cxr-mim" (one norm per tap), "mae", "vit" (timm names, one norm) or "unknown".
         args: the training arguments stored in it as a plain dict, {} where there are none.
         epoch: last finished epoch stored in it, or None.
+        world_size: number of processes it was trained with.
         metadata: further text entries, as exports of this program carry them.
     """
 
@@ -60,6 +61,7 @@ class WeightsInfo:
     kind: str
     args: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
+    world_size: int = 1
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -135,6 +137,8 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         path = files[0]
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
+    content: Mapping[str, Any]
+    state_is_wrapped = False
     if path.suffix == ".safetensors":
         content, metadata = _read_safetensors(path)
         state = content
@@ -143,8 +147,9 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
         wrapper = next((key for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
+        state_is_wrapped = wrapper is not None
         state = content[wrapper] if wrapper else content
-        metadata = content.get("metadata", {}) if wrapper else {}
+        metadata = content.get("metadata") if wrapper else None
     state = {_strip_prefixes(str(name)): value for name, value in state.items()}
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
@@ -153,15 +158,17 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
             f"{path}: no state dict in it ({what}); expected name -> tensor, plain or under "
             f"{' or '.join(map(repr, WRAPPER_KEYS))}"
         )
-    args = content.get("args") if path.suffix != ".safetensors" else None
+    more = content if state_is_wrapped else {}
+    args = more.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    epoch = content.get("epoch") if path.suffix != ".safetensors" else None
+    epoch, world_size = more.get("epoch"), more.get("world_size")
     return state, WeightsInfo(
         path=path,
         kind=_kind(state),
         args=dict(args) if isinstance(args, Mapping) else {},
         epoch=int(epoch) if isinstance(epoch, (int, np.integer)) else None,
+        world_size=world_size if isinstance(world_size, int) else 1,
         metadata={str(key): str(value) for key, value in dict(metadata or {}).items()},
     )
 

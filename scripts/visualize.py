@@ -1,0 +1,100 @@
+"""Picture what a checkpoint sees and predicts: radiograph, gaze, mask, HOG target and prediction, error.
+
+Samples of a data set, the exact batch of a training step (--epoch and --step), or one image (--image).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from models_cxrmim import MASKINGS
+from util.errors import UserError, run_cli
+from util.pictures import check_picture_path, contact_sheet, page_path, reconstruction_figure, save_figure
+from util.replay import chosen_samples, single_image, training_batch, training_dataset
+from util.weights import build_model, read_state_dict
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Options that are not given are those stored in the checkpoint.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint of pretraining, or a published one")
+    add("--data_path", nargs="+", help="processed tree or trees (default: where the run had its data)")
+    add("--index", type=int, nargs="+", help="samples of the data set; with --epoch, places in the batch")
+    add("--epoch", type=int, help="with --step: the batch of this training epoch, from 0")
+    add("--step", type=int, help="step of that epoch, from 0")
+    add("--rank", type=int, default=0, help="process whose batch it is")
+    add("--image", help="one radiograph instead of a data set: JPG, PNG or DICOM")
+    add("--heatmap", help="its gaze heatmap, 8-bit gray, of the same size")
+    add("--fixations", help="its fixations as CSV, with REFLACX's columns or x, y, duration, sigma_x, ...")
+    add("--masking", choices=MASKINGS, help="what chooses the masked patches")
+    add("--mask_ratio", type=float, help="share of masked patches")
+    add("--clinical_ratio", type=float, help="share of masked ones among the attended patches")
+    add("--seed", type=int, help="of the masks, and of the crops of --epoch and --step")
+    add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images on a page")
+    add("--per_page", type=int, help="images on a page (default: 4, with --sheet 64)")
+    add("--device", default="cpu", help="replaying masks of a run on CUDA needs cuda")
+    add("--out", default="picture.png", help=".png, .pdf, .svg or .jpg; several pages are numbered")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
+    out = check_picture_path(args.out)
+    if (args.epoch is None) != (args.step is None):
+        raise UserError("--epoch and --step belong together")
+    if args.image and (args.data_path or args.index or args.epoch is not None):
+        raise UserError("--image shows one image; leave out --data_path, --index, --epoch and --step")
+    if not args.image and (args.heatmap or args.fixations):
+        raise UserError("--heatmap and --fixations belong to --image")
+    if args.heatmap and args.fixations:
+        raise UserError("--heatmap and --fixations: give one of them")
+    if args.per_page is not None and args.per_page < 1:
+        raise UserError(f"--per_page {args.per_page}: must be at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: no CUDA device here; use cpu")
+
+    state, info = read_state_dict(args.checkpoint)
+    options = info.args
+    for name in ("masking", "mask_ratio", "clinical_ratio", "seed"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    model = build_model(state, options, info.path).to(args.device)
+
+    if args.image:
+        shown = single_image(model, options, args.image, heatmap=args.heatmap, fixations=args.fixations)
+        if model.masking == "attention" and not (args.heatmap or args.fixations):
+            print("no --heatmap or --fixations: no patch is significant, the mask is random")
+    else:
+        replay = args.epoch is not None
+        dataset = training_dataset(options, args.data_path, model.img_size, augment=replay)
+        if replay:
+            place = {"epoch": args.epoch, "step": args.step, "rank": args.rank, "world_size": info.world_size}
+            shown = training_batch(model, dataset, options, **place)
+            if args.index:
+                shown = shown.take(args.index)
+        else:
+            shown = chosen_samples(model, dataset, options, args.index or range(min(4, len(dataset))))
+
+    draw = contact_sheet if args.sheet else reconstruction_figure
+    per_page = args.per_page or (64 if args.sheet else 4)
+    starts = range(0, len(shown.names), per_page)
+    for page, start in enumerate(starts):
+        some = shown.take(range(start, min(start + per_page, len(shown.names))))
+        path = page_path(out, page, len(starts))
+        save_figure(draw(model, some.batch, some.mask, names=some.names), path)
+        print(f"wrote {path}: {', '.join(some.names)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
