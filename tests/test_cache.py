@@ -1,4 +1,4 @@
-"""datasets/cache.py: what comes out equals what is in the files, in any number of processes, or is told in one line."""
+"""datasets/cache.py: what comes out is what the files hold, in any number of processes, or an error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_pictures_are_the_resized_files_never_enlarged(tree, cache_size):
         assert size == native
         for file, plane in zip(dataset.files(i), planes):
             original = read_gray(file)
-            assert plane.shape == grid_size(*native, cache_size) and min(plane.shape) == min(cache_size, *native)
+            assert plane.shape == grid_size(*native, cache_size)
+            assert min(plane.shape) == min(cache_size, *native)
             expected = crop_resize_flip([original], Box(0, 0, *native), plane.shape)[0].numpy()
             np.testing.assert_array_equal(plane, expected)
             assert not plane.flags.writeable
@@ -105,7 +106,8 @@ def test_shared_images_are_held_once(tree):
     entries = json.loads((tree / "reflacx.json").read_text())
     for entry in entries:
         entry["image_path"] = entries[0]["image_path"]
-        save(tree / "attention" / str(entry["study_id"]) / f"{entry['reflacx_id']}.png", np.eye(*BIG[0], dtype=np.uint8))
+        heatmap = tree / "attention" / str(entry["study_id"]) / f"{entry['reflacx_id']}.png"
+        save(heatmap, np.eye(*BIG[0], dtype=np.uint8))
     (tree / "reflacx.json").write_text(json.dumps(entries))
     dataset = build(tree)
     assert [len(plane) for plane, _ in dataset.cache.by_plane] == [1, 3]
