@@ -38,7 +38,8 @@ def read_gray(path: str | os.PathLike) -> np.ndarray:
             gray = image if image.mode == "L" else image.convert("L")
             return np.array(gray)
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: the image is truncated or damaged ({error}); get the file again") from None
+            message = f"{path}: the image is truncated or damaged ({error}); get the file again"
+            raise UserError(message) from None
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
