@@ -79,6 +79,12 @@ class CXRMIM(nn.Module):
         for divisor in (patch_size, *cell_sizes):
             if img_size % divisor:
                 raise ValueError(f"input_size {img_size} is not a multiple of {divisor} (patch or HOG cell, px)")
+        for name, width, heads in (
+            ("num_heads", embed_dim, num_heads),
+            ("decoder_num_heads", decoder_embed_dim, decoder_num_heads),
+        ):
+            if width % heads:
+                raise ValueError(f"{name} {heads} does not divide the width {width}")
         if masking not in MASKINGS:
             raise ValueError(f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
         if gaze_temperature <= 0:

@@ -62,7 +62,9 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
 
-    kind = torch.device(device).type
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device {device}: use cuda or cpu (CUDA_VISIBLE_DEVICES chooses GPUs)")
+    kind = device
     if kind == "cuda" and not torch.cuda.is_available():
         if rank == 0:
             print("warning: no CUDA device is available, training on the CPU instead (--device cpu)", flush=True)
@@ -75,10 +77,8 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
             )
         torch.cuda.set_device(local_rank)
         chosen = torch.device("cuda", local_rank)
-    elif kind == "cpu":
-        chosen = torch.device("cpu")
     else:
-        raise UserError(f"--device {device}: use cuda or cpu")
+        chosen = torch.device("cpu")
 
     control = None
     if launched:

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The paper's pretraining: 400 epochs on one GPU. Edit the lines below; further flags can be given
+# behind the command: bash scripts/pretrain.sh --dtype bfloat16
+# A second call goes on from the newest checkpoint in output_dir. Other nodes: scripts/slurm_pretrain.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+
+# One thread per process for the CPU's part: the loader's workers are processes of their own.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+torchrun --standalone --nproc_per_node 1 run_pretrain.py \
+  --data_path ../data/reflacx-1.0.0/ \
+  --output_dir ./output_dir/cxrmim/ \
+  --pretrained preTrain/vit_base_p16_224_timm.pth \
+  --model cxrmim_vit_base_patch16 \
+  --id_list 1 3 9 11 --scale_list 4.0 2.0 1.0 0.5 \
+  --decoder_depth 1 --decoder_num_heads 8 --hog_nbins 9 \
+  --mask_ratio 0.75 --clinical_ratio 0.5 --gaze_weighted \
+  --batch_size 128 --epochs 400 --warmup_epochs 10 --blr 3e-3 --weight_decay 0.05 \
+  --num_workers 4 --preload \
+  "$@"

@@ -1,0 +1,23 @@
+"""A small phantom study, raw and processed, that several test files read (and never write to)."""
+
+import pytest
+import torch
+
+from datasets.phantom import make_study
+from datasets.prepare import prepare
+
+torch.set_num_threads(1)  # tests run in parallel processes
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """Raw REFLACX layout: 12 images of 192 x 224 px, 18 readings."""
+    return make_study(tmp_path_factory.mktemp("study"), n_images=12, size=(192, 224))
+
+
+@pytest.fixture(scope="session")
+def tree(study, tmp_path_factory):
+    """The processed tree of `study`: 12 entries."""
+    out = tmp_path_factory.mktemp("processed")
+    prepare(raw=study.raw, images=study.images, out=out, size=0, workers=1)
+    return out

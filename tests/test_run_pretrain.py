@@ -1,0 +1,237 @@
+"""The command line, run for real on small trees: in this process, and through the launchers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import run_pretrain
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+from util.images import read_gray, write_gray
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SMALL = "--model cxrmim_vit_tiny_patch16 --input_size 64 --device cpu --batch_size 4 --num_workers 0 --warmup_epochs 1"
+
+PUBLISHED_DEFAULTS = {
+    "batch_size": 32, "epochs": 400, "accum_iter": 1, "model": "cxrmim_vit_base_patch16", "input_size": 224,
+    "mask_ratio": 0.75, "clinical_ratio": 0.5, "min_crop_ratio": 0.2, "id_list": [1, 3, 9, 11],
+    "scale_list": [4.0, 2.0, 1.0, 0.5], "decoder_depth": 1, "decoder_num_heads": 8, "hog_nbins": 9,
+    "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 40,
+    "data_path": ["../data/reflacx-1.0.0/"], "preload": False, "gaze_weighted": False, "output_dir": "./output_dir",
+    "log_dir": None, "device": "cuda", "seed": 0, "resume": "", "auto_resume": True, "start_epoch": 0,
+    "num_workers": 4, "pin_mem": True, "world_size": 1, "local_rank": -1, "dist_url": "env://",
+}  # fmt: skip
+
+
+def train(tree, out, flags=""):
+    """Train in this process; returns the records of log.txt."""
+    status = run_pretrain.main(f"{SMALL} --data_path {tree} --output_dir {out} --epochs 1 {flags}".split())
+    assert status == 0
+    return [json.loads(line) for line in (Path(out) / "log.txt").read_text().splitlines()]
+
+
+def test_defaults_are_the_published_ones():
+    args = vars(run_pretrain.get_args_parser().parse_args([]))
+    assert {name: args[name] for name in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
+
+
+def test_published_command_is_understood():
+    args = run_pretrain.get_args_parser().parse_args(
+        "--local-rank 0 --batch_size 128 --model cxrmim_vit_base_patch16 --hog_nbins 9 --mask_ratio 0.75 "
+        "--clinical_ratio 0.5 --epochs 400 --warmup_epochs 10 --blr 3e-3 --weight_decay 0.05 --num_workers 4 "
+        "--preload --gaze_weighted --id_list 1 3 9 11 --scale_list 4.0 2.0 1.0 0.5 --decoder_depth 1 "
+        "--decoder_num_heads 8 --data_path ../data/reflacx-1.0.0/ --output_dir ./output_dir/cxrmim/".split()
+    )
+    assert (args.preload, args.gaze_weighted, args.local_rank, args.blr) == (True, True, 0, 3e-3)
+
+
+@pytest.mark.parametrize("flags", ["", "--preload", "--gaze_weighted", "--preload --gaze_weighted --masking block"])
+def test_trains_with_and_without_preload_and_weighting(tree, tmp_path, flags):
+    (record,) = train(tree, tmp_path, flags)
+    assert record["epoch"] == 0
+    scales = [record[f"train_loss_scale_{scale}"] for scale in (4.0, 2.0, 1.0, 0.5)]
+    assert record["train_loss"] == pytest.approx(sum(scales))
+    assert record["significant_patches"] > 0
+    checkpoint = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
+    assert {"model", "optimizer", "epoch", "scaler", "args"} <= set(checkpoint)
+    assert json.loads((tmp_path / "args.json").read_text())[0]["args"]["seed"] == 0
+
+
+def test_loss_falls(tree, tmp_path):
+    records = train(tree, tmp_path, "--epochs 6 --blr 0.05 --gaze_weighted")
+    assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(tree, tmp_path):
+    for name, flags in (("a", ""), ("b", "--num_workers 2"), ("c", "--seed 1")):
+        train(tree, tmp_path / name, flags)
+    a, b, c = (load_checkpoint(tmp_path / name / "checkpoint-0.pth")["model"] for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["blocks.0.mlp.fc1.weight"], c["blocks.0.mlp.fc1.weight"])
+
+
+def test_accumulation_is_the_larger_batch(tree, tmp_path):
+    """Unweighted, with one mask count, two steps of 4 and one of 8 differ by rounding and by the masks drawn."""
+    whole = train(tree, tmp_path / "whole", "--batch_size 8 --masking random")
+    parts = train(tree, tmp_path / "parts", "--batch_size 4 --accum_iter 2 --masking random")
+    args = [json.loads((tmp_path / name / "args.json").read_text())[0]["args"] for name in ("whole", "parts")]
+    assert args[0]["lr"] == args[1]["lr"]
+    assert parts[0]["train_loss"] == pytest.approx(whole[0]["train_loss"], rel=0.05)
+    steps = [load_checkpoint(tmp_path / name / "checkpoint-0.pth")["optimizer"]["state"][0]["step"] for name in
+             ("whole", "parts")]  # fmt: skip
+    assert steps[0] == steps[1] == 1
+
+
+def test_bfloat16_clipping_and_odd_taps(tree, tmp_path):
+    train(tree, tmp_path, "--dtype bfloat16 --clip_grad 0.1 --id_list 0 2 2 --scale_list 1 0.5 0.5")
+
+
+def test_starts_from_timm_weights_and_reports(tree, tmp_path, capsys):
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=10)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'vit.pth'} --lr 1e-12")
+    printed = capsys.readouterr().out
+    assert "blocks.0-11" in printed and "head" in printed
+    state = load_checkpoint(tmp_path / "out" / "checkpoint-0.pth")["model"]
+    torch.testing.assert_close(state["blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"])
+    torch.testing.assert_close(state["pos_embed"], vit.state_dict()["pos_embed"])
+
+
+def test_goes_on_where_it_stopped(tree, tmp_path, capsys):
+    train(tree, tmp_path)
+    records = train(tree, tmp_path, "--epochs 2")
+    assert "resumed" in capsys.readouterr().out
+    assert [record["epoch"] for record in records] == [0, 1]
+    assert len(json.loads((tmp_path / "args.json").read_text())) == 2
+
+
+def test_warns_loudly_when_no_patch_is_significant(tmp_path, tree, capsys):
+    flat = tmp_path / "flat"
+    for file in tree.rglob("*"):
+        target = flat / file.relative_to(tree)
+        if file.is_dir():
+            target.mkdir(parents=True)
+        elif "attention" in file.parts:
+            write_gray(target, read_gray(file) * 0)
+        else:
+            target.write_bytes(file.read_bytes())
+    train(flat, tmp_path / "out")
+    assert "no patch of these images is significant" in capsys.readouterr().out
+
+
+def copy_tree(tree, target, change):
+    """A copy of the tree's index, changed, beside links to its files."""
+    target.mkdir()
+    for file in tree.iterdir():
+        if file.name != "reflacx.json":
+            (target / file.name).symlink_to(file)
+    entries = json.loads((tree / "reflacx.json").read_text())
+    (target / "reflacx.json").write_text(change(entries))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data_path /nowhere", "/nowhere"),
+        ("--id_list 1 3 9 12", "id_list"),
+        ("--id_list 1 3", "scale_list"),
+        ("--scale_list 4 2 1 3", "scale_list"),
+        ("--batch_size 64", "batch_size"),
+        ("--input_size 100", "input_size"),
+        ("--mask_ratio 1", "mask_ratio"),
+        ("--mask_ratio 0", "mask_ratio"),
+        ("--clinical_ratio 1.5", "clinical_ratio"),
+        ("--min_crop_ratio 0", "min_crop_ratio"),
+        ("--epochs 0", "epochs"),
+        ("--accum_iter 0", "accum_iter"),
+        ("--decoder_num_heads 7", "decoder_num_heads"),
+        ("--pretrained /nowhere.pth", "/nowhere.pth"),
+        ("--model cxrmim_vit_base_patch16", "fetch_weights"),
+        ("--resume /nowhere.pth", "--resume"),
+        ("--device tpu", "--device"),
+        ("--world_size 2", "torchrun"),
+        ("--gaze_temperature 0", "gaze_temperature"),
+    ],
+)
+def test_bad_flags_are_named(tree, tmp_path, flags, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no preTrain/ is
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        train(tree, tmp_path / "out", flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries: "[]", "reflacx.json"),
+        (lambda entries: "{not json", "reflacx.json"),
+        (lambda entries: json.dumps([{"image_path": "a.png"}]), "study_id"),
+        (lambda entries: json.dumps([entries[0] | {"image_path": "../a.png"}]), "image_path"),
+        (lambda entries: json.dumps([entry | {"image_path": "images/none.png"} for entry in entries]), "none.png"),
+        (lambda entries: json.dumps([entry | {"reflacx_id": "P999"} for entry in entries]), "P999.png"),
+    ],
+)
+def test_bad_index_is_named(tree, tmp_path, change, message):
+    broken = copy_tree(tree, tmp_path / "broken", change)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        train(broken, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_check_data_lists_every_bad_entry(tree, tmp_path, capsys):
+    assert run_pretrain.main(["--check_data", "--data_path", str(tree)]) == 0
+    broken = copy_tree(
+        tree, tmp_path / "broken",
+        lambda entries: json.dumps([*entries[2:], entries[0] | {"reflacx_id": "P9"}, entries[1] | {"image_path": "no.png"}]),
+    )  # fmt: skip
+    assert run_pretrain.main(["--check_data", "--data_path", str(broken)]) == 1
+    printed = capsys.readouterr().out
+    assert "P9.png" in printed and "no.png" in printed
+
+
+def test_weights_of_another_model_are_refused(tree, tmp_path):
+    vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=10)
+    torch.save(vit.state_dict(), tmp_path / "small.pth")
+    with pytest.raises(UserError, match="small.pth"):
+        train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'small.pth'}")
+
+
+def run_launcher(launcher, tree, out, flags=""):
+    command = [sys.executable, "-m", *launcher.split(), "run_pretrain.py", *SMALL.split(), "--epochs", "1"]
+    command += ["--data_path", str(tree), "--output_dir", str(out), *flags.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_torchrun_with_two_processes(tree, tmp_path):
+    result = run_launcher("torch.distributed.run --standalone --nproc_per_node 2", tree, tmp_path, "--batch_size 2")
+    assert result.returncode == 0, result.stderr
+    assert "effective batch  4 = 2 x 1 accumulated x 2 processes" in result.stdout
+    assert result.stdout.count("effective batch") == 1  # rank 0 alone speaks
+    checkpoint = load_checkpoint(tmp_path / "checkpoint-0.pth")
+    assert checkpoint["world_size"] == 2
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_torch_distributed_launch_as_published(tree, tmp_path):
+    """It passes --local-rank (--local_rank in older versions), and errors are one line there too."""
+    result = run_launcher("torch.distributed.launch --nproc_per_node 1", tree, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "checkpoint-0.pth").exists()
+
+
+def test_without_launcher_an_error_is_one_line_and_the_status_is_not_zero(tmp_path):
+    command = [sys.executable, "run_pretrain.py", *SMALL.split(), "--data_path", str(tmp_path / "none")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: --data_path")
+    assert "Traceback" not in result.stderr
