@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import PIL
@@ -48,6 +49,7 @@ from util.radiograph import radiograph_size, read_radiograph
 
 INDEX, RECORD = "reflacx.json", "prepare.json"
 FORMAT = 1
+Task = TypeVar("Task")
 PATCH_GRID = 14  # patches per side at 224 px
 IMAGES_PER_WORKER = 32  # fewer are not worth starting a process for
 
@@ -170,8 +172,8 @@ def prepare(
         raise UserError(f"{images}: holds none of the {len(chosen)} readings' images (<dicom_id>.jpg or .dcm)")
     tasks = [(paths[image_id], group) for image_id, group in by_image.items()]
 
-    with _tree(out, options, overwrite=overwrite, dry_run=dry_run):
-        results = list(_run(partial(process_image, out=out, options=options, dry_run=dry_run), tasks, workers))
+    with output_tree(out, options, overwrite=overwrite, dry_run=dry_run):
+        results = list(run_tasks(partial(process_image, out=out, options=options, dry_run=dry_run), tasks, workers))
         entries = sorted((e for r in results for e in r.entries), key=lambda entry: entry["reflacx_id"])
         exclusions += (exclusion for result in results for exclusion in result.exclusions)
         exclusions.sort(key=lambda exclusion: (exclusion.id, exclusion.reason))
@@ -193,26 +195,24 @@ def prepare(
         seconds = sum((result.seconds for result in results), Counter())
         if not dry_run:
             record = {
-                "options": _options_record(options),
+                "options": options_record(options),
                 "finished": True,
                 "split": split,
                 "raw": str(raw),
                 "images": str(images),
-                "versions": _versions(),
+                "versions": versions(),
                 "counts": counts,
                 "notes": found.notes,
                 "left_out": [asdict(exclusion) for exclusion in exclusions],
             }
-            _write_json(out / RECORD, record)
-            _write_json(out / INDEX, entries)
+            write_json(out / RECORD, record)
+            write_json(out / INDEX, entries)
             counts["map files written by this run"] = sum(result.n_written for result in results)
     return PrepareReport(counts, exclusions, found.notes, seconds, dry_run)
 
 
-def _run(
-    function: Callable[[tuple[Path, list[Reading]]], ImageResult],
-    tasks: Sequence[tuple[Path, list[Reading]]],
-    workers: int,
+def run_tasks(
+    function: Callable[[Task], ImageResult], tasks: Sequence[Task], workers: int
 ) -> Iterator[ImageResult]:
     """`function` of each task, in order, with a progress bar."""
     workers = min(workers, len(tasks) // IMAGES_PER_WORKER)
@@ -272,12 +272,11 @@ def process_image(
         with result.timed("resizing"):
             gray = resize_gray(gray, out_size)
         with result.timed("writing images"):
-            _write(out / image_path, gray)
+            write_image(out / image_path, gray)
     for group in [mapped] if options.readings == "merge" else [[pair] for pair in mapped]:
         entry = _entry([reading for reading, _ in group], image_path)
         with result.timed("foreground"):
-            attention = heatmap_to_uint8(merge_heatmaps([heatmap for _, heatmap in group]))
-            foreground = otsu_foreground(torch.from_numpy(attention)[None])[0].numpy() * np.uint8(255)
+            attention, foreground = attention_maps(merge_heatmaps([heatmap for _, heatmap in group]))
             result.significant.append(count_significant(foreground))
         result.entries.append(entry)
         name = f"{entry['study_id']}/{entry['reflacx_id']}.png"
@@ -285,7 +284,7 @@ def process_image(
             if not dry_run and not (out / kind / name).exists():
                 result.n_written += 1
                 with result.timed("writing maps"):
-                    _write(out / kind / name, pixels)
+                    write_image(out / kind / name, pixels)
     return result
 
 
@@ -355,6 +354,13 @@ def resize_gray(gray: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(gray).resize(size, Image.Resampling.BICUBIC))
 
 
+def attention_maps(heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The stored attention and foreground (0/255) of a heatmap [H, W] >= 0: uint8 [H, W] each."""
+    attention = heatmap_to_uint8(heatmap)
+    foreground = otsu_foreground(torch.from_numpy(attention)[None])[0].numpy()
+    return attention, foreground * np.uint8(255)
+
+
 def count_significant(foreground: np.ndarray) -> int:
     """Significant patches of 196 when the whole map, uint8 [H, W] 0/255, is seen at 224 x 224 px."""
     side = 16 * PATCH_GRID
@@ -363,14 +369,23 @@ def count_significant(foreground: np.ndarray) -> int:
 
 
 @contextlib.contextmanager
-def _tree(out: Path, options: Options, *, overwrite: bool, dry_run: bool) -> Iterator[None]:
+def output_tree(
+    out: Path,
+    options: Options,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    index: str = INDEX,
+    folders: Sequence[str] = ("images", "attention", "foreground"),
+) -> Iterator[None]:
     """Hold `out` for one run: refuse a tree of other options or of another program, start afresh with
-    `overwrite`, clear what a killed run left half-written."""
+    `overwrite`, clear what a killed run left half-written. `options` may be any dataclass; the tree
+    is the file `index` and the `folders`."""
     record_path = out / RECORD
     earlier = json.loads(record_path.read_text()) if record_path.exists() else None
     if earlier is None and out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: is not empty and not made by this script (no {RECORD}); choose another --out")
-    if earlier is not None and not overwrite and earlier["options"] != _options_record(options):
+    if earlier is not None and not overwrite and earlier["options"] != options_record(options):
         was = ", ".join(f"{key} {value}" for key, value in earlier["options"].items() if value is not None)
         raise UserError(
             f"{out}: was prepared with other options ({was}); choose another --out, "
@@ -388,11 +403,11 @@ def _tree(out: Path, options: Options, *, overwrite: bool, dry_run: bool) -> Ite
             raise UserError(f"{out}: another run is preparing it; wait for it or choose another --out") from None
         try:
             if overwrite and earlier is not None:
-                (out / INDEX).unlink(missing_ok=True)
-                for kind in ("images", "attention", "foreground"):
+                (out / index).unlink(missing_ok=True)
+                for kind in folders:
                     shutil.rmtree(out / kind, ignore_errors=True)
             if overwrite or earlier is None:
-                _write_json(record_path, {"options": _options_record(options), "finished": False})
+                write_json(record_path, {"options": options_record(options), "finished": False})
             for half_written in out.rglob(f"{TEMPORARY_PREFIX}*"):
                 half_written.unlink()
             yield
@@ -402,11 +417,11 @@ def _tree(out: Path, options: Options, *, overwrite: bool, dry_run: bool) -> Ite
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
 
 
-def _options_record(options: Options) -> dict:
+def options_record(options: Options) -> dict:
     return {"format": FORMAT, **asdict(options)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -416,12 +431,12 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _write(path: Path, gray: np.ndarray) -> None:
+def write_image(path: Path, gray: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_gray(path, gray)
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write unless the file has this very content already."""
     data = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
     if not path.exists() or path.read_bytes() != data:
