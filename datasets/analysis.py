@@ -20,7 +20,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
@@ -32,6 +31,7 @@ from datasets.image_index import find_images
 from datasets.prepare import (
     PATCH_GRID,
     SOURCES,
+    attention_maps,
     count_significant,
     detect_source,
     reading_heatmap,
@@ -41,8 +41,6 @@ from datasets.prepare import (
 from datasets.readings import ELLIPSE_COLUMNS, Exclusion, Reading
 from util.errors import UserError
 from util.files import atomic_write
-from util.gaze import heatmap_to_uint8
-from util.masking import otsu_foreground
 from util.pictures import MASKED, SIGNIFICANT, gaze_overlay, save_figure
 from util.radiograph import radiograph_size, read_radiograph
 
@@ -108,9 +106,9 @@ class Analysis:
         lines = [f"{len(self.readings)} readings of {self.readings['image_id'].nunique()} images"]
         if not self.ellipses.empty:
             small, medium = self.options["size_thresholds"]
-            total = self.size_by_finding.set_index("finding").loc[ANY]
+            total = self.size_by_finding.iloc[0]  # of ANY
             lines.append(
-                f"{total['ellipses']} abnormal ellipses: {total['small']:.1%} small (under {small:.2%} of the image), "
+                f"{total['ellipses']:,} abnormal ellipses: {total['small']:.1%} small (under {small:.2%} of the image), "
                 f"{total['medium']:.1%} medium, {total['large']:.1%} large (from {medium:.2%})"
             )
         for row in self.ratio_by_finding[self.ratio_by_finding["finding"] == ANY].itertuples():
@@ -247,11 +245,11 @@ def analyze(
             exclusions.append(Exclusion(reading.id, "unusable reading", str(error), is_fault=True))
             continue
         areas = _area_shares(ellipses, image_size)
-        foreground = otsu_foreground(torch.from_numpy(heatmap_to_uint8(heatmap))[None])[0].numpy()
+        _, foreground = attention_maps(heatmap)
         row = {
             "id": reading.id, "image_id": reading.image_id, "subject_id": reading.subject_id,
             "split": reading.split, "ellipses": len(ellipses),
-            "significant_patches": count_significant(foreground * np.uint8(255)),
+            "significant_patches": count_significant(foreground),
         }  # fmt: skip
         ellipse_rows += [
             {"id": reading.id, "subject_id": reading.subject_id, "findings": "|".join(findings),
@@ -422,7 +420,7 @@ def analysis_figure(analysis: Analysis) -> Figure:
     has_ellipses = not analysis.ellipses.empty
     n_rows = len(analysis.size_by_finding) if has_ellipses else 0
     top = max(3.4, 1.5 + 0.32 * n_rows)
-    bottom = 4.6 if analysis.examples else 0.0
+    bottom = 10.4 / max(3, len(analysis.examples)) if analysis.examples else 0.0
     figure = Figure(figsize=(14, top + bottom), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(2, 1, height_ratios=(top, bottom)) if analysis.examples else (figure,)
@@ -442,8 +440,8 @@ def analysis_figure(analysis: Analysis) -> Figure:
 def _draw_sizes(axes, analysis: Analysis) -> None:
     table = analysis.size_by_finding.iloc[::-1]
     small, medium = analysis.options["size_thresholds"]
-    names = (f"small: under {small:.3g} of the image's area", f"medium: {small:.3g} to {medium:.3g}",
-             f"large: {medium:.3g} or more")  # fmt: skip
+    names = (f"small: under {100 * small:g}% of the image's area", f"medium: {100 * small:g}% to {100 * medium:g}%",
+             f"large: {100 * medium:g}% or more")  # fmt: skip
     left = np.zeros(len(table))
     for size, colour, name in zip(SIZES, SIZE_COLOURS, names):
         share = 100 * table[size].to_numpy()
@@ -474,9 +472,10 @@ def _draw_ratios(axes, analysis: Analysis) -> None:
     axes.minorticks_off()
     axes.set_yticks(range(len(findings)), findings)
     interval = "" if np.isnan(overall.low) else f" [{overall.low:.2f}, {overall.high:.2f}]"
-    axes.set(ylim=(-0.6, len(findings) - 0.4), xlabel="gaze density on abnormalities / elsewhere (1 = no preference)",
+    axes.set(ylim=(-0.6, len(findings) - 0.4), xlabel="gaze density on abnormalities / elsewhere",
              title=f"Mean ratio {overall['mean']:.2f}{interval}, {overall.readings:,} readings")  # fmt: skip
-    axes.legend(loc="best", fontsize=8, title="mean, bootstrap 95% over subjects", title_fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), frameon=False, fontsize=8, borderaxespad=0,
+                title="mean, bootstrap 95% interval over subjects", title_fontsize=8, alignment="left")  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -490,7 +489,7 @@ def _draw_patches(axes, analysis: Analysis) -> None:
     axes.hist(counts, bins=bins, color=SIGNIFICANT, edgecolor="white", linewidth=0.6)
     axes.axvline(counts.median(), color="black", linewidth=1.2, linestyle="--")
     axes.set(xlabel=f"significant patches of {N_PATCHES} at 224 px", ylabel="readings",
-             title=f"Median {counts.median():.0f}, mean {counts.mean():.1f}, none in {(counts == 0).sum()}")  # fmt: skip
+             title=f"Median {counts.median():.0f}, mean {counts.mean():.1f}; none in {(counts == 0).sum():,}")  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -94,11 +94,11 @@ def draw_lesion(kind: str, rng: np.random.Generator, size: float = 1.0, contrast
         low, high = inner + min(rx, 0.04), wall - 0.02 - min(rx, 0.05)
         ellipse = (side * within(low, max(low, high)), cy, rx, ry)
     elif kind == "effusion":
-        rx, ry = size * within(0.075, 0.10), size * within(0.07, 0.12)
-        ellipse = (side * (0.36 - rx), 0.33 - ry, rx, ry)
+        rx, ry = size * within(0.055, 0.08), size * within(0.07, 0.11)
+        ellipse = (side * (0.36 - rx), 0.31 - ry, rx, ry)
     elif kind == "pneumothorax":
-        rx, ry = size * within(0.075, 0.10), size * within(0.10, 0.14)
-        ellipse = (side * (0.31 - rx), APEX_Y + 0.02 + ry, rx, ry)
+        rx, ry = size * within(0.075, 0.095), size * within(0.09, 0.12)
+        ellipse = (side * (0.265 - rx), APEX_Y + 0.015 + ry, rx, ry)
     elif kind == "cardiomegaly":
         growth = 1.0 + 0.28 * size
         ellipse = (0.052, 0.145, HEART[2] * growth, 0.115 * growth ** 0.8 + 0.01)
@@ -309,25 +309,24 @@ def _vessels(frame: Frame, rng: np.random.Generator) -> np.ndarray:
     pen = ImageDraw.Draw(picture)
     branches = []
     for sign in (-1.0, 1.0):
-        for direction in np.linspace(-1.35, 1.35, 11) + rng.uniform(-0.1, 0.1, 11):
+        for direction in (np.linspace(-1.35, 1.35, 11) + rng.uniform(-0.1, 0.1, 11)).tolist():
             branches.append((sign * 0.075, -0.025 + 0.03 * direction, sign, direction, 0.010, 0))
+    middle_x, middle_y = (float(at) for at in frame.to_pixels(0.0, 0.0))
     while branches:
         x, y, sign, direction, thick, depth = branches.pop()
-        steps = 5 if depth < 4 else 3
-        bends = rng.uniform(-0.16, 0.16, steps)
         points = [(x, y)]
-        for bend in bends:
+        for bend in rng.uniform(-0.16, 0.16, 5 if depth < 4 else 3).tolist():
             direction += bend
-            x, y = x + sign * 0.013 * np.cos(direction), y + 0.013 * np.sin(direction)
+            x, y = x + sign * 0.013 * math.cos(direction), y + 0.013 * math.sin(direction)
             points.append((x, y))
-        px, py = frame.to_pixels(*np.array(points).T)
+        line = [(middle_x + frame.unit * x, middle_y + frame.unit * y) for x, y in points]
         shade = int(255 * min(1.0, 0.10 + 75 * thick))
-        pen.line(list(zip(px.tolist(), py.tolist())), fill=shade, width=max(1, round(thick * frame.unit)), joint="curve")
+        pen.line(line, fill=shade, width=max(1, round(thick * frame.unit)), joint="curve")
         if depth < 5 and abs(x) < 0.34:
-            fork = rng.uniform(0.2, 0.55, 2)
-            branches.append((x, y, sign, direction - fork[0], thick * 0.74, depth + 1))
+            up, down = rng.uniform(0.2, 0.55, 2).tolist()
+            branches.append((x, y, sign, direction - up, thick * 0.74, depth + 1))
             if depth < 4:
-                branches.append((x, y, sign, direction + fork[1], thick * 0.66, depth + 1))
+                branches.append((x, y, sign, direction + down, thick * 0.66, depth + 1))
     blurred = picture.filter(ImageFilter.GaussianBlur(max(0.5, 0.0018 * frame.unit)))
     return np.asarray(blurred, dtype=np.float32) / 255.0
 
@@ -359,9 +358,9 @@ def _add_lesion(film: np.ndarray, lesion: Lesion, chest: dict, rng: np.random.Ge
         film[rows] += lesion.contrast * 0.20 * plate * np.sqrt(air)
     elif lesion.kind == "effusion":  # fluid in the angle, its meniscus climbing towards the wall
         inward = (abs(cx) + rx - np.abs(x)) / (2 * rx)
-        level = cy + ry - 2 * ry * np.exp(-2.0 * inward.clip(0))
+        level = cy + ry - 2 * ry * np.exp(-1.3 * inward.clip(0))
         fluid = _smooth((y - level) / (0.35 * ry) + 0.5) * same_side * _smooth((1.4 - inward) / 0.5)
-        film[rows] += lesion.contrast * fluid * (0.90 - film[rows]).clip(0) * _smooth(lung / 0.05)
+        film[rows] += lesion.contrast * fluid * (0.85 - film[rows]).clip(0) * _smooth(lung / 0.05)
     elif lesion.kind == "pneumothorax":  # lung fallen off the wall: nothing but black beyond a thin line
         gap = 1.5 * rx * _smooth((cy + 1.1 * ry - y) / (1.6 * ry))
         d_pleura = gap - chest["d_wall"][rows]
