@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""From MIMIC-CXR-JPG and heatmaps of your own gaze predictor to the MIMIC tree that run_pretrain.py reads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets.prepare_mimic import FRONTAL, prepare_mimic
+from util.errors import run_cli
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__ + " Damaged files are listed at the end and left out; the exit status is 1 then. "
+        "An interrupted run goes on where it stopped; a second run changes nothing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--images", type=Path, required=True,
+        help="root of MIMIC-CXR-JPG (or of MIMIC-CXR, DICOM), holds files/")
+    add("--heatmaps", type=Path, required=True,
+        help="directory, any depth, with one 8-bit PNG or NPY [height, width] per image, over the whole image, "
+        "of any size, the dicom_id in the file's name")
+    add("--out", type=Path, required=True, help="where the tree goes")
+    add("--metadata", type=Path, default=None,
+        help="mimic-cxr-2.0.0-metadata.csv, .gz or not; by default the one in --images")
+    add("--views", nargs="+", default=list(FRONTAL),
+        help="values of ViewPosition to take, frontal ones by default; all = any")
+    add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
+    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
+    add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
+    add("--dry_run", action="store_true", help="check and count everything but the images' pixels; write nothing")
+    return parser  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = vars(get_args_parser().parse_args(argv))
+    args["views"] = tuple(args["views"])
+    report = prepare_mimic(**args)
+    print(report)
+    if report.faults:
+        print(f"{len(report.faults)} images left out for damaged input, listed above", file=sys.stderr)
+        return 1
+    print("nothing written (--dry_run)" if report.dry_run else f"{args['out']} is ready")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
