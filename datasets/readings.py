@@ -136,7 +136,7 @@ def numeric_columns(
         if bad.size:
             cell = table[column].iloc[bad[0]]
             line = bad[0] + 2 if lines is None else lines[bad[0]]
-            raise UserError(f"{path}: line {line}, column {column!r}: {cell!r} is not a finite number")
+            raise UserError(f"{path}: line {line}, column {column!r}: {str(cell)!r} is not a finite number")
         arrays[column] = values
     return arrays
 
@@ -148,4 +148,4 @@ def parse_bool(cell: object, path: Path, line: int, column: str) -> bool:
         return True
     if text in ("false", "0", "0.0", "no"):
         return False
-    raise UserError(f"{path}: line {line}, column {column!r}: {cell!r} is neither true nor false")
+    raise UserError(f"{path}: line {line}, column {column!r}: {str(cell)!r} is neither true nor false")

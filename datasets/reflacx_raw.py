@@ -206,5 +206,5 @@ def _number(cell: object, where: str) -> float:
     except (TypeError, ValueError):
         value = float("nan")
     if not np.isfinite(value):
-        raise UserError(f"{where} {cell!r} is not a finite number")
+        raise UserError(f"{where} {str(cell)!r} is not a finite number")
     return value

@@ -66,7 +66,9 @@ def read_dicom(path: str | os.PathLike) -> np.ndarray:
         raise UserError(f"{path}: DICOM of {ds.NumberOfFrames} frames; a radiograph has one")
     photometric = ds.get("PhotometricInterpretation")
     if photometric not in MONOCHROME or ds.get("SamplesPerPixel", 1) != 1:
-        raise UserError(f"{path}: DICOM in colour ({photometric}); a radiograph is MONOCHROME1 or MONOCHROME2")
+        raise UserError(
+            f"{path}: DICOM in colour ({photometric}); a radiograph is MONOCHROME1 or MONOCHROME2"
+        )
 
     stored = _stored_values(ds, path)
     padding = _padding(ds, stored)
@@ -113,13 +115,16 @@ def _stored_values(ds: pydicom.Dataset, path: Path) -> np.ndarray:
     except Exception as error:  # each decoder package has its own exceptions
         message = _one_line(error)
         if syntax.is_compressed and "missing dependencies" in message:
+            needs = message.partition("missing dependencies:")[2]
             raise UserError(
-                f"{path}: compressed DICOM ({syntax.name}) and no package that decodes it is installed; "
-                "pip install pylibjpeg pylibjpeg-openjpeg python-gdcm"
+                f"{path}: DICOM compressed as {syntax.name}, which no installed package decodes; "
+                f"pip install one of:{needs}"
             ) from error
         raise UserError(f"{path}: DICOM pixel data cannot be decoded ({message})") from error
     if values.dtype.kind not in "iu" or values.ndim != 2:
-        raise UserError(f"{path}: DICOM pixel data of type {values.dtype}, shape {values.shape}; want integers, H x W")
+        raise UserError(
+            f"{path}: DICOM pixel data of type {values.dtype}, shape {values.shape}; want integers, H x W"
+        )
     return values
 
 
