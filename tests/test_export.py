@@ -1,0 +1,221 @@
+"""Exports: what timm, the Hugging Face layout and the cxr-eval client load is our encoder, exactly."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import models_cxrmim
+from models_cxrmim import CXRMIM
+from scripts.export_backbone import main
+from util.errors import UserError
+from util.export import build_backbone, read_backbone
+from util.weights import read_state_dict, resample_pos_embed
+
+SMALL = dict(img_size=64, embed_dim=64, depth=3, num_heads=1, decoder_embed_dim=32, id_list=(0, 2),
+             scale_list=(2.0, 0.5))  # fmt: skip
+
+
+def shake(model: CXRMIM, seed: int = 0) -> CXRMIM:
+    """Move every parameter off its start, norms above all: else a wrong LayerNorm would go unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        for norm in model.norm:
+            norm.weight.add_(0.3 * torch.randn(norm.weight.shape, generator=generator))
+    return model.eval()
+
+
+def save(model: CXRMIM, path: Path, **args) -> Path:
+    stored = {"id_list": list(model.id_list)} | args
+    torch.save({"model": model.state_dict(), "args": stored, "epoch": 7}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[CXRMIM, Path]:
+    model = shake(CXRMIM(**SMALL))
+    return model, save(model, tmp_path_factory.mktemp("small") / "checkpoint-7.pth")
+
+
+SMALL_TIMM = ("vit_base_patch16_224", dict(img_size=64, embed_dim=64, depth=3, num_heads=1, num_classes=0))
+
+
+@torch.no_grad()
+def encode(model: CXRMIM, img: torch.Tensor) -> list[torch.Tensor]:
+    return model.forward_encoder(img, torch.zeros(len(img), model.num_patches))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_timm_features_equal_the_encoder(size, tmp_path):
+    """The name alone, strict loading, all tokens visible: the same features, for each model size."""
+    depth = 24 if size == "large" else 12
+    factory = getattr(models_cxrmim, f"cxrmim_vit_{size}_patch16")
+    with torch.device("meta"):  # its usual start takes long for the large one, and is not what is tested
+        model = factory(id_list=(1, depth - 1), scale_list=(2.0, 0.5), decoder_embed_dim=32)
+    model.to_empty(device="cpu").requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.uniform_(-0.05, 0.05, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1)
+    checkpoint, out = save(model, tmp_path / "c.pth"), tmp_path / "b.pth"
+    main([str(checkpoint), str(out)])
+    arguments = dict(num_classes=0, checkpoint_path=str(out), weight_init="skip")
+    timm_model = timm.create_model(f"vit_{size}_patch16_224", **arguments).eval()
+    img = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = timm_model.forward_features(img)
+    expected = encode(model, img)[-1]
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("fmt", ["timm", "safetensors", "hf"])
+def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, tmp_path, capsys):
+    model, checkpoint = small
+    out = tmp_path / {"timm": "b.pth", "safetensors": "b.safetensors", "hf": "folder"}[fmt]
+    assert main([str(checkpoint), str(out), "--format", fmt]) == 0
+    if fmt == "hf":
+        loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
+        assert "local-dir:" in capsys.readouterr().out
+        config = loaded.pretrained_cfg
+        assert config["mean"] == pytest.approx((0.485, 0.456, 0.406)) and config["num_classes"] == 0
+        metadata = json.loads((out / "config.json").read_text())["cxr_mim"]
+        assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    else:
+        name, arguments = SMALL_TIMM
+        loaded = timm.create_model(name, checkpoint_path=str(out), **arguments)
+        metadata = read_state_dict(out)[1].metadata
+    img = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(loaded.eval().forward_features(img), encode(model, img)[-1], atol=1e-5)
+    assert metadata["source"] == "checkpoint-7.pth" and metadata["epoch"] == "7" and metadata["tap"] == "1"
+    assert metadata["source_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert json.loads(metadata["args"]) == {"id_list": [0, 2]}
+    again = read_backbone(out)  # an export is itself a backbone that the other scripts read
+    assert all(torch.equal(again.state[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_every_format_says_how_to_load_it(small, tmp_path, capsys):
+    """The printed call, evaluated, gives the model."""
+    _, checkpoint = small
+    for fmt, name in (("timm", "b.pth"), ("safetensors", "b.safetensors"), ("hf", "folder")):
+        main([str(checkpoint), str(tmp_path / name), "--format", fmt, "--img_size", "96"])
+        call = capsys.readouterr().out.partition("load it with ")[2].splitlines()[0]
+        model = eval(call, {"timm": timm})
+        assert model.pos_embed.shape == (1, 37, 64)
+
+
+def test_other_input_size_resamples_pos_embed(small, tmp_path):
+    model, checkpoint = small
+    out = tmp_path / "b.pth"
+    main([str(checkpoint), str(out), "--img_size", "128"])
+    state, _ = read_state_dict(out)
+    assert torch.equal(state["pos_embed"], resample_pos_embed(model.pos_embed.detach(), (8, 8)))
+    larger = CXRMIM(**SMALL | {"img_size": 128}).eval()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "pos_embed" not in name}
+    larger.load_state_dict(weights | {"pos_embed": state["pos_embed"]}, strict=False)
+    img = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        found = build_backbone(read_backbone(out)).eval().forward_features(img)
+    assert torch.allclose(found, encode(larger, img)[-1], atol=1e-5)
+
+
+def test_tap_chooses_the_layer_norm(small, tmp_path, capsys):
+    model, checkpoint = small
+    out = tmp_path / "b.pth"
+    main([str(checkpoint), str(out), "--tap", "0"])
+    state, info = read_state_dict(out)
+    assert torch.equal(state["norm.weight"], model.norm[0].weight) and info.metadata["block"] == "0"
+    name, arguments = SMALL_TIMM
+    timm_model = timm.create_model(name, checkpoint_path=str(out), **arguments).eval()
+    img = torch.randn(1, 3, 64, 64)
+    advice = capsys.readouterr().out.splitlines()[-1]
+    with torch.no_grad():
+        found = eval(advice, {"model": timm_model, "x": img})[0]  # [1, D, h, w]
+    assert torch.allclose(found.flatten(2).transpose(1, 2), encode(model, img)[0][:, 1:], atol=1e-5)
+
+
+def test_cxr_eval_client_loads_all_of_it(small, tmp_path, capsys):
+    """The client's steps: torch.load, ["model"] by the path's name, drop head*, strict=False into a ViT."""
+    model, checkpoint = small
+    out = tmp_path / "GazeMIM_vit.pth"
+    main([str(checkpoint), str(out), "--format", "cxr-eval"])
+    assert "WARNING" not in capsys.readouterr().out
+
+    loaded = torch.load(out, map_location="cpu")
+    if any(name in str(out) for name in ("MAE", "LocalMIM", "GazeMIM")):
+        loaded = loaded["model"]
+    loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith("head")}
+    name, arguments = SMALL_TIMM
+    client = timm.create_model(name, **arguments | {"num_classes": 14})
+    message = client.load_state_dict(loaded, strict=False)
+
+    assert message.unexpected_keys == [] and message.missing_keys == ["head.weight", "head.bias"]
+    assert torch.equal(client.norm.weight, model.norm[-1].weight)
+    assert not torch.equal(client.norm.weight, torch.ones_like(client.norm.weight))
+    img = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(client.eval().forward_features(img), encode(model, img)[-1], atol=1e-5)
+
+    main([str(checkpoint), str(tmp_path / "plain.pth"), "--format", "cxr-eval"])
+    assert "WARNING" in capsys.readouterr().out
+
+
+def test_published_names_and_namespace(small, tmp_path):
+    """A checkpoint with the published program's extra filters and its argparse.Namespace exports the same."""
+    model, checkpoint = small
+    state = model.state_dict() | {f"hog_enc.{k}.conv.weight": torch.zeros(2, 1, 3, 3) for k in range(2)}
+    args = argparse.Namespace(id_list=[0, 2], hog_bias=True, output_dir=None)
+    torch.save({"model": state, "args": args, "epoch": 399, "scaler": {}}, tmp_path / "published.pth")
+    ours, theirs = read_backbone(checkpoint), read_backbone(tmp_path / "published.pth")
+    assert all(torch.equal(ours.state[name], theirs.state[name]) for name in ours.state)
+    assert theirs.block == 2
+
+
+def test_mae_file_exports(small, tmp_path):
+    model, _ = small
+    backbone = read_backbone(small[1])
+    mae = backbone.state | {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 64)}
+    torch.save({"model": mae}, tmp_path / "mae.pth")
+    again = read_backbone(tmp_path / "mae.pth")
+    assert again.state.keys() == backbone.state.keys() and again.tap is None
+    with pytest.raises(UserError, match="--tap 0.*single norm"):
+        read_backbone(tmp_path / "mae.pth", tap="0")
+
+
+def test_mean_pooling_head_takes_the_norm(small):
+    model = build_backbone(read_backbone(small[1]), 5, global_pool="avg")
+    assert torch.equal(model.fc_norm.weight, small[0].norm[-1].weight) and model.head.out_features == 5
+
+
+def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
+    model, checkpoint = small
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
+    scaled = read_backbone(checkpoint).state | {"blocks.0.ls1.gamma": torch.ones(64)}
+    torch.save(scaled, tmp_path / "scaled.pth")
+    (tmp_path / "a_folder").mkdir()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for argv, reason in [
+        ([str(tmp_path / "resnet.pth"), "x.pth"], "resnet.pth: no complete ViT"),
+        ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: not an encoder.*ls1"),
+        ([str(checkpoint), "x.pth", "--tap", "2"], "--tap 2.*0 to 1"),
+        ([str(checkpoint), "x.pth", "--tap", "-1"], "--tap -1"),
+        ([str(checkpoint), "x.pth", "--img_size", "100"], "--img_size 100"),
+        ([str(checkpoint), "no/x.pth"], "no: no such folder"),
+        ([str(checkpoint), "a_folder"], "a_folder: is a folder"),
+        ([str(checkpoint), "x.pth", "--format", "safetensors"], "x.pth.*safetensors"),
+        ([str(checkpoint), "x.safetensors"], "x.safetensors.*--format"),
+        ([str(tmp_path / "scaled.pth"), "resnet.pth", "--format", "hf"], "scaled.pth"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            main([argv[0], str(tmp_path / argv[1]), *argv[2:]])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before

@@ -1,0 +1,77 @@
+"""Initial weights through timm's own loading, from a local file; clear words without a connection."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from models_cxrmim import CXRMIM, cxrmim_vit_tiny_patch16
+from scripts.fetch_weights import main
+from util.errors import UserError
+from util.pretrained import TAG
+from util.weights import load_initial_weights
+
+
+@pytest.fixture(scope="module")
+def downloaded(tmp_path_factory):
+    """Random weights in the file that timm's page offers for ViT-Ti."""
+    torch.manual_seed(3)
+    model = timm.create_model("vit_tiny_patch16_224")
+    path = tmp_path_factory.mktemp("download") / "model.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path, model.state_dict()
+
+
+def test_local_file_becomes_plain_state_dict_with_checksum(downloaded, tmp_path, capsys):
+    path, expected = downloaded
+    out = tmp_path / "preTrain" / "vit_tiny_p16_224_timm.pth"
+    assert main(["--model", "cxrmim_vit_tiny_patch16", "--file", str(path), "--out", str(out)]) == 0
+    state = torch.load(out, weights_only=True)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()
+    assert (out.parent / f"{out.name}.sha256").read_text() == f"{digest}  {out.name}\n"
+    printed = capsys.readouterr().out
+    assert digest in printed and TAG in printed
+    report = load_initial_weights(cxrmim_vit_tiny_patch16(), out)
+    assert len(report.matched) == 148
+
+
+def test_every_tag_exists_in_the_installed_timm():
+    assert all(
+        f"vit_{size}_patch16_224.{TAG}" in timm.list_pretrained()
+        for size in ("tiny", "small", "base", "large")
+    )
+
+
+def test_file_of_another_model_is_refused(tmp_path):
+    other, out = tmp_path / "other.pth", tmp_path / "w.pth"
+    model = CXRMIM(img_size=64, embed_dim=64, depth=2, num_heads=1, id_list=(0, 1), scale_list=(1.0, 0.5))
+    torch.save(model.state_dict(), other)
+    with pytest.raises(UserError, match="other.pth: not the weights of vit_tiny") as caught:
+        main(["--model", "tiny", "--file", str(other), "--out", str(out)])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="none.pth: no such"):
+        main(["--model", "tiny", "--file", str(tmp_path / "none.pth"), "--out", str(out)])
+    with pytest.raises(UserError, match="--model resnet50"):
+        main(["--model", "resnet50", "--out", str(out)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pth"]
+
+
+def test_without_a_connection_the_manual_steps_are_told(tmp_path, monkeypatch):
+    def no_name(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(UserError, match=r"cannot reach.*huggingface.co/timm/vit_large.*--file") as caught:
+        main(["--model", "large", "--out", str(tmp_path / "w.pth")])
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

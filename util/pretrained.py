@@ -1,0 +1,101 @@
+"""Initial weights from timm's collection of pretrained Vision Transformers."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub
+import timm
+import torch
+
+from util.errors import UserError
+from util.export import sha256
+from util.files import atomic_write
+from util.weights import read_state_dict
+
+# ViT pretrained on ImageNet-21k and fine-tuned on ImageNet-1k by the "AugReg" recipe (Steiner et al.,
+# 2021). timm 0.5 to 0.8 gave these for the bare name vit_base_patch16_224; since 0.9 the bare name means
+# others (augreg2), so the tag is spelt out.
+TAG = "augreg_in21k_ft_in1k"
+SIZES = ("tiny", "small", "base", "large")
+
+
+def weights_name(size: str) -> str:
+    """The file that pretraining looks for: vit_base_p16_224_timm.pth for "base"."""
+    return f"vit_{size}_p16_224_timm.pth"
+
+
+def fetch_weights(size: str, out: str | os.PathLike, *, file: str | os.PathLike | None = None) -> str:
+    """Save timm's pretrained weights as a plain state dict at `out`, and their checksum beside it.
+
+    Args:
+        size: one of `SIZES`.
+        out: file to write; `out`.sha256 is written too, in the format of sha256sum.
+        file: weights downloaded by hand (model.safetensors of timm's page, or a torch file); None: ask
+            the Hugging Face hub, or its local cache.
+
+    Returns:
+        The checksum.
+
+    Raises:
+        UserError: no connection and nothing cached, with the manual steps; or a file of another model.
+    """
+    out = Path(out)
+    name = f"vit_{size}_patch16_224.{TAG}"
+    overlay = {}
+    if file is not None:
+        read_state_dict(file)  # refuses what could run code, and names what is wrong with it
+        overlay = {"file": str(file)}
+    elif not (_hub_is_reachable() or _is_cached(name)):
+        raise UserError(f"cannot reach {huggingface_hub.constants.ENDPOINT}; {manual_steps(size, out)}")
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except OSError as error:
+        raise UserError(
+            f"download of {name} failed ({_first_line(error)}); {manual_steps(size, out)}"
+        ) from None
+    except RuntimeError as error:  # load_state_dict: keys or shapes don't fit
+        raise UserError(f"{file or name}: not the weights of {name}: {_first_line(error)}") from None
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as target:
+        target.write(buffer.getvalue())
+    digest = sha256(out)
+    with atomic_write(f"{out}.sha256", "w") as target:
+        target.write(f"{digest}  {out.name}\n")
+    return digest
+
+
+def manual_steps(size: str, out: str | os.PathLike) -> str:
+    """What to do without a connection, in one line."""
+    url = f"https://huggingface.co/timm/vit_{size}_patch16_224.{TAG}"
+    return (
+        f"where there is a connection, download model.safetensors from {url} , copy it here and run "
+        f"`python scripts/fetch_weights.py --model {size} --file model.safetensors --out {out}`"
+    )
+
+
+def _hub_is_reachable() -> bool:
+    """Whether asking the hub makes sense: its name resolves, or a proxy resolves it. (Without this,
+    the hub's client tries for a minute.)"""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _is_cached(name: str) -> bool:
+    return isinstance(huggingface_hub.try_to_load_from_cache(f"timm/{name}", "model.safetensors"), str)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
