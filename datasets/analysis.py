@@ -51,6 +51,8 @@ NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellip
 SIZES = ("small", "medium", "large")
 SIZE_COLOURS = ("#0072B2", "#56B4E9", "#E69F00")  # Okabe and Ito 2008
 CHEST_COLOUR = "#D55E00"
+LEGEND_BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "frameon": False, "fontsize": 8,
+                "borderaxespad": 0}  # fmt: skip
 N_PATCHES = PATCH_GRID**2
 
 
@@ -108,7 +110,8 @@ class Analysis:
             small, medium = self.options["size_thresholds"]
             total = self.size_by_finding.iloc[0]  # of ANY
             lines.append(
-                f"{total['ellipses']:,} abnormal ellipses: {total['small']:.1%} small (under {small:.2%} of the image), "
+                f"{total['ellipses']:,} abnormal ellipses: {total['small']:.1%} small "
+                f"(under {small:.2%} of the image), "
                 f"{total['medium']:.1%} medium, {total['large']:.1%} large (from {medium:.2%})"
             )
         for row in self.ratio_by_finding[self.ratio_by_finding["finding"] == ANY].itertuples():
@@ -117,8 +120,9 @@ class Analysis:
                 f"median {row.median:.2f}, {row.readings} readings"
             )
         lines.append(
-            f"significant patches of {N_PATCHES} at 224 px: mean {patches.mean():.1f}, median {patches.median():.0f}, "
-            f"5%-95% {patches.quantile(0.05):.0f}-{patches.quantile(0.95):.0f}, none in {(patches == 0).sum()}"
+            f"significant patches of {N_PATCHES} at 224 px: mean {patches.mean():.1f}, "
+            f"median {patches.median():.0f}, 5%-95% {patches.quantile(0.05):.0f}-{patches.quantile(0.95):.0f}, "
+            f"none in {(patches == 0).sum()}"
         )
         lines += [f"note: {note}" for note in self.notes]
         listed = [exclusion for exclusion in self.exclusions if exclusion.detail]
@@ -215,7 +219,9 @@ def analyze(
     """
     small, medium = size_thresholds
     if not 0 < small < medium < 1:
-        raise UserError(f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1")
+        raise UserError(
+            f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1"
+        )
     if size < 1:
         raise UserError(f"--size {size} is not positive")
     source = source or detect_source(raw)
@@ -228,7 +234,9 @@ def analyze(
     if images is not None:
         paths = find_images(images, {reading.image_id: reading.image_path for reading in readings})
     if not paths and all(reading.image_size is None for reading in readings):
-        raise UserError(f"{raw}: this data set does not say how large its images are: --images, with them, is needed")
+        raise UserError(
+            f"{raw}: this data set does not say how large its images are: --images, with them, is needed"
+        )
 
     ellipse_rows, reading_rows, ratio_rows = [], [], []
     for reading in tqdm(readings, unit="reading", desc="analyze", disable=None):
@@ -287,7 +295,9 @@ def analyze(
         _patch_table(table["significant_patches"]), exclusions, notes,
     )  # fmt: skip
     by_id = {reading.id: reading for reading in readings}
-    chosen = _choose_examples(table, {name for name, reading in by_id.items() if reading.image_id in paths}, n_examples)
+    chosen = _choose_examples(
+        table, {name for name, reading in by_id.items() if reading.image_id in paths}, n_examples
+    )
     analysis.examples = [_example(by_id[name], paths, ratio, min_certainty) for name, ratio in chosen]
     return analysis
 
@@ -308,7 +318,8 @@ def _abnormal(ellipses: pd.DataFrame, min_certainty: int) -> pd.DataFrame:
         for own, certainty in zip(names, ellipses["certainty"])
     ]
     findings = [
-        tuple(dict.fromkeys(COMMON_FINDING[label] for label in own if label not in NOT_ABNORMAL)) for own in names
+        tuple(dict.fromkeys(COMMON_FINDING[label] for label in own if label not in NOT_ABNORMAL))
+        for own in names
     ]
     table = ellipses[list(ELLIPSE_COLUMNS)].copy()
     table["findings"] = pd.Series(findings, index=table.index, dtype=object)
@@ -362,8 +373,8 @@ def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for finding, own in ((ANY, ellipses), *by_finding.groupby("finding")):
         shares = own["size"].value_counts(normalize=True)
-        rows.append({"finding": finding, "ellipses": len(own), **{size: shares.get(size, 0.0) for size in SIZES},
-                     "median_area_share": own["area_share"].median()})  # fmt: skip
+        row = {"finding": finding, "ellipses": len(own)} | {size: shares.get(size, 0.0) for size in SIZES}
+        rows.append(row | {"median_area_share": own["area_share"].median()})
     table = pd.DataFrame(rows)
     order = np.lexsort((table["finding"], -table["ellipses"], table["finding"] != ANY))
     return table.iloc[order].reset_index(drop=True)
@@ -372,7 +383,9 @@ def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
 def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, rng: np.random.Generator) -> pd.DataFrame:
     """Per finding and region (`within`): readings, subjects, mean with its 95% interval, median."""
     if ratios.empty:
-        return pd.DataFrame(columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"])
+        return pd.DataFrame(
+            columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"]
+        )
     rows = []
     order = ratios["finding"].value_counts()
     for finding in sorted(order.index, key=lambda name: (name != ANY, -order[name], name)):
@@ -412,7 +425,9 @@ def _example(reading: Reading, paths: dict[str, Path], ratio: float, min_certain
     heatmap = reading_heatmap(reading, path, size, scaled_size(size, 512)[::-1])
     if isinstance(heatmap, Exclusion):  # only where the file's size is not the one in the metadata
         raise UserError(f"{heatmap.reason}: {heatmap.detail}")
-    return Example(reading, path, size, heatmap, _boxes(_abnormal(reading.load_ellipses(), min_certainty)), ratio)
+    return Example(
+        reading, path, size, heatmap, _boxes(_abnormal(reading.load_ellipses(), min_certainty)), ratio
+    )
 
 
 def analysis_figure(analysis: Analysis) -> Figure:
@@ -440,25 +455,35 @@ def analysis_figure(analysis: Analysis) -> Figure:
 def _draw_sizes(axes, analysis: Analysis) -> None:
     table = analysis.size_by_finding.iloc[::-1]
     small, medium = analysis.options["size_thresholds"]
-    names = (f"small: under {100 * small:g}% of the image's area", f"medium: {100 * small:g}% to {100 * medium:g}%",
-             f"large: {100 * medium:g}% or more")  # fmt: skip
+    small, medium = 100 * small, 100 * medium
+    names = (f"small: under {small:g}% of the image's area", f"medium: {small:g}% to {medium:g}%",
+             f"large: {medium:g}% or more")  # fmt: skip
     left = np.zeros(len(table))
     for size, colour, name in zip(SIZES, SIZE_COLOURS, names):
         share = 100 * table[size].to_numpy()
-        axes.barh(table["finding"], share, left=left, color=colour, edgecolor="white", linewidth=0.6, label=name)
+        axes.barh(
+            table["finding"], share, left=left, color=colour, edgecolor="white", linewidth=0.6, label=name
+        )
         left += share
     for i, count in enumerate(table["ellipses"]):
         axes.text(101, i, f"{count:,}", va="center", fontsize=8)
-    axes.set(xlim=(0, 112), xticks=(0, 25, 50, 75, 100), xlabel="share of abnormality ellipses, % (number: ellipses)",
-             title="How large abnormalities are")  # fmt: skip
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), frameon=False, fontsize=8, borderaxespad=0)
+    axes.set(xlim=(0, 112), xticks=(0, 25, 50, 75, 100), title="How large abnormalities are",
+             xlabel="share of abnormality ellipses, % (number: ellipses)")  # fmt: skip
+    axes.legend(**LEGEND_BELOW)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_ratios(axes, analysis: Analysis) -> None:
     table = analysis.ratio_by_finding
+    if table.empty:  # every ellipse fell between the pixels of the map
+        axes.set_title("No density ratio: the ellipses are too small for --size")
+        axes.set_axis_off()
+        return
     findings = list(dict.fromkeys(table["finding"]))[::-1]
-    for within, colour, marker, shift in (("whole image", MASKED, "o", 0.14), ("chest box", CHEST_COLOUR, "s", -0.14)):
+    for within, colour, marker, shift in (
+        ("whole image", MASKED, "o", 0.14),
+        ("chest box", CHEST_COLOUR, "s", -0.14),
+    ):
         own = table[table["within"] == within]
         y = np.array([findings.index(finding) for finding in own["finding"]]) + shift
         error = np.nan_to_num(np.stack([own["mean"] - own["low"], own["high"] - own["mean"]]))
@@ -467,15 +492,21 @@ def _draw_ratios(axes, analysis: Analysis) -> None:
     overall = table[(table["finding"] == ANY) & (table["within"] == "whole image")].iloc[0]
     axes.axvline(1, color="0.5", linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if _in_view(tick, axes.get_xlim())]
+    ticks = [
+        tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if _in_view(tick, axes.get_xlim())
+    ]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(findings)), findings)
     interval = "" if np.isnan(overall.low) else f" [{overall.low:.2f}, {overall.high:.2f}]"
     axes.set(ylim=(-0.6, len(findings) - 0.4), xlabel="gaze density on abnormalities / elsewhere",
              title=f"Mean ratio {overall['mean']:.2f}{interval}, {overall.readings:,} readings")  # fmt: skip
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), frameon=False, fontsize=8, borderaxespad=0,
-                title="mean, bootstrap 95% interval over subjects", title_fontsize=8, alignment="left")  # fmt: skip
+    axes.legend(
+        **LEGEND_BELOW,
+        title="mean, bootstrap 95% interval over subjects",
+        title_fontsize=8,
+        alignment="left",
+    )
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -488,8 +519,8 @@ def _draw_patches(axes, analysis: Analysis) -> None:
     bins = np.arange(0, max(counts.max() + 8, 16), max(1, round((counts.max() + 1) / 24)))
     axes.hist(counts, bins=bins, color=SIGNIFICANT, edgecolor="white", linewidth=0.6)
     axes.axvline(counts.median(), color="black", linewidth=1.2, linestyle="--")
-    axes.set(xlabel=f"significant patches of {N_PATCHES} at 224 px", ylabel="readings",
-             title=f"Median {counts.median():.0f}, mean {counts.mean():.1f}; none in {(counts == 0).sum():,}")  # fmt: skip
+    title = f"Median {counts.median():.0f}, mean {counts.mean():.1f}; none in {(counts == 0).sum():,}"
+    axes.set(xlabel=f"significant patches of {N_PATCHES} at 224 px", ylabel="readings", title=title)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -22,26 +22,54 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from datasets.analysis import density_ratio, ellipse_mask
-from datasets.phantom_chest import LESION_KINDS, Frame, Lesion, chest_box, chest_ellipses, draw_lesion, render_chest
+from datasets.analysis import ellipse_mask
+from datasets.phantom_chest import (
+    CHEST_REGIONS,
+    LESION_KINDS,
+    Frame,
+    Lesion,
+    chest_box,
+    draw_lesion,
+    render_chest,
+)
 from datasets.reflacx_raw import BOOL_LABELS, CERTAINTY_LABELS, TEXT_LABELS
 from util.errors import UserError
 from util.gaze import fixation_heatmap
 
-_COMMON = {"consolidation": "Consolidation", "pneumothorax": "Pneumothorax", "atelectasis": "Atelectasis",
-           "cardiomegaly": "Enlarged cardiac silhouette"}
+_COMMON = {
+    "consolidation": "Consolidation",
+    "pneumothorax": "Pneumothorax",
+    "atelectasis": "Atelectasis",
+    "cardiomegaly": "Enlarged cardiac silhouette",
+}
 LABEL_OF_KIND = {
     1: {**_COMMON, "nodule": "Nodule", "mass": "Mass", "effusion": "Pleural effusion"},
-    2: {**_COMMON, "nodule": "Lung nodule or mass", "mass": "Lung nodule or mass", "effusion": "Pleural abnormality"},
+    2: {
+        **_COMMON,
+        **dict.fromkeys(("nodule", "mass"), "Lung nodule or mass"),
+        "effusion": "Pleural abnormality",
+    },
 }
 LABEL_OF_KIND[3] = LABEL_OF_KIND[2]
 
 FIXATION_FILE_COLUMNS = (
-    "timestamp_start_fixation", "timestamp_end_fixation", "x_position", "y_position", "pupil_area_normalized",
-    "window_level", "window_width", "angular_resolution_x_pixels_per_degree",
-    "angular_resolution_y_pixels_per_degree", "xmin_shown_from_image", "ymin_shown_from_image",
-    "xmax_shown_from_image", "ymax_shown_from_image", "xmin_in_screen_coordinates", "ymin_in_screen_coordinates",
-    "xmax_in_screen_coordinates", "ymax_in_screen_coordinates",
+    "timestamp_start_fixation",
+    "timestamp_end_fixation",
+    "x_position",
+    "y_position",
+    "pupil_area_normalized",
+    "window_level",
+    "window_width",
+    "angular_resolution_x_pixels_per_degree",
+    "angular_resolution_y_pixels_per_degree",
+    "xmin_shown_from_image",
+    "ymin_shown_from_image",
+    "xmax_shown_from_image",
+    "ymax_shown_from_image",
+    "xmin_in_screen_coordinates",
+    "ymin_in_screen_coordinates",
+    "xmax_in_screen_coordinates",
+    "ymax_in_screen_coordinates",
 )
 SIMULATED = "Simulated reading, no radiologist looked at this image."
 # One degree of visual angle, as a share of the longer side of an image shown whole on the screen.
@@ -49,8 +77,17 @@ DEGREE = 0.036
 CALIBRATION_SIDE = 256  # short side of the map that dwell is calibrated on, px
 
 FAULTS = (
-    "missing_image", "truncated_image", "image_size", "missing_fixations_file", "missing_column",
-    "non_numeric_cell", "no_fixations", "zero_duration", "all_outside", "discarded", "path_traversal",
+    "missing_image",
+    "truncated_image",
+    "image_size",
+    "missing_fixations_file",
+    "missing_column",
+    "non_numeric_cell",
+    "no_fixations",
+    "zero_duration",
+    "all_outside",
+    "discarded",
+    "path_traversal",
     "id_traversal",
 )
 
@@ -137,7 +174,9 @@ def make_study(
     rows: dict[int, list[dict]] = {1: [], 2: [], 3: []}
     for index in range(n_images):
         rng = np.random.default_rng([seed, index])
-        lesions = _draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
+        lesions = _draw_lesions(
+            rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast
+        )
         image = _new_image(study, index, size, lesions, _suffix(image_format, index))
         gray = render_chest(size, np.random.default_rng([seed, index, 1]), tuple(lesions))
         _write_image(image, gray, inverted=index % 4 == 3)
@@ -145,7 +184,9 @@ def make_study(
         for reader in range(readers if index < shared else 1):
             phase = (1 + (index + reader) % 2) if index < shared else 3
             rng = np.random.default_rng([seed, index, 2, reader])
-            reading_id = f"P{phase}{len(rows[phase]) // 100:02d}R{_number(seed, index, reader) % 1_000_000:06d}"
+            reading_id = (
+                f"P{phase}{len(rows[phase]) // 100:02d}R{_number(seed, index, reader) % 1_000_000:06d}"
+            )
             image.reading_ids.append(reading_id)
             row = _write_reading(study, image, reading_id, phase, rng)
             row["eye_tracking_data_discarded"] = index == 0 and shared > 0 and reader == readers - 1
@@ -174,10 +215,16 @@ def _suffix(image_format: str, index: int) -> str:
     return ".dcm" if is_dicom else ".jpg"
 
 
-def _draw_lesions(rng: np.random.Generator, kinds: Sequence[str], count: tuple[int, int], normal_fraction: float,
-                  size: float, contrast: float) -> list[Lesion]:
+def _draw_lesions(
+    rng: np.random.Generator,
+    kinds: Sequence[str],
+    count: tuple[int, int],
+    normal_fraction: float,
+    size: float,
+    contrast: float,
+) -> list[Lesion]:
     is_normal = rng.random() < normal_fraction
-    n = 0 if is_normal else int(rng.integers(count[0], count[1] + 1))
+    n = 0 if is_normal else min(len(kinds), int(rng.integers(count[0], count[1] + 1)))
     chosen = [kinds[i] for i in rng.permutation(len(kinds))[:n]]
     return [draw_lesion(kind, rng, size, contrast) for kind in chosen]
 
@@ -187,18 +234,31 @@ def _number(*key: int) -> int:
     return int(np.random.default_rng([*key, 7]).integers(1 << 62))
 
 
-def _new_image(study: PhantomStudy, index: int, size: tuple[int, int], lesions: list[Lesion], suffix: str) -> PhantomImage:
+def _new_image(
+    study: PhantomStudy, index: int, size: tuple[int, int], lesions: list[Lesion], suffix: str
+) -> PhantomImage:
     # Every sixth image is a second study of the subject before; a subject is in one split only.
     person = index - (index % 6 == 5)
     subject_id = str(10_000_000 + 977 * person + study.seed % 977)
     study_id = str(50_000_000 + 1013 * index + study.seed % 1013)
-    digits = f"{_number(study.seed, index):016x}{_number(study.seed, index, 1):016x}{_number(study.seed, index, 3):016x}"
-    dicom_id = "-".join(digits[i:i + 8] for i in range(0, 40, 8))
-    path = study.images / "files" / f"p{subject_id[:2]}" / f"p{subject_id}" / f"s{study_id}" / f"{dicom_id}{suffix}"
+    digits = "".join(f"{_number(study.seed, index, part):016x}" for part in range(3))
+    dicom_id = "-".join(digits[i : i + 8] for i in range(0, 40, 8))
+    directory = study.images / "files" / f"p{subject_id[:2]}" / f"p{subject_id}" / f"s{study_id}"
+    path = directory / f"{dicom_id}{suffix}"
     frame = Frame(size)
     split = {3: "validate", 6: "test", 9: "test"}.get(person % 10, "train")
-    return PhantomImage(index, dicom_id, subject_id, study_id, split, path, size, lesions,
-                        [frame.box(lesion.ellipse) for lesion in lesions], chest_box(frame))
+    return PhantomImage(
+        index,
+        dicom_id,
+        subject_id,
+        study_id,
+        split,
+        path,
+        size,
+        lesions,
+        [frame.box(lesion.ellipse) for lesion in lesions],
+        chest_box(frame),
+    )
 
 
 def _write_image(image: PhantomImage, gray: np.ndarray, *, inverted: bool) -> None:
@@ -234,8 +294,9 @@ def _write_dicom(image: PhantomImage, gray: np.ndarray, inverted: bool) -> None:
     data.save_as(image.path, enforce_file_format=True)
 
 
-def _write_reading(study: PhantomStudy, image: PhantomImage, reading_id: str, phase: int,
-                   rng: np.random.Generator) -> dict:
+def _write_reading(
+    study: PhantomStudy, image: PhantomImage, reading_id: str, phase: int, rng: np.random.Generator
+) -> dict:
     """Write the files of one reading and return its row of the metadata."""
     label_of_kind = LABEL_OF_KIND[phase]
     boxes = [_reader_box(box, image.size, rng) for box in image.boxes]
@@ -252,16 +313,21 @@ def _write_reading(study: PhantomStudy, image: PhantomImage, reading_id: str, ph
     for label in sorted((*known, *flags)):
         ellipses[label] = [label == own for own in labels]
     _write_csv(ellipses, directory / "anomaly_location_ellipses.csv")
-    box = pd.DataFrame([_reader_box(image.chest_box, image.size, rng, 0.01)], columns=["xmin", "ymin", "xmax", "ymax"])
+    chest = _reader_box(image.chest_box, image.size, rng, 0.01)
+    box = pd.DataFrame([chest], columns=["xmin", "ymin", "xmax", "ymax"])
     _write_csv(box.round(2), directory / "chest_bounding_box.csv")
     _write_transcription(directory, [lesion.kind for lesion in image.lesions], table)
 
     row = {
-        "id": reading_id, "split": image.split, "eye_tracking_data_discarded": False,
+        "id": reading_id,
+        "split": image.split,
+        "eye_tracking_data_discarded": False,
         "image": "physionet.org/files/mimic-cxr/2.0.0/"
-                 + image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
-        "dicom_id": image.dicom_id, "subject_id": image.subject_id,
-        "image_size_x": image.size[0], "image_size_y": image.size[1],
+        + image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
+        "dicom_id": image.dicom_id,
+        "subject_id": image.subject_id,
+        "image_size_x": image.size[0],
+        "image_size_y": image.size[1],
     }
     for label in sorted((*known, *flags)):
         present = [sure for sure, own in zip(certainty, labels) if own == label]
@@ -269,7 +335,9 @@ def _write_reading(study: PhantomStudy, image: PhantomImage, reading_id: str, ph
     return row | {label: "" for label in TEXT_LABELS[phase]}
 
 
-def _reader_box(box: Sequence[float], size: tuple[int, int], rng: np.random.Generator, jitter: float = 0.08) -> tuple:
+def _reader_box(
+    box: Sequence[float], size: tuple[int, int], rng: np.random.Generator, jitter: float = 0.08
+) -> tuple[float, float, float, float]:
     """The box as one reader draws it: corners off by a share of its sides, within the image."""
     xmin, ymin, xmax, ymax = box
     dx, dy = (xmax - xmin) * rng.uniform(-jitter, jitter, 2), (ymax - ymin) * rng.uniform(-jitter, jitter, 2)
@@ -289,15 +357,25 @@ def _write_transcription(directory: Path, kinds: list[str], table: pd.DataFrame)
     words = text.split()
     end = float(table["timestamp_end_fixation"].iloc[-1]) if len(table) else 1.0
     edges = np.linspace(0.2 * end, end, len(words) + 1).round(3)
-    _write_csv(pd.DataFrame({"word": words, "timestamp_start_word": edges[:-1], "timestamp_end_word": edges[1:]}),
-               directory / "timestamps_transcription.csv")
+    table = pd.DataFrame({"word": words, "timestamp_start_word": edges[:-1], "timestamp_end_word": edges[1:]})
+    _write_csv(table, directory / "timestamps_transcription.csv")
 
 
 def _write_metadata(raw: Path, phase: int, rows: list[dict]) -> None:
     (raw / "main_data").mkdir(parents=True, exist_ok=True)
     labels = (*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase])
-    columns = ["id", "split", "eye_tracking_data_discarded", "image", "dicom_id", "subject_id", "image_size_x",
-               "image_size_y", *sorted(labels), *TEXT_LABELS[phase]]
+    columns = [
+        "id",
+        "split",
+        "eye_tracking_data_discarded",
+        "image",
+        "dicom_id",
+        "subject_id",
+        "image_size_x",
+        "image_size_y",
+        *sorted(labels),
+        *TEXT_LABELS[phase],
+    ]
     _write_csv(pd.DataFrame(rows, columns=columns), raw / "main_data" / f"metadata_phase_{phase}.csv")
 
 
@@ -310,16 +388,15 @@ def simulate_fixations(
     rng: np.random.Generator,
     *,
     dwell_ratio: float = 6.0,
-    targets: dict[str, tuple[float, float, float, float]] | None = None,
 ) -> pd.DataFrame:
     """The fixations of one reading, as REFLACX's fixations.csv has them.
 
     `size` is (width, height) of the image; `boxes` bound the abnormal ellipses, px. The survey visits
-    `targets` (default: the regions of a phantom chest; ellipses in chest coordinates), a few
-    fixations miss the image, and a part of the reading is zoomed in. Fixations inside the ellipses
-    last as long in all as gives `dwell_ratio`; there are as many as that takes.
+    the regions of the chest, two fixations miss the image, and some abnormalities are zoomed in on.
+    Fixations inside the ellipses last as long in all as gives `dwell_ratio`; there are as many as that
+    takes. Raises `ValueError` where no gaze can have that ratio.
     """
-    survey = _survey(Frame(size), targets or chest_ellipses(), rng)
+    survey = _survey(Frame(size), rng)
     degree = DEGREE * max(size) * rng.uniform(0.93, 1.07) * np.array([1.0, rng.uniform(1.01, 1.05)])
     dwell = np.empty((0, 4))
     if len(boxes):
@@ -347,9 +424,9 @@ def _durations(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.clip(0.28 * np.exp(0.45 * rng.standard_normal(n)), 0.1, 0.9)
 
 
-def _survey(frame: Frame, targets: dict[str, tuple[float, float, float, float]], rng: np.random.Generator) -> np.ndarray:
-    """A scan over the targets, with two fixations off the image: [n, 3] of x, y (px), duration (s)."""
-    ellipses = np.array(list(targets.values()))
+def _survey(frame: Frame, rng: np.random.Generator) -> np.ndarray:
+    """A scan over the chest, with two fixations off the image: [n, 3] of x, y (px), duration (s)."""
+    ellipses = np.array(CHEST_REGIONS)
     path = np.concatenate([rng.permutation(len(ellipses)) for _ in range(4)])[: int(rng.integers(36, 46))]
     offset = np.clip(0.7 * rng.standard_normal((len(path), 2)), -1.3, 1.3)
     place = ellipses[path, :2] + offset * ellipses[path, 2:]
@@ -361,8 +438,15 @@ def _survey(frame: Frame, targets: dict[str, tuple[float, float, float, float]],
     return np.column_stack([x, y, _durations(rng, len(path))])
 
 
-def _calibrated_dwell(survey: np.ndarray, size: tuple[int, int], boxes: Sequence[Sequence[float]], degree: np.ndarray,
-                      is_zoomed: np.ndarray, ratio: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _calibrated_dwell(
+    survey: np.ndarray,
+    size: tuple[int, int],
+    boxes: Sequence[Sequence[float]],
+    degree: np.ndarray,
+    is_zoomed: np.ndarray,
+    ratio: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """The survey less what falls on the ellipses, and the fixations on them [n, 4] (x, y, duration, which
     ellipse) that make the density ratio come out.
 
@@ -411,8 +495,10 @@ def _calibrated_dwell(survey: np.ndarray, size: tuple[int, int], boxes: Sequence
                 n = min(2 * n, len(pool))
                 continue
             bounds = [share / area / ((1 - share) / (1 - area)) for share in (of_survey, of_dwell)]
-            raise ValueError(f"dwell_ratio {ratio} cannot be had on these abnormalities: looking only elsewhere "
-                             f"gives {bounds[0]:.2f}, only at them {bounds[1]:.2f}")
+            raise ValueError(
+                f"dwell_ratio {ratio} cannot be had on these abnormalities: looking only elsewhere "
+                f"gives {bounds[0]:.2f}, only at them {bounds[1]:.2f}"
+            )
         weight = (of_both - of_survey) / (of_dwell - of_survey)
         factor = (target - of_survey) / (of_dwell - target) * (1 - weight) / weight
         better = int(np.clip(round(n * factor), 1, len(pool)))
@@ -420,11 +506,17 @@ def _calibrated_dwell(survey: np.ndarray, size: tuple[int, int], boxes: Sequence
             break
         n = better
     dwell[:, 2] *= factor
+    if dwell[:, 2].mean() > 2:
+        raise ValueError(
+            f"dwell_ratio {ratio} cannot be had on these abnormalities: it takes {len(dwell)} fixations of "
+            f"{dwell[:, 2].mean():.1f} s"
+        )
     return survey, dwell
 
 
-def _dwell_pool(boxes: Sequence[Sequence[float]], power: float, spread: float, rng: np.random.Generator,
-                n: int = 400) -> np.ndarray:
+def _dwell_pool(
+    boxes: Sequence[Sequence[float]], power: float, spread: float, rng: np.random.Generator, n: int = 400
+) -> np.ndarray:
     """More fixations on the ellipses than a reading has [n, 4], in an order whose first few are spread
     as all of them are: each ellipse's share is its area to the `power`."""
     centre, axes = _centres_and_axes(boxes)
@@ -439,8 +531,9 @@ def _dwell_pool(boxes: Sequence[Sequence[float]], power: float, spread: float, r
     return np.column_stack([place, _durations(rng, n), which])
 
 
-def _zoom_boxes(dwell: np.ndarray, size: tuple[int, int], boxes: Sequence[Sequence[float]],
-                is_zoomed: np.ndarray) -> np.ndarray:
+def _zoom_boxes(
+    dwell: np.ndarray, size: tuple[int, int], boxes: Sequence[Sequence[float]], is_zoomed: np.ndarray
+) -> np.ndarray:
     """The part of the image in view at each dwell fixation [n, 4]: all of it, or 0.6 of each side around
     an abnormality that was zoomed in on."""
     centre, axes = _centres_and_axes(boxes)
@@ -456,16 +549,32 @@ def _degree_in_view(shown: np.ndarray, size: tuple[int, int], degree: np.ndarray
     return degree * ((shown[:, 2:] - shown[:, :2]) / np.array(size)).max(axis=1, keepdims=True)
 
 
-def _heatmap_columns(fixations: np.ndarray, shown: np.ndarray, size: tuple[int, int],
-                     degree: np.ndarray) -> dict[str, np.ndarray]:
+def _heatmap_columns(
+    fixations: np.ndarray, shown: np.ndarray, size: tuple[int, int], degree: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What `fixation_heatmap` takes."""
     sigma = _degree_in_view(shown, size, degree)
-    return {"x": fixations[:, 0], "y": fixations[:, 1], "duration": fixations[:, 2],
-            "sigma_x": sigma[:, 0], "sigma_y": sigma[:, 1],
-            "xmin": shown[:, 0], "ymin": shown[:, 1], "xmax": shown[:, 2], "ymax": shown[:, 3]}
+    return {
+        "x": fixations[:, 0],
+        "y": fixations[:, 1],
+        "duration": fixations[:, 2],
+        "sigma_x": sigma[:, 0],
+        "sigma_y": sigma[:, 1],
+        "xmin": shown[:, 0],
+        "ymin": shown[:, 1],
+        "xmax": shown[:, 2],
+        "ymax": shown[:, 3],
+    }
 
 
-def _fixation_table(fixations: np.ndarray, shown: np.ndarray, size: tuple[int, int], degree: np.ndarray,
-                    rng: np.random.Generator) -> pd.DataFrame:
+def _fixation_table(
+    fixations: np.ndarray,
+    shown: np.ndarray,
+    size: tuple[int, int],
+    degree: np.ndarray,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """What fixations.csv holds of these fixations (x, y, duration) in their order."""
     n = len(fixations)
     saccade = rng.uniform(0.02, 0.06, n)
     end = 0.3 + np.cumsum(fixations[:, 2] + saccade)
@@ -475,9 +584,17 @@ def _fixation_table(fixations: np.ndarray, shown: np.ndarray, size: tuple[int, i
     on_screen = extent * (np.array([3840.0, 2160.0]) / extent).min(axis=1, keepdims=True)
     corner = (np.array([3840.0, 2160.0]) - on_screen) / 2
     values = [
-        (end - fixations[:, 2]).round(4), end.round(4), fixations[:, 0].round(2), fixations[:, 1].round(2),
-        (1 + 0.08 * rng.standard_normal(n)).round(4), np.full(n, 2048), np.full(n, 4096),
-        *resolution.round(4).T, *shown.round(2).T, *corner.round(1).T, *(corner + on_screen).round(1).T,
+        (end - fixations[:, 2]).round(4),
+        end.round(4),
+        fixations[:, 0].round(2),
+        fixations[:, 1].round(2),
+        (1 + 0.08 * rng.standard_normal(n)).round(4),
+        np.full(n, 2048),
+        np.full(n, 4096),
+        *resolution.round(4).T,
+        *shown.round(2).T,
+        *corner.round(1).T,
+        *(corner + on_screen).round(1).T,
     ]
     return pd.DataFrame(dict(zip(FIXATION_FILE_COLUMNS, values)))
 
@@ -552,21 +669,24 @@ def make_egd(
     master, gaze = [], []
     for index in range(n_images):
         rng = np.random.default_rng([seed, index, 9])
-        lesions = _draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
+        lesions = _draw_lesions(
+            rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast
+        )
         image = _new_image(study, index, size, lesions, _suffix(image_format, index))
-        _write_image(image, render_chest(size, np.random.default_rng([seed, index, 10]), tuple(lesions)),
-                     inverted=index % 4 == 3)
+        gray = render_chest(size, np.random.default_rng([seed, index, 10]), tuple(lesions))
+        _write_image(image, gray, inverted=index % 4 == 3)
         study.truth.append(image)
         shrink = min(screen[0] / size[0], screen[1] / size[1])
         left = round((screen[0] - size[0] * shrink) / 2)
         top = round((screen[1] - size[1] * shrink) / 2)
         kinds = {lesion.kind for lesion in lesions}
         master.append({
-            "dicom_id": image.dicom_id, "path": image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
+            "dicom_id": image.dicom_id,
+            "path": image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
             "study_id": image.study_id, "patient_id": image.subject_id, "image_top": top, "image_bottom": top,
-            "image_left": left, "image_right": left, "Normal": int(not kinds), "CHF": int("cardiomegaly" in kinds),
-            "pneumonia": int("consolidation" in kinds),
-        })
+            "image_left": left, "image_right": left, "Normal": int(not kinds),
+            "CHF": int("cardiomegaly" in kinds), "pneumonia": int("consolidation" in kinds),
+        })  # fmt: skip
         table = simulate_fixations(size, image.boxes, rng, dwell_ratio=dwell_ratio)
         if index % 3 == 0:
             gaze.append(_egd_rows(table.iloc[:5], f"calibration-{index}", index, size, screen, (left, top)))
@@ -574,23 +694,35 @@ def make_egd(
         image.reading_ids.append(image.dicom_id)
     columns = None if with_duration else [name for name in gaze[0].columns if name != "FPOGD"]
     _write_csv(pd.DataFrame(master), study.raw / "master_sheet.csv")
-    _write_csv(pd.concat(gaze, ignore_index=True)[columns or list(gaze[0].columns)], study.raw / "fixations.csv")
+    _write_csv(
+        pd.concat(gaze, ignore_index=True)[columns or list(gaze[0].columns)], study.raw / "fixations.csv"
+    )
     return study
 
 
-def _egd_rows(table: pd.DataFrame, dicom_id: str, session: int, size: tuple[int, int], screen: tuple[int, int],
-              corner: tuple[int, int]) -> pd.DataFrame:
+def _egd_rows(
+    table: pd.DataFrame,
+    dicom_id: str,
+    session: int,
+    size: tuple[int, int],
+    screen: tuple[int, int],
+    corner: tuple[int, int],
+) -> pd.DataFrame:
+    """Fixations as EGD-CXR's fixations.csv has them; `corner` = (left, top) of the picture on the screen."""
     x, y = table["x_position"].to_numpy(), table["y_position"].to_numpy()
-    fraction = [(lead + at * (pixels - 2 * lead) / length) / pixels
-                for at, length, pixels, lead in zip((x, y), size, screen, corner)]
+    fraction = [
+        (lead + at * (pixels - 2 * lead) / length) / pixels
+        for at, length, pixels, lead in zip((x, y), size, screen, corner)
+    ]
     off = (x < 0) | (x > size[0] - 1) | (y < 0) | (y > size[1] - 1)
     return pd.DataFrame({
         "DICOM_ID": dicom_id, "SESSION_ID": f"session-{session // 4}", "CNT": np.arange(len(table)),
         "Time (in secs)": table["timestamp_end_fixation"].to_numpy(),
         "FPOGX": fraction[0].round(5), "FPOGY": fraction[1].round(5),
         "FPOGD": (table["timestamp_end_fixation"] - table["timestamp_start_fixation"]).to_numpy().round(5),
-        "X_ORIGINAL": np.where(off, -1, x.round()).astype(int), "Y_ORIGINAL": np.where(off, -1, y.round()).astype(int),
-    })
+        "X_ORIGINAL": np.where(off, -1, x.round()).astype(int),
+        "Y_ORIGINAL": np.where(off, -1, y.round()).astype(int),
+    })  # fmt: skip
 
 
 # Round opacities that anyone sees in RG1_UNCR.dcm, as shares of its width and height: centre x, y and
@@ -609,10 +741,13 @@ def add_real_radiograph(study: PhantomStudy) -> PhantomImage:
 
     source = get_testdata_file("RG1_UNCR.dcm", download=False)
     if source is None:
-        raise UserError("RG1_UNCR.dcm is not here: install the package that ships it, `pip install pydicom-data`")
+        raise UserError(
+            "RG1_UNCR.dcm is not here: install the package that ships it, `pip install pydicom-data`"
+        )
     size = (1841, 1955)
     image = _new_image(study, len(study.truth), size, [], ".dcm")
-    image.dicom_id, image.subject_id, image.study_id, image.split = "RG1_UNCR-pydicom-data", "10999999", "59999999", "train"
+    image.dicom_id, image.subject_id, image.study_id = "RG1_UNCR-pydicom-data", "10999999", "59999999"
+    image.split = "train"
     image.path = study.images / "files" / "p10" / "p10999999" / "s59999999" / f"{image.dicom_id}.dcm"
     image.path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, image.path)

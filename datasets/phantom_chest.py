@@ -22,6 +22,15 @@ MAX_DRAWN_SIDE = 768
 APEX_Y, DOME_Y = -0.385, 0.285
 HEART = (0.052, 0.150, 0.150)  # centre x, y and longer semi-axis of the ventricles
 
+# What a reader visits: ellipses (centre x, y, semi-axes x, y) in chest coordinates.
+CHEST_REGIONS = (
+    (-0.17, -0.27, 0.06, 0.06), (0.17, -0.27, 0.06, 0.06),  # apices
+    (-0.21, -0.09, 0.08, 0.07), (0.22, -0.09, 0.07, 0.07),  # middle fields
+    (-0.22, 0.11, 0.09, 0.07), (0.27, 0.12, 0.05, 0.07),  # bases
+    (-0.32, 0.26, 0.03, 0.04), (0.33, 0.27, 0.03, 0.04),  # costophrenic angles
+    (-0.10, -0.03, 0.04, 0.05), (0.11, -0.05, 0.04, 0.05),  # hila
+    (0.0, -0.15, 0.04, 0.12), (0.07, 0.13, 0.10, 0.09), (0.0, 0.38, 0.25, 0.05),  # mediastinum, heart, belly
+)  # fmt: skip
 LESION_KINDS = ("nodule", "mass", "consolidation", "effusion", "pneumothorax", "cardiomegaly", "atelectasis")
 
 
@@ -48,8 +57,10 @@ class Frame:
 
     def to_pixels(self, x: float | np.ndarray, y: float | np.ndarray) -> tuple:
         """Chest coordinates -> px, where a pixel's centre has whole-number coordinates."""
-        return (self.size[0] / 2 - 0.5 + self.unit * np.asarray(x),
-                self.size[1] / 2 - 0.5 + self.unit * np.asarray(y))
+        return (
+            self.size[0] / 2 - 0.5 + self.unit * np.asarray(x),
+            self.size[1] / 2 - 0.5 + self.unit * np.asarray(y),
+        )
 
     def box(self, ellipse: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         """The (xmin, ymin, xmax, ymax) in px of an ellipse, cut to the image."""
@@ -57,19 +68,6 @@ class Frame:
         x, y = self.to_pixels([cx - rx, cx + rx], [cy - ry, cy + ry])
         x, y = np.clip(x, 0, self.size[0] - 1), np.clip(y, 0, self.size[1] - 1)
         return float(x[0]), float(y[0]), float(x[1]), float(y[1])
-
-
-def chest_ellipses() -> dict[str, tuple[float, float, float, float]]:
-    """Regions that a reader visits, as ellipses in chest coordinates."""
-    return {
-        "right apex": (-0.17, -0.27, 0.06, 0.06), "left apex": (0.17, -0.27, 0.06, 0.06),
-        "right mid": (-0.21, -0.09, 0.08, 0.07), "left mid": (0.22, -0.09, 0.07, 0.07),
-        "right base": (-0.22, 0.11, 0.09, 0.07), "left base": (0.27, 0.12, 0.05, 0.07),
-        "right angle": (-0.32, 0.26, 0.03, 0.04), "left angle": (0.33, 0.27, 0.03, 0.04),
-        "right hilum": (-0.10, -0.03, 0.04, 0.05), "left hilum": (0.11, -0.05, 0.04, 0.05),
-        "mediastinum": (0.0, -0.15, 0.04, 0.12), "heart": (0.07, 0.13, 0.10, 0.09),
-        "abdomen": (0.0, 0.38, 0.25, 0.05),
-    }
 
 
 def chest_box(frame: Frame) -> tuple[float, float, float, float]:
@@ -101,7 +99,7 @@ def draw_lesion(kind: str, rng: np.random.Generator, size: float = 1.0, contrast
         ellipse = (side * (0.265 - rx), APEX_Y + 0.015 + ry, rx, ry)
     elif kind == "cardiomegaly":
         growth = 1.0 + 0.28 * size
-        ellipse = (0.052, 0.145, HEART[2] * growth, 0.115 * growth ** 0.8 + 0.01)
+        ellipse = (0.052, 0.145, HEART[2] * growth, 0.115 * growth**0.8 + 0.01)
     elif kind == "atelectasis":
         rx, ry = size * within(0.06, 0.09), size * within(0.012, 0.018)
         ellipse = (side * within(0.22, 0.25), within(0.10, 0.20), rx, ry)
@@ -110,7 +108,9 @@ def draw_lesion(kind: str, rng: np.random.Generator, size: float = 1.0, contrast
     return Lesion(kind, tuple(round(float(value), 5) for value in ellipse), contrast)
 
 
-def render_chest(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion, ...] = ()) -> np.ndarray:
+def render_chest(
+    size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion, ...] = ()
+) -> np.ndarray:
     """Draw a chest: uint8 [height, width], air black and bone bright, for `size` = (width, height) px.
 
     The anatomy depends only on `rng` and `lesions`; the noise also on the size.
@@ -148,8 +148,12 @@ def _curve(at: np.ndarray, points: list[tuple[float, float]]) -> np.ndarray:
     i = np.clip(np.searchsorted(position, at) - 1, 0, len(position) - 2)
     step = position[i + 1] - position[i]
     t = np.clip((at - position[i]) / step, 0.0, 1.0)
-    return ((1 + 2 * t) * (1 - t) ** 2 * value[i] + t * (1 - t) ** 2 * step * slope[i]
-            + t * t * (3 - 2 * t) * value[i + 1] + t * t * (t - 1) * step * slope[i + 1])
+    return (
+        (1 + 2 * t) * (1 - t) ** 2 * value[i]
+        + t * (1 - t) ** 2 * step * slope[i]
+        + t * t * (3 - 2 * t) * value[i + 1]
+        + t * t * (t - 1) * step * slope[i + 1]
+    )
 
 
 def _lung_wall(y: np.ndarray) -> np.ndarray:
@@ -173,8 +177,23 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
 
     # --- body -------------------------------------------------------------------------------------
     slope = 0.02 * vary[8]
-    trunk = _curve(y, [(-0.60, 0.095), (-0.52, 0.10), (-0.47, 0.12), (-0.43, 0.19 - slope), (-0.39, 0.33 - 2 * slope),
-                       (-0.34, 0.46 - slope), (-0.28, 0.54), (-0.20, 0.57), (-0.08, 0.48), (0.10, 0.437), (0.30, 0.43), (0.55, 0.44)])
+    trunk = _curve(
+        y,
+        [
+            (-0.60, 0.095),
+            (-0.52, 0.10),
+            (-0.47, 0.12),
+            (-0.43, 0.19 - slope),
+            (-0.39, 0.33 - 2 * slope),
+            (-0.34, 0.46 - slope),
+            (-0.28, 0.54),
+            (-0.20, 0.57),
+            (-0.08, 0.48),
+            (0.10, 0.437),
+            (0.30, 0.43),
+            (0.55, 0.44),
+        ],
+    )
     film = 0.84 * _dome_profile((trunk - ax) / (0.62 * trunk)) ** 0.6
     arm_axis = np.abs((ax - 0.52) * 0.97 - (y + 0.30) * 0.24)
     np.maximum(film, 0.60 * _dome_profile((0.085 - arm_axis) / 0.085) * _smooth((y + 0.32) / 0.05), out=film)
@@ -188,19 +207,21 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     dome += 0.045 * _smooth((lateral - 0.72) / 0.32) ** 1.5
     d_dome = dome - y
     across = _dome_profile(d_wall / 0.14)
-    lung = across ** 0.85 * _dome_profile(d_dome / 0.035)
+    lung = across**0.85 * _dome_profile(d_dome / 0.035)
     lung *= 0.70 + 0.30 * _smooth((y - APEX_Y) / 0.20)
     # Lung goes on behind and below the dome: the upper abdomen is a little darker.
     film -= inside * (0.53 * lung + 0.06 * (across * _smooth((d_dome + 0.13) / 0.13) - lung).clip(0))
 
     # --- mediastinum, heart, great vessels ----------------------------------------------------------
-    pedicle = _curve(y, [(-0.50, 0.040), (-0.34, 0.050), (-0.22, 0.060), (-0.08, 0.064), (0.05, 0.068), (0.4, 0.07)])
+    pedicle = _curve(
+        y, [(-0.50, 0.040), (-0.34, 0.050), (-0.22, 0.060), (-0.08, 0.064), (0.05, 0.068), (0.4, 0.07)]
+    )
     soft = 0.88 * _smooth((pedicle - ax + 0.008) / 0.024)
     tilt = 0.45
     hx, hy = x - (HEART[0] + 0.02 * (growth - 1)), y - HEART[1] - inspiration
     u, v = hx * math.cos(tilt) + hy * math.sin(tilt), hy * math.cos(tilt) - hx * math.sin(tilt)
     for centre_x, centre_y, rx, ry, edge in (
-        (None, None, HEART[2] * growth, 0.114 * growth ** 0.8, 0.55),  # ventricles, along the tilted axis
+        (None, None, HEART[2] * growth, 0.114 * growth**0.8, 0.55),  # ventricles, along the tilted axis
         (-0.022, 0.125 + inspiration, 0.072 * growth, 0.120, 0.5),  # right atrium
         (0.038, 0.025, 0.068, 0.115, 0.45),  # pulmonary trunk, left auricle
         (0.040, -0.160, 0.040, 0.046, 0.5),  # aortic knob
@@ -212,10 +233,17 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
             radius = np.sqrt(((x - centre_x) / rx) ** 2 + ((y - centre_y) / ry) ** 2)
         np.maximum(soft, 0.88 * _dome_profile((1 - radius) / edge), out=soft)
     film += inside * (0.50 * lung * soft + 0.05 * _smooth((pedicle - ax + 0.01) / 0.04))
-    film += 0.03 * _smooth((0.018 - np.abs(x - 0.040)) / 0.02) * _smooth((y + 0.16) / 0.02) * lung  # descending aorta
+    film += (
+        0.03 * _smooth((0.018 - np.abs(x - 0.040)) / 0.02) * _smooth((y + 0.16) / 0.02) * lung
+    )  # descending aorta
     film -= 0.085 * _smooth((0.017 - np.abs(x + 0.003)) / 0.012) * _smooth((-0.115 - y) / 0.03)  # trachea
     bronchus = np.minimum(np.abs(x + 0.003 + (y + 0.125) / 0.95), np.abs(x + 0.003 - (y + 0.125) / 0.68))
-    film -= 0.045 * _smooth((0.017 - bronchus) / 0.015) * _smooth((y + 0.14) / 0.03) * _smooth((-0.045 - y) / 0.03)
+    film -= (
+        0.045
+        * _smooth((0.017 - bronchus) / 0.015)
+        * _smooth((y + 0.14) / 0.03)
+        * _smooth((-0.045 - y) / 0.03)
+    )
 
     # --- spine ------------------------------------------------------------------------------------
     level = (y + 0.6) / (0.056 + 0.018 * (y + 0.6))  # [H, 1]: vertebra's number
@@ -223,10 +251,14 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     breadth = 0.033 + 0.012 * (y + 0.5)
     seen = inside * (0.28 + 0.72 * _smooth((-0.16 - y) / 0.22))
     column = _smooth((breadth + 0.004 * np.cos(2 * np.pi * phase) - ax) / 0.010)
-    plates = np.exp(-((np.abs(phase - 0.5) - 0.36) / 0.05) ** 2) - 1.2 * _smooth((np.abs(phase - 0.5) - 0.40) / 0.07)
+    plates = np.exp(-(((np.abs(phase - 0.5) - 0.36) / 0.05) ** 2)) - 1.2 * _smooth(
+        (np.abs(phase - 0.5) - 0.40) / 0.07
+    )
     film += seen * column * (0.035 + 0.045 * plates)
-    film += 0.05 * seen * np.exp(-((ax - 0.66 * breadth) / 0.006) ** 2 - ((phase - 0.36) / 0.13) ** 2)  # pedicles
-    film += 0.05 * seen * np.exp(-(x / 0.005) ** 2 - ((phase - 0.62) / 0.15) ** 2)  # spinous processes
+    film += (
+        0.05 * seen * np.exp(-(((ax - 0.66 * breadth) / 0.006) ** 2) - ((phase - 0.36) / 0.13) ** 2)
+    )  # pedicles
+    film += 0.05 * seen * np.exp(-((x / 0.005) ** 2) - ((phase - 0.62) / 0.15) ** 2)  # spinous processes
 
     # --- ribs -------------------------------------------------------------------------------------
     reach = ax / np.maximum(wall, 0.06)
@@ -234,7 +266,7 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     over_lung = 0.25 + 0.75 * _smooth(d_dome / 0.02 + 0.5)
     # Posterior: from the spine outward, nearly level, then down along the wall, more so lower down.
     drop = 0.055 + 0.11 * _smooth((y + 0.35) / 0.5)
-    posterior = y + 0.50 + 0.02 * _smooth((0.16 - ax) / 0.16) - drop * reach ** 2.6
+    posterior = y + 0.50 + 0.02 * _smooth((0.16 - ax) / 0.16) - drop * reach**2.6
     shade = (0.125 - 0.075 * soft) * _smooth((ax - 0.035) / 0.03) * (0.75 + 0.25 * reach)
     film += cage * over_lung * shade * _ribs(posterior / (0.064 + 0.026 * (y + 0.4)), 0.27)
     # Anterior: from the wall down and inward, ending in cartilage that does not show.
@@ -242,7 +274,7 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     cartilage = _smooth((reach - 0.42) / 0.22) * _smooth((y + 0.30) / 0.10)
     film += cage * over_lung * cartilage * 0.06 * _ribs(anterior / 0.096 + 0.1, 0.24)
     # The wall itself, where the ribs are seen along their edge.
-    rim = np.exp(-((d_wall + 0.010) / 0.009) ** 2) + 0.6 * np.exp(-((d_wall + 0.027) / 0.007) ** 2)
+    rim = np.exp(-(((d_wall + 0.010) / 0.009) ** 2)) + 0.6 * np.exp(-(((d_wall + 0.027) / 0.007) ** 2))
     film += 0.07 * inside * rim * _smooth((y - APEX_Y) / 0.05)
 
     # --- clavicles, scapulae, humeral heads -----------------------------------------------------------
@@ -250,14 +282,16 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     top = slice(*np.searchsorted(y[:, 0], (-0.46, 0.06)).tolist())
     x_top, y_top, shoulder = ax[top], y[top], inside[top]
     along = x_top - 0.03
-    clavicle = -0.272 + 0.012 * vary[5] - 0.40 * along + 0.52 * along ** 2 + 0.008 * np.sin(along * 18.0)
+    clavicle = -0.272 + 0.012 * vary[5] - 0.40 * along + 0.52 * along**2 + 0.008 * np.sin(along * 18.0)
     d = np.abs(y_top - clavicle) / (0.0125 + 0.008 * np.exp((0.03 - x_top) / 0.03))
-    bone = 0.6 * _dome_profile(1 - d) + 0.45 * np.exp(-((d - 0.84) / 0.17) ** 2)
+    bone = 0.6 * _dome_profile(1 - d) + 0.45 * np.exp(-(((d - 0.84) / 0.17) ** 2))
     extent = _smooth((x_top - 0.030) / 0.008) * _smooth((0.40 - x_top) / 0.04)
     film[top] += 0.10 * bone * extent * (d < 1.4)
     edge = x_top - (0.315 + 0.13 * (y_top + 0.28) ** 2 + 0.18 * (y_top + 0.28))
     blade = _smooth(edge / 0.012) * _smooth((y_top + 0.33) / 0.06) * _smooth((0.03 - y_top) / 0.10)
-    film[top] += shoulder * blade * (0.035 + 0.04 * np.exp(-(edge / 0.010) ** 2)) * _smooth((0.47 - x_top) / 0.08)
+    film[top] += (
+        shoulder * blade * (0.035 + 0.04 * np.exp(-((edge / 0.010) ** 2))) * _smooth((0.47 - x_top) / 0.08)
+    )
     head = np.sqrt(((x_top - 0.475) / 0.055) ** 2 + ((y_top + 0.285) / 0.055) ** 2)
     film[top] += shoulder * 0.07 * _dome_profile((1 - head) / 0.8)
 
@@ -267,7 +301,12 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     film -= (0.14 + 0.05 * vary[7]) * _dome_profile((1 - bubble) / 0.6)
     if is_female:
         breast = np.sqrt(((ax - 0.235) / 0.180) ** 2 + ((y - 0.12) / 0.215) ** 2)
-        film += 0.08 * _dome_profile((1 - breast) / 0.8) * _smooth((y + 0.12) / 0.24) * _smooth((ax - 0.04) / 0.14)
+        film += (
+            0.08
+            * _dome_profile((1 - breast) / 0.8)
+            * _smooth((y + 0.12) / 0.24)
+            * _smooth((ax - 0.04) / 0.14)
+        )
 
     # --- vessels and texture --------------------------------------------------------------------------
     air = lung * (1 - soft / 0.88).clip(0, 1)
@@ -278,21 +317,29 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     grain = 0.020 * air * _texture(size, rng, frame.unit * 0.010)
     film += vessels + grain + 0.010 * inside * _texture(size, rng, frame.unit * 0.09)
 
-    chest = {"x": x, "y": y, "lung": lung, "air": air, "d_wall": d_wall, "lines": vessels + grain, "unit": frame.unit}
+    chest = {
+        "x": x,
+        "y": y,
+        "lung": lung,
+        "air": air,
+        "d_wall": d_wall,
+        "lines": vessels + grain,
+        "unit": frame.unit,
+    }
     for lesion in lesions:
         if lesion.kind != "cardiomegaly":  # the heart is drawn larger
             _add_lesion(film, lesion, chest, rng)
 
     _marker(film, frame)
     film = np.clip(1.12 * film - 0.04, 0, None)
-    film /= 1 + 0.10 * film ** 4  # a film's shoulder: the brightest parts flatten
+    film /= 1 + 0.10 * film**4  # a film's shoulder: the brightest parts flatten
     return (0.02 + 0.97 * film).clip(0, 1)
 
 
 def _ribs(coordinate: np.ndarray, half_width: float) -> np.ndarray:
     """Profile 0..1 of ribs, one per unit of `coordinate`: a tube with brighter cortical edges."""
     d = np.abs(coordinate - np.floor(coordinate) - 0.5) / half_width
-    return 0.6 * _dome_profile(1.05 - d) + 0.4 * np.exp(-((d - 0.86) / 0.17) ** 2)
+    return 0.6 * _dome_profile(1.05 - d) + 0.4 * np.exp(-(((d - 0.86) / 0.17) ** 2))
 
 
 def _texture(size: tuple[int, int], rng: np.random.Generator, grain: float) -> np.ndarray:
@@ -349,12 +396,14 @@ def _add_lesion(film: np.ndarray, lesion: Lesion, chest: dict, rng: np.random.Ge
     if lesion.kind == "nodule":
         film[rows] += lesion.contrast * 0.20 * _dome_profile((1 - radius) / 0.7) * np.sqrt(lung)
     elif lesion.kind == "mass":
-        film[rows] += lesion.contrast * 0.30 * _dome_profile((1 - radius + 0.10 * texture(0.45)) / 0.75) * np.sqrt(lung)
+        film[rows] += (
+            lesion.contrast * 0.30 * _dome_profile((1 - radius + 0.10 * texture(0.45)) / 0.75) * np.sqrt(lung)
+        )
     elif lesion.kind == "consolidation":
         cloud = _smooth((1.20 - radius + 0.22 * texture(0.5)) / 0.95)
         film[rows] += lesion.contrast * 0.33 * cloud * (0.92 + 0.10 * texture(0.16)) * np.sqrt(air)
     elif lesion.kind == "atelectasis":  # a plate
-        plate = np.exp(-((v + 0.4 * u) / 0.5) ** 2) * _smooth((1.1 - np.abs(u)) / 0.5)
+        plate = np.exp(-(((v + 0.4 * u) / 0.5) ** 2)) * _smooth((1.1 - np.abs(u)) / 0.5)
         film[rows] += lesion.contrast * 0.20 * plate * np.sqrt(air)
     elif lesion.kind == "effusion":  # fluid in the angle, its meniscus climbing towards the wall
         inward = (abs(cx) + rx - np.abs(x)) / (2 * rx)
@@ -365,7 +414,12 @@ def _add_lesion(film: np.ndarray, lesion: Lesion, chest: dict, rng: np.random.Ge
         gap = 1.5 * rx * _smooth((cy + 1.1 * ry - y) / (1.6 * ry))
         d_pleura = gap - chest["d_wall"][rows]
         beyond = _smooth(d_pleura / 0.006) * same_side * _smooth((np.abs(x) - 0.055) / 0.03)
-        line = np.exp(-(d_pleura / 0.0035) ** 2) * same_side * _smooth((np.abs(x) - 0.055) / 0.03) * (gap > 0.002)
+        line = (
+            np.exp(-((d_pleura / 0.0035) ** 2))
+            * same_side
+            * _smooth((np.abs(x) - 0.055) / 0.03)
+            * (gap > 0.002)
+        )
         air_only = 0.085 * np.sqrt(lung) + chest["lines"][rows]
         film[rows] += lesion.contrast * (0.11 * line * lung - beyond * air_only)
 
@@ -376,5 +430,5 @@ def _marker(film: np.ndarray, frame: Frame) -> None:
     x, y = frame.to_pixels(0.385, -0.455)
     side, bar = max(3, round(size * frame.unit)), max(1, round(size * frame.unit / 5))
     x, y = int(x), max(0, int(y))
-    film[y:y + side, x:x + bar] = 0.95
-    film[y + side - bar:y + side, x:x + round(side * 0.65)] = 0.95
+    film[y : y + side, x : x + bar] = 0.95
+    film[y + side - bar : y + side, x : x + round(side * 0.65)] = 0.95

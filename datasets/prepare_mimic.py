@@ -169,7 +169,9 @@ def prepare_mimic(
             except UserError as error:
                 exclusions.append(Exclusion(name, "unusable metadata row", str(error), is_fault=True))
     if not chosen:
-        raise UserError(f"{heatmaps}: none of its {n_found} heatmaps is of an image of view {' or '.join(views)}")
+        raise UserError(
+            f"{heatmaps}: none of its {n_found} heatmaps is of an image of view {' or '.join(views)}"
+        )
 
     hints = {name: f"{_study_directory(**_ids(row))}/{name}.jpg" for name, row in chosen.items()}
     paths = find_images(images, hints)
@@ -184,12 +186,16 @@ def prepare_mimic(
         if name in paths
     ]
     if not tasks:
-        raise UserError(f"{images}: holds none of the {len(chosen)} heatmaps' images (<dicom_id>.jpg or .dcm)")
+        raise UserError(
+            f"{images}: holds none of the {len(chosen)} heatmaps' images (<dicom_id>.jpg or .dcm)"
+        )
     tasks.sort(key=lambda task: task.image_path)
 
     folders = ("files", "attention", "foreground")
     with output_tree(out, options, overwrite=overwrite, dry_run=dry_run, index=INDEX, folders=folders):
-        results = list(run_tasks(partial(process_image, out=out, options=options, dry_run=dry_run), tasks, workers))
+        results = list(
+            run_tasks(partial(process_image, out=out, options=options, dry_run=dry_run), tasks, workers)
+        )
         entries = [entry for result in results for entry in result.entries]
         exclusions += (exclusion for result in results for exclusion in result.exclusions)
         exclusions.sort(key=lambda exclusion: (exclusion.id, exclusion.reason))
@@ -265,7 +271,9 @@ def _read_metadata(images: Path, metadata: Path | None) -> pd.DataFrame:
     table = read_table(metadata, _METADATA_COLUMNS, text=_METADATA_COLUMNS)
     twice = table["dicom_id"][table["dicom_id"].duplicated()]
     if not twice.empty:
-        raise UserError(f"{metadata}: line {twice.index[0] + 2}, column 'dicom_id': {twice.iloc[0]} appears twice")
+        raise UserError(
+            f"{metadata}: line {twice.index[0] + 2}, column 'dicom_id': {twice.iloc[0]} appears twice"
+        )
     return table.set_index("dicom_id")[list(_METADATA_COLUMNS[1:])]
 
 

@@ -22,22 +22,46 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--raw", type=Path, required=True,
-        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above")
-    add("--images", type=Path, default=None,
-        help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it, having no image sizes")
+    add(
+        "--raw",
+        type=Path,
+        required=True,
+        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above",
+    )
+    add(
+        "--images",
+        type=Path,
+        default=None,
+        help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it, having no image sizes",
+    )
     add("--out", type=Path, required=True, help="directory for the tables and gaze_analysis.png")
     add("--source", choices=["auto", *SOURCES], default="auto", help="which data set --raw holds")
     add("--split", choices=["all", "train", "validate", "test"], default="all", help="readings to use")
     add("--size", type=int, default=256, help="short side of the heatmaps, px")
-    add("--size_thresholds", type=float, nargs=2, default=[0.01, 0.05], metavar=("MEDIUM", "LARGE"),
-        help="shares of the image's area from which an abnormality is medium, and large")
-    add("--min_certainty", type=int, choices=range(1, 6), default=1, help="least certainty of the ellipses used")
+    add(
+        "--size_thresholds",
+        type=float,
+        nargs=2,
+        default=[0.01, 0.05],
+        metavar=("MEDIUM", "LARGE"),
+        help="shares of the image's area from which an abnormality is medium, and large",
+    )
+    add(
+        "--min_certainty",
+        type=int,
+        choices=range(1, 6),
+        default=1,
+        help="least certainty of the ellipses used",
+    )
     add("--bootstrap", dest="n_bootstrap", type=int, default=2000, help="bootstrap samples of the intervals")
     add("--examples", dest="n_examples", type=int, default=3, help="images to show")
     add("--seed", type=int, default=0, help="of the bootstrap")
-    add("--sigma", type=float, default=DEFAULT_SIGMA,
-        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image")
+    add(
+        "--sigma",
+        type=float,
+        default=DEFAULT_SIGMA,
+        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
+    )
     return parser  # fmt: skip
 
 

@@ -21,20 +21,40 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--images", type=Path, required=True,
-        help="root of MIMIC-CXR-JPG (or of MIMIC-CXR, DICOM), holds files/")
-    add("--heatmaps", type=Path, required=True,
-        help="directory, any depth, with one 8-bit PNG or NPY [height, width] per image, over the whole image, "
-        "of any size, the dicom_id in the file's name")
+    add(
+        "--images",
+        type=Path,
+        required=True,
+        help="root of MIMIC-CXR-JPG (or of MIMIC-CXR, DICOM), holds files/",
+    )
+    add(
+        "--heatmaps",
+        type=Path,
+        required=True,
+        help="directory, any depth, with one 8-bit PNG or NPY [height, width] per image, over all of it, "
+        "of any size, the dicom_id in the file's name",
+    )
     add("--out", type=Path, required=True, help="where the tree goes")
-    add("--metadata", type=Path, default=None,
-        help="mimic-cxr-2.0.0-metadata.csv, .gz or not; by default the one in --images")
-    add("--views", nargs="+", default=list(FRONTAL),
-        help="values of ViewPosition to take, frontal ones by default; all = any")
+    add(
+        "--metadata",
+        type=Path,
+        default=None,
+        help="mimic-cxr-2.0.0-metadata.csv, .gz or not; by default the one in --images",
+    )
+    add(
+        "--views",
+        nargs="+",
+        default=list(FRONTAL),
+        help="values of ViewPosition to take, frontal ones by default; all = any",
+    )
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
-    add("--dry_run", action="store_true", help="check and count everything but the images' pixels; write nothing")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check and count everything but the images' pixels; write nothing",
+    )
     return parser  # fmt: skip
 
 
