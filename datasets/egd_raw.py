@@ -91,7 +91,8 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
     columns = [*_FIXATION_TEXT, "line", _TIME, *_POSITION, *(c for c in (_DURATION,) if c in table)]
     known = table["DICOM_ID"].isin(master["dicom_id"])
     if not known.all():
-        result.notes.append(f"{int((~known).sum())} fixations are of no image of the master sheet (calibration)")
+        n_unknown = int((~known).sum())
+        result.notes.append(f"{n_unknown} fixations are of no image of the master sheet (calibration)")
     for (image, session), rows in table.loc[known, columns].groupby(list(_FIXATION_TEXT), sort=True):
         if image not in sheet:
             continue  # its row of the master sheet is reported already

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -169,11 +170,12 @@ def prepare(
             detail = f"no {reading.image_id}.jpg, .png or .dcm under {images}"
             exclusions.append(Exclusion(reading.id, "image missing", detail))
     if not by_image:
-        raise UserError(f"{images}: holds none of the {len(chosen)} readings' images (<dicom_id>.jpg or .dcm)")
+        raise UserError(f"{images}: holds none of the {len(chosen)} readings' images (<dicom_id>.jpg, .dcm)")
     tasks = [(paths[image_id], group) for image_id, group in by_image.items()]
 
     with output_tree(out, options, overwrite=overwrite, dry_run=dry_run):
-        results = list(run_tasks(partial(process_image, out=out, options=options, dry_run=dry_run), tasks, workers))
+        work = partial(process_image, out=out, options=options, dry_run=dry_run)
+        results = list(run_tasks(work, tasks, workers))
         entries = sorted((e for r in results for e in r.entries), key=lambda entry: entry["reflacx_id"])
         exclusions += (exclusion for result in results for exclusion in result.exclusions)
         exclusions.sort(key=lambda exclusion: (exclusion.id, exclusion.reason))
@@ -220,11 +222,16 @@ def run_tasks(
     if workers <= 1:
         yield from progress(map(function, tasks))
         return
-    # spawn: a fork would copy torch's thread pool in an unusable state
-    context = multiprocessing.get_context("spawn")
+    # A plain fork would copy torch's thread pool in an unusable state.
+    context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield from progress(pool.map(function, tasks, chunksize=4))
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, most likely for lack of memory; run again with fewer --workers, "
+            "what is done stays"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -300,7 +307,8 @@ def reading_heatmap(
         fixations = replace(reading, image_size=file_size).load_fixations()
         lasting = fixations[fixations["duration"] > 0]
         if lasting.empty:
-            return Exclusion(reading.id, "no fixations", f"{reading.fixations_path}: none of positive duration")
+            detail = f"{reading.fixations_path}: none of positive duration"
+            return Exclusion(reading.id, "no fixations", detail)
         if not inside_image(lasting, file_size).any():
             detail = f"{reading.fixations_path}: all {len(lasting)} lie outside the image"
             return Exclusion(reading.id, "all fixations outside", detail)
@@ -384,7 +392,7 @@ def output_tree(
     record_path = out / RECORD
     earlier = json.loads(record_path.read_text()) if record_path.exists() else None
     if earlier is None and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and not made by this script (no {RECORD}); choose another --out")
+        raise UserError(f"{out}: not empty and not made by this script (no {RECORD}); choose another --out")
     if earlier is not None and not overwrite and earlier["options"] != options_record(options):
         was = ", ".join(f"{key} {value}" for key, value in earlier["options"].items() if value is not None)
         raise UserError(
@@ -400,7 +408,7 @@ def output_tree(
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out}: another run is preparing it; wait for it or choose another --out") from None
+            raise UserError(f"{out}: another run is preparing it; wait or choose another --out") from None
         try:
             if overwrite and earlier is not None:
                 (out / index).unlink(missing_ok=True)

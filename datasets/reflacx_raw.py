@@ -84,8 +84,8 @@ class ReflacxReading(Reading):
         ellipses = pd.DataFrame(numeric_columns(table, ELLIPSE_COLUMNS, path))
         for label in (*CERTAINTY_LABELS[self.phase], *BOOL_LABELS[self.phase], *TEXT_LABELS[self.phase]):
             if label in table.columns:
-                cells = enumerate(table[label], start=2)
-                ellipses[label] = np.array([parse_bool(cell, path, line, label) for line, cell in cells], bool)
+                marked = [parse_bool(cell, path, line, label) for line, cell in enumerate(table[label], start=2)]
+                ellipses[label] = np.array(marked, bool)
         return ellipses
 
     def load_chest_box(self) -> tuple[float, float, float, float]:
@@ -144,26 +144,31 @@ def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> 
     for line, row in enumerate(table[list(required)].to_dict("records"), start=2):
         name = row["id"]
         try:
-            reading, discarded = _parse_row(row, path, line, phase)
+            reading = _parse_row(row, path, line, phase)
             if name in seen:
                 raise UserError(f"{path}: line {line}, column 'id': {name} appears a second time")
             seen.add(name)
         except UserError as error:
             result.exclusions.append(Exclusion(name, "unusable metadata row", str(error), is_fault=True))
             continue
-        if discarded:
+        if reading is None:
             result.exclusions.append(Exclusion(name, DISCARDED))
         else:
             result.readings.append(reading)
 
 
-def _parse_row(row: dict, path: Path, line: int, phase: int) -> tuple[ReflacxReading, bool]:
+def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading | None:
+    """The reading of one row of the metadata, None if its eye tracking was discarded."""
+
     def where(column: str) -> str:
         return f"{path}: line {line}, column {column!r}:"
 
     name = check_id(row["id"], where("id"))
     if name[:2] != f"P{phase}":
-        raise UserError(f"{where('id')} {name!r} is no reading of phase {phase}: ids begin with P{phase} there")
+        raise UserError(f"{where('id')} {name!r} is no reading of phase {phase}: its ids begin with P{phase}")
+    column = "eye_tracking_data_discarded"
+    if parse_bool(row[column], path, line, column):
+        return None
     if row["split"] not in SPLITS:
         raise UserError(f"{where('split')} {row['split']!r} is none of {', '.join(SPLITS)}")
     image = check_relative_path(row["image"], where("image"))
@@ -183,7 +188,7 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> tuple[ReflacxRea
         labels[label] = parse_bool(row[label], path, line, label)
     for label in TEXT_LABELS[phase]:
         labels[label] = row[label]
-    reading = ReflacxReading(
+    return ReflacxReading(
         id=name,
         study_id=study[1:],
         subject_id=check_id(row["subject_id"], where("subject_id")),
@@ -196,8 +201,6 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> tuple[ReflacxRea
         source="reflacx",
         fixations_path=path.parent / name / "fixations.csv",
     )
-    column = "eye_tracking_data_discarded"
-    return reading, parse_bool(row[column], path, line, column)
 
 
 def _number(cell: object, where: str) -> float:

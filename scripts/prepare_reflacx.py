@@ -37,7 +37,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)")
     add("--sigma", type=float, default=DEFAULT_SIGMA,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image")
-    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)),
+        help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
     add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
     return parser  # fmt: skip

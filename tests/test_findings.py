@@ -23,7 +23,8 @@ def test_phases_meet_in_twelve_certainties():
 
 
 def test_documented_table_is_the_mapping():
-    rows = [line.strip("|").split("|") for line in datasets.findings.__doc__.splitlines() if line.startswith("|")]
+    lines = datasets.findings.__doc__.splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
     documented = {}
     for common, *phases in rows[2:]:
         common = common.split("(")[0].strip()

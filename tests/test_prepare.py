@@ -31,7 +31,8 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare_reflacx.py"
 
 def snapshot(root):
     """Every file with content and time of change."""
-    return {p.relative_to(root): (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def contents(root):
@@ -78,8 +79,8 @@ def test_attention_is_the_readings_heatmap(each, mixed):
     for reading in read_reflacx(mixed.raw).readings:
         attention, foreground = maps_of(out, entries[reading.id])
         assert attention.shape == foreground.shape == (150, 120)
-        expected = heatmap_to_uint8(fixation_heatmap(reading.load_fixations(), reading.image_size, (150, 120)))
-        np.testing.assert_array_equal(attention, expected)
+        expected = fixation_heatmap(reading.load_fixations(), reading.image_size, (150, 120))
+        np.testing.assert_array_equal(attention, heatmap_to_uint8(expected))
         assert set(np.unique(foreground)) == {0, 255}
         threshold = attention[foreground == 0].max()  # a threshold splits the two
         assert threshold < attention[foreground == 255].min()
@@ -93,7 +94,8 @@ def test_entries(each, mixed):
     for entry in entries:
         image = images[entry["dicom_id"]]
         assert entry["reflacx_id"] in image.reading_ids and entry["raw_ids"] == [entry["reflacx_id"]]
-        assert (entry["study_id"], entry["subject_id"], entry["split"]) == (image.study_id, image.subject_id, image.split)
+        assert (entry["study_id"], entry["subject_id"]) == (image.study_id, image.subject_id)
+        assert entry["split"] == image.split
         assert entry["phase"] == int(entry["reflacx_id"][1]) and entry["source"] == "reflacx"
         assert {"Pneumothorax", "Lung nodule or mass"} <= set(entry["labels"])
         assert (out / entry["image_path"]).is_file()
@@ -116,8 +118,9 @@ def test_jpg_and_dicom_of_one_phantom_give_the_same_picture(tmp_path):
     films = []
     for kind in ("jpg", "dcm"):
         study = make_study(tmp_path / kind, n_images=2, size=(96, 120), image_format=kind, shared_images=0)
-        prepare(study.raw, study.images, tmp_path / f"{kind}-out", size=0)
-        films.append([read_gray(tmp_path / f"{kind}-out" / e["image_path"]) for e in entries_of(tmp_path / f"{kind}-out")])
+        out = tmp_path / f"{kind}-out"
+        prepare(study.raw, study.images, out, size=0)
+        films.append([read_gray(out / entry["image_path"]) for entry in entries_of(out)])
     for jpg, dicom in zip(*films):
         assert np.abs(jpg.astype(int) - dicom).mean() < 4  # what JPG costs
 
@@ -163,7 +166,8 @@ def test_merge_adds_the_maps(each, mixed, tmp_path):
         maps = [
             fixation_heatmap(readings[i].load_fixations(), readings[i].image_size, (150, 120)) for i in ids
         ]
-        np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(sum(maps) / len(maps)))
+        expected = heatmap_to_uint8(sum(maps) / len(maps))
+        np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], expected)
 
 
 def test_split(mixed, tmp_path):
@@ -224,7 +228,8 @@ def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 1
     printed = capsys.readouterr()
-    left_out = {item["id"]: item for item in json.loads((tmp_path / "out" / "prepare.json").read_text())["left_out"]}
+    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    left_out = {item["id"]: item for item in record["left_out"]}
     assert set(left_out) == set(study.faults.values())
     for fault, name in study.faults.items():
         reason, is_fault = REASONS[fault]
@@ -246,7 +251,8 @@ def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):
     assert [fault.id for fault in report.faults] == study.truth[1].reading_ids
     assert "is 98 x 120 px, the readings were made on 96 x 120" in report.faults[0].detail
     (entry,) = entries_of(tmp_path / "out")
-    assert maps_of(tmp_path / "out", entry)[0].shape == read_gray(tmp_path / "out" / entry["image_path"]).shape
+    image = read_gray(tmp_path / "out" / entry["image_path"])
+    assert maps_of(tmp_path / "out", entry)[0].shape == image.shape
 
 
 def test_damage_past_the_header_is_found_while_decoding(tmp_path):
@@ -289,7 +295,8 @@ def test_what_is_missing_is_made_again_the_same(each, mixed, tmp_path):
     shutil.copytree(each[0], out)
     before = contents(out)
     entry = entries_of(out)[3]
-    gone = [out / entry["image_path"], *out.glob(f"*/{entry['study_id']}/{entry['reflacx_id']}.png"), out / "reflacx.json"]
+    maps = out.glob(f"*/{entry['study_id']}/{entry['reflacx_id']}.png")
+    gone = [out / entry["image_path"], *maps, out / "reflacx.json"]
     for path in gone:
         path.unlink()
     (out / "images" / ".tmp-left-over").touch()
@@ -300,8 +307,8 @@ def test_what_is_missing_is_made_again_the_same(each, mixed, tmp_path):
 
 def test_killed_and_gone_on(each, mixed, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, SCRIPT, "--raw", mixed.raw, "--images", mixed.images, "--out", out, "--workers", "1"]
-    command += ["--size", "120", "--readings", "each"]
+    command = [sys.executable, SCRIPT, "--raw", mixed.raw, "--images", mixed.images, "--out", out]
+    command += ["--size", "120", "--readings", "each", "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list(out.rglob("*.png"))) < 5 and process.poll() is None:
         time.sleep(0.002)
@@ -328,7 +335,7 @@ def test_other_options_do_not_mix(each, mixed, tmp_path, other):
     shutil.copytree(each[0], out)
     options = {"size": 120, "readings": "each"} | other
     before = snapshot(out)
-    with pytest.raises(UserError, match="was prepared with other options .*size 120, readings each.*--overwrite"):
+    with pytest.raises(UserError, match="other options .*size 120, readings each.*--overwrite"):
         prepare(mixed.raw, mixed.images, out, **options)
     assert snapshot(out) == before
     prepare(mixed.raw, mixed.images, out, **options, overwrite=True)
@@ -360,7 +367,8 @@ def place(root, *names):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2", "files/p10/p1/s2", "p10/p1/s2", "", "x/y/z"]
+    "prefix",
+    ["physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2", "files/p10/p1/s2", "p10/p1/s2", "", "x/y/z"],
 )
 def test_images_are_found_below_any_prefix(tmp_path, prefix):
     place(tmp_path / prefix, "a-b.jpg", "other.jpg")

@@ -34,7 +34,8 @@ def edit(path, column, row, value):
 def test_every_row_becomes_a_reading_or_an_exclusion(study):
     raw = read_reflacx(study.raw)
     ids = [name for image in study.truth for name in image.reading_ids]
-    assert raw.n_found == len(ids) and sorted([r.id for r in raw.readings] + [e.id for e in raw.exclusions]) == sorted(ids)
+    assert raw.n_found == len(ids)
+    assert sorted(item.id for item in [*raw.readings, *raw.exclusions]) == sorted(ids)
     assert [exclusion.reason for exclusion in raw.exclusions] == ["eye tracking discarded"]
     assert [reading.id for reading in raw.readings] == sorted(reading.id for reading in raw.readings)
     assert not raw.notes and not any(exclusion.is_fault for exclusion in raw.exclusions)
@@ -44,7 +45,8 @@ def test_reading_fields(study):
     readings = {reading.id: reading for reading in read_reflacx(study.raw).readings}
     image = study.truth[-1]
     reading = readings[image.reading_ids[0]]
-    assert (reading.image_id, reading.subject_id, reading.study_id) == (image.dicom_id, image.subject_id, image.study_id)
+    assert reading.image_id == image.dicom_id
+    assert (reading.subject_id, reading.study_id) == (image.subject_id, image.study_id)
     assert reading.image_size == image.size and reading.phase == 3 and reading.split == image.split
     assert reading.image_path.endswith(f"s{image.study_id}/{image.dicom_id}.dcm")
     assert all(type(value) in (int, bool, str) for value in reading.labels.values())
@@ -153,8 +155,8 @@ def test_a_file_of_another_phase_stops(own_study):
         (lambda path: path.unlink(), "file is missing"),
         (lambda path: path.write_text(""), "cannot be read as CSV"),
         (lambda path: edit(path, "y_position", 3, "??"), "line 5, column 'y_position': '??'"),
-        (lambda path: edit(path, "angular_resolution_x_pixels_per_degree", 0, ""), "line 2, column 'angular_resol"),
-        (lambda path: pd.read_csv(path).drop(columns="x_position").to_csv(path), "column 'x_position' is missing"),
+        (lambda path: edit(path, "xmin_shown_from_image", 0, ""), "line 2, column 'xmin_shown_from_image'"),
+        (lambda path: path.write_text("timestamp_start_fixation\n0\n"), "'x_position', 'y_position'"),
     ],
 )
 def test_bad_fixations_are_named(own_study, damage, words):
