@@ -228,10 +228,19 @@ def machine(device: str) -> dict:
 
 
 def make_inputs(root: Path, settings: Settings) -> Path:
-    """A processed tree in native resolution, as the published program reads it."""
+    """A processed tree in native resolution with JPG images, as the published program reads it."""
     study = make_study(root / "raw", n_images=settings.n_images, size=settings.image_size, shared_images=0)
     with contextlib.redirect_stdout(sys.stderr):
         prepare(raw=study.raw, images=study.images, out=root / "tree", size=0, workers=os.cpu_count() or 1)
+    index = root / "tree" / "reflacx.json"
+    entries = json.loads(index.read_text())
+    originals = {path.stem: path for path in Path(study.images).rglob("*.jpg")}
+    for entry in entries:  # MIMIC-CXR-JPG's own file in place of the lossless copy
+        image = root / "tree" / entry["image_path"]
+        entry["image_path"] = str(Path(entry["image_path"]).with_suffix(".jpg"))
+        originals[image.stem].rename(image.with_suffix(".jpg"))
+        image.unlink()
+    index.write_text(json.dumps(entries))
     return root / "tree"
 
 
