@@ -121,7 +121,8 @@ class Analysis:
             )
         lines.append(
             f"significant patches of {N_PATCHES} at 224 px: mean {patches.mean():.1f}, "
-            f"median {patches.median():.0f}, 5%-95% {patches.quantile(0.05):.0f}-{patches.quantile(0.95):.0f}, "
+            f"median {patches.median():.0f}, "
+            f"5%-95% {patches.quantile(0.05):.0f}-{patches.quantile(0.95):.0f}, "
             f"none in {(patches == 0).sum()}"
         )
         lines += [f"note: {note}" for note in self.notes]

@@ -34,15 +34,15 @@ FIXATIONS = {
 METADATA = {"id", "split", "eye_tracking_data_discarded", "image", "dicom_id", "subject_id", "image_size_x",
             "image_size_y", "Support devices"}  # fmt: skip
 PHASE_1 = {
-    "Airway wall thickening", "Atelectasis", "Consolidation", "Emphysema", "Enlarged cardiac silhouette", "Fibrosis",
-    "Fracture", "Groundglass opacity", "Mass", "Nodule", "Pleural effusion", "Pleural thickening", "Pneumothorax",
-    "Pulmonary edema", "Wide mediastinum", "Quality issue",
+    "Airway wall thickening", "Atelectasis", "Consolidation", "Emphysema", "Enlarged cardiac silhouette",
+    "Fibrosis", "Fracture", "Groundglass opacity", "Mass", "Nodule", "Pleural effusion", "Pleural thickening",
+    "Pneumothorax", "Pulmonary edema", "Wide mediastinum", "Quality issue",
 }  # fmt: skip
 PHASE_23 = {
-    "Abnormal mediastinal contour", "Acute fracture", "Atelectasis", "Consolidation", "Enlarged cardiac silhouette",
-    "Enlarged hilum", "Groundglass opacity", "Hiatal hernia", "High lung volume / emphysema",
-    "Interstitial lung disease", "Lung nodule or mass", "Pleural abnormality", "Pneumothorax", "Pulmonary edema",
-    "Other",
+    "Abnormal mediastinal contour", "Acute fracture", "Atelectasis", "Consolidation",
+    "Enlarged cardiac silhouette", "Enlarged hilum", "Groundglass opacity", "Hiatal hernia",
+    "High lung volume / emphysema", "Interstitial lung disease", "Lung nodule or mass", "Pleural abnormality", "Pneumothorax",
+    "Pulmonary edema", "Other",
 }  # fmt: skip
 
 
@@ -107,8 +107,13 @@ def test_truth_is_what_the_files_say(made):
                 continue  # the discarded one
             reading = readings[name]
             seen.add(name)
-            assert (reading.image_id, reading.study_id, reading.subject_id, reading.split, reading.image_size) == (
-                image.dicom_id, image.study_id, image.subject_id, image.split, image.size)  # fmt: skip
+            assert (
+                reading.image_id,
+                reading.study_id,
+                reading.subject_id,
+                reading.split,
+                reading.image_size,
+            ) == (image.dicom_id, image.study_id, image.subject_id, image.split, image.size)
             ellipses = reading.load_ellipses()
             assert len(ellipses) == len(image.boxes) == len(image.lesions)
             for box, row in zip(image.boxes, ellipses.itertuples()):
@@ -257,12 +262,19 @@ def test_every_fault_is_found_and_nothing_else(tmp_path):
     entries = json.loads((tmp_path / "out" / "reflacx.json").read_text())
     assert len(entries) == 2 * 2 - 1 + 2
     words = {
-        "missing_image": "image missing", "truncated_image": "truncated", "image_size": "size differs",
-        "missing_fixations_file": "fixations.csv: file is missing", "missing_column": "'x_position' is missing",
-        "non_numeric_cell": "line 4, column 'x_position': 'left of the heart'", "no_fixations": "no fixations",
-        "zero_duration": "none of positive duration", "all_outside": "outside", "discarded": "discarded",
-        "path_traversal": "leaves its directory", "id_traversal": "not a plain identifier",
-    }  # fmt: skip
+        "missing_image": "image missing",
+        "truncated_image": "truncated",
+        "image_size": "size differs",
+        "missing_fixations_file": "fixations.csv: file is missing",
+        "missing_column": "'x_position' is missing",
+        "non_numeric_cell": "line 4, column 'x_position': 'left of the heart'",
+        "no_fixations": "no fixations",
+        "zero_duration": "none of positive duration",
+        "all_outside": "outside",
+        "discarded": "discarded",
+        "path_traversal": "leaves its directory",
+        "id_traversal": "not a plain identifier",
+    }
     told = {exclusion.id: f"{exclusion.reason} {exclusion.detail}" for exclusion in report.exclusions}
     for fault, reading in study.faults.items():
         assert words[fault] in told[reading], fault
