@@ -1,0 +1,355 @@
+"""Real pretraining processes for the tests of this directory: started, disturbed, waited for, compared.
+
+A fork server imports torch once, and each run is a fresh fork of it: a real process of its own session that
+costs no import. Faults are callables that patch the forked process before it calls `run_pretrain.main`, so
+the program itself has no hook for them. Run as a script, this file is `run_pretrain.py` with a fault, for
+torchrun: `reliability_runs.py FAULT_NAME [ARGUMENT ...] -- FLAGS`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import engine_pretrain
+import run_pretrain
+from util import checkpoint
+from util.errors import run_cli
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["reliability_runs"])
+
+# The smallest model there is: 2 of 12 blocks are trained.
+MODEL = ("--model cxrmim_vit_tiny_patch16 --input_size 32 --id_list 0 1 --scale_list 2.0 0.5 --pretrained none "
+         "--device cpu --warmup_epochs 1 --blr 0.05 --save_every 1 --print_every 2").split()
+TIMES = ("time_s",)
+
+
+class Run:
+    """A run of `run_pretrain.py` in a process, or one of its ranks, with all it prints in `output`."""
+
+    def __init__(self, argv: list[str], log: Path, *, fault: Callable | None = None, env: dict | None = None):
+        self.log = log
+        self.began = time.monotonic()
+        self.process = CONTEXT.Process(target=_run, args=(argv, str(log), fault, env or {}))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait(self, timeout: float = 60) -> int:
+        """Exit status; negative for a signal. Fails if the run doesn't end in time."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout} s:\n{self.output}")
+        return self.process.exitcode
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def until(self, text: str, timeout: float = 60) -> None:
+        """Wait until the run has printed `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.output:
+            assert time.monotonic() < deadline and self.process.is_alive(), self.output
+            time.sleep(0.01)
+
+
+def _run(argv: list[str], log: str, fault: Callable | None, env: dict[str, str]) -> None:
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a run of its own
+    sys.argv = ["run_pretrain.py", *argv]
+    if fault is not None:
+        fault()
+    run_cli(partial(run_pretrain.main, argv))
+
+
+def run(argv: list[str], log: Path, **kwargs) -> tuple[int, str]:
+    """Exit status and output of a run."""
+    one = Run(argv, log, **kwargs)
+    return one.wait(), one.output
+
+
+def start_ranks(argv: list[str], log: Path, *, faults: dict[int, Callable] | None = None, n: int = 2) -> list[Run]:
+    """A run of `n` ranks, as a launcher would start it, each with its own fault and log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        Run(argv, log.with_name(f"{log.name}.{rank}"), fault=(faults or {}).get(rank),
+            env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port)})
+        for rank in range(n)
+    ]  # fmt: skip
+
+
+def run_ranks(argv: list[str], log: Path, **kwargs) -> tuple[list[int], list[str]]:
+    """Exit status and output of every rank."""
+    ranks = start_ranks(argv, log, **kwargs)
+    return [rank.wait() for rank in ranks], [rank.output for rank in ranks]
+
+
+def processes_of(session: int) -> list[int]:
+    """Living processes of a run's session: the run itself and its data workers."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait_until_gone(session: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while left := processes_of(session):
+        assert time.monotonic() < deadline, f"orphans: {left}"
+        time.sleep(0.05)
+
+
+# --- Faults: call one in a run's process before it starts ---------------------------------------------------
+
+
+def at_step(epoch: int, step: int, action: Callable[[], None]) -> None:
+    """Do `action` before the forward pass of a step."""
+    original = engine_pretrain.mask_generator
+
+    def patched(seed, its_epoch, its_step, *args):
+        if (its_epoch, its_step) == (epoch, step):
+            action()
+        return original(seed, its_epoch, its_step, *args)
+
+    engine_pretrain.mask_generator = patched
+
+
+def send_self(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+def signal_at(epoch: int, step: int, signum: int) -> None:
+    """Send this process a signal before a step."""
+    at_step(epoch, step, partial(send_self, signum))
+
+
+def kill_on_first_attempt(rank: int, epoch: int, step: int) -> None:
+    """kill -9 of one rank at a step, unless torchrun has restarted it already."""
+    if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        signal_at(epoch, step, signal.SIGKILL)
+
+
+def kill_in_save(boundary: str, name: str) -> None:
+    """kill -9 at a boundary of the save of the checkpoint called `name`, in order: "before write", "in write",
+    "before fsync", "after fsync", "before rename", "after rename", "after directory fsync", "before prune",
+    "after unlink" (of the first superseded file), "after prune"."""
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
+    active = {"save": False, "prune": False}
+    fsyncs, writes = [], []
+
+    def around(original: Callable, before: Callable | None = None, after: Callable | None = None) -> Callable:
+        def patched(*args, **kwargs):
+            if before is not None and active["save"]:
+                before()
+            result = original(*args, **kwargs)
+            if after is not None and active["save"]:
+                after()
+            return result
+
+        return patched
+
+    def on_fsync_done() -> None:
+        fsyncs.append(None)
+        if boundary == ("after fsync" if len(fsyncs) == 1 else "after directory fsync"):
+            die()
+
+    def on_write() -> None:
+        writes.append(None)
+        if boundary == "in write" and len(writes) == 20:
+            die()
+
+    def die_at(*boundaries: str) -> Callable | None:
+        return die if boundary in boundaries else None
+
+    os.fsync = around(os.fsync, die_at("before fsync"), on_fsync_done)
+    os.replace = around(os.replace, die_at("before rename"), die_at("after rename"))
+    checkpoint._HashingWriter.write = around(checkpoint._HashingWriter.write, on_write)
+    torch.save = around(torch.save, die_at("before write"))
+    unlink = Path.unlink
+
+    def patched_unlink(path, *args, **kwargs):
+        unlink(path, *args, **kwargs)
+        if boundary == "after unlink" and active["prune"]:
+            die()
+
+    Path.unlink = patched_unlink
+    save, prune = checkpoint.save_checkpoint, checkpoint.prune
+
+    def patched_save(state, path):
+        active["save"] = Path(path).name == name
+        save(state, path)
+        active["prune"], active["save"] = active["save"], False
+
+    def patched_prune(*args, **kwargs):
+        if active["prune"] and boundary == "before prune":
+            die()
+        prune(*args, **kwargs)
+        if active["prune"] and boundary == "after prune":
+            die()
+
+    checkpoint.save_checkpoint, checkpoint.prune = patched_save, patched_prune
+
+
+def loss_at(epoch: int, step: int, value: float) -> None:
+    """Make the finest scale's loss `value` at a step."""
+    due = []
+    at_step(epoch, step, partial(due.append, True))
+    original = run_pretrain.models_cxrmim.CXRMIM.scale_losses
+
+    def patched(self, *args, **kwargs):
+        losses = original(self, *args, **kwargs)
+        if due:
+            due.clear()
+            losses = losses * torch.tensor([value] + [1.0] * (len(losses) - 1))
+        return losses
+
+    run_pretrain.models_cxrmim.CXRMIM.scale_losses = patched
+
+
+def gradient_at(epoch: int, step: int, value: float) -> None:
+    """Make one gradient `value` at a step, in the backward pass, with a finite loss."""
+
+    def arm() -> None:
+        handles = []
+
+        def spoil(module, inputs, output):
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradient * value)
+                handles.pop().remove()
+
+        handles.append(torch.nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: spoil(module, inputs, output)
+            if isinstance(module, torch.nn.LayerNorm) and handles else None))
+
+    at_step(epoch, step, arm)
+
+
+def limit_file_size(n_bytes: int, epoch: int, step: int) -> None:
+    """From a step on, the kernel refuses to let any file grow beyond `n_bytes`, as a full disk would."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    at_step(epoch, step, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY)))
+
+
+def say_hash_at_end() -> None:
+    """Print a digest of the trained weights of this rank when training ends."""
+    original = run_pretrain.distributed.stop
+    trainings = []
+    training_class = run_pretrain.Training
+
+    def patched_training(*args, **kwargs):
+        trainings.append(training_class(*args, **kwargs))
+        return trainings[-1]
+
+    def patched_stop():
+        import hashlib
+
+        sha256 = hashlib.sha256()
+        for tensor in trainings[-1].core.state_dict().values():
+            sha256.update(tensor.contiguous().numpy().tobytes())
+        print("weights", sha256.hexdigest(), flush=True)
+        original()
+
+    run_pretrain.Training, run_pretrain.distributed.stop = patched_training, patched_stop
+
+
+# --- Comparing ----------------------------------------------------------------------------------------------
+
+
+def differences(left, right, where: str = "checkpoint") -> list[str]:
+    """Where two checkpoints differ, at tolerance zero."""
+    if type(left) is not type(right):
+        return [f"{where}: {type(left).__name__} != {type(right).__name__}"]
+    if isinstance(left, torch.Tensor):
+        same = left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+        return [] if same else [f"{where}: tensors differ"]
+    if isinstance(left, dict):
+        if list(left) != list(right):
+            return [f"{where}: keys differ"]
+        return [text for key in left for text in differences(left[key], right[key], f"{where}.{key}")]
+    if isinstance(left, (list, tuple)):
+        if len(left) != len(right):
+            return [f"{where}: lengths differ"]
+        return [text for i, (one, other) in enumerate(zip(left, right, strict=True))
+                for text in differences(one, other, f"{where}[{i}]")]
+    return [] if left == right else [f"{where}: {left!r} != {right!r}"]
+
+
+# What the compared runs are free to differ in: where they write, what disturbs them, and how data is loaded.
+FREE_ARGS = ("output_dir", "num_workers", "max_minutes", "local_rank", "keep", "skip_nonfinite")
+
+
+def load(path: Path) -> dict:
+    state = torch.load(path, weights_only=True)
+    state["args"] = {key: value for key, value in state["args"].items() if key not in FREE_ARGS}
+    return state
+
+
+def log_lines(output_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def tensorboard_points(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """(x, value) of every scalar, as TensorBoard shows them, less those that tell of time."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"] if tag not in ("samples_per_s", "data_wait")}
+
+
+def assert_same_run(output_dir: Path, reference: Path) -> None:
+    """The disturbed run left what the undisturbed one did: every checkpoint, the log, the curves."""
+    names = {path.name for path in checkpoint.list_checkpoints(reference)}
+    shared = [path for path in checkpoint.list_checkpoints(output_dir) if path.name in names]
+    assert shared and shared[0].name == checkpoint.list_checkpoints(reference)[0].name
+    for path in shared:
+        assert differences(load(path), load(reference / path.name)) == []
+    assert log_lines(output_dir) == log_lines(reference)
+    assert tensorboard_points(output_dir) == tensorboard_points(reference)
+    assert not list(output_dir.glob(".tmp-*"))
+
+
+
+
+if __name__ == "__main__":
+    split = sys.argv.index("--")
+    fault_name, *arguments = sys.argv[1:split]
+    flags = sys.argv[split + 1:]
+    if fault_name != "none":
+        globals()[fault_name](*map(int, arguments))
+    run_cli(partial(run_pretrain.main, flags))
