@@ -28,12 +28,22 @@ BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
 MODELS = tuple(f"cxrmim_vit_{size}_patch16" for size in ("tiny", "small", "base", "large"))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.help is None:
+            return "" if action.default is argparse.SUPPRESS else "(default: %(default)s)"
+        told = "(default" in action.help or action.default in (None, "") or isinstance(action.default, bool)
+        return action.help if told else super()._get_help_string(action)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: the published flags with their names, meanings and defaults, and ours."""
     parser = argparse.ArgumentParser(
         "run_pretrain.py",
         description="Pretrain CXR-MIM on chest X-rays with gaze heatmaps.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
@@ -42,8 +52,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--input_size", type=int, default=224, help="side of the input in pixels, divisible by 32")
     add("--min_crop_ratio", type=float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
-    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU")
-    add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS)
+    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU (default)")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="don't pin host memory")
     add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
     add("--cache_size", type=int, default=512, help="short side of cached images in pixels")
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
@@ -68,31 +78,35 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=32, help="images per rank and step")
-    add("--epochs", type=int, default=400)
+    add("--epochs", type=int, default=400, help="where training ends")
     add("--accum_iter", type=int, default=1, help="steps per optimiser step")
-    add("--weight_decay", type=float, default=0.05)
+    add("--weight_decay", type=float, default=0.05, help="none on biases, norms and other 1-D parameters")
     add("--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
     add("--blr", type=float, default=1e-3, help="learning rate per 256 images")
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
-    add("--warmup_epochs", type=int, default=40)
-    add("--clip_grad", type=float, default=None, help="largest gradient norm")
+    add("--warmup_epochs", type=int, default=40, help="linear warm-up from 0, then a half-cycle cosine")
+    add("--clip_grad", type=float, default=None, help="clip the gradient to this norm (default: no clipping)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--tf32", action="store_true", help="TF32 in float32 matrix products on CUDA")
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of initial weights, sample order, crops and masks")
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints, log.txt, args.json")
     add("--log_dir", default=None, help="TensorBoard events (default: output_dir)")
     add("--save_every", type=int, default=50, help="epochs between checkpoints that are kept")
     add("--keep", type=int, default=None, help="keep only the last N (default: every save_every-th and the last 2)")
+    add("--image_every", type=int, default=50,
+        help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")  # fmt: skip
     add("--print_every", type=int, default=20, help="steps between progress lines")
     add("--resume", default="", metavar="PATH", help="checkpoint to go on from")
-    add("--auto_resume", action="store_true", default=True, help="go on from the newest checkpoint in output_dir")
-    add("--no_auto_resume", action="store_false", dest="auto_resume", default=argparse.SUPPRESS)
+    add("--auto_resume", action="store_true", default=True,
+        help="go on from the newest checkpoint in output_dir (default)")  # fmt: skip
+    add("--no_auto_resume", action="store_false", dest="auto_resume",
+        help="start afresh; output_dir must hold no checkpoint")  # fmt: skip
     add("--max_minutes", type=float, default=None, help="stop after so long, with a checkpoint, exit status 75")
     add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
 
@@ -210,6 +224,8 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
             record = epoch_record(training, epoch, meters, time.perf_counter() - began)
             distributed.on_main(ranks, lambda record=record: log.epoch(record))
             meters, epoch, step = Meters.zeros(len(core.scale_list), ranks.device), epoch + 1, 0
+            if ranks.is_main and args.image_every and epoch % args.image_every == 0:
+                picture(training, args, epoch)
         due = step == 0 and ckpt.is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
         if due or request != GO_ON:
             save(training, args, epoch - 1, step, meters)
@@ -229,7 +245,7 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("num_workers", "decoder_depth", "warmup_epochs", "weight_decay", "blr", "min_lr", "start_epoch",
-                 "skip_nonfinite"):  # fmt: skip
+                 "skip_nonfinite", "image_every"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if args.input_size % 32:
@@ -268,6 +284,7 @@ def build_data(args: argparse.Namespace):
         use_cache=args.use_cache,
         cache_dir=args.cache_dir,
         cache_size=args.cache_size,
+        fallback_dir=args.output_dir,
     )
 
 
@@ -346,6 +363,17 @@ def describe_run(args, core, dataset, sampler, effective_batch, ranks) -> str:
             "heatmaps (attention/, foreground/): `python run_pretrain.py --check_data ...` lists empty ones."
         )
     return "\n".join(lines)
+
+
+def picture(training: Training, args: argparse.Namespace, epoch: int) -> None:
+    """Write to TensorBoard what the model makes of the first samples, with the same masks each time."""
+    from util.pictures import reconstruction_figure  # here, since matplotlib takes a second to load
+    from util.replay import chosen_samples, training_dataset
+
+    core = training.core
+    dataset = training_dataset(vars(args), None, core.img_size, augment=False)
+    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))))
+    training.log.figure("reconstruction", reconstruction_figure(core, shown.batch, shown.mask, names=shown.names), epoch)
 
 
 def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models.vision_transformer import VisionTransformer
 
 import run_pretrain
@@ -67,6 +68,18 @@ def test_trains_with_and_without_preload_and_weighting(tree, tmp_path, flags):
 def test_loss_falls(tree, tmp_path):
     records = train(tree, tmp_path, "--epochs 6 --blr 0.05 --gaze_weighted")
     assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+
+
+def test_tensorboard_shows_numbers_and_pictures_on_one_axis(tree, tmp_path):
+    train(tree, tmp_path, "--epochs 2 --image_every 2 --print_every 2")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    # 12 images are 3 steps of 4: lines after steps 2 and 3 of each epoch, at 1000 x epochs
+    assert [scalar.step for scalar in events.Scalars("train_loss")] == [666, 1000, 1666, 2000]
+    assert {"lr", "samples_per_s", "data_wait", "significant_patches", "train_loss_scale_0.5"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [picture.step for picture in events.Images("reconstruction")] == [2000]
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(tree, tmp_path):

@@ -105,7 +105,7 @@ class RunLog:
                 self.writer.add_scalar(name, value, epoch_1000x(epoch))
 
     def figure(self, name: str, figure, epoch: float) -> None:
-        """Write a matplotlib figure to TensorBoard and close it."""
+        """Write a matplotlib figure to TensorBoard."""
         if self.writer:
             self.writer.add_figure(name, figure, epoch_1000x(epoch))
 
