@@ -41,8 +41,8 @@ PHASE_1 = {
 PHASE_23 = {
     "Abnormal mediastinal contour", "Acute fracture", "Atelectasis", "Consolidation",
     "Enlarged cardiac silhouette", "Enlarged hilum", "Groundglass opacity", "Hiatal hernia",
-    "High lung volume / emphysema", "Interstitial lung disease", "Lung nodule or mass", "Pleural abnormality", "Pneumothorax",
-    "Pulmonary edema", "Other",
+    "High lung volume / emphysema", "Interstitial lung disease", "Lung nodule or mass",
+    "Pleural abnormality", "Pneumothorax", "Pulmonary edema", "Other",
 }  # fmt: skip
 
 
