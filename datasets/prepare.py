@@ -50,7 +50,7 @@ from util.radiograph import radiograph_size, read_radiograph
 
 INDEX, RECORD = "reflacx.json", "prepare.json"
 FORMAT = 1
-Task = TypeVar("Task")
+Task, Result = TypeVar("Task"), TypeVar("Result")
 PATCH_GRID = 14  # patches per side at 224 px
 IMAGES_PER_WORKER = 32  # fewer are not worth starting a process for
 
@@ -214,11 +214,11 @@ def prepare(
 
 
 def run_tasks(
-    function: Callable[[Task], ImageResult], tasks: Sequence[Task], workers: int
-) -> Iterator[ImageResult]:
-    """`function` of each task, in order, with a progress bar."""
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, *, name: str = "prepare"
+) -> Iterator[Result]:
+    """`function` of each task, in order, with a progress bar called `name`."""
     workers = min(workers, len(tasks) // IMAGES_PER_WORKER)
-    progress = partial(tqdm, total=len(tasks), unit="image", desc="prepare", disable=None)
+    progress = partial(tqdm, total=len(tasks), desc=name, disable=None)
     if workers <= 1:
         yield from progress(map(function, tasks))
         return
