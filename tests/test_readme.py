@@ -1,0 +1,54 @@
+"""What the README says of flags and files is what the program has."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import run_pretrain
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def flag_rows():
+    """flag -> the default in the table, "" for none."""
+    rows = re.findall(r"^\| \**`(--\w+)`\** \| (?:`(.*?)`)? ?\| .+ \|$", README, flags=re.MULTILINE)
+    return dict(rows)
+
+
+def test_the_table_lists_every_flag_with_its_default():
+    table = flag_rows()
+    expected = {}
+    for action in run_pretrain.get_args_parser()._actions:
+        if action.dest == "help":
+            continue
+        default = action.default
+        if default is None or isinstance(default, bool):
+            default = ""
+        elif isinstance(default, list):
+            default = " ".join(map(str, default))
+        expected[action.option_strings[0]] = str(default)
+    assert table == expected
+
+
+def commands():
+    """Command lines in the README's code blocks, continuation lines joined."""
+    blocks = re.findall(r"^ *```(?:bash|sh|python|bibtex)?\n(.*?)^ *```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if re.match(r" *(python|bash|sbatch|torchrun|PYTHON=)", line)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_name_programs_and_flags_that_exist(command):
+    program = re.search(r"[\w/]+\.(?:py|sh)\b", command).group()
+    source = (REPOSITORY / program).read_text(encoding="utf-8")
+    if program == "scripts/test.sh" or "pretrain.sh" in program:
+        return  # their flags are pytest's and run_pretrain.py's
+    for flag in re.findall(r" (--\w+)", command.split(program)[1]):
+        assert f'"{flag}"' in source, f"{program} has no {flag}"
+
+
+def test_named_files_exist():
+    for path in set(re.findall(r"`((?:scripts|util|datasets|tests|preTrain)/[\w./]+)`", README)):
+        assert (REPOSITORY / path.rstrip("/")).exists(), path
