@@ -149,6 +149,7 @@ def prepare(
 
     Raises `UserError` where nothing sensible can be done; a single bad file or reading is reported.
     """
+    raw, images = raw.absolute(), images.absolute()  # the record is the same from wherever it is run
     source = source or detect_source(raw)
     if size < 0:
         raise UserError(f"--size {size} is negative; 0 keeps the native size")

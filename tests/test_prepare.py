@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
@@ -17,8 +18,8 @@ from pydicom.data import get_testdata_file
 from datasets.egd_raw import read_egd
 from datasets.image_index import find_images
 from datasets.phantom import FAULTS, make_egd, make_study
-from datasets.prepare import count_significant, prepare, scaled_size
-from datasets.readings import Reading
+from datasets.prepare import SOURCES, count_significant, prepare, scaled_size
+from datasets.readings import RawReadings, Reading
 from datasets.reflacx_raw import read_reflacx
 from scripts.prepare_reflacx import main
 from util.dicom import read_dicom
@@ -281,10 +282,12 @@ def test_unusable_arguments(mixed, tmp_path):
 # --- again, interrupted, with other options --------------------------------------------------------
 
 
-def test_a_second_run_changes_nothing(each, mixed):
+def test_a_second_run_changes_nothing(each, mixed, monkeypatch):
     out, report = each
     before = snapshot(out)
-    again = prepare(mixed.raw, mixed.images, out, size=120, readings="each")
+    monkeypatch.chdir(mixed.root)  # and it does not matter from where it is run
+    raw, images = mixed.raw.relative_to(mixed.root), mixed.images.relative_to(mixed.root)
+    again = prepare(raw, images, out, size=120, readings="each")
     assert snapshot(out) == before
     assert again.counts["map files written by this run"] == 0
     assert again.counts["mean significant patches of 196"] == report.counts["mean significant patches of 196"]
@@ -408,6 +411,37 @@ def test_egd_gives_the_same_kind_of_tree(tmp_path):
         prepare(study.raw, study.images, tmp_path / "no", split="train")
     with pytest.raises(UserError, match="other options"):
         prepare(study.raw, study.images, tmp_path / "out", sigma=10)
+
+
+class LeftEyeReading(Reading):
+    """Of a data set made up here: one fixation in the middle of the image's left half."""
+
+    def load_fixations(self):
+        width, height = self.image_size
+        box = {"xmin": 0, "ymin": 0, "xmax": width, "ymax": height}
+        return pd.DataFrame([{"x": width / 4, "y": height / 2, "duration": 1, "sigma_x": 9, "sigma_y": 9} | box])
+
+
+def read_left_eye(raw):
+    image_id = (raw / "left_eye.txt").read_text()
+    reading = LeftEyeReading(
+        id="L1", study_id="5", subject_id="6", image_id=image_id, image_size=None, labels={"Nodule": 3},
+        split=None, phase=None, source="left_eye", fixations_path=raw / "left_eye.txt",
+    )  # fmt: skip
+    return RawReadings("left_eye", [reading])
+
+
+def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
+    """What README, "Another gaze data set", says: a `Reading`, a reader, a line in SOURCES."""
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "left_eye.txt").write_text(mixed.truth[0].dicom_id)
+    find = lambda raw: raw if (raw / "left_eye.txt").exists() else None  # noqa: E731
+    monkeypatch.setitem(SOURCES, "left_eye", (find, read_left_eye))
+    report = prepare(tmp_path / "raw", mixed.images, tmp_path / "out")
+    (entry,) = entries_of(tmp_path / "out")
+    attention, _ = maps_of(tmp_path / "out", entry)
+    assert report.counts["entries"] == 1 and entry["labels"] == {"Lung nodule or mass": 3}
+    assert np.unravel_index(attention.argmax(), attention.shape) == (100, 40)
 
 
 def test_reading_is_an_interface():
