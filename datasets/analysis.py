@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,7 +25,6 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
-from tqdm import tqdm
 
 from datasets.egd_raw import DEFAULT_SIGMA
 from datasets.findings import COMMON_FINDING
@@ -36,6 +37,7 @@ from datasets.prepare import (
     detect_source,
     reading_heatmap,
     resize_gray,
+    run_tasks,
     scaled_size,
 )
 from datasets.readings import ELLIPSE_COLUMNS, Exclusion, Reading
@@ -54,6 +56,23 @@ CHEST_COLOUR = "#D55E00"
 LEGEND_BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "frameon": False, "fontsize": 8,
                 "borderaxespad": 0}  # fmt: skip
 N_PATCHES = PATCH_GRID**2
+
+
+class Abnormality(NamedTuple):
+    """One marked ellipse: its bounding box, px of the original image, and its share of the image's area."""
+
+    box: Box
+    certainty: int
+    findings: tuple[str, ...]
+    area_share: float
+
+
+class Measurement(NamedTuple):
+    """What one reading tells. `ratios`: per finding, in the whole image and within the chest box."""
+
+    abnormalities: list[Abnormality]
+    ratios: dict[str, tuple[float, float]]
+    significant_patches: int
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,7 @@ def analyze(
     n_examples: int = 3,
     seed: int = 0,
     sigma: float = DEFAULT_SIGMA,
+    workers: int = 1,
 ) -> Analysis:
     """Analyse all usable readings of a raw gaze data set.
 
@@ -239,40 +259,29 @@ def analyze(
             f"{raw}: this data set does not say how large its images are: --images, with them, is needed"
         )
 
+    measure = partial(_measure, size=size, min_certainty=min_certainty)
+    tasks = [(reading, paths.get(reading.image_id)) for reading in readings]
     ellipse_rows, reading_rows, ratio_rows = [], [], []
-    for reading in tqdm(readings, unit="reading", desc="analyze", disable=None):
-        try:
-            image_size = reading.image_size or _file_size(paths, reading)
-            out_size = scaled_size(image_size, size)[::-1]
-            heatmap = reading_heatmap(reading, reading.fixations_path, image_size, out_size)
-            if isinstance(heatmap, Exclusion):
-                exclusions.append(heatmap)
-                continue
-            ellipses = _abnormal(reading.load_ellipses(), min_certainty)
-            chest = reading.load_chest_box()
-        except UserError as error:
-            exclusions.append(Exclusion(reading.id, "unusable reading", str(error), is_fault=True))
+    for reading, measured in zip(readings, run_tasks(measure, tasks, workers, name="analyze")):
+        if isinstance(measured, Exclusion):
+            exclusions.append(measured)
             continue
-        areas = _area_shares(ellipses, image_size)
-        _, foreground = attention_maps(heatmap)
-        row = {
-            "id": reading.id, "image_id": reading.image_id, "subject_id": reading.subject_id,
-            "split": reading.split, "ellipses": len(ellipses),
-            "significant_patches": count_significant(foreground),
-        }  # fmt: skip
+        who = {"id": reading.id, "subject_id": reading.subject_id}
         ellipse_rows += [
-            {"id": reading.id, "subject_id": reading.subject_id, "findings": "|".join(findings),
-             "certainty": int(certainty), "area_share": area, "size": size_class(area, size_thresholds)}
-            for findings, certainty, area in zip(ellipses["findings"], ellipses["certainty"], areas)
+            {**who, "findings": "|".join(own.findings), "certainty": own.certainty,
+             "area_share": own.area_share, "size": size_class(own.area_share, size_thresholds)}
+            for own in measured.abnormalities
         ]  # fmt: skip
-        by_finding = _ratios(heatmap, ellipses, chest, image_size)
-        row["ratio_image"], row["ratio_chest"] = by_finding.get(ANY, (float("nan"), float("nan")))
-        reading_rows.append(row)
+        overall = measured.ratios.get(ANY, (float("nan"), float("nan")))
+        reading_rows.append({
+            **who, "image_id": reading.image_id, "split": reading.split,
+            "ellipses": len(measured.abnormalities), "significant_patches": measured.significant_patches,
+            "ratio_image": overall[0], "ratio_chest": overall[1],
+        })  # fmt: skip
         ratio_rows += [
-            {"id": reading.id, "subject_id": reading.subject_id, "finding": finding,
-             "whole image": ratios[0], "chest box": ratios[1]}
-            for finding, ratios in by_finding.items()
-        ]  # fmt: skip
+            {**who, "finding": finding, "whole image": whole, "chest box": within_chest}
+            for finding, (whole, within_chest) in measured.ratios.items()
+        ]
     if not reading_rows:
         reasons = Counter(exclusion.reason for exclusion in exclusions).most_common(3)
         told = ", ".join(f"{n} x {reason}" for reason, n in reasons)
@@ -303,53 +312,58 @@ def analyze(
     return analysis
 
 
-def _file_size(paths: dict[str, Path], reading: Reading) -> tuple[int, int]:
-    if reading.image_id not in paths:
-        raise UserError(f"no image {reading.image_id} under --images, and the data set does not say its size")
-    return radiograph_size(paths[reading.image_id])
+def _measure(task: tuple[Reading, Path | None], *, size: int, min_certainty: int) -> Measurement | Exclusion:
+    """What one reading tells; its image's path is needed only where the data set gives no size."""
+    reading, path = task
+    try:
+        image_size = reading.image_size
+        if image_size is None:
+            if path is None:
+                raise UserError(f"no image {reading.image_id} under --images, its size is not known")
+            image_size = radiograph_size(path)
+        out_size = scaled_size(image_size, size)[::-1]
+        heatmap = reading_heatmap(reading, reading.fixations_path, image_size, out_size)
+        if isinstance(heatmap, Exclusion):
+            return heatmap
+        abnormalities = _abnormalities(reading, image_size, min_certainty)
+        ratios = _ratios(heatmap, abnormalities, reading.load_chest_box(), image_size)
+    except UserError as error:
+        return Exclusion(reading.id, "unusable reading", str(error), is_fault=True)
+    _, foreground = attention_maps(heatmap)
+    return Measurement(abnormalities, ratios, count_significant(foreground))
 
 
-def _abnormal(ellipses: pd.DataFrame, min_certainty: int) -> pd.DataFrame:
-    """The ellipses that mark abnormalities, with a column `findings`: a tuple of common findings."""
+def _abnormalities(reading: Reading, image_size: tuple[int, int], min_certainty: int) -> list[Abnormality]:
+    """The ellipses of a reading that mark abnormalities."""
+    ellipses = reading.load_ellipses()
     labels = [column for column in ellipses.columns if column not in ELLIPSE_COLUMNS]
     flags = ellipses[labels].to_numpy(dtype=bool)
-    names = [tuple(label for label, flag in zip(labels, row) if flag) for row in flags]
-    keep = [
-        certainty >= min_certainty and not (own and set(own) <= set(NOT_ABNORMAL))
-        for own, certainty in zip(names, ellipses["certainty"])
-    ]
-    findings = [
-        tuple(dict.fromkeys(COMMON_FINDING[label] for label in own if label not in NOT_ABNORMAL))
-        for own in names
-    ]
-    table = ellipses[list(ELLIPSE_COLUMNS)].copy()
-    table["findings"] = pd.Series(findings, index=table.index, dtype=object)
-    return table[np.array(keep, dtype=bool)].reset_index(drop=True)
-
-
-def _boxes(ellipses: pd.DataFrame) -> list[Box]:
-    return list(ellipses[["xmin", "ymin", "xmax", "ymax"]].itertuples(index=False, name=None))
-
-
-def _area_shares(ellipses: pd.DataFrame, image_size: tuple[int, int]) -> np.ndarray:
-    """Area of each ellipse as a share of the image's: [n]."""
-    sides = (ellipses["xmax"] - ellipses["xmin"]) * (ellipses["ymax"] - ellipses["ymin"])
-    return np.pi / 4 * sides.to_numpy(dtype=float) / (image_size[0] * image_size[1])
+    found = []
+    for row, own_flags in zip(ellipses[list(ELLIPSE_COLUMNS)].to_numpy(dtype=float).tolist(), flags):
+        xmin, ymin, xmax, ymax, certainty = row
+        own = [label for label, flag in zip(labels, own_flags) if flag]
+        abnormal = [label for label in own if label not in NOT_ABNORMAL]
+        if certainty < min_certainty or (own and not abnormal):
+            continue
+        area_share = np.pi / 4 * (xmax - xmin) * (ymax - ymin) / (image_size[0] * image_size[1])
+        findings = tuple(dict.fromkeys(COMMON_FINDING[label] for label in abnormal))
+        found.append(Abnormality((xmin, ymin, xmax, ymax), int(certainty), findings, area_share))
+    return found
 
 
 def _ratios(
-    heatmap: np.ndarray, ellipses: pd.DataFrame, chest: Box | None, image_size: tuple[int, int]
+    heatmap: np.ndarray, abnormalities: list[Abnormality], chest: Box | None, image_size: tuple[int, int]
 ) -> dict[str, tuple[float, float]]:
     """Density ratio in the whole image and within the chest box, for all abnormalities together (`ANY`)
     and for each finding. Outside always means outside of every abnormality. Ellipses that no pixel
     centre of the map falls into give no ratio."""
-    abnormal = ellipse_mask(_boxes(ellipses), image_size, heatmap.shape)
+    abnormal = ellipse_mask([own.box for own in abnormalities], image_size, heatmap.shape)
     if not abnormal.any():
         return {}
     masks = {ANY: abnormal}
-    for finding in sorted({finding for own in ellipses["findings"] for finding in own}):
-        own = ellipses[[finding in names for names in ellipses["findings"]]]
-        masks[finding] = ellipse_mask(_boxes(own), image_size, heatmap.shape)
+    for finding in sorted({finding for own in abnormalities for finding in own.findings}):
+        boxes = [own.box for own in abnormalities if finding in own.findings]
+        masks[finding] = ellipse_mask(boxes, image_size, heatmap.shape)
     in_chest = np.zeros_like(abnormal)
     if chest is not None:
         x = pixel_centres(image_size[0], heatmap.shape[1])
@@ -426,9 +440,8 @@ def _example(reading: Reading, paths: dict[str, Path], ratio: float, min_certain
     heatmap = reading_heatmap(reading, path, size, scaled_size(size, 512)[::-1])
     if isinstance(heatmap, Exclusion):  # only where the file's size is not the one in the metadata
         raise UserError(f"{heatmap.reason}: {heatmap.detail}")
-    return Example(
-        reading, path, size, heatmap, _boxes(_abnormal(reading.load_ellipses(), min_certainty)), ratio
-    )
+    boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
+    return Example(reading, path, size, heatmap, boxes, ratio)
 
 
 def analysis_figure(analysis: Analysis) -> Figure:

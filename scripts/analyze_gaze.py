@@ -5,6 +5,7 @@ over elsewhere, and how many patches the gaze makes significant. Writes CSV tabl
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=DEFAULT_SIGMA,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
     )
+    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
     return parser  # fmt: skip
 
 
