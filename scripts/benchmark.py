@@ -85,6 +85,7 @@ class Settings:
     loader_batches: int = 60
     workers: tuple[int, ...] = (0, 1, 2, 4)
     device: str = "cpu"
+    compile: bool = False
 
 
 @dataclass
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 128 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
     parser.add_argument("--work_dir", help="where inputs are made and removed again (default: /tmp)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
     args = parser.parse_args(argv)
@@ -182,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings(
             (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 64, 2, 3, (0, 1), device
         )  # fmt: skip
+    settings.compile = args.compile
     if args.batch_size:
         settings.batch_size = args.batch_size
 
@@ -574,27 +577,33 @@ def measure_steps(report: Report, tree: Path, settings: Settings) -> None:
     memory = [peak_memory(step, settings.device) for step in (baseline, ours)]
     if memory[0]:
         report.value("step: peak memory beyond the model", "MiB", memory[1], baseline=memory[0], note=note)
-    if settings.device == "cuda":
-        measure_cuda(report, batch, settings)
+    measure_variants(report, batch, settings)
 
 
-def measure_cuda(report: Report, batch: dict[str, Tensor], settings: Settings) -> None:
-    """Steps in half precision, eager and compiled, against the plain float16 step."""
-    pinned = {key: value.pin_memory() for key, value in batch.items()}
-    baseline = PlainStep(settings, batch, torch.float16)
-    for name, dtype, compiled in (
-        ("float16", torch.float16, False),
-        ("bfloat16", torch.bfloat16, False),
-        ("bfloat16, compiled", torch.bfloat16, True),
-    ):
-        ours = OurStep(settings, pinned, dtype)
+def measure_variants(report: Report, batch: dict[str, Tensor], settings: Settings) -> None:
+    """Steps in half precision, and compiled if asked for, against the plain step."""
+    on_gpu = settings.device == "cuda"
+    if on_gpu:
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    plain_name = "float16" if on_gpu else "float32"
+    baseline = PlainStep(settings, batch, torch.float16 if on_gpu else None)
+    variants = [("bfloat16", torch.bfloat16, False)]
+    if on_gpu:
+        variants.insert(0, ("float16", torch.float16, False))
+    if settings.compile:
+        variants += [(f"{name}, compiled", dtype, True) for name, dtype, _ in variants]
+        if not on_gpu:
+            variants.append(("float32, compiled", None, True))
+    for name, dtype, compiled in variants:
+        ours = OurStep(settings, batch, dtype)
         if compiled:
             ours.model.compile()
-        times = alternate(baseline, ours, settings.repeats, "cuda")
+        times = alternate(baseline, ours, settings.repeats, settings.device)
         rate = settings.batch_size / float(np.median(times[1]))
-        report.compare(f"step: whole, {name}", *times, note=f"{rate:.0f} images/s; baseline: float16")
-        memory = [peak_memory(step, "cuda") for step in (baseline, ours)]
-        report.value(f"step: peak memory, {name}", "MiB", memory[1], baseline=memory[0])
+        report.compare(f"step: whole, {name}", *times, note=f"{rate:.3g} images/s; baseline: {plain_name}")
+        if on_gpu:
+            memory = [peak_memory(step, "cuda") for step in (baseline, ours)]
+            report.value(f"step: peak memory, {name}", "MiB", memory[1], baseline=memory[0])
 
 
 def peak_memory(step: Callable[[], object], device: str) -> float:
