@@ -74,7 +74,7 @@ FIXATION_FILE_COLUMNS = (
 SIMULATED = "Simulated reading, no radiologist looked at this image."
 # One degree of visual angle, as a share of the longer side of an image shown whole on the screen.
 DEGREE = 0.036
-CALIBRATION_SIDE = 256  # short side of the map that dwell is calibrated on, px
+CALIBRATION_SIDE = 160  # short side of the map that dwell is calibrated on, px
 
 FAULTS = (
     "missing_image",

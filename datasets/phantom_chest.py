@@ -232,7 +232,7 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
         else:
             radius = np.sqrt(((x - centre_x) / rx) ** 2 + ((y - centre_y) / ry) ** 2)
         np.maximum(soft, 0.88 * _dome_profile((1 - radius) / edge), out=soft)
-    film += inside * (0.50 * lung * soft + 0.05 * _smooth((pedicle - ax + 0.01) / 0.04))
+    film += inside * (0.50 * lung * soft + 0.08 * _smooth((pedicle - ax + 0.01) / 0.04))
     film += (
         0.03 * _smooth((0.018 - np.abs(x - 0.040)) / 0.02) * _smooth((y + 0.16) / 0.02) * lung
     )  # descending aorta
@@ -358,6 +358,7 @@ def _vessels(frame: Frame, rng: np.random.Generator) -> np.ndarray:
     for sign in (-1.0, 1.0):
         for direction in (np.linspace(-1.35, 1.35, 11) + rng.uniform(-0.1, 0.1, 11)).tolist():
             branches.append((sign * 0.075, -0.025 + 0.03 * direction, sign, direction, 0.010, 0))
+    unit = frame.unit
     middle_x, middle_y = (float(at) for at in frame.to_pixels(0.0, 0.0))
     while branches:
         x, y, sign, direction, thick, depth = branches.pop()
@@ -366,9 +367,9 @@ def _vessels(frame: Frame, rng: np.random.Generator) -> np.ndarray:
             direction += bend
             x, y = x + sign * 0.013 * math.cos(direction), y + 0.013 * math.sin(direction)
             points.append((x, y))
-        line = [(middle_x + frame.unit * x, middle_y + frame.unit * y) for x, y in points]
+        line = [(middle_x + unit * x, middle_y + unit * y) for x, y in points]
         shade = int(255 * min(1.0, 0.10 + 75 * thick))
-        pen.line(line, fill=shade, width=max(1, round(thick * frame.unit)), joint="curve")
+        pen.line(line, fill=shade, width=max(1, round(thick * unit)), joint="curve")
         if depth < 5 and abs(x) < 0.34:
             up, down = rng.uniform(0.2, 0.55, 2).tolist()
             branches.append((x, y, sign, direction - up, thick * 0.74, depth + 1))
