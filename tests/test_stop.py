@@ -119,9 +119,10 @@ for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(signum, lambda *_: None)
 batches = iter(DataLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
 print(*sorted({int(next(batches)[0]) for _ in range(2)}))
-while True:
+for _ in range(@BATCHES@):
     next(batches)
     print("batch")
+raise RuntimeError("the traceback keeps the loader, so its workers are not told that it ends")
 """
 
 
@@ -132,19 +133,34 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_workers_ignore_signals_to_the_group_and_die_with_their_parent():
-    process = subprocess.Popen([sys.executable, "-u", "-c", LOADER.replace("@ROOT@", str(ROOT))],
-                               stdout=subprocess.PIPE, text=True, start_new_session=True)
+def start_loader(n_batches: int) -> tuple[subprocess.Popen, list[int]]:
+    code = LOADER.replace("@ROOT@", str(ROOT)).replace("@BATCHES@", str(n_batches))
+    command = [sys.executable, "-u", "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
     workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        os.killpg(process.pid, signum)
-    for _ in range(10):
-        assert process.stdout.readline() == "batch\n"
-    assert all(is_running(pid) for pid in workers)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 3  # torch's own watchdog takes five seconds or more
-    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+    return process, workers
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(is_running(pid) for pid in workers)
+    assert not any(is_running(pid) for pid in pids)
+
+
+def test_workers_ignore_signals_to_the_group_and_end_with_their_parent():
+    killed, workers = start_loader(10**6)
+    failing, workers_of_failing = start_loader(20)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.killpg(killed.pid, signum)
+    for _ in range(10):
+        assert killed.stdout.readline() == "batch\n"
+    assert all(is_running(pid) for pid in workers)
+    killed.kill()
+    killed.wait()
+    wait_until_gone(workers, 3)  # torch's own watchdog takes five seconds or more
+    assert failing.wait(20) == 1
+    assert "RuntimeError: the traceback keeps" in failing.stderr.read()
+    wait_until_gone(workers_of_failing, 1)

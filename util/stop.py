@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -129,11 +130,23 @@ def ignore_stop_signals(worker_id: int = 0) -> None:
     """`worker_init_fn` of a DataLoader: the main process alone decides when its workers end.
 
     Signals to a process group reach workers too and would end them in the middle of the step after which
-    the main process wants to save. If the main process dies, so do they.
+    the main process wants to save. SIGTERM from the main process itself, which is how a failing one gets rid
+    of its workers, still ends them, and so does its death.
     """
     for signum in _REQUESTS:
-        signal.signal(signum, signal.SIG_IGN)
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
     signal_on_parent_death(signal.SIGKILL)
+
+
+def _obey_parent(parent: int) -> None:
+    """End this process at a SIGTERM of its parent; take no notice of any other."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def signal_on_parent_death(signum: signal.Signals) -> None:
