@@ -32,14 +32,13 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
-from datasets.tree import GazeTree, available_cpus, check_same_size
+from datasets.tree import GazeTree, check_same_size, in_threads
 from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, atomic_write
 from util.images import image_size, read_gray
@@ -74,20 +73,25 @@ class Plane:
 
     def open(self) -> None:
         """Map the file. Raises FileNotFoundError, or UserError where it is not whole."""
-        file = open(self.path, "rb")  # stays open with the lock below until the process ends
-        # Held while in use, so that nobody removes the file before other processes have opened it.
-        with contextlib.suppress(OSError):  # no locks here: then nobody can get the one to remove it either
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(HEADER.size)
-        magic, count = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0)
+        with open(self.path, "rb") as file:
+            # Held as long as the file is mapped, so that nobody removes it before other processes have
+            # opened it. Where there are no locks nobody gets the one to remove it either.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:  # removed between opening and locking
+                raise FileNotFoundError(self.path)
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(HEADER.size)
+            magic, count = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0)
+            if size:
+                data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)  # a handle of its own keeps the lock
         if magic != MAGIC or count < 1 or size < _pixels_start(count):
             raise UserError(f"{self.path}: not a cache file of this program; delete it")
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        data = np.frombuffer(data, np.uint8)
         table = data[HEADER.size : _pixels_start(count)].view(np.int64).reshape(count, 5)
         if size != _pixels_end(table):
             raise UserError(f"{self.path}: the cache file is damaged; delete it")
-        self._file, self._table, self._bytes = file, table, data
+        self._table, self._bytes = table, data
 
     @property
     def table(self) -> np.ndarray:
@@ -187,7 +191,7 @@ def open_plane(
             return plane  # another process has built it meanwhile
         for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of a builder that was killed
             leftover.unlink(missing_ok=True)
-        _build(directory / file_name, name, files, cache_size, num_workers or available_cpus())
+        _build(directory / file_name, name, files, cache_size, num_workers)
         for other in directory.glob(f"{stem}*.u8"):
             if other.name != file_name:
                 _remove_unless_in_use(other)
@@ -200,63 +204,55 @@ def _open_existing(path: Path) -> Plane | None:
         plane.open()
     except FileNotFoundError:
         return None
-    if os.fstat(plane._file.fileno()).st_nlink == 0:  # removed between opening and locking
-        return None
     return plane
 
 
-def _build(path: Path, name: str, files: Sequence[Path], cache_size: int, num_workers: int) -> None:
+def _build(path: Path, name: str, files: Sequence[Path], cache_size: int, num_workers: int | None) -> None:
     """Write the whole plane; headers first, so that every picture has its place before it is decoded."""
-    with ThreadPoolExecutor(num_workers) as pool:  # decoding and resizing release the GIL
-        try:
-            table = np.zeros((len(files), 5), np.int64)
-            table[:, NATIVE_WIDTH], table[:, NATIVE_HEIGHT] = np.transpose(list(pool.map(image_size, files)))
-            for row in table:
-                row[HEIGHT], row[WIDTH] = grid_size(row[NATIVE_HEIGHT], row[NATIVE_WIDTH], cache_size)
-            sizes = table[:, HEIGHT] * table[:, WIDTH]
-            table[:, OFFSET] = _pixels_start(len(files)) + np.cumsum(sizes) - sizes
-            needed = _pixels_end(table)
-            if needed > (free := shutil.disk_usage(path.parent).free):
-                raise _too_full(path.parent, needed, free)
+    try:
+        table = np.zeros((len(files), 5), np.int64)
+        sizes = list(in_threads(image_size, files, num_workers))
+        table[:, NATIVE_WIDTH], table[:, NATIVE_HEIGHT] = np.transpose(sizes)
+        for row in table:
+            row[HEIGHT], row[WIDTH] = grid_size(int(row[NATIVE_HEIGHT]), int(row[NATIVE_WIDTH]), cache_size)
+        pixels = table[:, HEIGHT] * table[:, WIDTH]
+        table[:, OFFSET] = _pixels_start(len(files)) + np.cumsum(pixels) - pixels
+        needed = _pixels_end(table)
+        if needed > shutil.disk_usage(path.parent).free:
+            raise OSError(errno.ENOSPC, "too little room")
 
-            def copy(index: int) -> None:
-                row = table[index]
-                native = read_gray(files[index])
-                if native.shape != (row[NATIVE_HEIGHT], row[NATIVE_WIDTH]):
-                    raise UserError(f"{files[index]}: the file changed while it was read; start again")
-                if name == "foreground":
-                    native = full_scale_foreground(native)
-                size = (int(row[HEIGHT]), int(row[WIDTH]))
-                small = crop_resize_flip([native], Box(0, 0, *native.shape), size)[0]
-                _write_at(file.fileno(), small.numpy().tobytes(), int(row[OFFSET]))
+        def copy(index: int) -> None:
+            offset, height, width, *native_size = table[index].tolist()
+            native = read_gray(files[index])
+            if list(native.shape) != native_size:
+                raise UserError(f"{files[index]}: the file changed while it was read; start again")
+            if name == "foreground":
+                native = full_scale_foreground(native)
+            small = crop_resize_flip([native], Box(0, 0, *native_size), (height, width))[0]
+            _write_at(file.fileno(), small.numpy().tobytes(), offset)
 
-            with atomic_write(path) as file:
-                file.write(HEADER.pack(MAGIC, len(files)) + table.tobytes())
-                file.flush()
-                with tqdm(total=len(files), desc=f"cache of {name}", unit="image", disable=None) as bar:
-                    for _ in pool.map(copy, range(len(files))):
-                        bar.update()
-        except UserError as error:
-            pool.shutdown(cancel_futures=True)
-            raise UserError(f"{error} (run_pretrain.py --check_data lists every bad file)") from None
-        except OSError as error:
-            pool.shutdown(cancel_futures=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise _too_full(path.parent, needed, shutil.disk_usage(path.parent).free) from None
+        with atomic_write(path) as file:
+            file.write(HEADER.pack(MAGIC, len(files)) + table.tobytes())
+            file.flush()
+            copies = in_threads(copy, range(len(files)), num_workers)
+            for _ in tqdm(copies, f"cache of {name}", total=len(files), unit="image", disable=None):
+                pass
+    except UserError as error:
+        raise UserError(f"{error} (run_pretrain.py --check_data lists every bad file)") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"{path.parent}: the cache needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+            "name another disk by --cache_dir, a smaller --cache_size, or pass --no_cache"
+        ) from None
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:
     while data:  # a disk that runs full writes a part, then fails
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
-
-
-def _too_full(directory: Path, needed: int, free: int) -> UserError:
-    return UserError(
-        f"{directory}: the cache needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
-        "name another disk by --cache_dir, a smaller --cache_size, or pass --no_cache"
-    )
 
 
 def _digest(name: str, files: Sequence[Path], cache_size: int, root: Path) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +29,9 @@ from datasets.transforms import (
 from util.errors import UserError
 from util.images import read_gray
 from util.masking import otsu_foreground
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+ITEMS_AT_ONCE = 4096  # bounds the memory that waiting tasks take
 
 
 class SampleError(UserError):
@@ -263,6 +267,20 @@ def check_same_size(file: Path, shape: tuple[int, int], image: Path, image_shape
         )
 
 
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """`map` on several threads (default: one for each CPU), for work that releases Python's lock, as
+    decoding and resizing do. The first error ends it; what has not begun then is dropped."""
+    with ThreadPoolExecutor(workers or available_cpus()) as pool:
+        try:
+            for start in range(0, len(items), ITEMS_AT_ONCE):
+                yield from pool.map(function, items[start : start + ITEMS_AT_ONCE])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def available_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -288,9 +306,8 @@ def check_tree(tree_type: type[GazeTree], root: Path, preload: bool) -> list[Pro
 
     n_planes = 3 if preload else 2
     unique = list(dict.fromkeys(file for group in files.values() for file in group[:n_planes]))
-    with ThreadPoolExecutor(available_cpus()) as pool:  # decoding releases the GIL
-        found = tqdm(pool.map(_look_at, unique), "checking files", total=len(unique), disable=None)
-        seen = dict(zip(unique, found))
+    found = tqdm(in_threads(_look_at, unique), "checking files", total=len(unique), disable=None)
+    seen = dict(zip(unique, found))
     for i, group in files.items():
         image = seen[group.image]
         for role, file in zip(EntryFiles._fields[:n_planes], group):

@@ -60,6 +60,9 @@ def test_pictures_are_the_resized_files_never_enlarged(tree, cache_size):
             expected = crop_resize_flip([original], Box(0, 0, *native), plane.shape)[0].numpy()
             np.testing.assert_array_equal(plane, expected)
             assert not plane.flags.writeable
+    pixels = sum(h * w for h, w in (grid_size(*native, cache_size) for native in BIG))
+    for plane, _ in dataset.cache.by_plane:  # a byte a pixel, and 40 for each picture
+        assert plane.path.stat().st_size == pixels + 40 * len(BIG) + 16
     assert [path.name.split("-")[0] for path in sorted((tree / ".cache/reflacx").glob("*.u8"))] == [
         "attention",
         "foreground",
@@ -320,9 +323,10 @@ def test_damaged_cache_file_is_not_used(tree):
     path = next((tree / ".cache").rglob("gray-*.u8"))
     path.write_bytes(path.read_bytes()[:-1])
     assert str(path) in refused(tree)
-    path.write_bytes(b"text")
-    with pytest.raises(UserError, match="delete it"):
-        Plane(path).open()
+    for content in (b"", b"text", b"a longer text that is no cache"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="delete it"):
+            Plane(path).open()
 
 
 def test_read_only_tree():
