@@ -205,7 +205,8 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         )
     log = RunLog(output_dir, Path(args.log_dir or output_dir), epoch + step / steps, enabled=ranks.is_main)
     log.start(vars(args), ranks.world_size)
-    say(describe_run(args, core, dataset, sampler, effective_batch, ranks))
+    if ranks.is_main:
+        print(describe_run(args, core, dataset, sampler, effective_batch, ranks))
     progress = Progress(
         args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
     )
