@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from util.errors import UserError
+from util.stop import signal_on_parent_death
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
 
     control = None
     if launched:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends its workers unless it is killed itself; then they would train on, unseen.
+            signal_on_parent_death(signal.SIGTERM)
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(
             backend, init_method=dist_url, world_size=world_size, rank=rank, timeout=timedelta(minutes=30)

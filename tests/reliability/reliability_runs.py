@@ -8,6 +8,7 @@ torchrun: `reliability_runs.py FAULT_NAME [ARGUMENT ...] -- FLAGS`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -123,9 +124,19 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def wait_until_gone(session: int, seconds: float) -> None:
+def processes_with(token: str) -> list[int]:
+    """Living processes that were started with `token` in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if token.encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+    return found
+
+
+def wait_until_gone(find: Callable[[], list[int]], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while left := processes_of(session):
+    while left := find():
         assert time.monotonic() < deadline, f"orphans: {left}"
         time.sleep(0.05)
 
@@ -161,10 +172,22 @@ def signal_at(epoch: int, step: int, signum: int) -> None:
     at_step(epoch, step, partial(send_self, signum))
 
 
-def kill_on_first_attempt(rank: int, epoch: int, step: int) -> None:
-    """kill -9 of one rank at a step, unless torchrun has restarted it already."""
-    if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        signal_at(epoch, step, signal.SIGKILL)
+def kill_once_then_pause(rank: int, kill_epoch: int, pause_epoch: int) -> None:
+    """For torchrun: kill -9 of one rank in an epoch; after the restart, wait in a later one for a signal."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        pause_at(pause_epoch, 2)
+    elif int(os.environ["RANK"]) == rank:
+        signal_at(kill_epoch, 3, signal.SIGKILL)
+
+
+def pause_at(epoch: int, step: int) -> None:
+    """Wait for a signal before a step."""
+
+    def pause() -> None:
+        print("paused", flush=True)
+        signal.pause()
+
+    at_step(epoch, step, pause)
 
 
 def kill_in_save(boundary: str, name: str) -> None:

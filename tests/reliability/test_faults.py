@@ -89,7 +89,7 @@ def test_undecodable_file_stops_all_ranks_and_is_named(flags, tree, tmp_path):
     assert all(rank.wait(60) != 0 for rank in ranks)
     assert re.search(r"^error: .*files/5\.png", "".join(rank.output for rank in ranks), re.MULTILINE)
     for rank in ranks:
-        wait_until_gone(rank.pid, 10)
+        wait_until_gone(partial(processes_of, rank.pid), 10)
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
@@ -100,7 +100,7 @@ def test_a_dead_worker_ends_the_run(flags, tmp_path):
     os.kill(worker, signal.SIGKILL)
     assert one.wait(60) == 1
     assert "DataLoader worker" in one.output
-    wait_until_gone(one.pid, 10)
+    wait_until_gone(partial(processes_of, one.pid), 10)
 
 
 def test_a_dead_rank_ends_the_others_and_the_next_start_goes_on(flags, undisturbed, tmp_path):
@@ -110,7 +110,7 @@ def test_a_dead_rank_ends_the_others_and_the_next_start_goes_on(flags, undisturb
     assert ranks[1].wait() == -signal.SIGKILL
     assert ranks[0].wait(60) != 0
     for rank in ranks:
-        wait_until_gone(rank.pid, 10)
+        wait_until_gone(partial(processes_of, rank.pid), 10)
     statuses, outputs = run_ranks(flags(out, *ONE_EACH), tmp_path / "again")
     assert statuses == [0, 0], "\n".join(outputs)
     assert_same_run(out, undisturbed(*ONE_EACH, ranks=2))

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from reliability_runs import Run, assert_same_run, kill_in_save, log_lines, run, start_ranks, wait_until_gone
+from reliability_runs import (Run, assert_same_run, kill_in_save, log_lines, processes_of, run, start_ranks,
+                              wait_until_gone)
 
 from util.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
 from util.errors import UserError
@@ -124,7 +125,7 @@ def test_fifty_kills_at_random_moments(flags, undisturbed, tmp_path, ranks):
             kills += 1
         statuses = [one.wait(60) for one in started]  # the other ranks must not linger
         for one in started:
-            wait_until_gone(one.pid, 60)
+            wait_until_gone(partial(processes_of, one.pid), 60)
         if finished and victim.process.exitcode == 0:
             assert statuses == [0] * ranks, [one.output for one in started]
             assert_same_run(out, reference)
