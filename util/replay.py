@@ -67,8 +67,10 @@ def training_dataset(
         seed=args.get("seed", 0),
         preload=args.get("preload", False),
         augment=augment,
-        use_cache=args.get("use_cache", False),
+        # A few samples are read faster from their files; a replay takes its pixels where training did.
+        use_cache=augment and args.get("use_cache", False),
         cache_dir=args.get("cache_dir"),
+        fallback_dir=args.get("output_dir"),
         cache_size=args.get("cache_size", 512),
     )
 
