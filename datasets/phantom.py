@@ -74,7 +74,6 @@ FIXATION_FILE_COLUMNS = (
 SIMULATED = "Simulated reading, no radiologist looked at this image."
 # One degree of visual angle, as a share of the longer side of an image shown whole on the screen.
 DEGREE = 0.036
-CALIBRATION_SIDE = 160  # short side of the map that dwell is calibrated on, px
 
 FAULTS = (
     "missing_image",
@@ -454,7 +453,9 @@ def _calibrated_dwell(
     Scaling the dwell's durations by a multiplies w / (1 - w) by a, so three maps give a exactly; n is
     chosen to keep a near 1, durations thereby as they were drawn.
     """
-    scale = CALIBRATION_SIDE / min(size)
+    # As fine as the smallest ellipse needs for its area to be right.
+    centre, axes = _centres_and_axes(boxes)
+    scale = float(np.clip(5 / max(axes.min(), 1e-9), 128 / min(size), 512 / min(size)))
     out_size = (max(1, round(size[1] * scale)), max(1, round(size[0] * scale)))
     inside = ellipse_mask(boxes, size, out_size)
     if not inside.any():
@@ -471,10 +472,13 @@ def _calibrated_dwell(
         return dwell[:, :3], _zoom_boxes(dwell, size, boxes, is_zoomed)
 
     # The dwell is to be all there is inside. For ratios near 1 the survey has to keep a distance, too.
-    centre, axes = _centres_and_axes(boxes)
     for margin in range(4):
         distance = (survey[:, None, :2] - centre) / np.maximum(axes + margin * degree, 1e-9)
         survey = survey[(np.square(distance).sum(axis=2) > 1.0).all(axis=1)]
+        if len(survey) < 5:
+            raise ValueError(
+                f"dwell_ratio {ratio} cannot be had on these abnormalities: there is nothing else to look at"
+            )
         survey_part = (survey[:, :3], np.tile([0.0, 0.0, *map(float, size)], (len(survey), 1)))
         of_survey = share_inside(survey_part)
         if of_survey < target:

@@ -8,14 +8,18 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datasets import phantom
+from datasets.analysis import density_ratio, ellipse_mask
 from datasets.egd_raw import read_egd
 from datasets.phantom import FAULTS, add_real_radiograph, make_egd, make_study, simulate_fixations
 from datasets.phantom_chest import LESION_KINDS, Frame, Lesion, draw_lesion, render_chest
 from datasets.prepare import prepare
 from datasets.reflacx_raw import read_reflacx
 from util.errors import UserError
+from util.gaze import fixation_heatmap
 from util.images import read_gray
 from util.radiograph import read_radiograph
 
@@ -245,8 +249,35 @@ def test_fixations_are_plausible():
     assert zoomed > 20 and 20 < off <= 40
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    ratio=st.floats(1.0, 8.0),
+    size=st.floats(0.5, 1.4),
+    n=st.integers(1, 3),
+    shape=st.sampled_from([(420, 512), (512, 420), (128, 128), (1900, 2000)]),
+)
+@settings(max_examples=25, deadline=None)
+def test_gaze_has_the_ratio_asked_for(seed, ratio, size, n, shape):
+    rng = np.random.default_rng(seed)
+    frame = Frame(shape)
+    boxes = [frame.box(draw_lesion(kind, rng, size).ellipse) for kind in rng.permutation(LESION_KINDS)[:n]]
+    table = simulate_fixations(shape, boxes, rng, dwell_ratio=ratio)
+    fixations = {
+        "x": table["x_position"], "y": table["y_position"],
+        "duration": table["timestamp_end_fixation"] - table["timestamp_start_fixation"],
+        **{f"sigma_{a}": table[f"angular_resolution_{a}_pixels_per_degree"] for a in "xy"},
+        **{side: table[f"{side}_shown_from_image"] for side in ("xmin", "ymin", "xmax", "ymax")},
+    }  # fmt: skip
+    out_size = (round(400 * shape[1] / shape[0]), 400)
+    inside = ellipse_mask(boxes, shape, out_size)
+    heatmap = fixation_heatmap(fixations, shape, out_size)
+    assert density_ratio(heatmap, inside, ~inside) == pytest.approx(ratio, rel=0.04)
+
+
 def test_a_ratio_that_cannot_be_is_refused():
     frame = Frame((420, 512))
+    with pytest.raises(ValueError, match="nothing else to look at"):
+        simulate_fixations(frame.size, [(0, 0, 419, 511)], np.random.default_rng(0))
     box = frame.box((0.052, 0.145, 0.19, 0.15))
     for ratio, message in ((1e5, "only at them"), (150.0, "400 fixations of"), (0.001, "only elsewhere")):
         with pytest.raises(ValueError, match=f"dwell_ratio {ratio} cannot be had.*{message}"):
