@@ -277,6 +277,10 @@ def test_unusable_arguments(mixed, tmp_path):
     with pytest.raises(UserError, match="not made by this script"):
         prepare(mixed.raw, mixed.images, tmp_path / "other", overwrite=True)
     assert (tmp_path / "other" / "thesis.txt").exists()
+    for text in ("", "[]", "{}", '{"options": 3}'):
+        (tmp_path / "other" / "prepare.json").write_text(text)
+        with pytest.raises(UserError, match="prepare.json: not the record this script writes"):
+            prepare(mixed.raw, mixed.images, tmp_path / "other", overwrite=True)
 
 
 # --- again, interrupted, with other options --------------------------------------------------------
