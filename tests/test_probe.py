@@ -24,10 +24,12 @@ from util.probe import (
     backbone_features,
     bootstrap_weights,
     folds,
+    format_seed_table,
     format_table,
     held_out_scores,
     interval,
     probe,
+    seed_table,
     weighted_auc,
 )
 
@@ -255,6 +257,25 @@ def test_probe_is_reproducible():
     first, second = (probe(features, images, **options) for _ in range(2))
     pd.testing.assert_frame_equal(first, second)
     assert format_table(first).splitlines()[0].strip() == "f"
+
+
+def test_seed_table_pairs_runs_by_seed():
+    aucs = {"random_unweighted": [0.6, 0.7, 0.8], "attention_weighted": [0.7, 0.75, 0.95]}
+    rows = [
+        ["Mass", f"{name}_s{seed}, cls", auc] for name, runs in aucs.items() for seed, auc in enumerate(runs)
+    ]
+    rows.append(["Mass", "pixels, PCA", 0.5])
+    table = seed_table(pd.DataFrame(rows, columns=["finding", "features", "auc"]), "random_unweighted")
+    table = table.set_index("setting")
+    half = 4.302653 * np.std([0.7, 0.75, 0.95], ddof=1) / np.sqrt(3)  # t quantile of 2 degrees of freedom
+    row = table.loc["attention_weighted"]
+    assert (row["auc"], row["high"] - row["auc"], row["seeds"]) == pytest.approx((0.8, half, 3))
+    assert row["difference"] == pytest.approx(0.1)  # of 0.1, 0.05, 0.15
+    assert row["diff_high"] - 0.1 == pytest.approx(4.302653 * 0.05 / np.sqrt(3))
+    text = format_seed_table(table.reset_index())
+    assert "+0.100 (-0.024 to +0.224)" in text and "0.700 (" in text
+    with pytest.raises(UserError, match="--reference other"):
+        seed_table(pd.DataFrame(rows, columns=["finding", "features", "auc"]), "other")
 
 
 def test_bad_input_is_named(backbone, folder, tmp_path):
