@@ -449,7 +449,7 @@ def analysis_figure(analysis: Analysis) -> Figure:
     has_ellipses = not analysis.ellipses.empty
     n_rows = len(analysis.size_by_finding) if has_ellipses else 0
     top = max(3.4, 1.5 + 0.32 * n_rows)
-    bottom = 10.4 / max(3, len(analysis.examples)) if analysis.examples else 0.0
+    bottom = 0.3 + 10.4 / max(3, len(analysis.examples)) if analysis.examples else 0.0
     figure = Figure(figsize=(14, top + bottom), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(2, 1, height_ratios=(top, bottom)) if analysis.examples else (figure,)
@@ -539,6 +539,8 @@ def _draw_patches(axes, analysis: Analysis) -> None:
 
 
 def _draw_examples(figure, examples: Sequence[Example]) -> None:
+    marked = "; ellipses: marked abnormalities" if any(example.boxes for example in examples) else ""
+    figure.suptitle(f"Examples: image and gaze{marked}", fontsize=10)
     grid = np.ravel(figure.subplots(1, 2 * len(examples)))
     for example, pair in zip(examples, grid.reshape(-1, 2)):
         height, width = example.heatmap.shape
@@ -553,5 +555,6 @@ def _draw_examples(figure, examples: Sequence[Example]) -> None:
                 axes.add_patch(Ellipse(centre, (xmax - xmin) * scale, (ymax - ymin) * scale, fill=False,
                                        edgecolor="#56B4E9", linewidth=1.3))  # fmt: skip
         ratio = "" if np.isnan(example.ratio) else f", ratio {example.ratio:.1f}"
-        pair[0].set_title(example.reading.id, fontsize=8)
+        name = example.reading.id
+        pair[0].set_title(name if len(name) <= 24 else f"{name[:8]}...{name[-12:]}", fontsize=8)
         pair[1].set_title(f"gaze{ratio}", fontsize=8)
