@@ -33,8 +33,8 @@ from util.errors import run_cli
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["reliability_runs"])
 
-MODEL = ("--model cxrmim_vit_tiny_patch16 --input_size 64 --id_list 0 1 --scale_list 4.0 0.5 --pretrained none "
-         "--device cpu --warmup_epochs 1 --blr 0.05 --save_every 1 --print_every 2").split()
+MODEL = ("--model cxrmim_vit_tiny_patch16 --input_size 64 --id_list 0 1 --scale_list 4.0 0.5 --device cpu "
+         "--pretrained none --warmup_epochs 1 --blr 0.05 --save_every 1 --print_every 2").split()
 TIMES = ("time_s",)
 
 
@@ -92,7 +92,9 @@ def run(argv: list[str], log: Path, **kwargs) -> tuple[int, str]:
     return one.wait(), one.output
 
 
-def start_ranks(argv: list[str], log: Path, *, faults: dict[int, Callable] | None = None, n: int = 2) -> list[Run]:
+def start_ranks(
+    argv: list[str], log: Path, *, faults: dict[int, Callable] | None = None, n: int = 2
+) -> list[Run]:
     """A run of `n` ranks, as a launcher would start it, each with its own fault and log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -191,9 +193,11 @@ def pause_at(epoch: int, step: int) -> None:
 
 
 def kill_in_save(boundary: str, name: str) -> None:
-    """kill -9 at a boundary of the save of the checkpoint called `name`, in order: "before write", "in write",
-    "before fsync", "after fsync", "before rename", "after rename", "after directory fsync", "before prune",
-    "after unlink" (of the first superseded file), "after prune"."""
+    """kill -9 at a boundary of the save of the checkpoint called `name`.
+
+    In order: "before write", "in write", "before fsync", "after fsync", "before rename", "after rename",
+    "after directory fsync", "before prune", "after unlink" (of a superseded file), "after prune".
+    """
     die = partial(os.kill, os.getpid(), signal.SIGKILL)
     active = {"save": False, "prune": False}
     fsyncs, writes = [], []
@@ -290,7 +294,8 @@ def limit_file_size(n_bytes: int, epoch: int, step: int) -> None:
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    at_step(epoch, step, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY)))
+    limits = (n_bytes, resource.RLIM_INFINITY)
+    at_step(epoch, step, partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
 
 
 def say_hash_at_end() -> None:

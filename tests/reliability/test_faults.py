@@ -1,4 +1,4 @@
-"""One number, file, disk or process goes bad: every process stops, says why, and the checkpoints are as they were."""
+"""A number, file, disk or process goes bad: all processes stop and say why; the checkpoints stay as they were."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ def one_epoch(flags, undisturbed, tmp_path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("fault", [partial(loss_at, 1, 2, float("nan")), partial(gradient_at, 1, 2, float("inf"))],
-                         ids=["loss", "gradient"])
+@pytest.mark.parametrize(
+    "fault", [partial(loss_at, 1, 2, float("nan")), partial(gradient_at, 1, 2, float("inf"))], ids=["loss", "gradient"]
+)
 def test_nonfinite_number_on_one_rank_stops_all(flags, one_epoch, tmp_path, fault):
     before = contents(one_epoch)
     began = time.monotonic()
     statuses, outputs = run_ranks(flags(one_epoch, *ONE_EACH), tmp_path / "log", faults={1: fault})
     assert statuses == [1, 1] and time.monotonic() - began < 30, "\n".join(outputs)
     told = outputs[0].splitlines()[-1]
-    for part in ("error: non-finite ", "epoch 1 step 2", "lr 0.000", "rank 1: losses per scale [", ".png (P300R0000"):
+    for part in ("error: non-finite ", "epoch 1 step 2", "lr 0.000", "rank 1: losses per scale [", ".png (P300"):
         assert part in told
     assert ("nan" in told) == ("loss at" in told)
     assert contents(one_epoch) == before
@@ -69,8 +70,8 @@ def test_full_disk_stops_all_ranks_and_leaves_the_old_files(flags, undisturbed, 
     faults = {0: partial(limit_file_size, 300_000, 1, 0)}
     statuses, outputs = run_ranks(flags(one_epoch, *ONE_EACH), tmp_path / "log", faults=faults)
     assert statuses == [1, 1], "\n".join(outputs)
-    assert re.search(r"error: .*checkpoint-1\.pth: can't write the checkpoint, which needs \d{7} bytes: File too large",
-                     outputs[0])
+    told = r"error: .*checkpoint-1\.pth: can't write the checkpoint, which needs \d{7} bytes: File too large"
+    assert re.search(told, outputs[0])
     assert contents(one_epoch) == before and not list(one_epoch.glob(".tmp-*"))
     statuses, outputs = run_ranks(flags(one_epoch, *ONE_EACH), tmp_path / "again")
     assert statuses == [0, 0]
@@ -84,7 +85,7 @@ def test_undecodable_file_stops_all_ranks_and_is_named(flags, tree, tmp_path):
     shutil.copytree(tree, broken, ignore=shutil.ignore_patterns(".cache"))
     bad = broken / "files/5.png"
     bad.write_bytes(bad.read_bytes()[:-200])
-    argv = [*flags(tmp_path / "out", *ONE_EACH, "--no_cache", "--num_workers", "1"), "--data_path", str(broken)]
+    argv = flags(tmp_path / "out", *ONE_EACH, "--no_cache", "--num_workers", "1", "--data_path", str(broken))
     ranks = start_ranks(argv, tmp_path / "log")
     assert all(rank.wait(60) != 0 for rank in ranks)
     assert re.search(r"^error: .*files/5\.png", "".join(rank.output for rank in ranks), re.MULTILINE)
@@ -138,7 +139,7 @@ def test_check_data_finds_every_planted_fault(flags, tree, tmp_path):
     Image.fromarray(np.eye(9, dtype=np.uint8) * 255).save(broken / "attention/4/P300R000004.png")
     Image.fromarray(np.full((42, 42), 1000, np.uint16)).save(broken / "files/5.png")
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(broken / "attention/6/P300R000006.png")
-    status, output = run([*flags(tmp_path / "out"), "--data_path", str(broken), "--check_data"], tmp_path / "log")
+    status, output = run(flags(tmp_path / "out", "--data_path", str(broken), "--check_data"), tmp_path / "log")
     assert status == 1
     lines = output.splitlines()
     for name in ("files/0.png", "files/1.png", "files/2.png", "files/3.png", "attention/4/P300R000004.png",

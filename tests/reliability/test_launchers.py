@@ -26,8 +26,9 @@ class Launched:
     def __init__(self, command: list[str], log: Path, **env: str):
         self.log, self.token = log, f"RELIABILITY_TOKEN={uuid.uuid4()}"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "RELIABILITY_TOKEN": self.token.partition("=")[2], **env}
-        self.process = subprocess.Popen(command, stdout=open(log, "w"), stderr=subprocess.STDOUT, env=env,
-                                        start_new_session=True)
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env,
+                                            start_new_session=True)
 
     def until(self, text: str, count: int = 1, timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
@@ -141,8 +142,8 @@ def test_slurm_script_does_not_requeue_what_is_done(tmp_path):
 
 @pytest.mark.slow
 def test_slurm_script_with_the_real_program(tree, tmp_path):
-    flags = ["--model", "cxrmim_vit_tiny_patch16", "--pretrained", "none", "--device", "cpu", "--input_size", "64",
-             "--batch_size", "2", "--data_path", str(tree), "--output_dir", str(tmp_path / "out"), "--epochs", "900"]
+    flags = ("--model cxrmim_vit_tiny_patch16 --pretrained none --device cpu --input_size 64 --batch_size 2 "
+             f"--epochs 900 --data_path {tree} --output_dir {tmp_path / 'out'}").split()
     job = slurm(tmp_path, *flags, python=sys.executable, SLURM_GPUS_ON_NODE="2")
     job.until("epoch 2/900")
     job.process.send_signal(signal.SIGUSR1)
