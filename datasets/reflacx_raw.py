@@ -21,6 +21,7 @@ from datasets.readings import (
     read_table,
 )
 from util.errors import UserError
+from util.gaze import REFLACX_COLUMNS, REFLACX_TIMES, fixation_columns
 
 PHASES = (1, 2, 3)
 SPLITS = ("train", "validate", "test")
@@ -49,17 +50,6 @@ TEXT_LABELS: Mapping[int, tuple[str, ...]] = {1: (), 2: ("Other",), 3: ("Other",
 
 _ID_COLUMNS = ("id", "split", "image", "dicom_id", "subject_id")
 _SIZE_COLUMNS = ("image_size_x", "image_size_y")
-_FIXATION_SOURCE = {
-    "x": "x_position",
-    "y": "y_position",
-    "sigma_x": "angular_resolution_x_pixels_per_degree",
-    "sigma_y": "angular_resolution_y_pixels_per_degree",
-    "xmin": "xmin_shown_from_image",
-    "ymin": "ymin_shown_from_image",
-    "xmax": "xmax_shown_from_image",
-    "ymax": "ymax_shown_from_image",
-}
-_START, _END = "timestamp_start_fixation", "timestamp_end_fixation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +62,9 @@ class ReflacxReading(Reading):
 
     def load_fixations(self) -> pd.DataFrame:
         path = self.fixations_path
-        wanted = (_START, _END, *_FIXATION_SOURCE.values())
+        wanted = (*REFLACX_TIMES, *REFLACX_COLUMNS.values())
         columns = numeric_columns(read_table(path, wanted), wanted, path)
-        fixations = {ours: columns[theirs] for ours, theirs in _FIXATION_SOURCE.items()}
-        fixations["duration"] = columns[_END] - columns[_START]
-        return pd.DataFrame(fixations)
+        return pd.DataFrame(fixation_columns(columns))
 
     def load_ellipses(self) -> pd.DataFrame:
         path = self.directory / "anomaly_location_ellipses.csv"

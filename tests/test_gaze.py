@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets.reflacx_raw import read_reflacx
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS, fixation_heatmap, heatmap_to_uint8, inside_image, merge_heatmaps
 
@@ -151,3 +152,15 @@ def test_8_bit_map():
     assert heatmap_to_uint8(heatmap / heatmap.sum()).tolist() == [[0, 1], [1, 255]]
     with pytest.raises(UserError, match="zero everywhere"):
         heatmap_to_uint8(np.zeros((2, 2)))
+
+
+def test_reflacx_columns_are_taken_as_they_are(study):
+    """A fixations.csv read with pandas needs no renaming."""
+    reading = next(r for r in read_reflacx(study.raw).readings)
+    table = pd.read_csv(reading.fixations_path)
+    width, height = reading.image_size
+    from_file = fixation_heatmap(table, (width, height), (height, width))
+    np.testing.assert_array_equal(
+        from_file, fixation_heatmap(reading.load_fixations(), (width, height), (height, width))
+    )
+    assert from_file.sum() == pytest.approx(1)

@@ -16,9 +16,13 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main` as a command: exit with its status, or with 1 and one line for a `UserError`."""
+    """Run `main` as a command: exit with its status; with 1 and one line for a `UserError`; with 130
+    when interrupted."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

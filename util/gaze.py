@@ -16,6 +16,27 @@ import pandas as pd
 from util.errors import UserError
 
 FIXATION_COLUMNS = ("x", "y", "duration", "sigma_x", "sigma_y", "xmin", "ymin", "xmax", "ymax")
+# The same in REFLACX's fixations.csv, where the duration is the difference of two times.
+REFLACX_COLUMNS = {
+    "x": "x_position",
+    "y": "y_position",
+    "sigma_x": "angular_resolution_x_pixels_per_degree",
+    "sigma_y": "angular_resolution_y_pixels_per_degree",
+    "xmin": "xmin_shown_from_image",
+    "ymin": "ymin_shown_from_image",
+    "xmax": "xmax_shown_from_image",
+    "ymax": "ymax_shown_from_image",
+}
+REFLACX_TIMES = ("timestamp_start_fixation", "timestamp_end_fixation")
+
+
+def fixation_columns(table: pd.DataFrame | Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+    """`FIXATION_COLUMNS` as float64 arrays, from a table that has them or REFLACX's own columns."""
+    if REFLACX_COLUMNS["x"] in table and "x" not in table:
+        columns = {ours: np.asarray(table[theirs], dtype=np.float64) for ours, theirs in REFLACX_COLUMNS.items()}
+        start, end = (np.asarray(table[name], dtype=np.float64) for name in REFLACX_TIMES)
+        return columns | {"duration": end - start}
+    return {name: np.asarray(table[name], dtype=np.float64) for name in FIXATION_COLUMNS}
 
 
 def fixation_heatmap(
@@ -26,7 +47,8 @@ def fixation_heatmap(
     """Gaze density of one reading: float64 [height, width], >= 0, sums to 1.
 
     `image_size` is (width, height) of the original image in pixels, `out_size` is (height, width)
-    of the map. `fixations` has one element per fixation in each of the columns
+    of the map. `fixations` is a table with the columns of REFLACX's fixations.csv, or with one element
+    per fixation in each of the columns
 
     - x, y: position, pixels of the original image, (0, 0) is the centre of the top left pixel;
     - duration: seconds; a fixation of zero or negative duration counts for nothing;
@@ -45,7 +67,7 @@ def fixation_heatmap(
     the image within the rectangle in view; and for values that are not finite or a sigma that is
     not positive.
     """
-    columns = {name: np.asarray(fixations[name], dtype=np.float64) for name in FIXATION_COLUMNS}
+    columns = fixation_columns(fixations)
     keep = columns["duration"] > 0
     if not keep.any():
         raise UserError("no fixation of positive duration")

@@ -15,12 +15,11 @@ from torch.utils.data import default_collate
 
 import datasets
 from datasets.readings import numeric_columns, read_table
-from datasets.reflacx_raw import ReflacxReading
 from datasets.sampler import TrainBatches
 from datasets.transforms import centre_box, crop_resize_flip
 from models_cxrmim import CXRMIM
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS, fixation_heatmap
+from util.gaze import FIXATION_COLUMNS, REFLACX_COLUMNS, REFLACX_TIMES, fixation_columns, fixation_heatmap
 from util.images import read_gray
 from util.masking import mask_generator
 from util.radiograph import read_radiograph
@@ -181,14 +180,9 @@ def single_image(
 def read_any_fixations(path: str | os.PathLike):
     """Fixations of a CSV that has either REFLACX's columns or ours."""
     path = Path(path)
-    table = read_table(path, ())
-    if set(FIXATION_COLUMNS) <= set(table.columns):
-        return numeric_columns(table, FIXATION_COLUMNS, path)
-    reading = ReflacxReading(  # of which nothing but the fixations is known
-        id=path.stem, study_id="", subject_id="", image_id="", image_size=None, labels={}, split=None,
-        phase=None, source=str(path), fixations_path=path,
-    )  # fmt: skip
-    return reading.load_fixations()
+    ours = set(FIXATION_COLUMNS) <= set(read_table(path, ()).columns)
+    wanted = FIXATION_COLUMNS if ours else (*REFLACX_TIMES, *REFLACX_COLUMNS.values())
+    return fixation_columns(numeric_columns(read_table(path, wanted), wanted, path))
 
 
 def draw_mask(
