@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import platform
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -365,6 +367,7 @@ def measure_loader(report: Report, tree: Path, settings: Settings) -> None:
     published = PublishedLoading(cached)
     batch_size = min(settings.batch_size, len(cached))
     one = float(np.median([timed(lambda: published[(0, 0)]) for _ in range(3)]))
+    warnings.filterwarnings("ignore", message=".*worker processes in total")  # more than CPUs: on purpose
     for workers in settings.workers:
         loader = iter(make_loader(cached, batch_size, workers, settings.loader_batches + 4))
         for _ in range(4):
@@ -620,6 +623,7 @@ def peak_memory(step: Callable[[], object], device: str) -> float:
             return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the step would take what an earlier one left
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the high-water mark
     except OSError:
