@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -31,11 +32,29 @@ from util import checkpoint
 from util.errors import run_cli
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["reliability_runs"])
 
 MODEL = ("--model cxrmim_vit_tiny_patch16 --input_size 64 --id_list 0 1 --scale_list 4.0 0.5 --device cpu "
          "--pretrained none --warmup_epochs 1 --blr 0.05 --save_every 1 --print_every 2").split()
 TIMES = ("time_s",)
+
+
+def start_process(target: Callable, *args) -> multiprocessing.Process:
+    """A fork of the fork server, which starts with the first."""
+    # The server looks for what it should import in PYTHONPATH only, and ignores what it doesn't find.
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(run_pretrain.__file__).parent)])
+    earlier = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = paths if earlier is None else os.pathsep.join([paths, earlier])
+    CONTEXT.set_forkserver_preload(["reliability_runs"])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if earlier is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = earlier
+    process = CONTEXT.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 class Run:
@@ -44,8 +63,7 @@ class Run:
     def __init__(self, argv: list[str], log: Path, *, fault: Callable | None = None, env: dict | None = None):
         self.log = log
         self.began = time.monotonic()
-        self.process = CONTEXT.Process(target=_run, args=(argv, str(log), fault, env or {}))
-        self.process.start()
+        self.process = start_process(_run, argv, str(log), fault, env or {})
 
     @property
     def pid(self) -> int:
@@ -343,7 +361,7 @@ def differences(left, right, where: str = "checkpoint") -> list[str]:
 
 
 # What the compared runs are free to differ in: where they write, what disturbs them, and how data is loaded.
-FREE_ARGS = ("output_dir", "num_workers", "max_minutes", "local_rank", "keep", "skip_nonfinite")
+FREE_ARGS = ("output_dir", "resume", "num_workers", "max_minutes", "local_rank", "keep", "skip_nonfinite")
 
 
 def load(path: Path) -> dict:

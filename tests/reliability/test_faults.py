@@ -1,4 +1,4 @@
-"""A number, file, disk or process goes bad: all processes stop and say why; the checkpoints stay as they were."""
+"""A number, file, disk or process goes bad: all processes stop and say why, and no checkpoint changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def one_epoch(flags, undisturbed, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "fault", [partial(loss_at, 1, 2, float("nan")), partial(gradient_at, 1, 2, float("inf"))], ids=["loss", "gradient"]
+    "fault",
+    [partial(loss_at, 1, 2, float("nan")), partial(gradient_at, 1, 2, float("inf"))],
+    ids=["loss", "gradient"],
 )
 def test_nonfinite_number_on_one_rank_stops_all(flags, one_epoch, tmp_path, fault):
     before = contents(one_epoch)
@@ -43,7 +45,7 @@ def test_nonfinite_number_on_one_rank_stops_all(flags, one_epoch, tmp_path, faul
     statuses, outputs = run_ranks(flags(one_epoch, *ONE_EACH), tmp_path / "log", faults={1: fault})
     assert statuses == [1, 1] and time.monotonic() - began < 30, "\n".join(outputs)
     told = outputs[0].splitlines()[-1]
-    for part in ("error: non-finite ", "epoch 1 step 2", "lr 0.000", "rank 1: losses per scale [", ".png (P300"):
+    for part in ("error: non-finite ", "epoch 1 step 2", "lr 0.000", "rank 1: losses per scale", ".png (P300"):
         assert part in told
     assert ("nan" in told) == ("loss at" in told)
     assert contents(one_epoch) == before
@@ -142,8 +144,7 @@ def test_check_data_finds_every_planted_fault(flags, tree, tmp_path):
     status, output = run(flags(tmp_path / "out", "--data_path", str(broken), "--check_data"), tmp_path / "log")
     assert status == 1
     lines = output.splitlines()
-    for name in ("files/0.png", "files/1.png", "files/2.png", "files/3.png", "attention/4/P300R000004.png",
-                 "files/5.png"):
+    for name in (*(f"files/{i}.png" for i in (0, 1, 2, 3, 5)), "attention/4/P300R000004.png"):
         assert any(line.startswith("error:") and name in line for line in lines), name
     assert any(line.startswith("warning:") and "attention/6/P300R000006.png" in line for line in lines)
     assert lines[-1].endswith("6 errors, 1 warnings")

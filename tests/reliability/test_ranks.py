@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from reliability_runs import CONTEXT
+from reliability_runs import start_process
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset
@@ -40,10 +40,8 @@ def step_gradients(rank: int, world_size: int, tree: str, folder: str) -> None:
 
 
 def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tree, tmp_path):
-    processes = [CONTEXT.Process(target=step_gradients, args=(rank, world_size, str(tree), str(tmp_path)))
+    processes = [start_process(step_gradients, rank, world_size, str(tree), str(tmp_path))
                  for world_size in (1, 2) for rank in range(world_size)]
-    for process in processes:
-        process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
