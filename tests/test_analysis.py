@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.analysis import ANY, SIZES, analyze, bootstrap_mean, density_ratio, ellipse_mask, size_class
+from datasets.findings import COMMON_FINDING
 from datasets.phantom import make_egd, make_study
 from datasets.prepare import prepare
 from util.errors import UserError
@@ -122,8 +123,8 @@ def test_gaze_that_is_everywhere_has_ratio_one(study, tmp_path):
 
 def test_ratios_equal_a_plain_computation(study):
     analysis = analyze(study.raw, size=96)
-    checked = 0
-    for row in analysis.readings[analysis.readings["ellipses"] > 1].itertuples():
+    by_finding: dict[str, list[float]] = {}
+    for row in analysis.readings[analysis.readings["ellipses"] > 0].itertuples():
         directory = study.raw / "main_data" / row.id
         width, height = study.truth[0].size
         h, w = round(height * 96 / width), 96
@@ -147,8 +148,27 @@ def test_ratios_equal_a_plain_computation(study):
         assert row.ratio_image == pytest.approx(heat[abnormal].mean() / heat[~abnormal].mean(), rel=1e-6)
         within = heat[abnormal & chest].mean() / heat[~abnormal & chest].mean()
         assert row.ratio_chest == pytest.approx(within, rel=1e-6)
-        checked += 1
-    assert checked >= 3
+        labels = [COMMON_FINDING[ellipses.columns[5:][flags][0]] for flags in ellipses.iloc[:, 5:].to_numpy()]
+        for finding in set(labels):
+            own = np.any([mask for mask, label in zip(each, labels) if label == finding], axis=0)
+            by_finding.setdefault(finding, []).append(heat[own].mean() / heat[~abnormal].mean())
+    assert max(map(len, by_finding.values())) >= 3 and len(by_finding) >= 4
+    table = analysis.ratio_by_finding
+    table = table[(table["within"] == "whole image") & (table["finding"] != ANY)].set_index("finding")
+    assert set(table.index) == set(by_finding)
+    for finding, ratios in by_finding.items():
+        assert table.loc[finding, "readings"] == len(ratios)
+        assert table.loc[finding, "mean"] == pytest.approx(np.mean(ratios), rel=1e-6)
+        assert table.loc[finding, "median"] == pytest.approx(np.median(ratios), rel=1e-6)
+
+
+def test_intervals_are_over_subjects(study):
+    readings = analyze(study.raw, seed=4).readings.dropna(subset="ratio_image")
+    assert readings["subject_id"].nunique() < len(readings)
+    row = ratio_row(analyze(study.raw, seed=4))
+    rng = np.random.default_rng(4)
+    expected = bootstrap_mean(readings["ratio_image"], readings["subject_id"], n_samples=2000, rng=rng)
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_tables_agree_with_each_other_and_with_the_raw_data(study):
@@ -195,9 +215,9 @@ def test_certainty_and_labels_that_are_no_abnormality(study, tmp_path):
     table["certainty"] = [2, 4]
     table.to_csv(path, index=False)
     assert analyze(raw).readings.set_index("id").loc[name, "ellipses"] == 2
-    sure = analyze(raw, min_certainty=3)
+    sure = analyze(raw, min_certainty=4)
     assert sure.readings.set_index("id").loc[name, "ellipses"] == 1
-    assert sure.ellipses["certainty"].min() >= 3
+    assert sure.ellipses["certainty"].min() == 4
     table.loc[1, labels] = False
     table.loc[1, "Support devices"] = True
     table.to_csv(path, index=False)
