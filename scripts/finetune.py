@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.cli import add_label_arguments, read_labels
+from util.cli import add_label_arguments, check_device, read_labels
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finetune import Options, finetune
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--pool {options.pool}: expected avg or token")
     if min(options.epochs, options.batch_size) < 1:
         raise UserError("--epochs and --batch_size must be at least 1")
+    check_device(options.device)
     images = read_labels(args)
     backbone = read_backbone(args.backbone, img_size=args.img_size)
     table = finetune(backbone, images, Path(args.output_dir), options)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.cli import add_label_arguments, read_labels
+from util.cli import add_label_arguments, check_device, read_labels
 from util.curves import run_names
 from util.errors import UserError, run_cli
 from util.export import read_backbone
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"--names: {len(names)} names for {len(args.backbones)} backbones; one different name each"
         )
+    check_device(args.device)
     images = read_labels(args)
     backbones = [read_backbone(path, tap=args.tap, img_size=args.img_size) for path in args.backbones]
     split = args.split

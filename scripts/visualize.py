@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from models_cxrmim import MASKINGS
+from util.cli import check_device
 from util.errors import UserError, run_cli
 from util.pictures import check_picture_path, contact_sheet, page_path, reconstruction_figure, save_figure
 from util.replay import chosen_samples, single_image, training_batch, training_dataset
@@ -60,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--heatmap and --fixations: give one of them")
     if args.per_page is not None and args.per_page < 1:
         raise UserError(f"--per_page {args.per_page}: must be at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: no CUDA device here; use cpu")
+    check_device(args.device)
 
     state, info = read_state_dict(args.checkpoint)
     options = info.args

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from models_cxrmim import CXRMIM
 from scripts.linear_probe import main
 from util.errors import UserError
 from util.export import read_backbone
@@ -227,6 +228,24 @@ def test_features_are_timms_and_are_cached(backbone, folder, tmp_path):
     assert not np.allclose(random[0].values, mean.values) and len(list(tmp_path.iterdir())) == 2
 
 
+def test_features_of_a_tap_are_the_encoders(folder, tmp_path):
+    torch.manual_seed(0)
+    model = CXRMIM(
+        img_size=SIDE, embed_dim=64, depth=3, num_heads=1, id_list=(0, 1), scale_list=(1.0, 0.5)
+    ).eval()
+    torch.save({"model": model.state_dict(), "args": {"id_list": [0, 1]}}, tmp_path / "c.pth")
+    images = read_csv_labels(folder / "labels.csv", folder)
+    gray = torch.stack([Squares(images.paths, SIDE)[i] for i in range(4)])
+    batch = model.prepare_batch({"img": gray, "attention": torch.zeros(4, SIDE, SIDE)})
+    with torch.no_grad():
+        latents = model.forward_encoder(batch["img"], torch.zeros(4, model.num_patches))
+    for tap, latent in (("0", latents[0]), ("last", latents[1])):
+        read = read_backbone(tmp_path / "c.pth", tap=tap)
+        mean, cls = backbone_features("x", read, images, tmp_path, workers=0)
+        np.testing.assert_allclose(mean.values[:4], latent[:, 1:].mean(1), atol=1e-5)
+        np.testing.assert_allclose(cls.values[:4], latent[:, 0], atol=1e-5)
+
+
 def test_command_finds_what_is_there_and_nothing_else(backbone, folder, tmp_path, capsys):
     data = ["--csv", str(folder / "labels.csv"), "--images", str(folder)]
     options = ["--split", "kfold", "--folds", "3", "--bootstrap", "100", "--num_workers", "0"]
@@ -307,6 +326,8 @@ def test_bad_input_is_named(backbone, folder, tmp_path):
         (["--data_path", str(write_tree(tmp_path / "bare", [{"x": 1}]))], "bare: entry 0.*no labels"),
         (["--data_path", str(write_tree(tmp_path / "unlabelled", entries))], "no entry has a finding"),
         ([*csv("good.csv", good), "--names", "a", "b"], "--names"),
+        ([*csv("good.csv", good), "--device", "cuda:99"], "--device cuda:99"),
+        ([*csv("good.csv", good), "--device", "abacus"], "--device abacus"),
         ([*csv("good.csv", good), "--imagenet", str(tmp_path / "no.pth")], "no.pth"),
         (
             [*csv("good.csv", good), "--split", "kfold", "--folds", "31", "--min_positives", "31"],

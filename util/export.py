@@ -114,7 +114,8 @@ def _find_tap(
     if "norm.weight" in state:
         if tap != "last":
             raise UserError(f"--tap {tap}: {info.path} has a single norm, not one for each tap; use last")
-        return None, None
+        block = info.metadata.get("block")  # of an export
+        return None, None if block is None else int(block)
     count = len({name.split(".")[1] for name in state if name.startswith("norm.")})
     if tap == "last":
         tap = count - 1
@@ -230,8 +231,11 @@ def describe(backbone: Backbone) -> dict[str, str]:
 
 def sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _hf_config(model: VisionTransformer, backbone: Backbone, metadata: Mapping[str, str]) -> bytes:

@@ -97,6 +97,10 @@ def backbone_features(
     else:
         if random_seed is None:
             model = build_backbone(backbone)
+            if backbone.block is not None:
+                model.blocks = model.blocks[
+                    : backbone.block + 1
+                ]  # a tap's norm belongs to its block's output
         else:
             torch.manual_seed(random_seed)
             model = timm.create_model(backbone.timm_name, num_classes=0, **backbone.timm_args)
@@ -283,7 +287,7 @@ def probe(
         else:
             left_out.append(f"{finding} ({fewest})")
     if left_out:
-        say(f"left out, fewer than {min_positives} images with or without it: {', '.join(left_out)}")
+        say(f"left out, fewer than {min_positives} images (count) with or without it: {', '.join(left_out)}")
     if not kept:
         raise UserError(
             f"no finding has {min_positives} images with and without it on both sides of the split; "
