@@ -51,7 +51,8 @@ def torchrun(fault: list[str], argv: list[str], log: Path, *options: str) -> Lau
 def test_torchrun_restarts_after_a_killed_rank_and_passes_sigterm_on(flags, undisturbed, tmp_path):
     out = tmp_path / "out"
     argv = flags(out, *ONE_EACH, "--num_workers", "1")
-    launched = torchrun(["kill_once_then_pause", "1", "0", "2"], argv, tmp_path / "log", "--max-restarts", "1")
+    fault = ["kill_once_then_pause", "1", "0", "2"]
+    launched = torchrun(fault, argv, tmp_path / "log", "--max-restarts", "1")
     launched.until("paused", count=2)
     assert (out / "checkpoint-1.pth").exists()
     launched.process.terminate()
