@@ -176,7 +176,7 @@ def test_figures_are_deterministic_and_leave_nothing_behind(model, draw, panels,
     assert files[0] == files[1]
     assert plt.get_fignums() == []
     image = np.asarray(Image.open(io.BytesIO(files[0])).convert("RGB"))
-    assert image.shape[1] > 800 and len(np.unique(image.reshape(-1, 3), axis=0)) > 500
+    assert image.shape[1] > 800 and len(np.unique(image[::8, ::8].reshape(-1, 3), axis=0)) > 200
 
 
 # ---------------------------------------------------------------- what training saw
@@ -205,11 +205,21 @@ def test_ranks_see_different_samples(model, tree):
     assert not set(names[0]) & set(names[1])
 
 
-def test_heatmap_made_from_fixations(model, tmp_path):
+OUR_COLUMNS = "x,y,duration,sigma_x,sigma_y,xmin,ymin,xmax,ymax"
+REFLACX_HEADER = (
+    "x_position,y_position,timestamp_start_fixation,timestamp_end_fixation,angular_resolution_x_pixels_per_degree,"
+    "angular_resolution_y_pixels_per_degree,xmin_shown_from_image,ymin_shown_from_image,xmax_shown_from_image,"
+    "ymax_shown_from_image"
+)
+
+
+@pytest.mark.parametrize(
+    "text", [f"{OUR_COLUMNS}\n48,20,1,5,5,0,0,96,64\n", f"{REFLACX_HEADER}\n48,20,3.5,4.5,5,5,0,0,96,64\n"]
+)
+def test_heatmap_made_from_fixations(model, tmp_path, text):
     gray = np.random.default_rng(0).integers(0, 256, (64, 96), dtype=np.uint8)
     Image.fromarray(gray).save(tmp_path / "x.png")
-    columns = "x,y,duration,sigma_x,sigma_y,xmin,ymin,xmax,ymax"
-    (tmp_path / "fixations.csv").write_text(f"{columns}\n48,20,1,5,5,0,0,96,64\n")
+    (tmp_path / "fixations.csv").write_text(text)
     shown = single_image(model, ARGS, tmp_path / "x.png", fixations=tmp_path / "fixations.csv")
     assert torch.equal(shown.batch["img"][0, 0], torch.from_numpy(gray[:, 16:80]))  # the centre square
     peak = shown.batch["attention"][0].argmax().item()
@@ -257,6 +267,7 @@ def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
     other = tmp_path / "small.png"
     Image.new("L", (10, 12)).save(other)
     (tmp_path / "f.csv").write_text("x_position\n1\n")
+    (tmp_path / "zero.csv").write_text(f"{OUR_COLUMNS}\n48,20,0,5,5,0,0,96,64\n")
     (tmp_path / "no.pth").write_text("no")
     out = tmp_path / "out" / "p.png"
     out.parent.mkdir()
@@ -272,6 +283,10 @@ def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
         ([str(checkpoint), "--heatmap", "x.png"], "--image"),
         ([str(checkpoint), "--image", str(image), "--heatmap", str(other)], "small.png: 10 x 12 px"),
         ([str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "f.csv")], "f.csv: column"),
+        (
+            [str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "zero.csv")],
+            "zero.csv: no fix",
+        ),
         ([str(checkpoint), "--image", str(tmp_path / "no.pth")], "no.pth"),
     ]:
         with pytest.raises(UserError, match=reason):

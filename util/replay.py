@@ -19,7 +19,7 @@ from datasets.sampler import TrainBatches
 from datasets.transforms import centre_box, crop_resize_flip
 from models_cxrmim import CXRMIM
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS, REFLACX_COLUMNS, REFLACX_TIMES, fixation_columns, fixation_heatmap
+from util.gaze import FIXATION_COLUMNS, REFLACX_COLUMNS, REFLACX_TIMES, fixation_heatmap
 from util.images import read_gray
 from util.masking import mask_generator
 from util.radiograph import read_radiograph
@@ -159,7 +159,11 @@ def single_image(
     gray = read_radiograph(image)
     if fixations is not None:
         size = (gray.shape[1], gray.shape[0])
-        density = fixation_heatmap(read_any_fixations(fixations), size, gray.shape)
+        columns = read_fixations(fixations)
+        try:
+            density = fixation_heatmap(columns, size, gray.shape)
+        except UserError as error:
+            raise UserError(f"{fixations}: {error}") from None
         attention = np.round(density / density.max() * 255).astype(np.uint8)
     elif heatmap is not None:
         attention = read_gray(heatmap)
@@ -177,12 +181,12 @@ def single_image(
     return Shown(batch, draw_mask(model, batch, args, generator), [Path(image).name])
 
 
-def read_any_fixations(path: str | os.PathLike):
-    """Fixations of a CSV that has either REFLACX's columns or ours."""
+def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Fixations of a CSV with REFLACX's columns or with those of `util.gaze.FIXATION_COLUMNS`."""
     path = Path(path)
-    ours = set(FIXATION_COLUMNS) <= set(read_table(path, ()).columns)
-    wanted = FIXATION_COLUMNS if ours else (*REFLACX_TIMES, *REFLACX_COLUMNS.values())
-    return fixation_columns(numeric_columns(read_table(path, wanted), wanted, path))
+    ours = "x" in read_table(path, ()).columns
+    columns = FIXATION_COLUMNS if ours else (*REFLACX_COLUMNS.values(), *REFLACX_TIMES)
+    return numeric_columns(read_table(path, columns), columns, path)
 
 
 def draw_mask(
