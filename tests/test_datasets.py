@@ -274,7 +274,7 @@ def test_check_data_lists_bad_entries_of_the_index(tree):
     entries[4] = "nonsense"
     (tree / "reflacx.json").write_text(json.dumps(entries))
     problems = check_data(tree, preload=True)
-    assert ["entry 1" in problems[0].message, "entry 4" in problems[1].message, len(problems)] == [True, True, 2]
+    assert len(problems) == 2 and "entry 1" in problems[0].message and "entry 4" in problems[1].message
     assert all(problem.file.endswith("reflacx.json") for problem in problems)
 
 
@@ -304,6 +304,12 @@ def test_error_of_a_worker_is_one_line(tree):
     file = Reflacx(tree).files(3).image
     file.write_bytes(file.read_bytes()[:100])
     loader = DataLoader(Reflacx(tree, 32), batch_size=2, num_workers=2)
-    with pytest.raises(SampleError) as caught:
-        list(loader)
-    assert one_line(caught).startswith(str(file))
+    batches = iter(loader)
+    message = ""
+    try:
+        list(batches)
+    except SampleError as error:
+        message = str(error)
+        # It holds the workers, which take 10 s to end when they are left to the garbage collector.
+        error.__traceback__ = None
+    assert message.startswith(str(file)) and "\n" not in message
