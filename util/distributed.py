@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from util.errors import UserError
 from util.stop import signal_on_parent_death
@@ -88,9 +89,13 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
             # torchrun ends its workers unless it is killed itself; then they would train on, unseen.
             signal_on_parent_death(signal.SIGTERM)
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=dist_url, world_size=world_size, rank=rank, timeout=timedelta(minutes=30)
-        )
+        timeout = timedelta(minutes=30)
+        store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+            # torchrun's store outlives a restart, and a rank could read the address of a dead one in it.
+            # (With several nodes the count may differ between them; there the scripts don't restart.)
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
         if world_size > 1:
             control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
     return Ranks(rank, world_size, local_rank, chosen, control)
