@@ -135,27 +135,23 @@ def build_backbone(backbone: Backbone, num_classes: int = 0, **options) -> Visio
     Raises:
         UserError: the encoder is not one that timm's ViT computes.
     """
-    # Without a new head every tensor comes from the file, so none has to be made and initialised first.
-    with torch.device("meta" if num_classes == 0 else "cpu"):
-        model = timm.create_model(
-            backbone.timm_name,
-            num_classes=num_classes,
-            # As pretraining prepares images; timm's own weights of these names use 0.5 and crop_pct 0.9.
-            pretrained_cfg_overlay={
-                "mean": IMAGENET_DEFAULT_MEAN,
-                "std": IMAGENET_DEFAULT_STD,
-                "crop_pct": 1.0,
-            },
-            **backbone.timm_args,
-            **options,
-        )
+    if num_classes == 0:
+        options["weight_init"] = "skip"  # every tensor comes from the file
+    model = timm.create_model(
+        backbone.timm_name,
+        num_classes=num_classes,
+        # As pretraining prepares images; timm's own weights of these names use 0.5 and crop_pct 0.9.
+        pretrained_cfg_overlay={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0},
+        **backbone.timm_args,
+        **options,
+    )
     own = model.state_dict()
     state = dict(backbone.state)
     if "fc_norm.weight" in own and "norm.weight" not in own:  # where the head takes the mean of the tokens
         state |= {f"fc_norm.{part}": state.pop(f"norm.{part}") for part in ("weight", "bias")}
     state |= {name: own[name] for name in own if name.startswith("head.")}
     try:
-        model.load_state_dict(state, assign=num_classes == 0)
+        model.load_state_dict(state)
     except RuntimeError as error:
         message = " ".join(str(error).split())[:300]
         raise UserError(

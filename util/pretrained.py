@@ -50,7 +50,8 @@ def fetch_weights(size: str, out: str | os.PathLike, *, file: str | os.PathLike 
     overlay = {}
     if file is not None:
         read_state_dict(file)  # refuses what could run code, and names what is wrong with it
-        overlay = {"file": str(file)}
+        # Older timm keeps the original JAX file's own loader for these names; ours is a state dict.
+        overlay = {"file": str(file), "custom_load": False}
     elif not (_hub_is_reachable() or _is_cached(name)):
         raise UserError(f"cannot reach {huggingface_hub.constants.ENDPOINT}; {manual_steps(size, out)}")
     try:
