@@ -43,6 +43,7 @@ from datasets.findings import merge_findings, unify
 from datasets.image_index import find_images
 from datasets.readings import Exclusion, RawReadings, Reading
 from datasets.reflacx_raw import find_root, read_reflacx
+from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, atomic_write
 from util.gaze import fixation_heatmap, heatmap_to_uint8, inside_image, merge_heatmaps
@@ -360,15 +361,12 @@ def _entry(readings: Sequence[Reading], image_path: str) -> dict:
 def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     """(width, height) with the short side `short_side`, aspect ratio kept; unchanged where that would
     enlarge, and for `short_side` 0."""
-    scale = short_side / min(size)
-    return size if scale == 0 or scale >= 1 else (round(size[0] * scale), round(size[1] * scale))
+    return size if short_side == 0 else grid_size(size[1], size[0], short_side)[::-1]
 
 
 def resize_gray(gray: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W] resized to (width, height) `size`, bicubic with antialiasing."""
-    if (gray.shape[1], gray.shape[0]) == size:
-        return gray
-    return np.asarray(Image.fromarray(gray).resize(size, Image.Resampling.BICUBIC))
+    return crop_resize_flip([gray], Box(0, 0, *gray.shape), size[::-1])[0].numpy()
 
 
 def attention_maps(heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
