@@ -3,7 +3,7 @@
 # made-up study, at tiny scale, then a linear probe for lesion presence and type on a second study.
 # A check of the machinery more than of the method: the images are phantoms and the models tiny.
 #
-#   bash scripts/ablate.sh [OUT]          about 10 minutes on 2 idle cores; goes on where it stopped
+#   bash scripts/ablate.sh [OUT]          22 minutes of CPU time, so 11 on 2 idle cores; goes on where it stopped
 #   LESION_SIZE=0.6 SEEDS="0 1 2 3 4" bash scripts/ablate.sh output_dir/ablate_small_lesions
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -311,12 +311,12 @@ def probe(
 
 
 def format_table(table: pd.DataFrame) -> str:
-    """The table of `probe` as text: findings in rows, feature sets in columns."""
+    """The table of `probe` as text, findings against feature sets; the fewer of them in columns."""
     cells = table.assign(text=[f"{r.auc:.3f} ({r.low:.3f}-{r.high:.3f})" for r in table.itertuples()])
     wide = cells.pivot(index="finding", columns="features", values="text")
     wide = wide.loc[list(dict.fromkeys(table["finding"])), list(dict.fromkeys(table["features"]))]
     wide.index.name = wide.columns.name = None
-    return wide.to_string()
+    return (wide if len(wide.columns) <= len(wide) else wide.T).to_string()
 
 
 def probe_figure(table: pd.DataFrame) -> Figure:
