@@ -199,19 +199,18 @@ def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = 
     wanted = 2 if keep is None else keep
     if wanted < 1:
         raise UserError(f"--keep {keep}: at least 1 checkpoint has to stay")
+    ours = [path for path in list_checkpoints(output_dir) if not path.is_symlink() and _is_ours(path)]
+    milestones = {path for path in ours if keep is None and _is_milestone(path, save_every)}
+    if milestones.issuperset(ours[wanted:]):
+        return []  # nothing to delete, so no need to read gigabytes
     candidates, kept = [], 0
-    for path in list_checkpoints(output_dir):
-        if path.is_symlink() or not _is_ours(path):
-            continue
+    for path in ours:
         if kept < wanted:
             with contextlib.suppress(CheckpointError):
                 verify_checkpoint(path)
                 kept += 1
-            continue
-        epoch, step = _progress(path)
-        if keep is None and step == 0 and (epoch + 1) % save_every == 0:
-            continue
-        candidates.append(path)
+        elif path not in milestones:
+            candidates.append(path)
     for path in candidates:
         path.unlink()
     if candidates:
@@ -243,8 +242,8 @@ def describe_mismatch(
         _require_same_epoch(checkpoint, args, changed, world_size)
         if checkpoint["dataset_size"] != dataset_size:
             raise UserError(f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of "
-                            f"{checkpoint['dataset_size']} samples, and --data_path has {dataset_size} now: bring "
-                            "back those, or --resume a checkpoint from the end of an epoch")
+                            f"{checkpoint['dataset_size']} samples, and --data_path has {dataset_size} now: "
+                            "bring back those, or --resume a checkpoint from the end of an epoch")
     rows = [(f"--{key}", _flag_value(before), _flag_value(after)) for key, (before, after) in changed.items()]
     if old_world != world_size:
         rows.append(("processes", str(old_world), str(world_size)))
@@ -301,6 +300,11 @@ def _progress(path: Path) -> tuple[int, int]:
     """(last finished epoch, micro-steps done in the next) from a checkpoint's name."""
     first, step = _NAME.fullmatch(path.name).groups()
     return (int(first), 0) if step is None else (int(first) - 1, int(step))
+
+
+def _is_milestone(path: Path, save_every: int) -> bool:
+    epoch, step = _progress(path)
+    return step == 0 and (epoch + 1) % save_every == 0
 
 
 def _plain(value: Any, where: str) -> Any:

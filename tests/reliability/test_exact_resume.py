@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from functools import partial
 
@@ -34,6 +35,9 @@ def test_stopped_and_resumed_is_never_stopped(flags, undisturbed, tmp_path, more
     status, output = run(flags(out, *more), tmp_path / "again")  # a finished run has nothing to do
     assert status == 0, output
     assert_same_run(out, reference)
+    starts = json.loads((out / "args.json").read_text())
+    assert len(starts) == len(stops) + 2
+    assert all(start["versions"]["torch"] and start["time"] and "git" in start for start in starts)
 
 
 def test_two_ranks_stop_at_one_step_though_one_is_signalled(flags, undisturbed, tmp_path):

@@ -101,8 +101,8 @@ def test_a_dead_worker_ends_the_run(flags, tmp_path):
     one.until("epoch 1/1000")
     worker = next(pid for pid in processes_of(one.pid) if pid != one.pid)
     os.kill(worker, signal.SIGKILL)
-    assert one.wait(60) == 1
-    assert "DataLoader worker" in one.output
+    # In words that depend on what it was doing: "DataLoader worker (pid ...) is killed", or an end of file.
+    assert one.wait(60) == 1 and "Traceback" in one.output
     wait_until_gone(partial(processes_of, one.pid), 10)
 
 

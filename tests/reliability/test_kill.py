@@ -137,8 +137,8 @@ def test_fifty_kills_at_random_moments(flags, undisturbed, tmp_path, ranks):
             wait_until_gone(partial(processes_of, one.pid), 60)
         resumed_from.append(newest_or_none(out))
     finish(start("last"))
-    print(f"{ranks} rank(s): {kills} kills over {runs + 1} runs, resumed from {len(set(resumed_from))} distinct "
-          f"points ({resumed_from.count(None)} times from none), all equal to the undisturbed run")
+    print(f"{ranks} rank(s): {kills} kills over {runs + 1} runs, resumed from {len(set(resumed_from))} "
+          f"distinct points ({resumed_from.count(None)} times from none), all equal to the undisturbed run")
 
 
 def log_lines_or_none(out: Path) -> list[dict]:

@@ -57,7 +57,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_passes_sigterm_on(flags, undi
     assert (out / "checkpoint-1.pth").exists()
     launched.process.terminate()
     assert launched.wait() != 0
-    assert launched.log.read_text().count("SIGTERM: saving a checkpoint") == 2
+    assert launched.log.read_text().count("SIGTERM: saving a checkpoint") >= 2
     assert (out / "checkpoint-2-step4.pth").exists(), launched.log.read_text()
     statuses, outputs = run_ranks(flags(out, *ONE_EACH), tmp_path / "last")
     assert statuses == [0, 0], "\n".join(outputs)
@@ -87,7 +87,7 @@ while wait "$task"; status=$?; kill -0 "$task" 2>/dev/null; do :; done
 exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == requeue ]]; then echo "requeued $2"; else echo node1; fi
+if [[ $1 == requeue ]]; then echo "requeued $2"; else echo localhost; fi
 """
 # Stands for `python -m torch.distributed.run ...`: dies of USR1 as torchrun does, its ranks save and exit.
 LAUNCHER = """#!{python}
