@@ -200,7 +200,6 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         model = DistributedDataParallel(
             core,
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are constants
             gradient_as_bucket_view=True,
         )
     log = RunLog(output_dir, Path(args.log_dir or output_dir), epoch + step / steps, enabled=ranks.is_main)
@@ -374,7 +373,8 @@ def picture(training: Training, args: argparse.Namespace, epoch: int) -> None:
     core = training.core
     dataset = training_dataset(vars(args), None, core.img_size, augment=False)
     shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))))
-    training.log.figure("reconstruction", reconstruction_figure(core, shown.batch, shown.mask, names=shown.names), epoch)
+    figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names)
+    training.log.figure("reconstruction", figure, epoch)
 
 
 def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float) -> dict:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from util.hog import HOGPyramid
 
 CELLS = (4, 8, 16, 32)
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
 def slow_hog(image, cell, nbins):
@@ -48,8 +50,7 @@ def gray_image(seed=0, batch=2, side=64):
     gray = F.interpolate(coarse, size=(side, side), mode="bicubic") + 0.05 * torch.rand(
         batch, 1, side, side, generator=torch.Generator().manual_seed(seed + 1)
     )
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    return (gray - mean) / std
+    return (gray - MEAN) / STD
 
 
 @pytest.mark.parametrize("nbins", [9, 8, 6])
@@ -81,8 +82,7 @@ def test_flat_areas_have_no_target_and_ties_are_exact():
     levels = torch.randint(0, 256, (1, 1, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     levels[..., :32, :] = 17
     levels[..., 40:52, :] = torch.arange(64, dtype=torch.uint8)  # a ramp: gy is exactly 0
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    img = (levels.float() / 255 - mean) / std
+    img = (levels.float() / 255 - MEAN) / STD
     fine = HOGPyramid(9, (4,))(img)[0].view(1, 16, 16, 3, 9)
     assert (fine[:, :7] == 0).all()
     assert (fine[0, 11, 1:-1, :, 0] == 1).all()  # a horizontal gradient is bin 0

@@ -27,7 +27,8 @@ def expected_counts(n_patches, n_significant, mask_ratio, clinical_ratio):
 @st.composite
 def grids(draw):
     height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    rows = draw(st.lists(st.lists(st.booleans(), min_size=height * width, max_size=height * width), min_size=1, max_size=4))
+    row = st.lists(st.booleans(), min_size=height * width, max_size=height * width)
+    rows = draw(st.lists(row, min_size=1, max_size=4))
     return torch.tensor(rows).view(-1, height, width)
 
 
@@ -121,10 +122,11 @@ def test_choice_is_uniform_inside_each_group():
 @given(st.integers(0, 2**31), st.sampled_from([np.uint8, np.float32]), st.integers(1, 3))
 def test_otsu_is_that_of_scikit_image(seed, dtype, kind):
     rng = np.random.default_rng(seed)
+    shape = (3, 17, 13)
     levels = {
-        1: rng.integers(0, 256, (3, 17, 13)),
-        2: np.where(rng.random((3, 17, 13)) < 0.2, rng.integers(150, 256, (3, 17, 13)), rng.integers(0, 60, (3, 17, 13))),
-        3: rng.integers(0, 2, (3, 17, 13)) * rng.integers(1, 256),
+        1: rng.integers(0, 256, shape),
+        2: np.where(rng.random(shape) < 0.2, rng.integers(150, 256, shape), rng.integers(0, 60, shape)),
+        3: rng.integers(0, 2, shape) * rng.integers(1, 256),
     }[kind].astype(np.uint8)
     attention = torch.from_numpy(levels if dtype == np.uint8 else levels.astype(np.float32) / 255)
     ours = otsu_foreground(attention)

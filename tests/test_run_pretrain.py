@@ -202,10 +202,11 @@ def test_bad_index_is_named(tree, tmp_path, change, message):
 
 def test_check_data_lists_every_bad_entry(tree, tmp_path, capsys):
     assert run_pretrain.main(["--check_data", "--data_path", str(tree)]) == 0
-    broken = copy_tree(
-        tree, tmp_path / "broken",
-        lambda entries: json.dumps([*entries[2:], entries[0] | {"reflacx_id": "P9"}, entries[1] | {"image_path": "no.png"}]),
-    )  # fmt: skip
+
+    def spoil(entries):
+        return json.dumps([entries[0] | {"reflacx_id": "P9"}, entries[1] | {"image_path": "no.png"}, *entries[2:]])
+
+    broken = copy_tree(tree, tmp_path / "broken", spoil)
     assert run_pretrain.main(["--check_data", "--data_path", str(broken)]) == 1
     printed = capsys.readouterr().out
     assert "P9.png" in printed and "no.png" in printed
@@ -222,7 +223,9 @@ def run_launcher(launcher, tree, out, flags=""):
     command = [sys.executable, "-m", *launcher.split(), "run_pretrain.py", *SMALL.split(), "--epochs", "1"]
     command += ["--data_path", str(tree), "--output_dir", str(out), *flags.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 def test_torchrun_with_two_processes(tree, tmp_path):

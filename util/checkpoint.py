@@ -49,9 +49,8 @@ _ARCHITECTURE = ("model", "input_size", "id_list", "scale_list", "hog_nbins", "d
 # Flags that change neither the numbers nor the order of the samples.
 _HARMLESS = frozenset({
     "output_dir", "log_dir", "device", "resume", "auto_resume", "start_epoch", "num_workers", "pin_mem",
-    "print_every", "image_every", "save_every", "keep", "max_minutes", "skip_nonfinite", "check_data", "pretrained",
-    "world_size", "local_rank", "local-rank", "dist_url", "dist_on_itp", "use_cache", "cache_dir",
-    "cache_size",
+    "print_every", "image_every", "save_every", "keep", "max_minutes", "skip_nonfinite", "check_data",
+    "pretrained", "world_size", "local_rank", "dist_url", "use_cache", "cache_dir", "cache_size",
 })
 
 
