@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def commands():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_name_programs_and_flags_that_exist(command, capsys):
+def test_commands_name_programs_and_flags_that_exist(command, capsys, monkeypatch):
     program = re.search(r"[\w/]+\.(?:py|sh)\b", command).group()
     flags = set(re.findall(r" (--\w+)", command.split(program)[1]))
     assert (REPOSITORY / program).is_file()
@@ -49,6 +50,7 @@ def test_commands_name_programs_and_flags_that_exist(command, capsys):
         return  # their flags are pytest's and run_pretrain.py's
     spec = importlib.util.spec_from_file_location("program", REPOSITORY / program)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "program", module)  # where dataclasses look for their module
     spec.loader.exec_module(module)
     with pytest.raises(SystemExit):
         module.main(["--help"])
