@@ -17,10 +17,10 @@ echo "== 2. Prepare it: heatmaps from fixations, 8-bit images, the list reflacx.
 echo "== 3. Pretrain a tiny model"
 "$PYTHON" run_pretrain.py --model cxrmim_vit_tiny_patch16 --pretrained none \
   --data_path "$out/data" --preload --gaze_weighted --output_dir "$out/run" \
-  --batch_size 8 --epochs 24 --warmup_epochs 2 --blr 4e-2 --num_workers 2 --image_every 0
+  --batch_size 8 --epochs 40 --warmup_epochs 2 --blr 4e-2 --num_workers 2 --image_every 0
 
 echo "== 4. Look at what it does (the real radiograph is the last entry of the list)"
-"$PYTHON" scripts/visualize.py "$out/run/checkpoint-23.pth" --data_path "$out/data" \
+"$PYTHON" scripts/visualize.py "$out/run/checkpoint-39.pth" --data_path "$out/data" \
   --index 47 0 1 2 --out "$out/pictures.png"
 
 "$PYTHON" - "$out" <<'PYTHON'
@@ -31,7 +31,7 @@ print(f"""
 Made:
   {out}/raw/       the study: images (JPG and one DICOM), fixations, ellipses, metadata
   {out}/data/      the processed tree that training reads
-  {out}/run/       checkpoint-23.pth, log.txt, args.json, TensorBoard events
+  {out}/run/       checkpoint-39.pth, log.txt, args.json, TensorBoard events
   {out}/pictures.png   image, gaze, mask, HOG target and prediction
 loss: {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last""")
 if not losses[-1] < losses[0]:
