@@ -138,8 +138,12 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     if args.tf32:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir, log_dir = Path(args.output_dir), Path(args.log_dir or args.output_dir)
+    for flag, directory in (("output_dir", output_dir), ("log_dir", log_dir)):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{flag} {directory}: can't make this directory: {error.strerror}") from None
 
     # Data and model
     dataset = build_data(args)
@@ -166,8 +170,7 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         ):
             say(f"warning: going on from {resumed} with other options than it was made with:\n{table}")
         core.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        restore_optimizer(optimizer, scaler, state, args.dtype)
         epoch, step = state["epoch"] + 1, state["step"]
         restore_meters(meters, state["meters"], ranks)
         del state
@@ -182,7 +185,7 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
             epochs=args.epochs, start_epoch=epoch, start_step=step, accum_iter=args.accum_iter,
         )  # fmt: skip
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--{error}") from None
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -202,7 +205,7 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-    log = RunLog(output_dir, Path(args.log_dir or output_dir), epoch + step / steps, enabled=ranks.is_main)
+    log = RunLog(output_dir, log_dir, epoch + step / steps, enabled=ranks.is_main)
     log.start(vars(args), ranks.world_size)
     if ranks.is_main:
         print(describe_run(args, core, dataset, sampler, effective_batch, ranks))
@@ -248,6 +251,10 @@ def check_args(args: argparse.Namespace) -> None:
                  "skip_nonfinite", "image_every"):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    for name, lowest in (("keep", 1), ("lr", 0), ("clip_grad", 0), ("max_minutes", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= lowest:
+            raise UserError(f"--{name} {value}: must be at least {lowest}")
     if args.input_size % 32:
         raise UserError(f"--input_size {args.input_size}: must be divisible by 32")
     if not 0 < args.min_crop_ratio <= 1:
@@ -413,6 +420,19 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
         ckpt.prune(args.output_dir, save_every=args.save_every, keep=args.keep)
 
     distributed.on_main(training.ranks, write)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: dict, dtype: str
+) -> None:
+    """Put back the moments and the loss scale, but not the hyper-parameters, which this command sets."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    # A float16 scaler's scale would grow into overflows elsewhere, and a scale of 1 would stay under float16.
+    if (state["args"]["dtype"] == "float16") == (dtype == "float16"):
+        scaler.load_state_dict(state["scaler"])
 
 
 def restore_meters(meters: Meters, saved: dict, ranks: distributed.Ranks) -> None:

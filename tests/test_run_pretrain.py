@@ -126,6 +126,19 @@ def test_goes_on_where_it_stopped(tree, tmp_path, capsys):
     assert len(json.loads((tmp_path / "args.json").read_text())) == 2
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "scale"),
+    [("float16", "float16", 65536.0), ("float16", "bfloat16", 1.0), ("float32", "float16", 65536.0)],
+)
+def test_resuming_takes_the_new_flags(tree, tmp_path, before, after, scale):
+    train(tree, tmp_path, f"--dtype {before} --min_lr 1e-9")
+    train(tree, tmp_path, f"--epochs 2 --dtype {after} --min_lr 1e-9 --weight_decay 0.3")
+    checkpoint = load_checkpoint(tmp_path / "checkpoint-1.pth")
+    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.0, 0.3]
+    assert checkpoint["scaler"]["scale"] == scale
+    assert checkpoint["optimizer"]["state"][0]["step"] == 6  # the moments went on
+
+
 def test_warns_loudly_when_no_patch_is_significant(tmp_path, tree, capsys):
     flat = tmp_path / "flat"
     for file in tree.rglob("*"):
@@ -158,7 +171,7 @@ def copy_tree(tree, target, change):
         ("--id_list 1 3 9 12", "id_list"),
         ("--id_list 1 3", "scale_list"),
         ("--scale_list 4 2 1 3", "scale_list"),
-        ("--batch_size 64", "batch_size"),
+        ("--batch_size 64", "--batch_size"),
         ("--input_size 100", "input_size"),
         ("--mask_ratio 1", "mask_ratio"),
         ("--mask_ratio 0", "mask_ratio"),
@@ -173,6 +186,11 @@ def copy_tree(tree, target, change):
         ("--device tpu", "--device"),
         ("--world_size 2", "torchrun"),
         ("--gaze_temperature 0", "gaze_temperature"),
+        ("--keep 0", "--keep"),
+        ("--lr -1", "--lr"),
+        ("--clip_grad -1", "--clip_grad"),
+        ("--output_dir /dev/null/out", "--output_dir /dev/null/out"),
+        ("--log_dir /dev/null/log", "--log_dir /dev/null/log"),
     ],
 )
 def test_bad_flags_are_named(tree, tmp_path, flags, message, monkeypatch):
