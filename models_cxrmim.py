@@ -134,6 +134,11 @@ class CXRMIM(nn.Module):
         for decoder in self.decoder:
             nn.init.normal_(decoder.mask_token, std=0.02)
 
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As for any module; the published model's fixed filters `hog_enc.*` are accepted and ignored."""
+        kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith("hog_enc.")}
+        return super().load_state_dict(kept, strict, assign)
+
     def forward(
         self,
         batch: Mapping[str, Tensor],

@@ -352,9 +352,7 @@ def build_model(state: Mapping[str, Tensor], args: Mapping[str, Any], path: str 
             gaze_temperature=float(args.get("gaze_temperature", 0.1)),
             masking=args.get("masking", "attention"),
         )
-        model.load_state_dict(
-            {name: tensor for name, tensor in state.items() if not name.startswith("hog_enc.")}
-        )
+        model.load_state_dict(state)
     except KeyError as error:
         raise UserError(f"{path}: an incomplete CXR-MIM checkpoint, it lacks {error}") from None
     except (ValueError, RuntimeError) as error:
