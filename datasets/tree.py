@@ -289,6 +289,7 @@ def available_cpus() -> int:
 def check_tree(tree_type: type[GazeTree], root: Path, preload: bool) -> list[Problem]:
     """Read everything in a tree and return what is wrong with each entry, in the order of the index.
 
+    A tree may do without a directory of foregrounds unless `preload`; where it has one, it should be whole.
     Raises UserError only where the directory or the index itself can't be read.
     """
     index_path = root / tree_type.index_file
@@ -304,7 +305,7 @@ def check_tree(tree_type: type[GazeTree], root: Path, preload: bool) -> list[Pro
         else:
             files[i] = tree.entry_files(entry)
 
-    n_planes = 3 if preload else 2
+    n_planes = 3 if preload or (root / "foreground").is_dir() else 2
     unique = list(dict.fromkeys(file for group in files.values() for file in group[:n_planes]))
     found = tqdm(in_threads(_look_at, unique), "checking files", total=len(unique), disable=None)
     seen = dict(zip(unique, found))

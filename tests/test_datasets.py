@@ -262,7 +262,8 @@ def test_check_data_finds_every_planted_fault_and_no_other(tree):
         assert problem.severity == severity
         assert text in problem.message and f"entry {i}" in problem.message
         assert str(problem).startswith(f"{severity}: {problem.file}: ")
-    # Without the stored foreground its files don't count, not even where there are none.
+    # Foregrounds are optional without preload, but where a tree has them all are checked.
+    assert check_data(tree) == problems
     shutil.rmtree(tree / "foreground")
     others = [file for file in planted if "foreground" not in file]
     assert [problem.file for problem in check_data(tree)] == others
