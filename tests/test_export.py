@@ -209,11 +209,18 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     scaled = read_backbone(checkpoint).state | {"blocks.0.ls1.gamma": torch.ones(64)}
     torch.save(scaled, tmp_path / "scaled.pth")
+    flat = read_backbone(checkpoint).state | {"patch_embed.proj.weight": torch.zeros(64, 768)}
+    torch.save(flat, tmp_path / "flat.pth")
+    two = read_backbone(checkpoint).state
+    two["pos_embed"] = torch.cat([two["pos_embed"], two["pos_embed"][:, :1]], 1)  # two class tokens
+    torch.save(two, tmp_path / "two.pth")
     (tmp_path / "a_folder").mkdir()
     before = sorted(path.name for path in tmp_path.rglob("*"))
     for argv, reason in [
         ([str(tmp_path / "resnet.pth"), "x.pth"], "resnet.pth: no complete ViT"),
         ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: not an encoder.*ls1"),
+        ([str(tmp_path / "flat.pth"), "x.pth"], "flat.pth: not a ViT"),
+        ([str(tmp_path / "two.pth"), "x.pth", "--img_size", "128"], "two.pth: not a ViT.*no square grid"),
         ([str(checkpoint), "x.pth", "--tap", "2"], "--tap 2.*0 to 1"),
         ([str(checkpoint), "x.pth", "--tap", "-1"], "--tap -1"),
         ([str(checkpoint), "x.pth", "--img_size", "100"], "--img_size 100"),

@@ -78,7 +78,13 @@ def read_backbone(
     try:
         width, _, patch_size, _ = encoder["patch_embed.proj.weight"].shape
         mlp_width = encoder["blocks.0.mlp.fc1.weight"].shape[0]
-        encoder["cls_token"], encoder["pos_embed"]
+        encoder["cls_token"]
+        if img_size is not None:
+            if img_size < patch_size or img_size % patch_size:
+                raise UserError(f"--img_size {img_size}: must be a multiple of the patch size {patch_size}")
+            grid = img_size // patch_size
+            encoder["pos_embed"] = resample_pos_embed(encoder["pos_embed"], (grid, grid))
+        patches = encoder["pos_embed"].shape[1] - 1
         index, block = _find_tap(state, info, tap)
         suffix = "" if index is None else f".{index}"
         for part in ("weight", "bias"):
@@ -88,13 +94,10 @@ def read_backbone(
             f"{info.path}: no complete ViT encoder in it, {error} is missing; "
             f"it has {summarize_keys(state)[:100]}"
         ) from None
-    if img_size is not None:
-        if img_size < patch_size or img_size % patch_size:
-            raise UserError(f"--img_size {img_size}: must be a multiple of the patch size {patch_size}")
-        grid = img_size // patch_size
-        encoder["pos_embed"] = resample_pos_embed(encoder["pos_embed"], (grid, grid))
+    except (ValueError, IndexError) as error:  # tensors of other ranks, or no square grid of patches
+        raise UserError(f"{info.path}: not a ViT that takes square images ({error})") from None
     depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    side = round((encoder["pos_embed"].shape[1] - 1) ** 0.5) * patch_size
+    side = round(patches**0.5) * patch_size
     name = TIMM_NAMES.get((width, depth))
     args: dict[str, int | float] = {} if side == 224 else {"img_size": side}
     if name is None:
