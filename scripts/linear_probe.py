@@ -19,7 +19,7 @@ from util.export import read_backbone
 from util.files import atomic_write
 from util.pictures import save_figure
 from util.pretrained import weights_name
-from util.probe import backbone_features, format_table, pixel_features, probe, probe_figure
+from util.probe import backbone_features, format_table, pixel_features, probe, probe_figure, testable_findings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASELINES = ("random", "imagenet", "pixels")
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     subjects = len(set(images.subjects))
     print(f"{len(images)} images of {subjects} subjects, {len(images.findings)} findings, split: {split}")
 
+    how = {"split": split, "n_folds": args.folds, "min_positives": args.min_positives, "seed": args.seed}
+    testable_findings(images, **how)  # before the features, which take long
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     options = {"device": args.device, "batch_size": args.batch_size, "workers": args.num_workers}
@@ -98,15 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     if "pixels" in args.baselines:
         sets.append(pixel_features(images, workers=args.num_workers))
 
-    table = probe(
-        sets,
-        images,
-        split=split,
-        n_folds=args.folds,
-        min_positives=args.min_positives,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
-    )
+    table = probe(sets, images, **how, bootstrap=args.bootstrap)
     with atomic_write(out / "probe.csv", "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")
     save_figure(probe_figure(table), out / "probe.png")

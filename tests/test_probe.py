@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from torch.utils.data import DataLoader
 
 from models_cxrmim import CXRMIM
 from scripts.linear_probe import main
+from util.cli import add_label_arguments, read_labels
 from util.errors import UserError
 from util.export import read_backbone
 from util.labels import ANY_FINDING, LabelledImages, Squares, normalize, read_csv_labels, read_tree_labels
@@ -310,8 +314,11 @@ def test_bad_input_is_named(backbone, folder, tmp_path):
     one_class = good.assign(labels="Bright")
     mixed = good.assign(split=["test", "train"] * 30)
     for options, reason in [
-        ([], "either --data_path, or --csv"),
-        (["--csv", str(folder / "labels.csv")], "--images"),
+        ([], "--data_path, or --csv"),
+        ([*csv("good.csv", good), "--data_path", str(folder)], "one folder of images"),
+        ([*csv("good.csv", good), "--subject_column", "patient"], "good.csv: column 'patient'"),
+        ([*csv("good.csv", good), "--split_column", "fold"], "good.csv: column 'fold'"),
+        ([*csv("good.csv", good), "--split", "kfold", "--folds", "1"], "--folds 1"),
         (csv("column.csv", good.drop(columns="labels")), "column.csv: column 'labels'"),
         (csv("missing.csv", good.replace("0.png", "none.png")), "missing.csv: 1 of 60 images.*none.png"),
         (csv("twice.csv", pd.concat([good, good.iloc[:1]])), "twice.csv: 0.png stands in more than one row"),
@@ -319,7 +326,7 @@ def test_bad_input_is_named(backbone, folder, tmp_path):
         (csv("split.csv", good.assign(split="new")), "split.csv.*'new'"),
         (csv("empty.csv", good.iloc[:0]), "empty.csv: no rows"),
         (csv("mixed.csv", mixed), "subject 0 .*inside and outside of test"),
-        (csv("one_class.csv", one_class), "no finding has 10 images"),
+        (csv("one_class.csv", one_class), r"no finding has 10 images.*\(Bright \(0\)\)"),
         ([*csv("no_split.csv", good.drop(columns="split")), "--split", "column"], "no split column"),
         ([*csv("broken.csv", broken), "--split", "kfold"], "text.png"),
         (["--data_path", str(tmp_path / "nothing")], "nothing is not a directory"),
@@ -328,7 +335,7 @@ def test_bad_input_is_named(backbone, folder, tmp_path):
         ([*csv("good.csv", good), "--names", "a", "b"], "--names"),
         ([*csv("good.csv", good), "--device", "cuda:99"], "--device cuda:99"),
         ([*csv("good.csv", good), "--device", "abacus"], "--device abacus"),
-        ([*csv("good.csv", good), "--imagenet", str(tmp_path / "no.pth")], "no.pth"),
+        ([*csv("good.csv", good), "--split", "kfold", "--imagenet", str(tmp_path / "no.pth")], "no.pth"),
         (
             [*csv("good.csv", good), "--split", "kfold", "--folds", "31", "--min_positives", "31"],
             "--folds 31",
@@ -348,4 +355,25 @@ def test_bad_input_is_named(backbone, folder, tmp_path):
                 ]
             )
         assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out" / "probe.csv").exists()
+
+
+def test_an_unreadable_image_is_one_line_from_a_loader_worker_too(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    loader = DataLoader(Squares([tmp_path / "text.png"], 32), num_workers=1)
+    with pytest.raises(UserError) as caught:
+        next(iter(loader))
+    assert str(caught.value) == f"{tmp_path / 'text.png'}: not a PNG or JPG image"
+
+
+def test_paths_of_a_csv_start_from_its_own_folder_or_the_one_named(folder, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_label_arguments(parser)
+    shutil.copy(folder / "labels.csv", tmp_path / "elsewhere.csv")
+    for options in (
+        ["--csv", str(folder / "labels.csv")],
+        ["--csv", str(tmp_path / "elsewhere.csv"), "--data_path", str(folder)],
+        ["--csv", str(tmp_path / "elsewhere.csv"), "--images", str(folder)],
+    ):
+        assert read_labels(parser.parse_args(options)).paths[0] == folder / "0.png"
     assert not list((tmp_path / "out").glob("probe.*"))

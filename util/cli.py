@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,11 @@ from util.labels import LabelledImages, read_csv_labels, read_tree_labels
 def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say where images and findings are, read by `read_labels`."""
     add = parser.add_argument_group("images and findings").add_argument
-    add("--data_path", nargs="+", help="processed tree or trees, whose index has unified findings")
+    add(
+        "--data_path",
+        nargs="+",
+        help="processed tree or trees, whose index has unified findings; with --csv: as --images",
+    )
     add(
         "--min_certainty",
         type=float,
@@ -21,7 +26,7 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
         help="a tree's finding is present from this certainty (0-5) on",
     )
     add("--csv", help="instead of a tree: a CSV with one image per row")
-    add("--images", help="folder that the CSV's paths start from")
+    add("--images", help="folder that the CSV's paths start from (default: the CSV's own)")
     add("--path_column", default="path", help="CSV column of the image's path")
     add("--label_column", default="labels", help='CSV column of its findings, joined by "|"')
     add("--subject_column", default="subject_id", help="CSV column of the subject, if there is one")
@@ -30,15 +35,16 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_labels(args: argparse.Namespace) -> LabelledImages:
     """The labelled images that the options name. Raises `UserError`."""
-    if (args.data_path is None) == (args.csv is None):
-        raise UserError("give either --data_path, or --csv with --images")
     if args.csv is None:
+        if args.data_path is None:
+            raise UserError("give --data_path, or --csv with --images")
         return read_tree_labels(args.data_path, min_certainty=args.min_certainty)
-    if args.images is None:
-        raise UserError("--csv needs --images: the folder that its paths start from")
+    folders = [args.images] if args.images else args.data_path or [Path(args.csv).parent]
+    if len(folders) != 1 or (args.images and args.data_path):
+        raise UserError("--csv takes one folder of images: by --images or --data_path, not several")
     return read_csv_labels(
         args.csv,
-        args.images,
+        folders[0],
         path_column=args.path_column,
         label_column=args.label_column,
         subject_column=args.subject_column,

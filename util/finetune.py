@@ -25,9 +25,8 @@ from datasets.transforms import crop_resize_flip, random_crop_box, sample_rng
 from util.errors import UserError
 from util.export import Backbone, build_backbone, describe
 from util.files import atomic_write
-from util.labels import ANY_FINDING, TEST, TRAIN, VALIDATE, LabelledImages, Squares, normalize
+from util.labels import ANY_FINDING, TEST, TRAIN, VALIDATE, LabelledImages, Squares, normalize, read_sample
 from util.probe import bootstrap_weights, interval, weighted_auc
-from util.radiograph import read_radiograph
 
 VALIDATION_PARTS = 5  # one of so many parts of the training subjects validates, where the data name none
 
@@ -123,7 +122,7 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
-        gray = read_radiograph(self.paths[index])
+        gray = read_sample(self.paths[index])
         rng = sample_rng(self.options.seed, epoch, index)
         box = random_crop_box(rng, *gray.shape, self.options.min_crop_ratio)
         flip = bool(rng.random() < self.options.flip)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 import datasets
 from datasets.readings import read_table
 from datasets.transforms import centre_box, crop_resize_flip
+from datasets.tree import SampleError
 from util.errors import UserError
 from util.radiograph import read_radiograph
 
@@ -23,6 +24,7 @@ ANY_FINDING = "Any finding"
 NO_FINDING = "No Finding"  # ChestX-ray14's word for an empty list
 NOT_DISEASE = ("Support devices", "Quality issue", "Normal")  # not counted by ANY_FINDING
 TRAIN, VALIDATE, TEST = "train", "validate", "test"
+SUBJECT_COLUMN, SPLIT_COLUMN = "subject_id", "split"  # of a CSV, where it has them
 SPLIT_NAMES = {"train": TRAIN, "validate": VALIDATE, "val": VALIDATE, "valid": VALIDATE, "test": TEST}
 
 
@@ -128,21 +130,26 @@ def read_csv_labels(
     *,
     path_column: str = "path",
     label_column: str = "labels",
-    subject_column: str = "subject_id",
-    split_column: str = "split",
+    subject_column: str = SUBJECT_COLUMN,
+    split_column: str = SPLIT_COLUMN,
 ) -> LabelledImages:
     """Labels of any image folder from a CSV: a path and findings joined by "|" in each row.
 
-    "No Finding" and an empty cell mean none. Without a subject column every image is a subject of its
-    own; without a split column there are no splits. E.g. ChestX-ray14: path_column "Image Index",
-    label_column "Finding Labels", subject_column "Patient ID".
+    "No Finding" and an empty cell mean none. Without a column of the default name every image is a
+    subject of its own, or there are no splits; a column of another name must be there. E.g.
+    ChestX-ray14: path_column "Image Index", label_column "Finding Labels", subject_column "Patient ID".
 
     Raises:
         UserError: missing column or image, an image named twice, or no finding at all.
     """
     csv, images = Path(csv), Path(images)
-    needed = (path_column, label_column)
-    table = read_table(csv, needed, text=needed)
+    text = (path_column, label_column)
+    named = [
+        column
+        for column, default in ((subject_column, SUBJECT_COLUMN), (split_column, SPLIT_COLUMN))
+        if column != default
+    ]
+    table = read_table(csv, (*text, *named), text=text)
     if table.empty:
         raise UserError(f"{csv}: no rows")
     paths = [images / name for name in table[path_column]]
@@ -183,6 +190,14 @@ def _text(data_path: str | Iterable[str]) -> str:
     return data_path if isinstance(data_path, str) else ", ".join(map(str, data_path))
 
 
+def read_sample(path: Path) -> np.ndarray:
+    """`read_radiograph`, whose error stays one line when a loader worker meets it."""
+    try:
+        return read_radiograph(path)
+    except UserError as error:
+        raise SampleError(str(error)) from None
+
+
 class Squares(Dataset):
     """Images as uint8 [1, S, S]: short side resized to S, centre square, as pretraining shows them whole."""
 
@@ -194,7 +209,7 @@ class Squares(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        gray = read_radiograph(self.paths[index])
+        gray = read_sample(self.paths[index])
         return crop_resize_flip([gray], centre_box(*gray.shape), (self.size, self.size))
 
 

@@ -239,6 +239,52 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values[0]), float(low), float(high)
 
 
+def testable_findings(
+    images: LabelledImages, *, split: str, n_folds: int = 5, min_positives: int = 10, seed: int = 0
+) -> tuple[list[tuple[int, str, list]], list[str]]:
+    """Findings with at least `min_positives` images with and without them in each part.
+
+    Returns:
+        (column, name, `folds`) of each, and the others by name with their smallest count.
+
+    Raises:
+        UserError: there is none, or the split can't be made.
+    """
+    if split == "column":
+        images.check_splits()
+    else:
+        if n_folds < 2:
+            raise UserError(f"--folds {n_folds}: must be at least 2")
+        if (count := len(np.unique(images.subjects))) < n_folds:
+            raise UserError(f"--folds {n_folds}: there are only {count} subjects")
+    least = n_folds if split == "kfold" else 1
+    if min_positives < least:
+        raise UserError(f"--min_positives {min_positives}: must be at least {least}")
+    kept, left_out = [], []
+    for j, finding in enumerate(images.findings):
+        labels = images.labels[:, j]
+        known = ~np.isnan(labels)
+        sides = (
+            [known & (images.splits == TEST), known & (images.splits != TEST)]
+            if split == "column"
+            else [known]
+        )
+        fewest = min(int((labels[side] == value).sum()) for side in sides for value in (0, 1))
+        parts = (
+            [] if fewest < min_positives else folds(images, labels, split=split, n_folds=n_folds, seed=seed)
+        )
+        if parts and all(len(np.unique(labels[train])) == 2 for train, _ in parts):
+            kept.append((j, finding, parts))
+        else:
+            left_out.append(f"{finding} ({fewest})")
+    if not kept:
+        raise UserError(
+            f"no finding has {min_positives} images with and without it on both sides of the split "
+            f"({', '.join(left_out)}); more images, --split kfold or a lower --min_positives are needed"
+        )
+    return kept, left_out
+
+
 def probe(
     feature_sets: Sequence[Features],
     images: LabelledImages,
@@ -262,37 +308,12 @@ def probe(
     Raises:
         UserError: nothing is left to test, or the split can't be made.
     """
-    if split == "column":
-        images.check_splits()
-    elif (count := len(np.unique(images.subjects))) < n_folds:
-        raise UserError(f"--folds {n_folds}: there are only {count} subjects")
-    if min_positives < n_folds:
-        raise UserError(f"--min_positives {min_positives}: must be at least --folds {n_folds}")
-    weights = bootstrap_weights(images.subjects, bootstrap, seed)
-    kept, left_out = [], []
-    for j, finding in enumerate(images.findings):
-        labels = images.labels[:, j]
-        known = ~np.isnan(labels)
-        sides = (
-            [known & (images.splits == TEST), known & (images.splits != TEST)]
-            if split == "column"
-            else [known]
-        )
-        fewest = min(int((labels[side] == value).sum()) for side in sides for value in (0, 1))
-        parts = (
-            [] if fewest < min_positives else folds(images, labels, split=split, n_folds=n_folds, seed=seed)
-        )
-        if parts and all(len(np.unique(labels[train])) == 2 for train, _ in parts):
-            kept.append((j, finding, parts))
-        else:
-            left_out.append(f"{finding} ({fewest})")
+    kept, left_out = testable_findings(
+        images, split=split, n_folds=n_folds, min_positives=min_positives, seed=seed
+    )
     if left_out:
         say(f"left out, fewer than {min_positives} images (count) with or without it: {', '.join(left_out)}")
-    if not kept:
-        raise UserError(
-            f"no finding has {min_positives} images with and without it on both sides of the split; "
-            "more images, --split kfold or a lower --min_positives are needed"
-        )
+    weights = bootstrap_weights(images.subjects, bootstrap, seed)
     rows = []
     for features in feature_sets:
         draws = {}
