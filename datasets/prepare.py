@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -228,7 +229,7 @@ def run_tasks(
         return
     # A plain fork would copy torch's thread pool in an unusable state.
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         yield from progress(pool.map(function, tasks, chunksize=4))
     except BrokenProcessPool:
@@ -240,10 +241,18 @@ def run_tasks(
         pool.shutdown(cancel_futures=True)
 
 
-def _use_one_thread() -> None:
-    """Each worker is one of many: neither torch nor NumPy's BLAS may start threads of its own."""
+def _start_worker() -> None:
+    """Each worker is one of many: neither torch nor NumPy's BLAS may start threads of its own; and it
+    ends with the program that started it, however that ends."""
     torch.set_num_threads(1)
     threadpool_limits(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Workers hold each other's queue open: without this they wait for ever once the parent was killed.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def process_image(
@@ -406,7 +415,8 @@ def output_tree(
             raise UserError(
                 f"{record_path}: not the record this script writes ({error}); choose another --out"
             ) from error
-    if earlier is None and out.exists() and any(out.iterdir()):
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if earlier is None and not all(name.startswith(TEMPORARY_PREFIX) for name in names):
         raise UserError(f"{out}: not empty and not made by this script (no {RECORD}); choose another --out")
     if earlier is not None and not overwrite and earlier["options"] != options_record(options):
         was = ", ".join(f"{key} {value}" for key, value in earlier["options"].items() if value is not None)

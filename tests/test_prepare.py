@@ -328,6 +328,46 @@ def test_killed_and_gone_on(each, mixed, tmp_path):
     assert contents(out) == contents(each[0])
 
 
+def test_workers_end_with_a_killed_program():
+    program = "import time; from datasets.prepare import run_tasks; list(run_tasks(time.sleep, [99] * 64, 2))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=Path(SCRIPT).parent.parent, start_new_session=True
+    )
+
+    def alive() -> list[int]:
+        pids = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue  # it has just ended
+            if int(session) == process.pid and state != "Z":
+                pids.append(int(path.parent.name))
+        return pids
+
+    def wait_until(condition) -> None:
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.05)
+
+    try:
+        wait_until(lambda: len(alive()) >= 5)  # the program, its two helpers and two workers
+        assert len(alive()) >= 5
+        process.kill()
+        process.wait()
+        wait_until(lambda: not alive())
+        assert not alive()
+    finally:
+        for pid in alive():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_killed_before_the_first_record(mixed, tmp_path):
+    (tmp_path / ".tmp-prepare.json-x").touch()
+    assert prepare(mixed.raw, mixed.images, tmp_path, size=64).counts["entries"] > 0
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
 def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
     study = make_study(tmp_path, n_images=5, size=(64, 80), faults=["truncated_image"])
     one = prepare(study.raw, study.images, tmp_path / "one", workers=1)
