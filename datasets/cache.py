@@ -202,8 +202,8 @@ def _open_existing(path: Path) -> Plane | None:
     plane = Plane(path)
     try:
         plane.open()
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None  # nothing there, or not for this user: the next place may do
     return plane
 
 

@@ -363,7 +363,23 @@ def test_read_only_tree():
             if is_root:
                 os.seteuid(65534)
             assert equal(build(root)[1], expected)
+            if is_root:
+                os.seteuid(0)
+            (root / ".cache").chmod(0o000)  # of an owner who shares the tree but not the cache
+            (base / "output").mkdir()
+            (base / "output").chmod(0o777)
+            if is_root:
+                os.seteuid(65534)
+            assert equal(build(root, fallback_dir=base / "output")[1], expected)
+            assert "can't write the cache here" in refused(root)
         finally:
             if is_root:
                 os.seteuid(0)
+            (root / ".cache").chmod(0o755)
             (root / ".cache/reflacx").chmod(0o755)
+
+
+def test_a_file_where_the_cache_should_be_is_named(tree, tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(UserError, match="file.*can't write the cache here.*--cache_dir"):
+        build(tree, cache_dir=tmp_path / "file")
