@@ -27,6 +27,10 @@ if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
     OUTPUT_DIR=$OUTPUT_DIR-seed$seed
 fi
 export OMP_NUM_THREADS=1
+# From Slurm 22.05 on, srun does not take --cpus-per-task from the job and would give a task one CPU.
+if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
 PYTHON=${PYTHON:-.venv/bin/python}
 gpus=${SLURM_GPUS_ON_NODE:-1}
 nodes=${SLURM_JOB_NUM_NODES:-1}
