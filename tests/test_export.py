@@ -211,6 +211,9 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     torch.save(scaled, tmp_path / "scaled.pth")
     flat = read_backbone(checkpoint).state | {"patch_embed.proj.weight": torch.zeros(64, 768)}
     torch.save(flat, tmp_path / "flat.pth")
+    pooled = {name.replace("norm.", "fc_norm.") if name[:5] == "norm." else name: tensor
+              for name, tensor in read_backbone(checkpoint).state.items()}  # fmt: skip
+    torch.save(pooled, tmp_path / "pooled.pth")
     two = read_backbone(checkpoint).state
     two["pos_embed"] = torch.cat([two["pos_embed"], two["pos_embed"][:, :1]], 1)  # two class tokens
     torch.save(two, tmp_path / "two.pth")
@@ -219,6 +222,7 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     for argv, reason in [
         ([str(tmp_path / "resnet.pth"), "x.pth"], "resnet.pth: no complete ViT"),
         ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: not an encoder.*ls1"),
+        ([str(tmp_path / "pooled.pth"), "x.pth"], "pooled.pth: no complete ViT.*'norm.weight' is missing"),
         ([str(tmp_path / "flat.pth"), "x.pth"], "flat.pth: not a ViT"),
         ([str(tmp_path / "two.pth"), "x.pth", "--img_size", "128"], "two.pth: not a ViT.*no square grid"),
         ([str(checkpoint), "x.pth", "--tap", "2"], "--tap 2.*0 to 1"),

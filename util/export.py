@@ -120,6 +120,8 @@ def _find_tap(
         block = info.metadata.get("block")  # of an export
         return None, None if block is None else int(block)
     count = len({name.split(".")[1] for name in state if name.startswith("norm.")})
+    if count == 0:
+        raise KeyError("norm.weight")
     if tap == "last":
         tap = count - 1
     if not str(tap).isdigit() or int(tap) >= count:
