@@ -169,6 +169,7 @@ class CXRMIM(nn.Module):
         if mask is None:
             mask = self.draw_mask(batch, mask_ratio, clinical_ratio)
             n_visible = self.num_patches - masked_count(self.num_patches, mask_ratio)
+        mask = mask.to(batch["img"].device)
         latents = self.forward_encoder(batch["img"], mask, n_visible)
         preds = self.forward_decoder(latents, mask)
         targets = self.hog_targets(batch.get("gray", batch["img"]))

@@ -145,13 +145,13 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         except OSError as error:
             raise UserError(f"--{flag} {directory}: can't make this directory: {error.strerror}") from None
 
-    # Data and model
-    dataset = build_data(args)
+    # Model and data; the data last, since a cache may be built first, which takes minutes
     core = build_model(args).to(ranks.device)
     resumed = distributed.on_main(ranks, lambda: find_checkpoint(args))
     if resumed is None:
         if path := initial_weights(args):
             say(load_initial_weights(core, path))
+    dataset = build_data(args)
     optimizer = torch.optim.AdamW(
         parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
     )

@@ -103,7 +103,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused: it holds Python objects that are not plain data, and "
-                              "loading those could run code; delete it") from error
+                              "loading those could run code") from error
     except (RuntimeError, OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
@@ -125,10 +125,10 @@ def verify_checkpoint(path: str | os.PathLike) -> None:
             recorded = _recorded_digest(file)
             if recorded is None:
                 fault = (f"not a checkpoint of run_pretrain.py (no digest inside), {_FOREIGN}"
-                         if _is_plain_zip(file) else "truncated, or not a checkpoint at all; delete it")
+                         if _is_plain_zip(file) else "truncated, or not a checkpoint at all")
                 raise CheckpointError(f"{path}: {fault}")
             if _digest_of_body(file) != recorded:
-                raise CheckpointError(f"{path}: damaged: its bytes don't match the SHA-256 inside; delete it")
+                raise CheckpointError(f"{path}: damaged: its bytes don't match the SHA-256 inside")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint; check --resume") from error
     except OSError as error:
