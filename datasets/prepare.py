@@ -260,8 +260,8 @@ def process_image(
 ) -> ImageResult:
     """Work out one image and its readings, and write what is not there yet.
 
-    The maps are computed even where their files exist: it is cheap, and so a second run, or a dry
-    one, finds the same faults and the same counts as the first.
+    The maps are computed even where their files exist: it is cheap, and so a second run, or a dry one,
+    finds the same faults and counts as the first (a dry one reads no pixels of images).
     """
     path, readings = task
     result = ImageResult()

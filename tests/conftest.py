@@ -1,6 +1,7 @@
-"""A small phantom study, raw and processed, that several test files read (and never write to)."""
+"""What several test files read (and never write to): a small phantom study, raw and processed; a backbone."""
 
 import pytest
+import timm
 import torch
 
 from datasets.phantom import make_study
@@ -21,3 +22,13 @@ def tree(study, tmp_path_factory):
     out = tmp_path_factory.mktemp("processed")
     prepare(raw=study.raw, images=study.images, out=out, size=0, workers=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """File of a small ViT with random weights for images of 32 px."""
+    torch.manual_seed(9)
+    model = timm.create_model("vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0)
+    path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
+    torch.save({"state_dict": model.state_dict()}, path)
+    return path

@@ -23,17 +23,6 @@ SIDE = 32
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_base_patch16_224", img_size=SIDE, embed_dim=64, depth=2, num_heads=1, num_classes=0
-    )
-    path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
-    torch.save({"state_dict": model.state_dict()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)

@@ -42,17 +42,6 @@ SIDE = 32
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    torch.manual_seed(9)
-    model = timm.create_model(
-        "vit_base_patch16_224", img_size=SIDE, embed_dim=64, depth=1, num_heads=1, num_classes=0
-    )
-    path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
-    torch.save({"state_dict": model.state_dict()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """60 images of 30 subjects; "Bright" ones are, "Chance" is drawn, "Rare" stands once."""
     root = tmp_path_factory.mktemp("images")
