@@ -17,9 +17,9 @@ from engine_pretrain import Meters, Training, scale_names, train_one_epoch
 from util import checkpoint as ckpt
 from util import distributed
 from util.errors import UserError, run_cli
+from util.finite import FiniteWatch
 from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
-from util.finite import FiniteWatch
 from util.masking import masked_count, significant_patches
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.weights import load_initial_weights
@@ -32,8 +32,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a flag's default where it says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.help is None:
-            return "" if action.default is argparse.SUPPRESS else "(default: %(default)s)"
         told = "(default" in action.help or action.default in (None, "") or isinstance(action.default, bool)
         return action.help if told else super()._get_help_string(action)
 
@@ -148,9 +146,8 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     # Model and data; the data last, since a cache may be built first, which takes minutes
     core = build_model(args).to(ranks.device)
     resumed = distributed.on_main(ranks, lambda: find_checkpoint(args))
-    if resumed is None:
-        if path := initial_weights(args):
-            say(load_initial_weights(core, path))
+    if resumed is None and (path := initial_weights(args)):
+        say(load_initial_weights(core, path))
     dataset = build_data(args)
     optimizer = torch.optim.AdamW(
         parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True

@@ -43,6 +43,7 @@ from datasets.prepare import (
 from datasets.readings import ELLIPSE_COLUMNS, Exclusion, Reading
 from util.errors import UserError
 from util.files import atomic_write
+from util.gaze import pixel_middles
 from util.pictures import MASKED, SIGNIFICANT, gaze_overlay, save_figure
 from util.radiograph import radiograph_size, read_radiograph
 
@@ -152,17 +153,12 @@ class Analysis:
         return "\n".join(lines)
 
 
-def pixel_centres(length: int, out_length: int) -> np.ndarray:
-    """Original coordinates of the centres of `out_length` pixels that stand for `length`: [out_length]."""
-    return (np.arange(out_length) + 0.5) * (length / out_length) - 0.5
-
-
 def ellipse_mask(boxes: Iterable[Box], image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
     """Union of axis-aligned ellipses, each given by its bounding box (xmin, ymin, xmax, ymax) in px of
     the original image: bool [height, width] of `out_size` = (height, width), sampled at pixel centres.
     `image_size` is (width, height) of the original."""
-    x = pixel_centres(image_size[0], out_size[1])[None, :]
-    y = pixel_centres(image_size[1], out_size[0])[:, None]
+    x = pixel_middles(image_size[0], out_size[1])[None, :] - 0.5
+    y = pixel_middles(image_size[1], out_size[0])[:, None] - 0.5
     mask = np.zeros(out_size, dtype=bool)
     for xmin, ymin, xmax, ymax in boxes:
         rx, ry = max((xmax - xmin) / 2, 1e-9), max((ymax - ymin) / 2, 1e-9)
@@ -366,8 +362,8 @@ def _ratios(
         masks[finding] = ellipse_mask(boxes, image_size, heatmap.shape)
     in_chest = np.zeros_like(abnormal)
     if chest is not None:
-        x = pixel_centres(image_size[0], heatmap.shape[1])
-        y = pixel_centres(image_size[1], heatmap.shape[0])
+        x = pixel_middles(image_size[0], heatmap.shape[1]) - 0.5
+        y = pixel_middles(image_size[1], heatmap.shape[0]) - 0.5
         in_chest = ((y >= chest[1]) & (y <= chest[3]))[:, None] & ((x >= chest[0]) & (x <= chest[2]))[None, :]
     return {
         finding: (

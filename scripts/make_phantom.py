@@ -67,36 +67,24 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
-    size = (args.width, args.height)
+    options = {
+        "root": args.out,
+        "n_images": args.n_images,
+        "seed": args.seed,
+        "size": (args.width, args.height),
+        "image_format": args.format,
+        "lesion_kinds": args.lesion_kinds,
+        "lesion_size": args.lesion_size,
+        "lesion_contrast": args.lesion_contrast,
+        "normal_fraction": args.normal_fraction,
+        "dwell_ratio": args.dwell_ratio,
+    }
     try:
         if args.egd:
-            study = make_egd(
-                args.out,
-                args.n_images,
-                args.seed,
-                size,
-                image_format=args.format,
-                lesion_kinds=args.lesion_kinds,
-                lesion_size=args.lesion_size,
-                lesion_contrast=args.lesion_contrast,
-                normal_fraction=args.normal_fraction,
-                dwell_ratio=args.dwell_ratio,
-            )
+            study = make_egd(**options)
         else:
             study = make_study(
-                args.out,
-                args.n_images,
-                args.seed,
-                size,
-                shared_images=args.shared_images,
-                readers=args.readers,
-                image_format=args.format,
-                lesion_kinds=args.lesion_kinds,
-                lesion_size=args.lesion_size,
-                lesion_contrast=args.lesion_contrast,
-                normal_fraction=args.normal_fraction,
-                dwell_ratio=args.dwell_ratio,
-                faults=args.faults,
+                **options, shared_images=args.shared_images, readers=args.readers, faults=args.faults
             )
         if args.real_radiograph:
             add_real_radiograph(study)

@@ -90,11 +90,17 @@ def fixation_heatmap(
     return heatmap / total
 
 
+def pixel_middles(length: int, out_length: int) -> np.ndarray:
+    """Middles of the `out_length` pixels that stand for `length` original ones: float64 [out_length],
+    counted from the outer edge of the first, so 0.5 less where (0, 0) is that pixel's centre."""
+    return (np.arange(out_length) + 0.5) * (length / out_length)
+
+
 def _axis_factor(
     centre: np.ndarray, sigma: np.ndarray, low: np.ndarray, high: np.ndarray, length: int, out_length: int
 ) -> np.ndarray:
     """Normal density of each fixation along one axis, zero outside the rectangle: [n, out_length]."""
-    edge = (np.arange(out_length) + 0.5) * (length / out_length)  # middles of the output pixels, edge scale
+    edge = pixel_middles(length, out_length)
     z = (edge - 0.5 - centre[:, None]) / sigma[:, None]
     density = np.exp(-0.5 * z * z) / (np.sqrt(2 * np.pi) * sigma[:, None])
     density[(edge < low[:, None]) | (edge >= high[:, None])] = 0.0
