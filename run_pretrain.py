@@ -50,7 +50,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--input_size", type=int, default=224, help="side of the input in pixels, divisible by 32")
     add("--min_crop_ratio", type=float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
-    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU (default)")
+    add(
+        "--pin_mem",
+        action="store_true",
+        default=True,
+        help="pin host memory for faster copies to the GPU (default)",
+    )
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="don't pin host memory")
     add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
     add("--cache_size", type=int, default=512, help="short side of cached images in pixels")
@@ -68,7 +73,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--hog_nbins", type=int, default=9, help="orientation bins of the HOG targets")
 
     add = parser.add_argument_group("masking and loss").add_argument
-    add("--masking", default="attention", choices=models_cxrmim.MASKINGS, help="what chooses the masked patches")
+    add(
+        "--masking",
+        default="attention",
+        choices=models_cxrmim.MASKINGS,
+        help="what chooses the masked patches",
+    )
     add("--mask_ratio", type=float, default=0.75, help="share of masked patches")
     add("--clinical_ratio", type=float, default=0.5, help="share of masked ones among the attended patches")
     add("--gaze_weighted", action="store_true", help="weight the loss by gaze")
@@ -79,7 +89,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=400, help="where training ends")
     add("--accum_iter", type=int, default=1, help="steps per optimiser step")
     add("--weight_decay", type=float, default=0.05, help="none on biases, norms and other 1-D parameters")
-    add("--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
+    add(
+        "--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)"
+    )
     add("--blr", type=float, default=1e-3, help="learning rate per 256 images")
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=40, help="linear warm-up from 0, then a half-cycle cosine")
@@ -96,7 +108,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="./output_dir", help="checkpoints, log.txt, args.json")
     add("--log_dir", default=None, help="TensorBoard events (default: output_dir)")
     add("--save_every", type=int, default=50, help="epochs between checkpoints that are kept")
-    add("--keep", type=int, default=None, help="keep only the last N (default: every save_every-th and the last 2)")
+    add(
+        "--keep",
+        type=int,
+        default=None,
+        help="keep only the last N (default: every save_every-th and the last 2)",
+    )
     add("--image_every", type=int, default=50,
         help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")  # fmt: skip
     add("--print_every", type=int, default=20, help="steps between progress lines")
@@ -105,7 +122,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="go on from the newest checkpoint in output_dir (default)")  # fmt: skip
     add("--no_auto_resume", action="store_false", dest="auto_resume",
         help="start afresh; output_dir must hold no checkpoint")  # fmt: skip
-    add("--max_minutes", type=float, default=None, help="stop after so long, with a checkpoint, exit status 75")
+    add(
+        "--max_minutes",
+        type=float,
+        default=None,
+        help="stop after so long, with a checkpoint, exit status 75",
+    )
     add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
 
     add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
@@ -174,7 +196,9 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         say(f"resumed from {resumed}: epoch {epoch + 1}, step {step}")
         if ranks.is_main and args.resume:
             for path in ckpt.set_aside_newer(output_dir, epoch=epoch - 1, step=step):
-                print(f"warning: set aside as {path}, since it is further than --resume {resumed}", flush=True)
+                print(
+                    f"warning: set aside as {path}, since it is further than --resume {resumed}", flush=True
+                )
 
     try:
         sampler = TrainBatches(
@@ -213,7 +237,9 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
         sample_names=lambda epoch, step: [dataset.sample_name(i) for i in sampler.batch(epoch, step)],
     )  # fmt: skip
-    training = Training(model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress)
+    training = Training(
+        model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress
+    )
 
     # Train
     request = GO_ON
@@ -274,7 +300,9 @@ def check_data(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"{problem.severity}: {problem.file}: {problem.message}")
     n_errors = sum(problem.severity == "error" for problem in problems)
-    print(f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {len(problems) - n_errors} warnings")
+    print(
+        f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {len(problems) - n_errors} warnings"
+    )
     return 1 if n_errors else 0
 
 
@@ -371,8 +399,8 @@ def describe_run(args, core, dataset, sampler, effective_batch, ranks) -> str:
 
 def picture(training: Training, args: argparse.Namespace, epoch: int) -> None:
     """Write to TensorBoard what the model makes of the first samples, with the same masks each time."""
+    from datasets.replay import chosen_samples, training_dataset
     from util.pictures import reconstruction_figure  # here, since matplotlib takes a second to load
-    from util.replay import chosen_samples, training_dataset
 
     core = training.core
     dataset = training_dataset(vars(args), None, core.img_size, augment=False)

@@ -65,11 +65,7 @@ def build_dataset(
 
 def check_data(data_path: DataPath, preload: bool = False) -> list[Problem]:
     """Read every file of the trees and return every bad entry; none raises but an unreadable index."""
-    return [
-        problem
-        for path in _paths(data_path)
-        for problem in check_tree(*detect_tree(path), preload)
-    ]
+    return [problem for path in _paths(data_path) for problem in check_tree(*detect_tree(path), preload)]
 
 
 def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:

@@ -68,7 +68,9 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
             order = self.epoch_order(epoch)
             first = self.start_step if epoch == self.start_epoch else 0
             for step in range(first, self.steps_per_epoch):
-                yield [(epoch, index) for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
+                yield [
+                    (epoch, index) for index in order[step * self.batch_size : (step + 1) * self.batch_size]
+                ]
 
     def __len__(self) -> int:
         return (self.epochs - self.start_epoch) * self.steps_per_epoch - self.start_step

@@ -144,7 +144,7 @@ class GazeTree(Dataset):
         return self.entry_files(self.entries[index])
 
     def sample_name(self, index: int) -> str:
-        """"<image_path> (<reflacx_id>)", for messages."""
+        """ "<image_path> (<reflacx_id>)", for messages."""
         entry = self.entries[index]
         return f"{entry['image_path']} ({entry.get('reflacx_id', entry.get('study_id', index))})"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.readings import read_table
 from util.errors import run_cli
 from util.files import atomic_write
 from util.probe import format_seed_table, seed_table
+from util.tables import read_table
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.analysis import analyze
-from datasets.egd_raw import DEFAULT_SIGMA
-from datasets.prepare import SOURCES
+from datasets.analysis.measure import analyze
+from datasets.prepare.readings import SOURCES
+from datasets.raw.egd import DEFAULT_SIGMA
 from util.errors import run_cli
 
 

@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,8 +42,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 import models_cxrmim
 import run_pretrain
 from datasets import build_dataset
-from datasets.phantom import make_study
-from datasets.prepare import prepare
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.readings import prepare
 from datasets.sampler import TrainBatches
 from datasets.transforms import grid_size, random_crop_box, sample_rng, scale_box
 from util.errors import UserError, run_cli
@@ -687,8 +688,7 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
     note = f"{len(waits)} steps in {len(epochs)} epochs, {workers} workers; first batch {waits[0]:.2f} s"
     report.value("data wait in a real training", "share", share, below=0.03, note=note)
     gaps = [
-        after[0] - before[1] + waits[(i + 1) * steps]
-        for i, (before, after) in enumerate(zip(epochs[:-1], epochs[1:]))
+        after[0] - before[1] + waits[(i + 1) * steps] for i, (before, after) in enumerate(pairwise(epochs))
     ]
     report.value(
         "gap between two epochs",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.cli import add_label_arguments, check_device, read_labels
+from datasets.downstream.options import add_label_arguments, read_labels
+from util.cli import check_device
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finetune import Options, finetune

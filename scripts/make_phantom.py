@@ -9,8 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.phantom import FAULTS, add_real_radiograph, make_egd, make_study
-from datasets.phantom_chest import LESION_KINDS
+from datasets.phantom.chest import LESION_KINDS
+from datasets.phantom.egd import make_egd
+from datasets.phantom.faults import FAULTS
+from datasets.phantom.real import add_real_radiograph
+from datasets.phantom.reflacx import make_study
 from util.errors import UserError, run_cli
 
 

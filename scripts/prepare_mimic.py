@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.prepare_mimic import FRONTAL, prepare_mimic
+from datasets.prepare.mimic import FRONTAL, prepare_mimic
 from util.errors import run_cli
 
 

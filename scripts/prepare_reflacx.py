@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.egd_raw import DEFAULT_SIGMA
-from datasets.prepare import SOURCES, prepare
+from datasets.prepare.readings import SOURCES, prepare
+from datasets.raw.egd import DEFAULT_SIGMA
 from util.errors import run_cli
 
 
@@ -22,23 +22,47 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--raw", type=Path, required=True,
-        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above")
-    add("--images", type=Path, required=True,
-        help="root of MIMIC-CXR-JPG or of MIMIC-CXR (DICOM), any depth, both kinds may be mixed")
+    add(
+        "--raw",
+        type=Path,
+        required=True,
+        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above",
+    )
+    add(
+        "--images",
+        type=Path,
+        required=True,
+        help="root of MIMIC-CXR-JPG or of MIMIC-CXR (DICOM), any depth, both kinds may be mixed",
+    )
     add("--out", type=Path, required=True, help="where the processed tree goes")
     add("--source", choices=["auto", *SOURCES], default="auto", help="which data set --raw holds")
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
-    add("--readings", choices=["one", "each", "merge"], default="one",
+    add(
+        "--readings",
+        choices=["one", "each", "merge"],
+        default="one",
         help="of an image with several readings: the first usable by id, each as an entry of its own, or "
-        "one entry with their heatmaps added")
-    add("--split", choices=["all", "train", "validate", "test"], default="all",
+        "one entry with their heatmaps added",
+    )
+    add(
+        "--split",
+        choices=["all", "train", "validate", "test"],
+        default="all",
         help="'all' is what the paper pretrains on; 'train' keeps REFLACX's validation and test images out "
-        "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)")
-    add("--sigma", type=float, default=DEFAULT_SIGMA,
-        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)),
-        help="processes; the result does not depend on it")
+        "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)",
+    )
+    add(
+        "--sigma",
+        type=float,
+        default=DEFAULT_SIGMA,
+        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes; the result does not depend on it",
+    )
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
     add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
     return parser  # fmt: skip

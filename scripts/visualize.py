@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models_cxrmim import MASKINGS
+from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
+from models_cxrmim import CXRMIM, MASKINGS
 from util.cli import check_device
 from util.errors import UserError, run_cli
 from util.pictures import check_picture_path, contact_sheet, page_path, reconstruction_figure, save_figure
-from util.replay import chosen_samples, single_image, training_batch, training_dataset
 from util.weights import build_model, read_state_dict
 
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("masking", "mask_ratio", "clinical_ratio", "seed"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
-    model = build_model(state, options, info.path).to(args.device)
+    model = build_model(CXRMIM, state, options, info.path).to(args.device)
 
     if args.image:
         shown = single_image(model, options, args.image, heatmap=args.heatmap, fixations=args.fixations)

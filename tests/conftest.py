@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from datasets.phantom import make_study
-from datasets.prepare import prepare
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.readings import prepare
 
 torch.set_num_threads(1)  # tests run in parallel processes
 
@@ -28,7 +28,9 @@ def tree(study, tmp_path_factory):
 def backbone(tmp_path_factory):
     """File of a small ViT with random weights for images of 32 px."""
     torch.manual_seed(9)
-    model = timm.create_model("vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0)
+    model = timm.create_model(
+        "vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0
+    )
     path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
     torch.save({"state_dict": model.state_dict()}, path)
     return path

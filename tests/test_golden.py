@@ -75,10 +75,14 @@ def test_latents_predictions_and_targets(golden, batch, mask, make_model):
     targets = model.hog_targets(batch["img"])
     gray_targets = model.hog_targets(batch["img"][:, :1])
     for k in range(4):
-        torch.testing.assert_close(latents[k][:, 0], torch.from_numpy(golden[f"latent_cls_{k}"]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            latents[k][:, 0], torch.from_numpy(golden[f"latent_cls_{k}"]), atol=1e-4, rtol=0
+        )
         torch.testing.assert_close(preds[k], torch.from_numpy(golden[f"pred_{k}"]), atol=1e-4, rtol=0)
         torch.testing.assert_close(targets[k], torch.from_numpy(golden[f"target_{k}"]), atol=1e-5, rtol=0)
-        torch.testing.assert_close(gray_targets[k], torch.from_numpy(golden[f"target_{k}"]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            gray_targets[k], torch.from_numpy(golden[f"target_{k}"]), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -94,7 +98,10 @@ def test_gradients(golden, batch, mask, make_model):
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(float(golden["grad_norm_weighted"]), rel=1e-4)
     torch.testing.assert_close(
-        model.patch_embed.proj.bias.grad, torch.from_numpy(golden["grad_patch_embed_bias"]), atol=1e-5, rtol=1e-4
+        model.patch_embed.proj.bias.grad,
+        torch.from_numpy(golden["grad_patch_embed_bias"]),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 

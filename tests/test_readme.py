@@ -36,7 +36,9 @@ def test_the_table_lists_every_flag_with_its_default():
 
 def commands():
     """Command lines in the README's code blocks, continuation lines joined."""
-    blocks = re.findall(r"^ *```(?:bash|sh|python|bibtex)?\n(.*?)^ *```", README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^ *```(?:bash|sh|python|bibtex)?\n(.*?)^ *```", README, flags=re.MULTILINE | re.DOTALL
+    )
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if re.match(r" *(python|bash|sbatch|torchrun) (?!-c)", line)]
 

@@ -53,7 +53,9 @@ def test_published_command_is_understood():
     assert (args.preload, args.gaze_weighted, args.local_rank, args.blr) == (True, True, 0, 3e-3)
 
 
-@pytest.mark.parametrize("flags", ["", "--preload", "--gaze_weighted", "--preload --gaze_weighted --masking block"])
+@pytest.mark.parametrize(
+    "flags", ["", "--preload", "--gaze_weighted", "--preload --gaze_weighted --masking block"]
+)
 def test_trains_with_and_without_preload_and_weighting(tree, tmp_path, flags):
     (record,) = train(tree, tmp_path, flags)
     assert record["epoch"] == 0
@@ -114,7 +116,9 @@ def test_starts_from_timm_weights_and_reports(tree, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "blocks.0-11" in printed and "head" in printed
     state = load_checkpoint(tmp_path / "out" / "checkpoint-0.pth")["model"]
-    torch.testing.assert_close(state["blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"])
+    torch.testing.assert_close(
+        state["blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"]
+    )
     torch.testing.assert_close(state["pos_embed"], vit.state_dict()["pos_embed"])
 
 
@@ -207,7 +211,10 @@ def test_bad_flags_are_named(tree, tmp_path, flags, message, monkeypatch):
         (lambda entries: "{not json", "reflacx.json"),
         (lambda entries: json.dumps([{"image_path": "a.png"}]), "study_id"),
         (lambda entries: json.dumps([entries[0] | {"image_path": "../a.png"}]), "image_path"),
-        (lambda entries: json.dumps([entry | {"image_path": "images/none.png"} for entry in entries]), "none.png"),
+        (
+            lambda entries: json.dumps([entry | {"image_path": "images/none.png"} for entry in entries]),
+            "none.png",
+        ),
         (lambda entries: json.dumps([entry | {"reflacx_id": "P999"} for entry in entries]), "P999.png"),
     ],
 )
@@ -222,7 +229,9 @@ def test_check_data_lists_every_bad_entry(tree, tmp_path, capsys):
     assert run_pretrain.main(["--check_data", "--data_path", str(tree)]) == 0
 
     def spoil(entries):
-        return json.dumps([entries[0] | {"reflacx_id": "P9"}, entries[1] | {"image_path": "no.png"}, *entries[2:]])
+        return json.dumps(
+            [entries[0] | {"reflacx_id": "P9"}, entries[1] | {"image_path": "no.png"}, *entries[2:]]
+        )
 
     broken = copy_tree(tree, tmp_path / "broken", spoil)
     assert run_pretrain.main(["--check_data", "--data_path", str(broken)]) == 1
@@ -247,7 +256,9 @@ def run_launcher(launcher, tree, out, flags=""):
 
 
 def test_torchrun_with_two_processes(tree, tmp_path):
-    result = run_launcher("torch.distributed.run --standalone --nproc_per_node 2", tree, tmp_path, "--batch_size 2")
+    result = run_launcher(
+        "torch.distributed.run --standalone --nproc_per_node 2", tree, tmp_path, "--batch_size 2"
+    )
     assert result.returncode == 0, result.stderr
     assert "effective batch  4 = 2 x 1 accumulated x 2 processes" in result.stdout
     assert result.stdout.count("effective batch") == 1  # rank 0 alone speaks

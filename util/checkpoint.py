@@ -32,26 +32,66 @@ from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, atomic_write, fsync_directory
 
 FORMAT = 1
-KEYS = ("model", "optimizer", "scaler", "epoch", "step", "args", "meters", "world_size", "dataset_size",
-        "format")
+KEYS = (
+    "model",
+    "optimizer",
+    "scaler",
+    "epoch",
+    "step",
+    "args",
+    "meters",
+    "world_size",
+    "dataset_size",
+    "format",
+)
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 _MARK = b"cxrmim sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 
-_MEND = ("make room or choose another --output_dir and run the same command again (the checkpoints that are "
-         "there are untouched)")
+_MEND = (
+    "make room or choose another --output_dir and run the same command again (the checkpoints that are "
+    "there are untouched)"
+)
 _FOREIGN = "so training can't go on from it; to start from its weights pass --pretrained instead of --resume"
 
 # Flags that shape the weights: with another value the checkpoint does not fit.
-_ARCHITECTURE = ("model", "input_size", "id_list", "scale_list", "hog_nbins", "decoder_depth",
-                 "decoder_num_heads")
+_ARCHITECTURE = (
+    "model",
+    "input_size",
+    "id_list",
+    "scale_list",
+    "hog_nbins",
+    "decoder_depth",
+    "decoder_num_heads",
+)
 # Flags that change neither the numbers nor the order of the samples.
-_HARMLESS = frozenset({
-    "output_dir", "log_dir", "device", "resume", "auto_resume", "start_epoch", "num_workers", "pin_mem",
-    "print_every", "image_every", "save_every", "keep", "max_minutes", "skip_nonfinite", "check_data",
-    "pretrained", "world_size", "local_rank", "dist_url", "use_cache", "cache_dir", "cache_size",
-})
+_HARMLESS = frozenset(
+    {
+        "output_dir",
+        "log_dir",
+        "device",
+        "resume",
+        "auto_resume",
+        "start_epoch",
+        "num_workers",
+        "pin_mem",
+        "print_every",
+        "image_every",
+        "save_every",
+        "keep",
+        "max_minutes",
+        "skip_nonfinite",
+        "check_data",
+        "pretrained",
+        "world_size",
+        "local_rank",
+        "dist_url",
+        "use_cache",
+        "cache_dir",
+        "cache_size",
+    }
+)
 
 
 class CheckpointError(UserError):
@@ -87,8 +127,10 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike) -> None:
         with atomic_write(path) as file:
             _write_with_digest(state, file)
     except OSError as error:
-        raise UserError(f"{path}: can't write the checkpoint, which needs {needed} bytes: "
-                        f"{error.strerror or error}; {_MEND}") from error
+        raise UserError(
+            f"{path}: can't write the checkpoint, which needs {needed} bytes: "
+            f"{error.strerror or error}; {_MEND}"
+        ) from error
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -102,15 +144,19 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: refused: it holds Python objects that are not plain data, and "
-                              "loading those could run code") from error
+        raise CheckpointError(
+            f"{path}: refused: it holds Python objects that are not plain data, and "
+            "loading those could run code"
+        ) from error
     except (RuntimeError, OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path}: can't be read: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
         raise CheckpointError(f"{path}: not a checkpoint of run_pretrain.py, {_FOREIGN}")
     if state["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {state['format']}, this program reads {FORMAT}; "
-                              "use the version of the program that wrote it")
+        raise CheckpointError(
+            f"{path}: checkpoint format {state['format']}, this program reads {FORMAT}; "
+            "use the version of the program that wrote it"
+        )
     return state
 
 
@@ -124,8 +170,11 @@ def verify_checkpoint(path: str | os.PathLike) -> None:
         with open(path, "rb") as file:
             recorded = _recorded_digest(file)
             if recorded is None:
-                fault = (f"not a checkpoint of run_pretrain.py (no digest inside), {_FOREIGN}"
-                         if _is_plain_zip(file) else "truncated, or not a checkpoint at all")
+                fault = (
+                    f"not a checkpoint of run_pretrain.py (no digest inside), {_FOREIGN}"
+                    if _is_plain_zip(file)
+                    else "truncated, or not a checkpoint at all"
+                )
                 raise CheckpointError(f"{path}: {fault}")
             if _digest_of_body(file) != recorded:
                 raise CheckpointError(f"{path}: damaged: its bytes don't match the SHA-256 inside")
@@ -158,8 +207,9 @@ def newest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
             warnings.warn(f"{fault} (going on from {path.name})", stacklevel=2)
         return path
     if faults:
-        raise UserError(f"no checkpoint in {output_dir} can be used: {' | '.join(faults)}; move them away to "
-                        "start anew")
+        raise UserError(
+            f"no checkpoint in {output_dir} can be used: {' | '.join(faults)}; move them away to start anew"
+        )
     return None
 
 
@@ -230,19 +280,26 @@ def describe_mismatch(
     1 with 2b: each sample is still seen exactly once.
     """
     old, old_world = checkpoint["args"], int(checkpoint["world_size"])
-    changed = {key: (old[key], args[key]) for key in old
-               if key in args and key not in _HARMLESS and _comparable(old[key]) != _comparable(args[key])}
+    changed = {
+        key: (old[key], args[key])
+        for key in old
+        if key in args and key not in _HARMLESS and _comparable(old[key]) != _comparable(args[key])
+    }
     if misfits := [key for key in _ARCHITECTURE if key in changed]:
         differs = ", ".join(f"--{key} is {_flag_value(changed[key][1])}" for key in misfits)
         flags = " ".join(f"--{key} {_flag_value(changed[key][0])}" for key in misfits)
-        raise UserError(f"the checkpoint is of another model: {differs}; to go on pass {flags}, or choose "
-                        "another --output_dir to start anew")
+        raise UserError(
+            f"the checkpoint is of another model: {differs}; to go on pass {flags}, or choose "
+            "another --output_dir to start anew"
+        )
     if checkpoint["step"]:
         _require_same_epoch(checkpoint, args, changed, world_size)
         if checkpoint["dataset_size"] != dataset_size:
-            raise UserError(f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of "
-                            f"{checkpoint['dataset_size']} samples, and --data_path has {dataset_size} now: "
-                            "bring back those, or --resume a checkpoint from the end of an epoch")
+            raise UserError(
+                f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of "
+                f"{checkpoint['dataset_size']} samples, and --data_path has {dataset_size} now: "
+                "bring back those, or --resume a checkpoint from the end of an epoch"
+            )
     rows = [(f"--{key}", _flag_value(before), _flag_value(after)) for key, (before, after) in changed.items()]
     if old_world != world_size:
         rows.append(("processes", str(old_world), str(world_size)))
@@ -255,16 +312,24 @@ def describe_mismatch(
         return ""
     rows.insert(0, ("changed", "checkpoint", "now"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
-def _require_same_epoch(checkpoint: Mapping[str, Any], args: Mapping[str, Any],
-                        changed: Mapping[str, tuple[Any, Any]], world_size: int) -> None:
+def _require_same_epoch(
+    checkpoint: Mapping[str, Any],
+    args: Mapping[str, Any],
+    changed: Mapping[str, tuple[Any, Any]],
+    world_size: int,
+) -> None:
     old, old_world = checkpoint["args"], int(checkpoint["world_size"])
     global_batch = old["batch_size"] * old_world
-    same = (global_batch == args["batch_size"] * world_size and old["accum_iter"] == args["accum_iter"]
-            and "seed" not in changed)
+    same = (
+        global_batch == args["batch_size"] * world_size
+        and old["accum_iter"] == args["accum_iter"]
+        and "seed" not in changed
+    )
     if same:
         return
     flags = f"--accum_iter {old['accum_iter']} --seed {old['seed']}"
@@ -276,7 +341,8 @@ def _require_same_epoch(checkpoint: Mapping[str, Any], args: Mapping[str, Any],
     raise UserError(
         f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of a run with {old_world} "
         f"process(es), {_order_flags(old)}; with {world_size} process(es), {_order_flags(args)} the rest of "
-        f"that epoch would be other samples: {hint}, or --resume a checkpoint from the end of an epoch")
+        f"that epoch would be other samples: {hint}, or --resume a checkpoint from the end of an epoch"
+    )
 
 
 def _order_flags(args: Mapping[str, Any]) -> str:
@@ -378,7 +444,7 @@ def _recorded_digest(file: IO[bytes]) -> str | None:
     tail = file.read()
     if tail[:2] != _COMMENT_BYTES.to_bytes(2, "little") or not tail[2:].startswith(_MARK):
         return None
-    return tail[2 + len(_MARK):].decode("ascii", errors="replace")
+    return tail[2 + len(_MARK) :].decode("ascii", errors="replace")
 
 
 def _is_plain_zip(file: IO[bytes]) -> bool:

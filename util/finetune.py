@@ -20,12 +20,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from datasets.downstream.labels import (
+    ANY_FINDING,
+    TEST,
+    TRAIN,
+    VALIDATE,
+    LabelledImages,
+    Squares,
+    normalize,
+    read_sample,
+)
 from datasets.sampler import TrainBatches
 from datasets.transforms import crop_resize_flip, random_crop_box, sample_rng
 from util.errors import UserError
 from util.export import Backbone, build_backbone, describe
 from util.files import atomic_write
-from util.labels import ANY_FINDING, TEST, TRAIN, VALIDATE, LabelledImages, Squares, normalize, read_sample
 from util.probe import bootstrap_weights, interval, weighted_auc
 
 VALIDATION_PARTS = 5  # one of so many parts of the training subjects validates, where the data name none

@@ -181,8 +181,10 @@ class FiniteWatch:
         """What is known of a step, from the ranks where the loss was non-finite, or all where none was."""
         losses = ", ".join(f"{loss:.4g}" for loss in step.numbers[:-1].tolist())
         samples = [name for micro_step in step.steps for name in self._sample_names(step.epoch, micro_step)]
-        own = (not bool(torch.isfinite(step.numbers[:-1]).all()),
-               f"losses per scale [{losses}], samples {'; '.join(samples)}")
+        own = (
+            not bool(torch.isfinite(step.numbers[:-1]).all()),
+            f"losses per scale [{losses}], samples {'; '.join(samples)}",
+        )
         ranks = [own]
         if self._agreement.group is not None:
             ranks = [None] * dist.get_world_size()

@@ -33,7 +33,9 @@ REFLACX_TIMES = ("timestamp_start_fixation", "timestamp_end_fixation")
 def fixation_columns(table: pd.DataFrame | Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
     """`FIXATION_COLUMNS` as float64 arrays, from a table that has them or REFLACX's own columns."""
     if REFLACX_COLUMNS["x"] in table and "x" not in table:
-        columns = {ours: np.asarray(table[theirs], dtype=np.float64) for ours, theirs in REFLACX_COLUMNS.items()}
+        columns = {
+            ours: np.asarray(table[theirs], dtype=np.float64) for ours, theirs in REFLACX_COLUMNS.items()
+        }
         start, end = (np.asarray(table[name], dtype=np.float64) for name in REFLACX_TIMES)
         return columns | {"duration": end - start}
     return {name: np.asarray(table[name], dtype=np.float64) for name in FIXATION_COLUMNS}

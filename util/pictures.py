@@ -20,9 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models_cxrmim import CXRMIM
 from util.errors import UserError
 from util.files import atomic_write
 from util.masking import otsu_foreground, significant_patches
@@ -63,7 +62,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(model: CXRMIM, batch: Mapping[str, Tensor], mask: Tensor) -> Reconstruction:
+def reconstruct(model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> Reconstruction:
     """Run the model on a batch with a given mask and collect everything that a picture shows.
 
     Args:
@@ -112,7 +111,7 @@ def reconstruct(model: CXRMIM, batch: Mapping[str, Tensor], mask: Tensor) -> Rec
     )
 
 
-def gray_image(model: CXRMIM, prepared: Mapping[str, Tensor]) -> np.ndarray:
+def gray_image(model: nn.Module, prepared: Mapping[str, Tensor]) -> np.ndarray:
     """Undo the normalisation of a prepared batch: float [B, H, W] in 0..1, mean of the channels."""
     image = (prepared["img"].float() * model.std + model.mean).mean(1)
     return image.clamp(0, 1).cpu().numpy()
@@ -216,7 +215,7 @@ def _enlarge(grid: np.ndarray, factor: int) -> np.ndarray:
 
 
 def reconstruction_figure(
-    model: CXRMIM,
+    model: nn.Module,
     batch: Mapping[str, Tensor],
     mask: Tensor,
     *,
@@ -302,7 +301,7 @@ def reconstruction_figure(
 
 
 def contact_sheet(
-    model: CXRMIM,
+    model: nn.Module,
     batch: Mapping[str, Tensor],
     mask: Tensor,
     *,

@@ -27,11 +27,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datasets.downstream.labels import ANY_FINDING, TEST, LabelledImages, Squares, normalize
 from util.curves import COLORS
 from util.errors import UserError
 from util.export import Backbone, build_backbone, sha256
 from util.files import atomic_write
-from util.labels import ANY_FINDING, TEST, LabelledImages, Squares, normalize
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, chosen on training images
 PIXEL_SIDE = 64  # of the raw-pixel baseline

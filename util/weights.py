@@ -25,7 +25,6 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from models_cxrmim import CXRMIM
 from util.errors import UserError
 
 HEAD_DIM = 64  # channels of one attention head in every ViT of the four sizes
@@ -307,7 +306,12 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
     return LoadReport(info.path, list(taken), missing, ignored, resampled)
 
 
-def build_model(state: Mapping[str, Tensor], args: Mapping[str, Any], path: str | os.PathLike) -> CXRMIM:
+def build_model(
+    model_class: type[nn.Module],
+    state: Mapping[str, Tensor],
+    args: Mapping[str, Any],
+    path: str | os.PathLike,
+) -> nn.Module:
     """Build the CXRMIM that a CXR-MIM checkpoint was trained as, and load all its weights.
 
     Sizes are read off the tensors; what tensors don't tell (id_list, attention heads of the decoder,
@@ -315,6 +319,7 @@ def build_model(state: Mapping[str, Tensor], args: Mapping[str, Any], path: str 
     encoder's heads are 64 channels wide, as in all ViT of these sizes.
 
     Args:
+        model_class: `models_cxrmim.CXRMIM`.
         state, args: as `read_state_dict` returns them (`WeightsInfo.args`).
         path: named in errors.
 
@@ -334,7 +339,7 @@ def build_model(state: Mapping[str, Tensor], args: Mapping[str, Any], path: str 
         embed_dim, in_chans, patch_size = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
         scales = [_scale(state, f"decoder.{k}.pred.") for k in range(taps)]
         last = max(_numbers(state, "decoder.0.pred"))
-        model = CXRMIM(
+        model = model_class(
             img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
             patch_size=patch_size,
             in_chans=in_chans,

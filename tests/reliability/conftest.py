@@ -24,8 +24,11 @@ def make_tree(root: Path, n: int = N_SAMPLES) -> Path:
         y, x = np.mgrid[:size, :size] - generator.integers(8, size - 8, (2, 1, 1))
         attention = np.round(255 * np.exp(-(x**2 + y**2) / 100)).astype(np.uint8)
         entry = {"image_path": f"files/{i}.png", "study_id": i, "reflacx_id": f"P300R{i:06d}"}
-        for path, array in ((entry["image_path"], image), (f"attention/{i}/P300R{i:06d}.png", attention),
-                            (f"foreground/{i}/P300R{i:06d}.png", (attention > 100) * np.uint8(255))):
+        for path, array in (
+            (entry["image_path"], image),
+            (f"attention/{i}/P300R{i:06d}.png", attention),
+            (f"foreground/{i}/P300R{i:06d}.png", (attention > 100) * np.uint8(255)),
+        ):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             write_gray(root / path, array)
         entries.append(entry)
@@ -43,8 +46,20 @@ def flags(tree):
     """Flags of a run of 3 epochs of 6 steps (6 x 1 process x 2 images), but for the output directory."""
 
     def make(output_dir: Path, *more: str) -> list[str]:
-        return [*MODEL, "--data_path", str(tree), "--output_dir", str(output_dir), "--batch_size", "2",
-                "--epochs", "3", "--num_workers", "0", *more]
+        return [
+            *MODEL,
+            "--data_path",
+            str(tree),
+            "--output_dir",
+            str(output_dir),
+            "--batch_size",
+            "2",
+            "--epochs",
+            "3",
+            "--num_workers",
+            "0",
+            *more,
+        ]
 
     return make
 

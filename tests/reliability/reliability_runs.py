@@ -33,8 +33,10 @@ from util.errors import run_cli
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
-MODEL = ("--model cxrmim_vit_tiny_patch16 --input_size 64 --id_list 0 1 --scale_list 4.0 0.5 --device cpu "
-         "--pretrained none --warmup_epochs 1 --blr 0.05 --save_every 1 --print_every 2").split()
+MODEL = (
+    "--model cxrmim_vit_tiny_patch16 --input_size 64 --id_list 0 1 --scale_list 4.0 0.5 --device cpu "
+    "--pretrained none --warmup_epochs 1 --blr 0.05 --save_every 1 --print_every 2"
+).split()
 TIMES = ("time_s",)
 
 
@@ -300,9 +302,15 @@ def gradient_at(epoch: int, step: int, value: float) -> None:
                 output.register_hook(lambda gradient: gradient * value)
                 handles.pop().remove()
 
-        handles.append(torch.nn.modules.module.register_module_forward_hook(
-            lambda module, inputs, output: spoil(module, inputs, output)
-            if isinstance(module, torch.nn.LayerNorm) and handles else None))
+        handles.append(
+            torch.nn.modules.module.register_module_forward_hook(
+                lambda module, inputs, output: (
+                    spoil(module, inputs, output)
+                    if isinstance(module, torch.nn.LayerNorm) and handles
+                    else None
+                )
+            )
+        )
 
     at_step(epoch, step, arm)
 
@@ -355,8 +363,11 @@ def differences(left, right, where: str = "checkpoint") -> list[str]:
     if isinstance(left, (list, tuple)):
         if len(left) != len(right):
             return [f"{where}: lengths differ"]
-        return [text for i, (one, other) in enumerate(zip(left, right, strict=True))
-                for text in differences(one, other, f"{where}[{i}]")]
+        return [
+            text
+            for i, (one, other) in enumerate(zip(left, right, strict=True))
+            for text in differences(one, other, f"{where}[{i}]")
+        ]
     return [] if left == right else [f"{where}: {left!r} != {right!r}"]
 
 
@@ -381,8 +392,11 @@ def tensorboard_points(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(output_dir), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"] if tag not in ("samples_per_s", "data_wait")}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag not in ("samples_per_s", "data_wait")
+    }
 
 
 def assert_same_run(output_dir: Path, reference: Path) -> None:
@@ -397,12 +411,10 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
     assert not list(output_dir.glob(".tmp-*"))
 
 
-
-
 if __name__ == "__main__":
     split = sys.argv.index("--")
     fault_name, *arguments = sys.argv[1:split]
-    flags = sys.argv[split + 1:]
+    flags = sys.argv[split + 1 :]
     shrink_model()
     if fault_name != "none":
         globals()[fault_name](*map(int, arguments))

@@ -13,13 +13,21 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SI
 
 
 # Where the signal comes, (epoch, step), and the checkpoint that must be there after it.
-@pytest.mark.parametrize(("more", "stops"), [
-    ([], [(0, 0, "0-step1"), (0, 1, "0-step2"), (0, 5, "0"), (1, 3, "1-step4"), (1, 4, "1-step5")]),
-    (["--accum_iter", "2", "--clip_grad", "0.5"],
-     [(0, 0, "0-step2"), (0, 3, "0-step4"), (1, 4, "1"), (2, 1, "2-step2")]),
-    (["--num_workers", "2", "--accum_iter", "3", "--gaze_weighted", "--preload"],
-     [(0, 1, "0-step3"), (1, 5, "1"), (2, 0, "2-step3")]),
-], ids=["every-step", "accumulation", "workers"])
+@pytest.mark.parametrize(
+    ("more", "stops"),
+    [
+        ([], [(0, 0, "0-step1"), (0, 1, "0-step2"), (0, 5, "0"), (1, 3, "1-step4"), (1, 4, "1-step5")]),
+        (
+            ["--accum_iter", "2", "--clip_grad", "0.5"],
+            [(0, 0, "0-step2"), (0, 3, "0-step4"), (1, 4, "1"), (2, 1, "2-step2")],
+        ),
+        (
+            ["--num_workers", "2", "--accum_iter", "3", "--gaze_weighted", "--preload"],
+            [(0, 1, "0-step3"), (1, 5, "1"), (2, 0, "2-step3")],
+        ),
+    ],
+    ids=["every-step", "accumulation", "workers"],
+)
 def test_stopped_and_resumed_is_never_stopped(flags, undisturbed, tmp_path, more, stops):
     out = tmp_path / "out"
     reference = undisturbed(*more, "--num_workers", "0")  # as many or as few workers: the same run

@@ -14,9 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from reliability_runs import (Run, assert_same_run, differences, gradient_at, limit_file_size, load, loss_at,
-                              processes_of, run, run_ranks, say_hash_at_end, signal_at, start_ranks,
-                              wait_until_gone)
+from reliability_runs import (
+    Run,
+    assert_same_run,
+    differences,
+    gradient_at,
+    limit_file_size,
+    load,
+    loss_at,
+    processes_of,
+    run,
+    run_ranks,
+    say_hash_at_end,
+    signal_at,
+    start_ranks,
+    wait_until_gone,
+)
 
 ONE_EACH = ("--batch_size", "1")
 
@@ -53,8 +66,11 @@ def test_nonfinite_number_on_one_rank_stops_all(flags, one_epoch, tmp_path, faul
 
 
 def test_skipped_steps_leave_the_weights_alone_on_all_ranks(flags, one_epoch, tmp_path):
-    statuses, outputs = run_ranks(flags(one_epoch, *ONE_EACH, "--skip_nonfinite", "1"), tmp_path / "log",
-                                  faults={0: say_hash_at_end, 1: skipping_fault})
+    statuses, outputs = run_ranks(
+        flags(one_epoch, *ONE_EACH, "--skip_nonfinite", "1"),
+        tmp_path / "log",
+        faults={0: say_hash_at_end, 1: skipping_fault},
+    )
     assert statuses == [0, 0], "\n".join(outputs)
     assert outputs[0].count("warning: left out 1 of at most 1 steps") == 1
     digests = {re.search("weights (.*)", output)[1] for output in outputs}

@@ -11,8 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from reliability_runs import (Run, assert_same_run, kill_in_save, log_lines, processes_of, run, start_ranks,
-                              wait_until_gone)
+from reliability_runs import (
+    Run,
+    assert_same_run,
+    kill_in_save,
+    log_lines,
+    processes_of,
+    run,
+    start_ranks,
+    wait_until_gone,
+)
 
 from util.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
 from util.errors import UserError
@@ -71,8 +79,11 @@ def test_damaged_newest_is_named_and_the_older_one_used(long_flags, long_undistu
         newest, older = list_checkpoints(out)
         whole = newest.read_bytes()
         half = len(whole) // 2
-        newest.write_bytes(whole[:half] if how == "truncated" else
-                           whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1:])
+        newest.write_bytes(
+            whole[:half]
+            if how == "truncated"
+            else whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :]
+        )
         (out / "log.txt").write_text((out / "log.txt").read_text()[:-40])  # and half a line
         status, output = run(long_flags(out), tmp_path / f"log-{how}")
         assert status == 0, output
@@ -137,8 +148,10 @@ def test_fifty_kills_at_random_moments(flags, undisturbed, tmp_path, ranks):
             wait_until_gone(partial(processes_of, one.pid), 60)
         resumed_from.append(newest_or_none(out))
     finish(start("last"))
-    print(f"{ranks} rank(s): {kills} kills over {runs + 1} runs, resumed from {len(set(resumed_from))} "
-          f"distinct points ({resumed_from.count(None)} times from none), all equal to the undisturbed run")
+    print(
+        f"{ranks} rank(s): {kills} kills over {runs + 1} runs, resumed from {len(set(resumed_from))} "
+        f"distinct points ({resumed_from.count(None)} times from none), all equal to the undisturbed run"
+    )
 
 
 def log_lines_or_none(out: Path) -> list[dict]:

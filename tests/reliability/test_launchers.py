@@ -27,8 +27,9 @@ class Launched:
         self.log, self.token = log, f"RELIABILITY_TOKEN={uuid.uuid4()}"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "RELIABILITY_TOKEN": self.token.partition("=")[2], **env}
         with open(log, "w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
 
     def until(self, text: str, count: int = 1, timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
@@ -44,8 +45,22 @@ class Launched:
 
 
 def torchrun(fault: list[str], argv: list[str], log: Path, *options: str) -> Launched:
-    return Launched([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                     *options, reliability_runs.__file__, *fault, "--", *argv], log)
+    return Launched(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *options,
+            reliability_runs.__file__,
+            *fault,
+            "--",
+            *argv,
+        ],
+        log,
+    )
 
 
 def test_torchrun_restarts_after_a_killed_rank_and_passes_sigterm_on(flags, undisturbed, tmp_path):
@@ -117,8 +132,14 @@ def executable(path: Path, text: str) -> Path:
 def slurm(tmp_path: Path, *flags: str, python: str, **env: str) -> Launched:
     executable(tmp_path / "bin/srun", SRUN)
     executable(tmp_path / "bin/scontrol", SCONTROL)
-    return Launched(["bash", str(ROOT / "scripts/slurm_pretrain.sh"), *flags], tmp_path / "slurm.log",
-                    PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_JOB_ID="77", PYTHON=python, **env)
+    return Launched(
+        ["bash", str(ROOT / "scripts/slurm_pretrain.sh"), *flags],
+        tmp_path / "slurm.log",
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        SLURM_JOB_ID="77",
+        PYTHON=python,
+        **env,
+    )
 
 
 def test_slurm_script_saves_before_the_limit_and_requeues(tmp_path):
@@ -143,8 +164,10 @@ def test_slurm_script_does_not_requeue_what_is_done(tmp_path):
 
 @pytest.mark.slow
 def test_slurm_script_with_the_real_program(tree, tmp_path):
-    flags = ("--model cxrmim_vit_tiny_patch16 --pretrained none --device cpu --input_size 64 --batch_size 2 "
-             f"--epochs 900 --data_path {tree} --output_dir {tmp_path / 'out'}").split()
+    flags = (
+        "--model cxrmim_vit_tiny_patch16 --pretrained none --device cpu --input_size 64 --batch_size 2 "
+        f"--epochs 900 --data_path {tree} --output_dir {tmp_path / 'out'}"
+    ).split()
     job = slurm(tmp_path, *flags, python=sys.executable, SLURM_GPUS_ON_NODE="2")
     job.until("epoch 2/900")
     job.process.send_signal(signal.SIGUSR1)

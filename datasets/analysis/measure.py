@@ -1,0 +1,556 @@
+"""Where radiologists look: the motivation analysis of the CXR-MIM paper, on a user's own raw data.
+
+Three questions, for any gaze data set that `datasets.prepare.readings` reads: how large are the marked
+abnormalities; how much denser is the gaze on them than elsewhere; how many patches of an image does
+the gaze make significant at 224 px. The first two need abnormalities marked on the image (REFLACX has
+ellipses, EGD-CXR has none).
+
+The gaze density ratio of a reading is the mean of its heatmap over the abnormal ellipses divided by
+the mean over the rest of the image: gaze mass per area over gaze mass per area. As a control it is
+computed within the chest box alone, so that the empty borders, at which nobody looks, cannot make it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
+
+from datasets.prepare.readings import (
+    PATCH_GRID,
+    SOURCES,
+    attention_maps,
+    count_significant,
+    detect_source,
+    reading_heatmap,
+    resize_gray,
+    run_tasks,
+    scaled_size,
+)
+from datasets.raw.egd import DEFAULT_SIGMA
+from datasets.raw.findings import COMMON_FINDING
+from datasets.raw.image_index import find_images
+from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading
+from util.errors import UserError
+from util.files import atomic_write
+from util.gaze import pixel_middles
+from util.pictures import MASKED, SIGNIFICANT, gaze_overlay, save_figure
+from util.radiograph import radiograph_size, read_radiograph
+
+Box = tuple[float, float, float, float]
+
+ANY = "Any abnormality"
+NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellipse no abnormality
+SIZES = ("small", "medium", "large")
+SIZE_COLOURS = ("#0072B2", "#56B4E9", "#E69F00")  # Okabe and Ito 2008
+CHEST_COLOUR = "#D55E00"
+LEGEND_BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "frameon": False, "fontsize": 8,
+                "borderaxespad": 0}  # fmt: skip
+N_PATCHES = PATCH_GRID**2
+
+
+class Abnormality(NamedTuple):
+    """One marked ellipse: its bounding box, px of the original image, and its share of the image's area."""
+
+    box: Box
+    certainty: int
+    findings: tuple[str, ...]
+    area_share: float
+
+
+class Measurement(NamedTuple):
+    """What one reading tells. `ratios`: per finding, in the whole image and within the chest box."""
+
+    abnormalities: list[Abnormality]
+    ratios: dict[str, tuple[float, float]]
+    significant_patches: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image to show: its reading, file, heatmap [H, W] and abnormal boxes (px of the original)."""
+
+    reading: Reading
+    path: Path
+    size: tuple[int, int]
+    heatmap: np.ndarray
+    boxes: list[Box]
+    ratio: float
+
+
+@dataclass
+class Analysis:
+    """The tables, one row per what `TABLES` says, and what they were computed with."""
+
+    options: dict[str, object]
+    ellipses: pd.DataFrame
+    size_by_finding: pd.DataFrame
+    readings: pd.DataFrame
+    ratio_by_finding: pd.DataFrame
+    significant_patches: pd.DataFrame
+    exclusions: list[Exclusion]
+    notes: list[str]
+    examples: list[Example] = field(default_factory=list)
+
+    TABLES = ("ellipses", "size_by_finding", "readings", "ratio_by_finding", "significant_patches")
+
+    @property
+    def faults(self) -> list[Exclusion]:
+        return [exclusion for exclusion in self.exclusions if exclusion.is_fault]
+
+    def write(self, out: Path) -> list[Path]:
+        """Write the tables and the figure into directory `out`; returns their paths."""
+        out.mkdir(parents=True, exist_ok=True)
+        written = []
+        for name in self.TABLES:
+            table = getattr(self, name)
+            if table.empty:
+                continue
+            written.append(out / f"{name}.csv")
+            with atomic_write(written[-1], "w") as file:
+                table.to_csv(file, index=False, float_format="%.6g")
+        written.append(out / "gaze_analysis.png")
+        save_figure(analysis_figure(self), written[-1])
+        return written
+
+    def __str__(self) -> str:
+        patches = self.readings["significant_patches"]
+        lines = [f"{len(self.readings)} readings of {self.readings['image_id'].nunique()} images"]
+        if not self.ellipses.empty:
+            small, medium = self.options["size_thresholds"]
+            total = self.size_by_finding.iloc[0]  # of ANY
+            lines.append(
+                f"{total['ellipses']:,} abnormal ellipses: {total['small']:.1%} small "
+                f"(under {small:.2%} of the image), "
+                f"{total['medium']:.1%} medium, {total['large']:.1%} large (from {medium:.2%})"
+            )
+        for row in self.ratio_by_finding[self.ratio_by_finding["finding"] == ANY].itertuples():
+            lines.append(
+                f"gaze density ratio, {row.within}: mean {row.mean:.2f} [{row.low:.2f}, {row.high:.2f}], "
+                f"median {row.median:.2f}, {row.readings} readings"
+            )
+        lines.append(
+            f"significant patches of {N_PATCHES} at 224 px: mean {patches.mean():.1f}, "
+            f"median {patches.median():.0f}, "
+            f"5%-95% {patches.quantile(0.05):.0f}-{patches.quantile(0.95):.0f}, "
+            f"none in {(patches == 0).sum()}"
+        )
+        lines += [f"note: {note}" for note in self.notes]
+        listed = [exclusion for exclusion in self.exclusions if exclusion.detail]
+        reasons = Counter(exclusion.reason for exclusion in self.exclusions)
+        lines += [f"left out: {n} x {reason}" for reason, n in sorted(reasons.items())]
+        lines += [f"  {exclusion.id}: {exclusion.reason}: {exclusion.detail}" for exclusion in listed]
+        return "\n".join(lines)
+
+
+def ellipse_mask(boxes: Iterable[Box], image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
+    """Union of axis-aligned ellipses, each given by its bounding box (xmin, ymin, xmax, ymax) in px of
+    the original image: bool [height, width] of `out_size` = (height, width), sampled at pixel centres.
+    `image_size` is (width, height) of the original."""
+    x = pixel_middles(image_size[0], out_size[1])[None, :] - 0.5
+    y = pixel_middles(image_size[1], out_size[0])[:, None] - 0.5
+    mask = np.zeros(out_size, dtype=bool)
+    for xmin, ymin, xmax, ymax in boxes:
+        rx, ry = max((xmax - xmin) / 2, 1e-9), max((ymax - ymin) / 2, 1e-9)
+        mask |= ((x - (xmin + xmax) / 2) / rx) ** 2 + ((y - (ymin + ymax) / 2) / ry) ** 2 <= 1.0
+    return mask
+
+
+def density_ratio(heatmap: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
+    """Gaze density in `inside` over that in `outside`: the mean of the heatmap over one bool [H, W]
+    region divided by that over the other (mass per area over mass per area). NaN where a region is
+    empty or nothing was looked at in `outside`."""
+    if not inside.any() or not outside.any():
+        return float("nan")
+    elsewhere = heatmap[outside].mean()
+    return float(heatmap[inside].mean() / elsewhere) if elsewhere > 0 else float("nan")
+
+
+def size_class(area_share: float, thresholds: tuple[float, float]) -> str:
+    """small below the first threshold, large from the second on, else medium."""
+    return SIZES[int(np.searchsorted(thresholds, area_share, side="right"))]
+
+
+def bootstrap_mean(
+    values: Sequence[float], groups: Sequence[object], *, n_samples: int, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """Mean of `values` and its 95% percentile-bootstrap interval: (mean, low, high).
+
+    Whole groups are drawn (the readings of one subject are not independent of each other). With fewer
+    than two groups there is no interval: NaN.
+    """
+    values = np.asarray(values, dtype=float)
+    _, index = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    count = np.bincount(index).astype(float)  # [G]
+    total = np.bincount(index, weights=values)  # [G]
+    if len(count) < 2:
+        return float(values.mean()), float("nan"), float("nan")
+    means = np.empty(n_samples)
+    chunk = max(1, 2_000_000 // len(count))
+    for start in range(0, n_samples, chunk):
+        n = min(chunk, n_samples - start)
+        drawn = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), size=n)  # [n, G]
+        means[start : start + n] = drawn @ total / (drawn @ count)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def analyze(
+    raw: Path,
+    images: Path | None = None,
+    *,
+    source: str | None = None,
+    split: str = "all",
+    size: int = 256,
+    size_thresholds: tuple[float, float] = (0.01, 0.05),
+    min_certainty: int = 1,
+    n_bootstrap: int = 2000,
+    n_examples: int = 3,
+    seed: int = 0,
+    sigma: float = DEFAULT_SIGMA,
+    workers: int = 1,
+) -> Analysis:
+    """Analyse all usable readings of a raw gaze data set.
+
+    Args:
+        raw: root of REFLACX or EGD-CXR, see `datasets.prepare.readings.detect_source`.
+        images: root of the MIMIC-CXR images. Needed for the examples, and for everything where the data
+            set does not say how large its images are (EGD-CXR).
+        size: short side of the heatmaps, px.
+        size_thresholds: area shares of the image at which medium and large begin.
+        min_certainty: ellipses below this certainty (1-5) are not used.
+        n_examples: images to show, evenly spread over the density ratios.
+        sigma: EGD-CXR's Gaussian, px of the original image.
+
+    A damaged reading is left out and listed. Raises `UserError` where nothing can be analysed.
+    """
+    small, medium = size_thresholds
+    if not 0 < small < medium < 1:
+        raise UserError(
+            f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1"
+        )
+    if size < 1:
+        raise UserError(f"--size {size} is not positive")
+    source = source or detect_source(raw)
+    found = SOURCES[source][1](raw, **({"sigma": sigma} if source == "egd" else {}))
+    readings = [reading for reading in found.readings if split in ("all", reading.split)]
+    if not readings:
+        raise UserError(f"{raw}: no usable reading of split {split!r} ({found.n_found} in all)")
+    exclusions, notes = list(found.exclusions), list(found.notes)
+    paths = {}
+    if images is not None:
+        paths = find_images(images, {reading.image_id: reading.image_path for reading in readings})
+    if not paths and all(reading.image_size is None for reading in readings):
+        raise UserError(
+            f"{raw}: this data set does not say how large its images are: --images, with them, is needed"
+        )
+
+    measure = partial(_measure, size=size, min_certainty=min_certainty)
+    tasks = [(reading, paths.get(reading.image_id)) for reading in readings]
+    ellipse_rows, reading_rows, ratio_rows = [], [], []
+    for reading, measured in zip(readings, run_tasks(measure, tasks, workers, name="analyze")):
+        if isinstance(measured, Exclusion):
+            exclusions.append(measured)
+            continue
+        who = {"id": reading.id, "subject_id": reading.subject_id}
+        ellipse_rows += [
+            {**who, "findings": "|".join(own.findings), "certainty": own.certainty,
+             "area_share": own.area_share, "size": size_class(own.area_share, size_thresholds)}
+            for own in measured.abnormalities
+        ]  # fmt: skip
+        overall = measured.ratios.get(ANY, (float("nan"), float("nan")))
+        reading_rows.append({
+            **who, "image_id": reading.image_id, "split": reading.split,
+            "ellipses": len(measured.abnormalities), "significant_patches": measured.significant_patches,
+            "ratio_image": overall[0], "ratio_chest": overall[1],
+        })  # fmt: skip
+        ratio_rows += [
+            {**who, "finding": finding, "whole image": whole, "chest box": within_chest}
+            for finding, (whole, within_chest) in measured.ratios.items()
+        ]
+    if not reading_rows:
+        reasons = Counter(exclusion.reason for exclusion in exclusions).most_common(3)
+        told = ", ".join(f"{n} x {reason}" for reason, n in reasons)
+        raise UserError(f"{raw}: none of the {len(readings)} readings can be analysed ({told})")
+
+    table = pd.DataFrame(reading_rows)
+    if not ellipse_rows:
+        notes.append(
+            f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images: "
+            "no ellipse sizes and no density ratios; patch counts and examples only"
+        )
+        table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
+    options = {
+        "source": source, "split": split, "size": size, "size_thresholds": size_thresholds,
+        "min_certainty": min_certainty, "n_bootstrap": n_bootstrap,
+    }  # fmt: skip
+    ellipses = pd.DataFrame(ellipse_rows)
+    analysis = Analysis(
+        options, ellipses, _size_table(ellipses), table,
+        _ratio_table(pd.DataFrame(ratio_rows), n_bootstrap, np.random.default_rng(seed)),
+        _patch_table(table["significant_patches"]), exclusions, notes,
+    )  # fmt: skip
+    by_id = {reading.id: reading for reading in readings}
+    chosen = _choose_examples(
+        table, {name for name, reading in by_id.items() if reading.image_id in paths}, n_examples
+    )
+    analysis.examples = [_example(by_id[name], paths, ratio, min_certainty) for name, ratio in chosen]
+    return analysis
+
+
+def _measure(task: tuple[Reading, Path | None], *, size: int, min_certainty: int) -> Measurement | Exclusion:
+    """What one reading tells; its image's path is needed only where the data set gives no size."""
+    reading, path = task
+    try:
+        image_size = reading.image_size
+        if image_size is None:
+            if path is None:
+                raise UserError(f"no image {reading.image_id} under --images, its size is not known")
+            image_size = radiograph_size(path)
+        out_size = scaled_size(image_size, size)[::-1]
+        heatmap = reading_heatmap(reading, reading.fixations_path, image_size, out_size)
+        if isinstance(heatmap, Exclusion):
+            return heatmap
+        abnormalities = _abnormalities(reading, image_size, min_certainty)
+        ratios = _ratios(heatmap, abnormalities, reading.load_chest_box(), image_size)
+    except UserError as error:
+        return Exclusion(reading.id, "unusable reading", str(error), is_fault=True)
+    _, foreground = attention_maps(heatmap)
+    return Measurement(abnormalities, ratios, count_significant(foreground))
+
+
+def _abnormalities(reading: Reading, image_size: tuple[int, int], min_certainty: int) -> list[Abnormality]:
+    """The ellipses of a reading that mark abnormalities."""
+    ellipses = reading.load_ellipses()
+    labels = [column for column in ellipses.columns if column not in ELLIPSE_COLUMNS]
+    flags = ellipses[labels].to_numpy(dtype=bool)
+    found = []
+    for row, own_flags in zip(ellipses[list(ELLIPSE_COLUMNS)].to_numpy(dtype=float).tolist(), flags):
+        xmin, ymin, xmax, ymax, certainty = row
+        own = [label for label, flag in zip(labels, own_flags) if flag]
+        abnormal = [label for label in own if label not in NOT_ABNORMAL]
+        if certainty < min_certainty or (own and not abnormal):
+            continue
+        area_share = np.pi / 4 * (xmax - xmin) * (ymax - ymin) / (image_size[0] * image_size[1])
+        findings = tuple(dict.fromkeys(COMMON_FINDING[label] for label in abnormal))
+        found.append(Abnormality((xmin, ymin, xmax, ymax), int(certainty), findings, area_share))
+    return found
+
+
+def _ratios(
+    heatmap: np.ndarray, abnormalities: list[Abnormality], chest: Box | None, image_size: tuple[int, int]
+) -> dict[str, tuple[float, float]]:
+    """Density ratio in the whole image and within the chest box, for all abnormalities together (`ANY`)
+    and for each finding. Outside always means outside of every abnormality. Ellipses that no pixel
+    centre of the map falls into give no ratio."""
+    abnormal = ellipse_mask([own.box for own in abnormalities], image_size, heatmap.shape)
+    if not abnormal.any():
+        return {}
+    masks = {ANY: abnormal}
+    for finding in sorted({finding for own in abnormalities for finding in own.findings}):
+        boxes = [own.box for own in abnormalities if finding in own.findings]
+        masks[finding] = ellipse_mask(boxes, image_size, heatmap.shape)
+    in_chest = np.zeros_like(abnormal)
+    if chest is not None:
+        x = pixel_middles(image_size[0], heatmap.shape[1]) - 0.5
+        y = pixel_middles(image_size[1], heatmap.shape[0]) - 0.5
+        in_chest = ((y >= chest[1]) & (y <= chest[3]))[:, None] & ((x >= chest[0]) & (x <= chest[2]))[None, :]
+    return {
+        finding: (
+            density_ratio(heatmap, mask, ~abnormal),
+            density_ratio(heatmap, mask & in_chest, ~abnormal & in_chest),
+        )
+        for finding, mask in masks.items()
+        if mask.any()
+    }
+
+
+def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
+    """Per finding: ellipses, the share of each size class, median area share; `ANY` first, then by number."""
+    if ellipses.empty:
+        return pd.DataFrame()
+    by_finding = ellipses.assign(finding=ellipses["findings"].str.split("|")).explode("finding")
+    by_finding = by_finding[by_finding["finding"] != ""]
+    rows = []
+    for finding, own in ((ANY, ellipses), *by_finding.groupby("finding")):
+        shares = own["size"].value_counts(normalize=True)
+        row = {"finding": finding, "ellipses": len(own)} | {size: shares.get(size, 0.0) for size in SIZES}
+        rows.append(row | {"median_area_share": own["area_share"].median()})
+    table = pd.DataFrame(rows)
+    order = np.lexsort((table["finding"], -table["ellipses"], table["finding"] != ANY))
+    return table.iloc[order].reset_index(drop=True)
+
+
+def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Per finding and region (`within`): readings, subjects, mean with its 95% interval, median."""
+    if ratios.empty:
+        return pd.DataFrame(
+            columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"]
+        )
+    rows = []
+    order = ratios["finding"].value_counts()
+    for finding in sorted(order.index, key=lambda name: (name != ANY, -order[name], name)):
+        for within in ("whole image", "chest box"):
+            own = ratios[(ratios["finding"] == finding) & ratios[within].notna()]
+            if own.empty:
+                continue
+            mean, low, high = bootstrap_mean(own[within], own["subject_id"], n_samples=n_bootstrap, rng=rng)
+            rows.append({"finding": finding, "within": within, "readings": len(own),
+                         "subjects": own["subject_id"].nunique(), "mean": mean, "low": low, "high": high,
+                         "median": own[within].median()})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _patch_table(counts: pd.Series) -> pd.DataFrame:
+    """How many readings have each number of significant patches."""
+    number = np.bincount(counts, minlength=1)
+    return pd.DataFrame({"significant_patches": np.arange(len(number)), "readings": number})
+
+
+def _choose_examples(table: pd.DataFrame, available: set[str], n: int) -> list[tuple[str, float]]:
+    """`n` (reading id, ratio) of those whose image is there, spread evenly over the ratios' ranks, one per
+    image."""
+    table = table[table["id"].isin(available)].drop_duplicates("image_id")
+    if "ratio_image" in table:
+        table = table[table["ratio_image"].notna()].sort_values(["ratio_image", "id"])
+    else:
+        table = table.assign(ratio_image=np.nan)
+    n = min(n, len(table))
+    chosen = table.iloc[((np.arange(n) + 0.5) / max(n, 1) * len(table)).astype(int)]
+    return list(zip(chosen["id"], chosen["ratio_image"]))
+
+
+def _example(reading: Reading, paths: dict[str, Path], ratio: float, min_certainty: int) -> Example:
+    path = paths[reading.image_id]
+    size = radiograph_size(path)
+    heatmap = reading_heatmap(reading, path, size, scaled_size(size, 512)[::-1])
+    if isinstance(heatmap, Exclusion):  # only where the file's size is not the one in the metadata
+        raise UserError(f"{heatmap.reason}: {heatmap.detail}")
+    boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
+    return Example(reading, path, size, heatmap, boxes, ratio)
+
+
+def analysis_figure(analysis: Analysis) -> Figure:
+    """The tables as one figure: ellipse sizes, density ratios, patch counts, and the examples below."""
+    has_ellipses = not analysis.ellipses.empty
+    n_rows = len(analysis.size_by_finding) if has_ellipses else 0
+    top = max(3.4, 1.5 + 0.32 * n_rows)
+    bottom = 0.3 + 10.4 / max(3, len(analysis.examples)) if analysis.examples else 0.0
+    figure = Figure(figsize=(14, top + bottom), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(2, 1, height_ratios=(top, bottom)) if analysis.examples else (figure,)
+    with matplotlib.rc_context({"font.size": 9}):
+        if has_ellipses:
+            axes = parts[0].subplots(1, 3, width_ratios=(1.35, 1.25, 1.0))
+            _draw_sizes(axes[0], analysis)
+            _draw_ratios(axes[1], analysis)
+        else:
+            axes = [parts[0].subplots(1, 1)]
+        _draw_patches(axes[-1], analysis)
+        if analysis.examples:
+            _draw_examples(parts[1], analysis.examples)
+    return figure
+
+
+def _draw_sizes(axes, analysis: Analysis) -> None:
+    table = analysis.size_by_finding.iloc[::-1]
+    small, medium = analysis.options["size_thresholds"]
+    small, medium = 100 * small, 100 * medium
+    names = (f"small: under {small:g}% of the image's area", f"medium: {small:g}% to {medium:g}%",
+             f"large: {medium:g}% or more")  # fmt: skip
+    left = np.zeros(len(table))
+    for size, colour, name in zip(SIZES, SIZE_COLOURS, names):
+        share = 100 * table[size].to_numpy()
+        axes.barh(
+            table["finding"], share, left=left, color=colour, edgecolor="white", linewidth=0.6, label=name
+        )
+        left += share
+    for i, count in enumerate(table["ellipses"]):
+        axes.text(101, i, f"{count:,}", va="center", fontsize=8)
+    axes.set(xlim=(0, 112), xticks=(0, 25, 50, 75, 100), title="How large abnormalities are",
+             xlabel="share of abnormality ellipses, % (number: ellipses)")  # fmt: skip
+    axes.legend(**LEGEND_BELOW)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_ratios(axes, analysis: Analysis) -> None:
+    table = analysis.ratio_by_finding
+    if table.empty:  # every ellipse fell between the pixels of the map
+        axes.set_title("No density ratio: the ellipses are too small for --size")
+        axes.set_axis_off()
+        return
+    findings = list(dict.fromkeys(table["finding"]))[::-1]
+    for within, colour, marker, shift in (
+        ("whole image", MASKED, "o", 0.14),
+        ("chest box", CHEST_COLOUR, "s", -0.14),
+    ):
+        own = table[table["within"] == within]
+        y = np.array([findings.index(finding) for finding in own["finding"]]) + shift
+        error = np.nan_to_num(np.stack([own["mean"] - own["low"], own["high"] - own["mean"]]))
+        axes.errorbar(own["mean"], y, xerr=error.clip(0), fmt=marker, color=colour, markersize=5, capsize=2.5,
+                      linewidth=1.3, label=f"within the {within}")  # fmt: skip
+    overall = table[(table["finding"] == ANY) & (table["within"] == "whole image")].iloc[0]
+    axes.axvline(1, color="0.5", linewidth=1, linestyle=":")
+    axes.set_xscale("log")
+    ticks = [
+        tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if _in_view(tick, axes.get_xlim())
+    ]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(findings)), findings)
+    interval = "" if np.isnan(overall.low) else f" [{overall.low:.2f}, {overall.high:.2f}]"
+    axes.set(ylim=(-0.6, len(findings) - 0.4), xlabel="gaze density on abnormalities / elsewhere",
+             title=f"Mean ratio {overall['mean']:.2f}{interval}, {overall.readings:,} readings")  # fmt: skip
+    axes.legend(
+        **LEGEND_BELOW,
+        title="mean, bootstrap 95% interval over subjects",
+        title_fontsize=8,
+        alignment="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _in_view(value: float, limits: tuple[float, float]) -> bool:
+    return limits[0] <= value <= limits[1]
+
+
+def _draw_patches(axes, analysis: Analysis) -> None:
+    counts = analysis.readings["significant_patches"]
+    bins = np.arange(0, max(counts.max() + 8, 16), max(1, round((counts.max() + 1) / 24)))
+    axes.hist(counts, bins=bins, color=SIGNIFICANT, edgecolor="white", linewidth=0.6)
+    axes.axvline(counts.median(), color="black", linewidth=1.2, linestyle="--")
+    title = f"Median {counts.median():.0f}, mean {counts.mean():.1f}; none in {(counts == 0).sum():,}"
+    axes.set(xlabel=f"significant patches of {N_PATCHES} at 224 px", ylabel="readings", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_examples(figure, examples: Sequence[Example]) -> None:
+    marked = "; ellipses: marked abnormalities" if any(example.boxes for example in examples) else ""
+    figure.suptitle(f"Examples: image and gaze{marked}", fontsize=10)
+    grid = np.ravel(figure.subplots(1, 2 * len(examples)))
+    for example, pair in zip(examples, grid.reshape(-1, 2)):
+        height, width = example.heatmap.shape
+        gray = resize_gray(read_radiograph(example.path), (width, height)) / 255.0
+        overlay = gaze_overlay(gray, example.heatmap / example.heatmap.max())
+        for axes, picture in zip(pair, (gray, overlay)):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            axes.set_axis_off()
+            scale = width / example.size[0]
+            for xmin, ymin, xmax, ymax in example.boxes:
+                centre = ((xmin + xmax + 1) / 2 * scale - 0.5, (ymin + ymax + 1) / 2 * scale - 0.5)
+                axes.add_patch(Ellipse(centre, (xmax - xmin) * scale, (ymax - ymin) * scale, fill=False,
+                                       edgecolor="#56B4E9", linewidth=1.3))  # fmt: skip
+        ratio = "" if np.isnan(example.ratio) else f", ratio {example.ratio:.1f}"
+        name = example.reading.id
+        pair[0].set_title(name if len(name) <= 24 else f"{name[:8]}...{name[-12:]}", fontsize=8)
+        pair[1].set_title(f"gaze{ratio}", fontsize=8)

@@ -1,0 +1,141 @@
+"""What made-up studies share, whatever layout they are written in: subjects, images and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from datasets.phantom.chest import LESION_KINDS, Frame, Lesion, chest_box, draw_lesion
+
+
+@dataclass
+class PhantomImage:
+    """What is true of one image. Boxes are (xmin, ymin, xmax, ymax), px of the image."""
+
+    index: int
+    dicom_id: str
+    subject_id: str
+    study_id: str
+    split: str
+    path: Path
+    size: tuple[int, int]
+    lesions: list[Lesion]
+    boxes: list[tuple[float, float, float, float]]
+    chest_box: tuple[float, float, float, float]
+    reading_ids: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PhantomStudy:
+    """A study on disk. `raw` is the gaze data set's root, `images` the MIMIC-CXR root. `truth` has one
+    element per image, `faults` names the reading that each planted fault hit."""
+
+    root: Path
+    raw: Path
+    images: Path
+    truth: list[PhantomImage]
+    seed: int = 0
+    dwell_ratio: float = 6.0
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+def check_options(n_images: int, image_format: str, lesion_kinds: Sequence[str]) -> None:
+    if n_images < 1:
+        raise ValueError(f"n_images {n_images} is not at least 1")
+    if image_format not in ("jpg", "dcm", "mixed"):
+        raise ValueError(f"image_format {image_format!r} is not jpg, dcm or mixed")
+    if unknown := [kind for kind in lesion_kinds if kind not in LESION_KINDS]:
+        raise ValueError(f"unknown lesion kinds {unknown}: known are {', '.join(LESION_KINDS)}")
+
+
+def image_suffix(image_format: str, index: int) -> str:
+    is_dicom = image_format == "dcm" or (image_format == "mixed" and index % 2 == 1)
+    return ".dcm" if is_dicom else ".jpg"
+
+
+def draw_lesions(
+    rng: np.random.Generator,
+    kinds: Sequence[str],
+    count: tuple[int, int],
+    normal_fraction: float,
+    size: float,
+    contrast: float,
+) -> list[Lesion]:
+    is_normal = rng.random() < normal_fraction
+    n = 0 if is_normal else min(len(kinds), int(rng.integers(count[0], count[1] + 1)))
+    chosen = [kinds[i] for i in rng.permutation(len(kinds))[:n]]
+    return [draw_lesion(kind, rng, size, contrast) for kind in chosen]
+
+
+def fixed_number(*key: int) -> int:
+    """A fixed pseudo-random number for a key."""
+    return int(np.random.default_rng([*key, 7]).integers(1 << 62))
+
+
+def new_image(
+    study: PhantomStudy, index: int, size: tuple[int, int], lesions: list[Lesion], suffix: str
+) -> PhantomImage:
+    # Every sixth image is a second study of the subject before; a subject is in one split only.
+    person = index - (index % 6 == 5)
+    subject_id = str(10_000_000 + 977 * person + study.seed % 977)
+    study_id = str(50_000_000 + 1013 * index + study.seed % 1013)
+    digits = "".join(f"{fixed_number(study.seed, index, part):016x}" for part in range(3))
+    dicom_id = "-".join(digits[i : i + 8] for i in range(0, 40, 8))
+    directory = study.images / "files" / f"p{subject_id[:2]}" / f"p{subject_id}" / f"s{study_id}"
+    path = directory / f"{dicom_id}{suffix}"
+    frame = Frame(size)
+    split = {3: "validate", 6: "test", 9: "test"}.get(person % 10, "train")
+    return PhantomImage(
+        index,
+        dicom_id,
+        subject_id,
+        study_id,
+        split,
+        path,
+        size,
+        lesions,
+        [frame.box(lesion.ellipse) for lesion in lesions],
+        chest_box(frame),
+    )
+
+
+def write_image(image: PhantomImage, gray: np.ndarray, *, inverted: bool) -> None:
+    image.path.parent.mkdir(parents=True, exist_ok=True)
+    if image.path.suffix == ".jpg":
+        Image.fromarray(gray).save(image.path, quality=92)
+    else:
+        _write_dicom(image, gray, inverted)
+
+
+def _write_dicom(image: PhantomImage, gray: np.ndarray, inverted: bool) -> None:
+    """A 12-bit CR image whose window shows the whole range, so that it reads as `gray` again."""
+    import pydicom
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[image.dicom_id])
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.Modality, data.BodyPartExamined, data.ViewPosition = "CR", "CHEST", "PA"
+    data.PatientID, data.PatientName, data.StudyID = image.subject_id, "Phantom", image.study_id
+    data.ImageComments = "Made-up chest, not a patient"
+    data.Rows, data.Columns = gray.shape
+    data.SamplesPerPixel, data.PixelRepresentation = 1, 0
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    data.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+    data.WindowCenter, data.WindowWidth = 2048, 4096
+    stored = gray.astype(np.uint32) * 4095 // 255  # 16 bits would overflow
+    data.PixelData = (4095 - stored if inverted else stored).astype("<u2").tobytes()
+    data.save_as(image.path, enforce_file_format=True)
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False)

@@ -1,0 +1,119 @@
+"""EGD-CXR 1.0.0 as PhysioNet gives it, read into `Reading`s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from datasets.raw.readings import Exclusion, RawReadings, Reading
+from util.errors import UserError
+from util.gaze import FIXATION_COLUMNS
+from util.tables import check_id, check_relative_path, numeric_columns, parse_bool, read_table
+
+DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
+LABELS = ("Normal", "CHF", "pneumonia")
+_MASTER_TEXT = ("dicom_id", "path", "study_id", "patient_id")
+_FIXATION_TEXT = ("DICOM_ID", "SESSION_ID")
+_TIME, _DURATION = "Time (in secs)", "FPOGD"
+_POSITION = ("X_ORIGINAL", "Y_ORIGINAL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EgdReading(Reading):
+    """A reading whose fixations were read with everybody else's from the one file of the data set:
+    `rows` has line, x, y, time and, where the file has it, duration."""
+
+    rows: pd.DataFrame = field(repr=False, compare=False)
+    sigma: float
+
+    def load_fixations(self) -> pd.DataFrame:
+        """As `Reading.load_fixations`; fixations off the picture are dropped, the picture was always
+        shown whole. A fixation without a recorded duration lasted since the one before it (the first:
+        since the image came up)."""
+        numbers = numeric_columns(self.rows, [c for c in self.rows if c not in ("line", *_FIXATION_TEXT)],
+                                  self.fixations_path, self.rows["line"])  # fmt: skip
+        time = numbers[_TIME]
+        duration = numbers.get(_DURATION, np.diff(time, prepend=0.0))
+        x, y = (numbers[column] for column in _POSITION)
+        width, height = self.image_size or (np.inf, np.inf)
+        on_picture = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+        fixations = pd.DataFrame({"x": x, "y": y, "duration": duration})[on_picture].reset_index(drop=True)
+        whole = {"xmin": -np.inf, "ymin": -np.inf, "xmax": np.inf, "ymax": np.inf}
+        return fixations.assign(sigma_x=self.sigma, sigma_y=self.sigma, **whole)[list(FIXATION_COLUMNS)]
+
+
+def find_egd_root(raw: Path) -> Path | None:
+    """The directory that holds master_sheet.csv: `raw` or one below it; None if none does."""
+    for candidate in (raw, *(sorted(raw.iterdir()) if raw.is_dir() else ())):
+        if (candidate / "master_sheet.csv").is_file():
+            return candidate
+    return None
+
+
+def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
+    """All readings of the raw data set, ordered by id; raises `UserError` for unusable tables.
+
+    A reading is one image in one session, its id <dicom_id>-<session>. The data set has no angular
+    resolution, hence `sigma`, px of the original image; it has no splits and no image sizes.
+    """
+    if not sigma > 0:
+        raise UserError(f"--sigma {sigma:g} is not positive")
+    root = find_egd_root(raw)
+    if root is None:
+        raise UserError(f"{raw}: no master_sheet.csv here or one directory below (egd-cxr/1.0.0)")
+    result = RawReadings("egd", [])
+    path = root / "master_sheet.csv"
+    master = read_table(path, (*_MASTER_TEXT, *LABELS), text=_MASTER_TEXT)
+    sheet = {}
+    for line, row in enumerate(master.to_dict("records"), start=2):
+        name = row["dicom_id"]
+        try:
+            if name in sheet:
+                raise UserError(f"{path}: line {line}, column 'dicom_id': {name} appears a second time")
+            sheet[name] = _parse_row(row, path, line)
+        except UserError as error:
+            result.exclusions.append(Exclusion(name, "unusable master sheet row", str(error), is_fault=True))
+
+    path = root / "fixations.csv"
+    table = read_table(path, (*_FIXATION_TEXT, _TIME, *_POSITION), text=_FIXATION_TEXT)
+    table["line"] = np.arange(2, len(table) + 2)
+    columns = [*_FIXATION_TEXT, "line", _TIME, *_POSITION, *(c for c in (_DURATION,) if c in table)]
+    known = table["DICOM_ID"].isin(master["dicom_id"])
+    if not known.all():
+        n_unknown = int((~known).sum())
+        result.notes.append(f"{n_unknown} fixations are of no image of the master sheet (calibration)")
+    for (image, session), rows in table.loc[known, columns].groupby(list(_FIXATION_TEXT), sort=True):
+        if image not in sheet:
+            continue  # its row of the master sheet is reported already
+        name = f"{image}-{session}"
+        try:
+            check_id(name, f"{path}: line {rows['line'].iloc[0]}, column 'SESSION_ID':")
+        except UserError as error:
+            result.exclusions.append(Exclusion(name, "unusable session id", str(error), is_fault=True))
+            continue
+        reading = EgdReading(
+            id=name, split=None, phase=None, source="egd", image_size=None, fixations_path=path,
+            rows=rows.reset_index(drop=True), sigma=sigma, **sheet[image],
+        )  # fmt: skip
+        result.readings.append(reading)
+    for image in sorted(set(sheet) - set(table["DICOM_ID"])):
+        result.exclusions.append(Exclusion(image, "no fixations", f"{path}: none of DICOM_ID {image}"))
+    return result
+
+
+def _parse_row(row: dict, path: Path, line: int) -> dict:
+    """The part of a reading's fields that the master sheet gives."""
+
+    def where(column: str) -> str:
+        return f"{path}: line {line}, column {column!r}:"
+
+    return {
+        "image_id": check_id(row["dicom_id"], where("dicom_id")),
+        "study_id": check_id(row["study_id"], where("study_id")),
+        "subject_id": check_id(row["patient_id"], where("patient_id")),
+        "image_path": check_relative_path(row["path"], where("path")),
+        "labels": {label: parse_bool(row[label], path, line, label) for label in LABELS},
+    }

@@ -1,0 +1,242 @@
+"""From MIMIC-CXR and heatmaps made elsewhere to the MIMIC tree."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from datasets import build_dataset, check_data
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.mimic import INDEX, find_heatmaps, prepare_mimic, read_heatmap
+from util.errors import UserError
+from util.images import read_gray, write_gray
+from util.radiograph import read_radiograph
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
+import prepare_mimic as script
+
+SIZE = (105, 128)
+VIEWS = ["PA", "AP", "LATERAL", "PA", "", "LL", "AP", "PA"]
+
+
+def blob(shape, x, y):
+    """A heatmap with its peak at the shares (x, y) of its sides."""
+    height, width = shape
+    u = (np.arange(width) + 0.5) / width - x
+    v = (np.arange(height) + 0.5) / height - y
+    return np.exp(-(u[None] ** 2 + v[:, None] ** 2) / 0.02).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """MIMIC-CXR with both kinds of files, its metadata, and a heatmap per image: PNG and NPY by turns."""
+    root = tmp_path_factory.mktemp("mimic")
+    study = make_study(root, 8, size=SIZE, shared_images=0, image_format="mixed")
+    rows = [
+        {
+            "dicom_id": i.dicom_id,
+            "subject_id": i.subject_id,
+            "study_id": i.study_id,
+            "ViewPosition": view,
+            "Rows": 1,
+        }
+        for i, view in zip(study.truth, VIEWS)
+    ]
+    pd.DataFrame(rows).to_csv(study.images / "mimic-cxr-2.0.0-metadata.csv.gz", index=False)
+    heatmaps = root / "heatmaps"
+    for number, image in enumerate(study.truth):
+        directory = heatmaps / (image.path.parent.relative_to(study.images) if number % 3 else "flat")
+        directory.mkdir(parents=True, exist_ok=True)
+        if number % 2:
+            np.save(directory / f"{image.dicom_id}.npy", 7.5 * blob((56, 56), 0.7, 0.3)[None])
+        else:
+            write_gray(
+                directory / f"gaze_{image.dicom_id}_v2.png", (255 * blob((64, 80), 0.7, 0.3)).astype(np.uint8)
+            )
+    return study, heatmaps
+
+
+def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(p.relative_to(root)): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in root.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_builds_a_tree_that_trains(source, tmp_path):
+    study, heatmaps = source
+    report = prepare_mimic(study.images, heatmaps, tmp_path / "out", size=0)
+    frontal = [image for image, view in zip(study.truth, VIEWS) if view in ("AP", "PA")]
+    assert report.counts == {
+        "images with heatmaps": 8, "- other view": 3, "entries": 5, "files written by this run": 15,
+        "mean significant patches of 196": report.counts["mean significant patches of 196"],
+    }  # fmt: skip
+    assert not report.faults
+    entries = {entry["dicom_id"]: entry for entry in json.loads((tmp_path / "out" / INDEX).read_text())}
+    assert set(entries) == {image.dicom_id for image in frontal}
+    for image in frontal:
+        entry = entries[image.dicom_id]
+        place = f"files/p{image.subject_id[:2]}/p{image.subject_id}/s{image.study_id}/{image.dicom_id}"
+        assert entry["image_path"] == f"{place}.jpg"
+        assert (entry["study_id"], entry["subject_id"]) == (image.study_id, image.subject_id)
+        gray = read_gray(tmp_path / "out" / f"{place}.jpg").astype(int)
+        assert gray.shape == SIZE[::-1]
+        assert np.abs(gray - read_radiograph(image.path)).mean() < 4
+        attention = read_gray(tmp_path / "out" / "attention" / f"{place}.png")
+        expected = 255 * blob(SIZE[::-1], 0.7, 0.3)
+        assert np.abs(attention - expected).max() < 12 and attention.max() == 255
+        foreground = read_gray(tmp_path / "out" / "foreground" / f"{place}.png")
+        assert set(np.unique(foreground)) == {0, 255}
+        assert attention[foreground == 255].min() > attention[foreground == 0].max()
+    assert check_data(tmp_path / "out", preload=True) == []
+    dataset = build_dataset(tmp_path / "out", preload=True, augment=False, use_cache=False)
+    assert len(dataset) == 5
+    assert dataset[0]["foreground"].float().mean() > 0.02
+
+
+def test_views_and_size_are_options(source, tmp_path):
+    study, heatmaps = source
+    assert (
+        prepare_mimic(study.images, heatmaps, tmp_path / "l", views=("LATERAL", "LL")).counts["entries"] == 2
+    )
+    report = prepare_mimic(study.images, heatmaps, tmp_path / "all", views=("all",), size=64)
+    assert report.counts["entries"] == 8
+    assert {read_gray(path).shape for path in (tmp_path / "all").rglob("*.png")} == {(78, 64)}
+    with pytest.raises(UserError, match="none of its 8 heatmaps is of an image of view SWIMMERS"):
+        prepare_mimic(study.images, heatmaps, tmp_path / "none", views=("SWIMMERS",))
+
+
+def test_a_second_run_changes_nothing_and_an_interrupted_one_is_finished(source, tmp_path):
+    study, heatmaps = source
+    out = tmp_path / "out"
+    prepare_mimic(study.images, heatmaps, out)
+    first = snapshot(out)
+    again = prepare_mimic(study.images, heatmaps, out)
+    assert snapshot(out) == first and again.counts["files written by this run"] == 0
+    # Killed: the index is not there yet, a map lacks, a file is half-written under its temporary name.
+    (out / INDEX).unlink()
+    maps = sorted((out / "attention").rglob("*.png"))
+    maps[1].unlink()
+    (maps[0].parent / ".tmp-x.png-1").write_bytes(b"half")
+    assert prepare_mimic(study.images, heatmaps, out).counts["files written by this run"] == 1
+    assert {name: data for name, (data, _) in snapshot(out).items()} == {
+        name: d for name, (d, _) in first.items()
+    }
+    with pytest.raises(UserError, match="other options"):
+        prepare_mimic(study.images, heatmaps, out, size=64)
+    prepare_mimic(study.images, heatmaps, out, size=64, overwrite=True)
+    assert {read_gray(path).shape for path in out.rglob("*.png")} == {(78, 64)}
+
+
+def test_dry_run_writes_nothing(source, tmp_path):
+    study, heatmaps = source
+    report = prepare_mimic(study.images, heatmaps, tmp_path / "out", dry_run=True)
+    assert report.counts["entries"] == 5 and not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_left_out_by_name(source, tmp_path, capsys):
+    study, _ = source
+    images = Path(shutil.copytree(study.images, tmp_path / "images"))
+    heatmaps = tmp_path / "heatmaps"
+    heatmaps.mkdir()
+    ids = [image.dicom_id for image in study.truth]
+    good = blob((32, 32), 0.5, 0.5)
+    np.save(heatmaps / f"{ids[0]}.npy", -good)
+    np.save(heatmaps / f"{ids[1]}.npy", np.ones((8, 8)))
+    np.save(heatmaps / f"{ids[2]}.npy", good)
+    write_gray(heatmaps / f"{ids[2]}.png", (255 * good).astype(np.uint8))
+    write_gray(heatmaps / f"{ids[3]}.png", (255 * good).astype(np.uint8))
+    (heatmaps / f"{ids[3]}.png").write_bytes((heatmaps / f"{ids[3]}.png").read_bytes()[:-30])
+    for name in ids[4:7]:
+        np.save(heatmaps / f"{name}.npy", good)
+    broken = images / study.truth[4].path.relative_to(study.images)
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    (images / study.truth[5].path.relative_to(study.images)).unlink()
+    np.save(heatmaps / "stranger.npy", good)
+    arguments = ["--images", str(images), "--heatmaps", str(heatmaps), "--out", str(tmp_path / "out")]
+    assert script.main([*arguments, "--views", "all", "--workers", "1"]) == 1
+    told = capsys.readouterr()
+    for part in (
+        f"{ids[0]}.npy: has negative",
+        f"{ids[1]}.npy: all values are equal",
+        f"{ids[2]}: several heatmaps",
+        f"{ids[3]}.png: the PNG is truncated",
+        f"{broken.name}: the",
+        f"{ids[5]}: image missing",
+        "stranger: not in the metadata",
+    ):
+        assert part in told.out
+    assert "5 images left out for damaged input" in told.err
+    entries = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert [entry["dicom_id"] for entry in entries] == [ids[6]]
+    assert check_data(tmp_path / "out", preload=True) == []
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (np.full((4, 4), np.nan), "not finite"),
+        (np.zeros((3, 4, 4)), "shape"),
+        (np.array([["a"]]), "no array of numbers"),
+        (np.array([[{}]], dtype=object), "cannot be read as NPY"),
+        (b"", "cannot be read as NPY"),
+        (b"\x93NUMPY\x01\x00rubbish", "cannot be read as NPY"),
+    ],
+)
+def test_npy_that_is_no_heatmap(tmp_path, content, message):
+    path = tmp_path / "x.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(UserError, match=f"x.npy: .*{message}"):
+        read_heatmap(path, (8, 8))
+
+
+def test_heatmaps_keep_their_place_when_resized(tmp_path):
+    np.save(tmp_path / "x.npy", blob((200, 50), 0.2, 0.8).astype(np.float64))
+    heatmap = read_heatmap(tmp_path / "x.npy", (30, 40))
+    assert heatmap.shape == (40, 30) and heatmap.min() >= 0
+    assert np.unravel_index(heatmap.argmax(), heatmap.shape) in {(31, 5), (31, 6), (32, 5), (32, 6)}
+
+
+def test_dicom_ids_are_found_in_names(tmp_path):
+    name = "02aa804e-bde0afdd-112c0b34-7bc16630-4e384014"
+    for file in (f"{name}.png", "a/other.npy", f"b/c/pred-{name[:-1]}f_epoch3.NPY", "notes.txt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    found, twice = find_heatmaps(tmp_path)
+    assert set(found) == {name, "other", f"{name[:-1]}f"} and not twice
+
+
+def test_bad_metadata_and_places(source, tmp_path):
+    study, heatmaps = source
+    with pytest.raises(UserError, match="give its path with --metadata"):
+        prepare_mimic(heatmaps, heatmaps, tmp_path / "out")
+    with pytest.raises(UserError, match="no such directory; --heatmaps"):
+        prepare_mimic(study.images, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no .png or .npy file"):
+        prepare_mimic(study.images, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UserError, match="--size -1"):
+        prepare_mimic(study.images, heatmaps, tmp_path / "out", size=-1)
+    table = pd.read_csv(study.images / "mimic-cxr-2.0.0-metadata.csv.gz", dtype=str)
+    csv = tmp_path / "metadata.csv"
+
+    table.drop(columns="ViewPosition").to_csv(csv, index=False)
+    with pytest.raises(UserError, match="metadata.csv: column 'ViewPosition' is missing"):
+        prepare_mimic(study.images, heatmaps, tmp_path / "out", metadata=csv)
+    pd.concat([table, table.iloc[:1]]).to_csv(csv, index=False)
+    with pytest.raises(UserError, match="metadata.csv: line 10, column 'dicom_id': .* appears twice"):
+        prepare_mimic(study.images, heatmaps, tmp_path / "out", metadata=csv)
+    table.loc[0, "subject_id"] = "../../../tmp"
+    table.to_csv(csv, index=False)
+    report = prepare_mimic(study.images, heatmaps, tmp_path / "out", metadata=csv)
+    (fault,) = report.faults
+    assert fault.id == study.truth[0].dicom_id and "not a plain identifier" in fault.detail
+    assert report.counts["entries"] == 4

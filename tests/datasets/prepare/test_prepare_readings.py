@@ -1,0 +1,499 @@
+"""datasets/prepare/readings.py: raw -> tree, on the phantom; exact counts, exact maps, nothing half-done."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from datasets.phantom.egd import make_egd
+from datasets.phantom.faults import FAULTS
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.readings import SOURCES, count_significant, prepare, scaled_size
+from datasets.raw.egd import read_egd
+from datasets.raw.image_index import find_images
+from datasets.raw.readings import RawReadings, Reading
+from datasets.raw.reflacx import read_reflacx
+from scripts.prepare_reflacx import main
+from util.dicom import read_dicom
+from util.errors import UserError
+from util.gaze import fixation_heatmap, heatmap_to_uint8
+from util.images import read_gray
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_reflacx.py"
+
+
+def snapshot(root):
+    """Every file with content and time of change."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def contents(root):
+    return {path: content for path, (content, _) in snapshot(root).items()}
+
+
+def entries_of(out):
+    return json.loads((out / "reflacx.json").read_text())
+
+
+def maps_of(out, entry):
+    name = f"{entry['study_id']}/{entry['reflacx_id']}.png"
+    return read_gray(out / "attention" / name), read_gray(out / "foreground" / name)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """12 images, JPG and DICOM by turns, 3 of them read 3 times: 18 readings, 1 discarded."""
+    return make_study(tmp_path_factory.mktemp("mixed"), n_images=12, size=(160, 200), image_format="mixed")
+
+
+@pytest.fixture(scope="module")
+def each(mixed, tmp_path_factory):
+    out = tmp_path_factory.mktemp("each")
+    report = prepare(mixed.raw, mixed.images, out, size=120, readings="each")
+    return out, report
+
+
+# --- what the tree holds ---------------------------------------------------------------------------
+
+
+def test_counts(each, mixed):
+    out, report = each
+    assert report.counts["readings found"] == 18 and report.counts["- eye tracking discarded"] == 1
+    assert report.counts["readings used"] == report.counts["entries"] == 17
+    assert report.counts["images"] == 12 and report.counts["map files written by this run"] == 34
+    assert not report.faults and len(entries_of(out)) == 17
+    assert len(list(out.rglob("*.png"))) == 12 + 2 * 17
+
+
+def test_attention_is_the_readings_heatmap(each, mixed):
+    out, _ = each
+    entries = {entry["reflacx_id"]: entry for entry in entries_of(out)}
+    for reading in read_reflacx(mixed.raw).readings:
+        attention, foreground = maps_of(out, entries[reading.id])
+        assert attention.shape == foreground.shape == (150, 120)
+        expected = fixation_heatmap(reading.load_fixations(), reading.image_size, (150, 120))
+        np.testing.assert_array_equal(attention, heatmap_to_uint8(expected))
+        assert set(np.unique(foreground)) == {0, 255}
+        threshold = attention[foreground == 0].max()  # a threshold splits the two
+        assert threshold < attention[foreground == 255].min()
+
+
+def test_entries(each, mixed):
+    out, _ = each
+    entries = entries_of(out)
+    assert [entry["reflacx_id"] for entry in entries] == sorted(entry["reflacx_id"] for entry in entries)
+    images = {image.dicom_id: image for image in mixed.truth}
+    for entry in entries:
+        image = images[entry["dicom_id"]]
+        assert entry["reflacx_id"] in image.reading_ids and entry["raw_ids"] == [entry["reflacx_id"]]
+        assert (entry["study_id"], entry["subject_id"]) == (image.study_id, image.subject_id)
+        assert entry["split"] == image.split
+        assert entry["phase"] == int(entry["reflacx_id"][1]) and entry["source"] == "reflacx"
+        assert {"Pneumothorax", "Lung nodule or mass"} <= set(entry["labels"])
+        assert (out / entry["image_path"]).is_file()
+
+
+def test_images_are_the_radiographs(each, mixed):
+    """JPG and DICOM (both photometric interpretations) of phantom chests: lungs darker than the rest."""
+    out, _ = each
+    for entry in entries_of(out):
+        stored = read_gray(out / entry["image_path"])
+        source = find_images(mixed.images, {entry["dicom_id"]: ""})[entry["dicom_id"]]
+        original = read_dicom(source) if source.suffix == ".dcm" else read_gray(source)
+        resized = np.asarray(Image.fromarray(original).resize((120, 150), Image.Resampling.BICUBIC))
+        difference = np.abs(stored.astype(int) - resized)  # Pillow's kernel rounds some pixels the other way
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.02
+        lung, spine = stored[40:70, 28:40].mean(), stored[70:110, 57:63].mean()
+        assert lung + 30 < spine, source
+
+
+def test_jpg_and_dicom_of_one_phantom_give_the_same_picture(tmp_path):
+    films = []
+    for kind in ("jpg", "dcm"):
+        study = make_study(tmp_path / kind, n_images=2, size=(96, 120), image_format=kind, shared_images=0)
+        out = tmp_path / f"{kind}-out"
+        prepare(study.raw, study.images, out, size=0)
+        films.append([read_gray(out / entry["image_path"]) for entry in entries_of(out)])
+    for jpg, dicom in zip(*films):
+        assert np.abs(jpg.astype(int) - dicom).mean() < 4  # what JPG costs
+
+
+def test_real_radiograph_from_dicom(tmp_path):
+    """The whole way for a real film: a copy of RG1_UNCR.dcm stands in for one of the phantom's images."""
+    study = make_study(tmp_path, n_images=2, size=(1841, 1955), shared_images=0, image_format="dcm")
+    image = study.truth[0]
+    shutil.copy(get_testdata_file("RG1_UNCR.dcm", download=False), image.path)
+    prepare(study.raw, study.images, tmp_path / "out", size=224)
+    entry = next(e for e in entries_of(tmp_path / "out") if e["dicom_id"] == image.dicom_id)
+    film = read_gray(tmp_path / "out" / entry["image_path"])
+    assert film.shape == (238, 224)
+    assert film[55:65, 68:88].mean() + 40 < film[180:220, 106:118].mean()  # lung, spine
+
+
+def test_one_takes_the_first_usable_reading_by_id(mixed, tmp_path):
+    report = prepare(mixed.raw, mixed.images, tmp_path / "out", size=64)
+    entries = entries_of(tmp_path / "out")
+    usable = {reading.id for reading in read_reflacx(mixed.raw).readings}
+    expected = sorted(min(set(image.reading_ids) & usable) for image in mixed.truth)
+    assert [entry["reflacx_id"] for entry in entries] == expected
+    assert report.counts["- further readings of an image, not needed"] == 5
+
+
+def test_one_goes_on_to_the_next_where_the_first_is_unusable(tmp_path):
+    study = make_study(tmp_path, n_images=1, shared_images=1, size=(96, 120))
+    first, second = sorted(reading.id for reading in read_reflacx(study.raw).readings)
+    (study.raw / "main_data" / first / "fixations.csv").unlink()
+    report = prepare(study.raw, study.images, tmp_path / "out")
+    assert [entry["reflacx_id"] for entry in entries_of(tmp_path / "out")] == [second]
+    assert [fault.id for fault in report.faults] == [first]
+
+
+def test_merge_adds_the_maps(each, mixed, tmp_path):
+    prepare(mixed.raw, mixed.images, tmp_path / "out", size=120, readings="merge")
+    readings = {reading.id: reading for reading in read_reflacx(mixed.raw).readings}
+    entries = entries_of(tmp_path / "out")
+    assert len(entries) == 12 and sum(len(entry["raw_ids"]) for entry in entries) == 17
+    for entry in entries:
+        ids = entry["raw_ids"]
+        assert entry["reflacx_id"] == (ids[0] if len(ids) == 1 else f"{ids[0]}+{len(ids) - 1}")
+        maps = [
+            fixation_heatmap(readings[i].load_fixations(), readings[i].image_size, (150, 120)) for i in ids
+        ]
+        expected = heatmap_to_uint8(sum(maps) / len(maps))
+        np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], expected)
+
+
+def test_split(mixed, tmp_path):
+    wanted = [image for image in mixed.truth if image.split == "train"]
+    assert 0 < len(wanted) < 12
+    report = prepare(mixed.raw, mixed.images, tmp_path / "out", size=32, split="train")
+    assert {e["dicom_id"] for e in entries_of(tmp_path / "out")} == {image.dicom_id for image in wanted}
+    assert report.counts["- of another split"] == sum(
+        reading.split != "train" for reading in read_reflacx(mixed.raw).readings
+    )
+
+
+@pytest.mark.parametrize(
+    "size, short, expected",
+    [
+        ((2544, 3056), 512, (512, 615)),
+        ((3056, 2544), 512, (615, 512)),
+        ((400, 300), 512, (400, 300)),
+        ((400, 300), 300, (400, 300)),
+        ((400, 300), 0, (400, 300)),
+    ],
+)
+def test_scaled_size(size, short, expected):
+    assert scaled_size(size, short) == expected
+
+
+def test_significant_patches_of_known_maps():
+    foreground = np.zeros((448, 448), np.uint8)
+    foreground[:64, :96] = 255  # 2 x 3 patches of 32 px, which are 16 px at 224
+    assert count_significant(foreground) == 6
+    foreground[64:80, :32] = 255  # half a patch is enough
+    assert count_significant(foreground) == 7
+
+
+# --- faults ----------------------------------------------------------------------------------------
+
+REASONS = {
+    "missing_image": ("image missing", False),
+    "truncated_image": ("image unreadable", True),
+    "image_size": ("image size differs", True),
+    "missing_fixations_file": ("unusable fixations", True),
+    "missing_column": ("unusable fixations", True),
+    "non_numeric_cell": ("unusable fixations", True),
+    "no_fixations": ("no fixations", False),
+    "zero_duration": ("no fixations", False),
+    "all_outside": ("all fixations outside", False),
+    "discarded": ("eye tracking discarded", False),
+    "path_traversal": ("unusable metadata row", True),
+    "id_traversal": ("unusable metadata row", True),
+}
+
+
+def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
+    study = make_study(tmp_path, n_images=len(FAULTS) + 2, shared_images=0, size=(96, 120), faults=FAULTS)
+    arguments = ["--raw", str(study.raw), "--images", str(study.images), "--out", str(tmp_path / "out")]
+    assert set(study.faults) == set(REASONS)
+    assert main([*arguments, "--dry_run"]) == 1 and not (tmp_path / "out").exists()
+    capsys.readouterr()
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    left_out = {item["id"]: item for item in record["left_out"]}
+    assert set(left_out) == set(study.faults.values())
+    for fault, name in study.faults.items():
+        reason, is_fault = REASONS[fault]
+        assert (left_out[name]["reason"], left_out[name]["is_fault"]) == (reason, is_fault), fault
+        if reason != "eye tracking discarded":
+            assert f"{name}: {reason}: {left_out[name]['detail']}" in printed.out
+            assert str(tmp_path) in left_out[name]["detail"]
+    n_faults = sum(is_fault for _, is_fault in REASONS.values())
+    assert f"{n_faults} readings left out for damaged input" in printed.err
+    assert len(entries_of(tmp_path / "out")) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mimic", "out", "reflacx"]  # nothing escaped
+
+
+def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):
+    study = make_study(tmp_path, n_images=2, shared_images=0, size=(96, 120))
+    for image, more in zip(study.truth, (1, 2)):
+        Image.fromarray(np.pad(read_gray(image.path), ((0, 0), (0, more)))).save(image.path)
+    report = prepare(study.raw, study.images, tmp_path / "out")
+    assert [fault.id for fault in report.faults] == study.truth[1].reading_ids
+    assert "is 98 x 120 px, the readings were made on 96 x 120" in report.faults[0].detail
+    (entry,) = entries_of(tmp_path / "out")
+    image = read_gray(tmp_path / "out" / entry["image_path"])
+    assert maps_of(tmp_path / "out", entry)[0].shape == image.shape
+
+
+def test_damage_past_the_header_is_found_while_decoding(tmp_path):
+    study = make_study(tmp_path, n_images=2, shared_images=0, size=(96, 120), image_format="dcm")
+    path = study.truth[1].path
+    path.write_bytes(path.read_bytes()[:-1000])
+    report = prepare(study.raw, study.images, tmp_path / "out")
+    assert [(f.id, f.reason) for f in report.faults] == [(study.truth[1].reading_ids[0], "image unreadable")]
+    assert len(entries_of(tmp_path / "out")) == 1
+
+
+def test_unusable_arguments(mixed, tmp_path):
+    with pytest.raises(UserError, match="no such directory; --images"):
+        prepare(mixed.raw, tmp_path / "none", tmp_path / "out")
+    with pytest.raises(UserError, match="holds none of the 17 readings' images"):
+        prepare(mixed.raw, tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="--size -1"):
+        prepare(mixed.raw, mixed.images, tmp_path / "out", size=-1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="not made by this script"):
+        prepare(mixed.raw, mixed.images, tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "thesis.txt").exists()
+    for text in ("", "[]", "{}", '{"options": 3}'):
+        (tmp_path / "other" / "prepare.json").write_text(text)
+        with pytest.raises(UserError, match="prepare.json: not the record this script writes"):
+            prepare(mixed.raw, mixed.images, tmp_path / "other", overwrite=True)
+
+
+# --- again, interrupted, with other options --------------------------------------------------------
+
+
+def test_a_second_run_changes_nothing(each, mixed, monkeypatch):
+    out, report = each
+    before = snapshot(out)
+    monkeypatch.chdir(mixed.root)  # and it does not matter from where it is run
+    raw, images = mixed.raw.relative_to(mixed.root), mixed.images.relative_to(mixed.root)
+    again = prepare(raw, images, out, size=120, readings="each")
+    assert snapshot(out) == before
+    assert again.counts["map files written by this run"] == 0
+    assert again.counts["mean significant patches of 196"] == report.counts["mean significant patches of 196"]
+
+
+def test_what_is_missing_is_made_again_the_same(each, mixed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(each[0], out)
+    before = contents(out)
+    entry = entries_of(out)[3]
+    maps = out.glob(f"*/{entry['study_id']}/{entry['reflacx_id']}.png")
+    gone = [out / entry["image_path"], *maps, out / "reflacx.json"]
+    for path in gone:
+        path.unlink()
+    (out / "images" / ".tmp-left-over").touch()
+    assert len(gone) == 4
+    prepare(mixed.raw, mixed.images, out, size=120, readings="each")
+    assert contents(out) == before
+
+
+def test_killed_and_gone_on(each, mixed, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, SCRIPT, "--raw", mixed.raw, "--images", mixed.images, "--out", out]
+    command += ["--size", "120", "--readings", "each", "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.rglob("*.png"))) < 5 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if process.returncode == -signal.SIGKILL:  # else it was done before the signal came
+        assert not (out / "reflacx.json").exists()
+    prepare(mixed.raw, mixed.images, out, size=120, readings="each")
+    assert contents(out) == contents(each[0])
+
+
+def test_workers_end_with_a_killed_program():
+    program = "import time; from datasets.prepare.readings import run_tasks; list(run_tasks(time.sleep, [99] * 64, 2))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=Path(SCRIPT).parent.parent, start_new_session=True
+    )
+
+    def alive() -> list[int]:
+        pids = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue  # it has just ended
+            if int(session) == process.pid and state != "Z":
+                pids.append(int(path.parent.name))
+        return pids
+
+    def wait_until(condition) -> None:
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.05)
+
+    try:
+        wait_until(lambda: len(alive()) >= 5)  # the program, its two helpers and two workers
+        assert len(alive()) >= 5
+        process.kill()
+        process.wait()
+        wait_until(lambda: not alive())
+        assert not alive()
+    finally:
+        for pid in alive():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_killed_before_the_first_record(mixed, tmp_path):
+    (tmp_path / ".tmp-prepare.json-x").touch()
+    assert prepare(mixed.raw, mixed.images, tmp_path, size=64).counts["entries"] > 0
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
+    study = make_study(tmp_path, n_images=5, size=(64, 80), faults=["truncated_image"])
+    one = prepare(study.raw, study.images, tmp_path / "one", workers=1)
+    monkeypatch.setattr("datasets.prepare.readings.IMAGES_PER_WORKER", 2)
+    two = prepare(study.raw, study.images, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (one.counts, one.exclusions) == (two.counts, two.exclusions) and len(one.faults) == 1
+
+
+@pytest.mark.parametrize("other", [{"size": 100}, {"readings": "one"}, {"readings": "merge"}])
+def test_other_options_do_not_mix(each, mixed, tmp_path, other):
+    out = tmp_path / "out"
+    shutil.copytree(each[0], out)
+    options = {"size": 120, "readings": "each"} | other
+    before = snapshot(out)
+    with pytest.raises(UserError, match="other options .*size 120, readings each.*--overwrite"):
+        prepare(mixed.raw, mixed.images, out, **options)
+    assert snapshot(out) == before
+    prepare(mixed.raw, mixed.images, out, **options, overwrite=True)
+    fresh = tmp_path / "fresh"
+    prepare(mixed.raw, mixed.images, fresh, **options)
+    assert contents(out) == contents(fresh)
+
+
+def test_two_runs_at_once_are_refused(each, mixed):
+    import fcntl
+
+    out, _ = each
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is preparing it"):
+            prepare(mixed.raw, mixed.images, out, size=120, readings="each")
+    finally:
+        os.close(descriptor)
+
+
+# --- finding images --------------------------------------------------------------------------------
+
+
+def place(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2", "files/p10/p1/s2", "p10/p1/s2", "", "x/y/z"],
+)
+def test_images_are_found_below_any_prefix(tmp_path, prefix):
+    place(tmp_path / prefix, "a-b.jpg", "other.jpg")
+    hint = "physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2/a-b.dcm"
+    assert find_images(tmp_path, {"a-b": hint, "c-d": hint}) == {"a-b": tmp_path / prefix / "a-b.jpg"}
+
+
+def test_which_of_several_images_wins(tmp_path):
+    place(tmp_path, "b/a.dcm", "b/a.jpg", "a/a.jpg", "a/a.dcm", "a/a.JPG.part", "c/b.DCM", "c/b.txt")
+    assert find_images(tmp_path, {"a": "", "b": ""}) == {"a": tmp_path / "a/a.jpg", "b": tmp_path / "c/b.DCM"}
+    assert find_images(tmp_path, {"a": "files/b/a.dcm"}) == {"a": tmp_path / "b/a.jpg"}
+
+
+def test_links_to_directories_are_followed_and_circles_end(tmp_path):
+    place(tmp_path, "store/deep/a.jpg")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "circle").symlink_to(tmp_path / "root")
+    found = find_images(tmp_path / "root", {"a": "", "nowhere": ""})
+    assert found["a"].samefile(tmp_path / "store/deep/a.jpg")
+
+
+# --- EGD-CXR ---------------------------------------------------------------------------------------
+
+
+def test_egd_gives_the_same_kind_of_tree(tmp_path):
+    study = make_egd(tmp_path, n_images=4, size=(96, 120), image_format="mixed")
+    report = prepare(study.raw, study.images, tmp_path / "out", sigma=9)
+    entries = entries_of(tmp_path / "out")
+    assert report.counts["entries"] == 4 and "calibration" in report.notes[0] and not report.faults
+    readings = {reading.id: reading for reading in read_egd(study.raw, sigma=9).readings}
+    for entry in entries:
+        assert entry["source"] == "egd" and set(entry["labels"]) == {"Normal", "CHF", "Pneumonia"}
+        expected = fixation_heatmap(readings[entry["reflacx_id"]].load_fixations(), (96, 120), (120, 96))
+        np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
+    with pytest.raises(UserError, match="no usable reading of split 'train'"):
+        prepare(study.raw, study.images, tmp_path / "no", split="train")
+    with pytest.raises(UserError, match="other options"):
+        prepare(study.raw, study.images, tmp_path / "out", sigma=10)
+
+
+class LeftEyeReading(Reading):
+    """Of a data set made up here: one fixation in the middle of the image's left half."""
+
+    def load_fixations(self):
+        width, height = self.image_size
+        box = {"xmin": 0, "ymin": 0, "xmax": width, "ymax": height}
+        return pd.DataFrame(
+            [{"x": width / 4, "y": height / 2, "duration": 1, "sigma_x": 9, "sigma_y": 9} | box]
+        )
+
+
+def read_left_eye(raw):
+    image_id = (raw / "left_eye.txt").read_text()
+    reading = LeftEyeReading(
+        id="L1", study_id="5", subject_id="6", image_id=image_id, image_size=None, labels={"Nodule": 3},
+        split=None, phase=None, source="left_eye", fixations_path=raw / "left_eye.txt",
+    )  # fmt: skip
+    return RawReadings("left_eye", [reading])
+
+
+def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
+    """What README, "Another gaze data set", says: a `Reading`, a reader, a line in SOURCES."""
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "left_eye.txt").write_text(mixed.truth[0].dicom_id)
+    find = lambda raw: raw if (raw / "left_eye.txt").exists() else None  # noqa: E731
+    monkeypatch.setitem(SOURCES, "left_eye", (find, read_left_eye))
+    report = prepare(tmp_path / "raw", mixed.images, tmp_path / "out")
+    (entry,) = entries_of(tmp_path / "out")
+    attention, _ = maps_of(tmp_path / "out", entry)
+    assert report.counts["entries"] == 1 and entry["labels"] == {"Lung nodule or mass": 3}
+    assert np.unravel_index(attention.argmax(), attention.shape) == (100, 40)
+
+
+def test_reading_is_an_interface():
+    with pytest.raises(TypeError, match="load_fixations"):
+        Reading(id="a", study_id="s", subject_id="p", image_id="i", image_size=None, labels={}, split=None,
+                phase=None, source="x", fixations_path=Path("x"))  # fmt: skip

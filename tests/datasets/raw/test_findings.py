@@ -1,0 +1,55 @@
+"""datasets/findings.py: every label of both phases has a common finding, and the docs say the same."""
+
+import datasets.raw.findings
+from datasets.raw.egd import LABELS as EGD_LABELS
+from datasets.raw.findings import COMMON_FINDING, merge_findings, unify
+from datasets.raw.reflacx import BOOL_LABELS, CERTAINTY_LABELS, TEXT_LABELS
+
+
+def phase_labels(phase):
+    return (*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase], *TEXT_LABELS[phase])
+
+
+def test_every_label_is_mapped_and_no_other():
+    assert set(COMMON_FINDING) == {*phase_labels(1), *phase_labels(2), *phase_labels(3), *EGD_LABELS}
+    assert len(CERTAINTY_LABELS[1]) == 15 and len(CERTAINTY_LABELS[2]) == 14
+
+
+def test_phases_meet_in_twelve_certainties():
+    one, two = ({COMMON_FINDING[label] for label in CERTAINTY_LABELS[phase]} for phase in (1, 2))
+    assert len(one & two) == 12
+    assert one - two == {"Airway wall thickening"}
+    assert two - one == {"Enlarged hilum", "Hiatal hernia"}
+
+
+def test_documented_table_is_the_mapping():
+    lines = datasets.raw.findings.__doc__.splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    documented = {}
+    for common, *phases in rows[2:]:
+        common = common.split("(")[0].strip()
+        for label in ",".join(phases).split(","):
+            if label.strip() != "not asked":
+                documented[label.strip()] = common
+    reflacx = {label: common for label, common in COMMON_FINDING.items() if label not in EGD_LABELS}
+    assert documented == reflacx
+
+
+def test_highest_certainty_of_united_labels():
+    labels = dict.fromkeys(CERTAINTY_LABELS[1], 0) | {"Mass": 2, "Nodule": 4, "Support devices": True}
+    unified = unify(labels)
+    assert unified["Lung nodule or mass"] == 4 and unified["Support devices"] is True
+    assert unified["Pleural abnormality"] == 0 and "Enlarged hilum" not in unified
+    assert list(unified) == sorted(unified)
+
+
+def test_merged_over_those_who_were_asked():
+    first = unify({"Mass": 5, "Nodule": 0, "Support devices": True, "Airway wall thickening": 3})
+    second = unify({"Lung nodule or mass": 2, "Support devices": False, "Other": "scoliosis|old line"})
+    third = unify({"Lung nodule or mass": 0, "Support devices": False, "Other": "scoliosis"})
+    assert merge_findings([first, second, third]) == {
+        "Airway wall thickening": 3.0,
+        "Lung nodule or mass": 2.33,
+        "Other": "scoliosis|old line",
+        "Support devices": False,
+    }

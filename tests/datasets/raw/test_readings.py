@@ -1,0 +1,277 @@
+"""The adapters: REFLACX and EGD-CXR read into the same `Reading`s; bad tables named to the cell."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from datasets.phantom.egd import make_egd
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.readings import detect_source
+from datasets.raw.egd import find_egd_root, read_egd
+from datasets.raw.reflacx import find_root, read_reflacx
+from util.errors import UserError
+from util.gaze import FIXATION_COLUMNS
+from util.tables import check_id, check_relative_path, numeric_columns, read_table
+
+# --- REFLACX ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_study(tmp_path):
+    """A study that a test may damage: 2 images of 3 readings each (phases 1, 2), 2 of phase 3."""
+    return make_study(tmp_path, n_images=4, shared_images=2, size=(96, 120), normal_fraction=0)
+
+
+def metadata(study, phase):
+    return study.raw / "main_data" / f"metadata_phase_{phase}.csv"
+
+
+def edit(path, column, row, value):
+    table = pd.read_csv(path, dtype=str)
+    table.loc[row, column] = value
+    table.to_csv(path, index=False)
+
+
+def test_every_row_becomes_a_reading_or_an_exclusion(study):
+    raw = read_reflacx(study.raw)
+    ids = [name for image in study.truth for name in image.reading_ids]
+    assert raw.n_found == len(ids)
+    assert sorted(item.id for item in [*raw.readings, *raw.exclusions]) == sorted(ids)
+    assert [exclusion.reason for exclusion in raw.exclusions] == ["eye tracking discarded"]
+    assert [reading.id for reading in raw.readings] == sorted(reading.id for reading in raw.readings)
+    assert not raw.notes and not any(exclusion.is_fault for exclusion in raw.exclusions)
+
+
+def test_reading_fields(study):
+    readings = {reading.id: reading for reading in read_reflacx(study.raw).readings}
+    image = study.truth[-1]
+    reading = readings[image.reading_ids[0]]
+    assert reading.image_id == image.dicom_id
+    assert (reading.subject_id, reading.study_id) == (image.subject_id, image.study_id)
+    assert reading.image_size == image.size and reading.phase == 3 and reading.split == image.split
+    assert reading.image_path.endswith(f"s{image.study_id}/{image.dicom_id}.dcm")
+    assert all(type(value) in (int, bool, str) for value in reading.labels.values())
+
+
+def test_fixations_are_those_of_the_file(study):
+    reading = read_reflacx(study.raw).readings[0]
+    raw = pd.read_csv(study.raw / "main_data" / reading.id / "fixations.csv")
+    fixations = reading.load_fixations()
+    assert set(fixations.columns) == set(FIXATION_COLUMNS) and len(fixations) == len(raw)
+    np.testing.assert_array_equal(fixations["x"], raw["x_position"])
+    np.testing.assert_array_equal(fixations["sigma_y"], raw["angular_resolution_y_pixels_per_degree"])
+    np.testing.assert_array_equal(fixations["xmax"], raw["xmax_shown_from_image"])
+    np.testing.assert_allclose(
+        fixations["duration"], raw["timestamp_end_fixation"] - raw["timestamp_start_fixation"], atol=1e-12
+    )
+
+
+def test_ellipses_and_chest_box(study):
+    readings = {reading.id: reading for reading in read_reflacx(study.raw).readings}
+    image = next(image for image in study.truth if image.boxes and image.reading_ids[0] in readings)
+    reading = readings[image.reading_ids[0]]
+    ellipses = reading.load_ellipses()
+    assert len(ellipses) == len(image.boxes) and ellipses["certainty"].between(1, 5).all()
+    labels = ellipses.drop(columns=["xmin", "ymin", "xmax", "ymax", "certainty"])
+    assert all(dtype == np.dtype(bool) for dtype in labels.dtypes) and labels.any(axis=1).all()
+    marked = {label for label in labels if labels[label].any()}
+    assert marked <= {label for label, value in reading.labels.items() if value}
+    box = reading.load_chest_box()
+    assert len(box) == 4 and box[0] < box[2] <= image.size[0] and box[1] < box[3] <= image.size[1]
+
+
+def test_root_is_found_from_around_it(study):
+    assert find_root(study.raw) == study.raw and find_root(study.raw / "main_data") == study.raw
+    assert find_root(study.raw.parent) == study.raw
+    assert find_root(study.raw / "nowhere") is None
+    assert detect_source(study.raw) == "reflacx"
+
+
+def test_a_phase_that_is_not_there_is_noted(own_study):
+    metadata(own_study, 2).unlink()
+    raw = read_reflacx(own_study.raw)
+    assert raw.notes == ["metadata_phase_2.csv is not there: no readings of phase 2"]
+    assert {reading.phase for reading in raw.readings} == {1, 3}
+
+
+def test_extra_columns_are_tolerated(own_study):
+    before = read_reflacx(own_study.raw)
+    for phase in (1, 2, 3):
+        table = pd.read_csv(metadata(own_study, phase))
+        table.insert(0, "extra", "x")
+        table.to_csv(metadata(own_study, phase), index=False)
+    assert read_reflacx(own_study.raw).readings == before.readings
+
+
+@pytest.mark.parametrize(
+    "column, value, words",
+    [
+        ("id", "P100R000000", "is no reading of phase 3"),
+        ("id", "../../P3", "not a plain identifier"),
+        ("split", "val", "'val' is none of train, validate, test"),
+        ("dicom_id", "a/b", "not a plain identifier"),
+        ("image", "/etc/passwd", "leaves its directory"),
+        ("image", "files/p10/../../../x/s5/a.dcm", "leaves its directory"),
+        ("image", "files/a.dcm", "s<study>"),
+        ("image_size_x", "wide", "'wide' is not a finite number"),
+        ("image_size_y", "0", "not positive"),
+        ("Atelectasis", "6", "not 0, 1, 2, 3, 4 or 5"),
+        ("Support devices", "maybe", "'maybe' is neither true nor false"),
+        ("eye_tracking_data_discarded", "", "neither true nor false"),
+    ],
+)
+def test_a_bad_cell_leaves_its_reading_out(own_study, column, value, words):
+    path = metadata(own_study, 3)
+    edit(path, column, 1, value)
+    raw = read_reflacx(own_study.raw)
+    (fault,) = (exclusion for exclusion in raw.exclusions if exclusion.is_fault)
+    assert str(path) in fault.detail and "line 3" in fault.detail and words in fault.detail
+    assert repr(column) in fault.detail or column == "image_size_y"
+    assert sum(reading.phase == 3 for reading in raw.readings) == 1
+
+
+def test_an_id_given_twice(own_study):
+    path = metadata(own_study, 3)
+    edit(path, "id", 1, pd.read_csv(path)["id"][0])
+    (fault,) = (exclusion for exclusion in read_reflacx(own_study.raw).exclusions if exclusion.is_fault)
+    assert "line 3" in fault.detail and "second time" in fault.detail
+
+
+def test_a_missing_column_stops(own_study):
+    path = metadata(own_study, 3)
+    pd.read_csv(path).drop(columns="dicom_id").to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"metadata_phase_3.csv: column 'dicom_id' is missing"):
+        read_reflacx(own_study.raw)
+
+
+def test_a_file_of_another_phase_stops(own_study):
+    metadata(own_study, 1).write_bytes(metadata(own_study, 3).read_bytes())
+    with pytest.raises(UserError, match=r"metadata_phase_1.csv: has the label columns of phase 2"):
+        read_reflacx(own_study.raw)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: path.unlink(), "file is missing"),
+        (lambda path: path.write_text(""), "cannot be read as CSV"),
+        (lambda path: edit(path, "y_position", 3, "??"), "line 5, column 'y_position': '??'"),
+        (lambda path: edit(path, "xmin_shown_from_image", 0, ""), "line 2, column 'xmin_shown_from_image'"),
+        (lambda path: path.write_text("timestamp_start_fixation\n0\n"), "'x_position', 'y_position'"),
+    ],
+)
+def test_bad_fixations_are_named(own_study, damage, words):
+    reading = read_reflacx(own_study.raw).readings[0]
+    damage(reading.fixations_path)
+    with pytest.raises(UserError) as error:
+        reading.load_fixations()
+    assert str(reading.fixations_path) in str(error.value) and words in str(error.value)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="metadata_phase"):
+        read_reflacx(tmp_path)
+    with pytest.raises(UserError, match="neither REFLACX .* nor EGD-CXR"):
+        detect_source(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        detect_source(tmp_path / "none")
+
+
+# --- EGD-CXR ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def egd(tmp_path):
+    return make_egd(tmp_path, n_images=4, size=(96, 120))
+
+
+def test_egd_readings(egd):
+    raw = read_egd(egd.raw, sigma=12)
+    assert [reading.image_id for reading in raw.readings] == sorted(image.dicom_id for image in egd.truth)
+    reading = raw.readings[0]
+    image = next(image for image in egd.truth if image.dicom_id == reading.image_id)
+    assert (reading.study_id, reading.subject_id) == (image.study_id, image.subject_id)
+    assert reading.split is None and reading.image_size is None and reading.phase is None
+    assert set(reading.labels) == {"Normal", "CHF", "pneumonia"} and reading.load_ellipses().empty
+    assert reading.load_chest_box() is None
+    fixations = reading.load_fixations()
+    assert list(fixations.columns) == list(FIXATION_COLUMNS) and (fixations["sigma_x"] == 12).all()
+    assert detect_source(egd.raw) == "egd" and find_egd_root(egd.raw.parent) == egd.raw
+
+
+def test_egd_calibration_rows_are_counted_and_off_picture_ones_dropped(egd):
+    table = pd.read_csv(egd.raw / "fixations.csv")
+    calibration = ~table["DICOM_ID"].isin(pd.read_csv(egd.raw / "master_sheet.csv")["dicom_id"])
+    assert calibration.sum() > 0 and (table["X_ORIGINAL"] < 0).any()
+    raw = read_egd(egd.raw)
+    assert raw.notes == [f"{calibration.sum()} fixations are of no image of the master sheet (calibration)"]
+    for reading in raw.readings:
+        rows = table[table["DICOM_ID"] == reading.image_id]
+        on = rows[(rows["X_ORIGINAL"] >= 0) & (rows["Y_ORIGINAL"] >= 0)]
+        fixations = reading.load_fixations()
+        np.testing.assert_allclose(fixations["x"], on["X_ORIGINAL"])
+        np.testing.assert_allclose(fixations["duration"], on["FPOGD"])
+
+
+def test_egd_durations_from_times(egd):
+    """Without FPOGD a fixation lasts since the row before it, off-picture rows included."""
+    path = egd.raw / "fixations.csv"
+    table = pd.read_csv(path).drop(columns="FPOGD")
+    table.to_csv(path, index=False)
+    reading = read_egd(egd.raw).readings[0]
+    rows = table[table["DICOM_ID"] == reading.image_id]
+    times = rows["Time (in secs)"].to_numpy()
+    expected = np.array([times[0], *np.diff(times)])
+    on = ((rows["X_ORIGINAL"] >= 0) & (rows["Y_ORIGINAL"] >= 0)).to_numpy()
+    np.testing.assert_allclose(reading.load_fixations()["duration"], expected[on])
+
+
+def test_egd_bad_cells(egd):
+    edit(egd.raw / "master_sheet.csv", "path", 0, "../up.dcm")
+    table = pd.read_csv(egd.raw / "fixations.csv", dtype=str)
+    master = pd.read_csv(egd.raw / "master_sheet.csv")
+    row = table.index[table["DICOM_ID"] == master["dicom_id"][1]][2]
+    edit(egd.raw / "fixations.csv", "X_ORIGINAL", row, "left")
+    gone = master["dicom_id"][2]
+    table = pd.read_csv(egd.raw / "fixations.csv", dtype=str)
+    table.loc[table["DICOM_ID"] == gone, "DICOM_ID"] = "somewhere-else"
+    table.to_csv(egd.raw / "fixations.csv", index=False)
+    raw = read_egd(egd.raw)
+    reasons = {exclusion.id: (exclusion.reason, exclusion.detail) for exclusion in raw.exclusions}
+    assert reasons[master["dicom_id"][0]][0] == "unusable master sheet row"
+    assert "line 2, column 'path'" in reasons[master["dicom_id"][0]][1]
+    assert reasons[gone][0] == "no fixations"
+    bad = next(reading for reading in raw.readings if reading.image_id == master["dicom_id"][1])
+    with pytest.raises(UserError, match=rf"fixations.csv: line {row + 2}, column 'X_ORIGINAL': 'left'"):
+        bad.load_fixations()
+    with pytest.raises(UserError, match="--sigma -1 is not positive"):
+        read_egd(egd.raw, sigma=-1)
+
+
+# --- the helpers of every adapter ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["", "..", "a/b", "a\\b", ".hidden", "a..b", "a b", "a\n", "é"])
+def test_ids_are_plain(bad):
+    with pytest.raises(UserError, match="the id .* not a plain identifier"):
+        check_id(bad, "the id")
+    assert check_id("P102R009922-a_b.c", "the id") == "P102R009922-a_b.c"
+
+
+@pytest.mark.parametrize("bad", ["/etc/passwd", "..", "a/../b", "..\\a", "a\0b"])
+def test_paths_stay_below(bad):
+    with pytest.raises(UserError, match="leaves its directory"):
+        check_relative_path(bad, "the path")
+    assert check_relative_path("files/p10/a..b.dcm", "the path") == "files/p10/a..b.dcm"
+
+
+def test_text_columns_stay_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,name,x\n007,,1\n1e5,NA,inf\n")
+    table = read_table(path, ["id", "name", "x"], text=["id", "name"])
+    assert table["id"].tolist() == ["007", "1e5"] and table["name"].tolist()[0] == ""
+    with pytest.raises(UserError, match="line 3, column 'x': 'inf' is not a finite number"):
+        numeric_columns(table, ["x"], path)
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match="a.csv"):
+        read_table(path, ["id"])

@@ -1,0 +1,47 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DistributedSampler
+
+from datasets.sampler import TrainBatches
+
+
+@given(
+    size=st.integers(1, 60), batch=st.integers(1, 5), world=st.integers(1, 3), accum=st.integers(1, 3),
+    epochs=st.integers(1, 3), data=st.data(),
+)  # fmt: skip
+def test_goes_on_anywhere_as_if_never_stopped(size, batch, world, accum, epochs, data):
+    options = dict(
+        batch_size=batch, world_size=world, rank=data.draw(st.integers(0, world - 1)), seed=3, epochs=epochs
+    )
+    if size // world // batch // accum == 0:
+        with pytest.raises(ValueError, match="larger than the data set"):
+            TrainBatches(size, accum_iter=accum, **options)
+        return
+    whole = TrainBatches(size, accum_iter=accum, **options)
+    batches = list(whole)
+    assert len(batches) == len(whole) == epochs * whole.steps_per_epoch
+    assert whole.steps_per_epoch % accum == 0
+    epoch, step = data.draw(st.integers(0, epochs - 1)), data.draw(st.integers(0, whole.steps_per_epoch))
+    rest = TrainBatches(size, accum_iter=accum, start_epoch=epoch, start_step=step, **options)
+    done = epoch * whole.steps_per_epoch + step
+    assert list(rest) == batches[done:]
+    assert len(rest) == len(batches) - done
+    for i, keys in enumerate(batches):
+        epoch, step = divmod(i, whole.steps_per_epoch)
+        assert keys == [(epoch, index) for index in whole.batch(epoch, step)]
+
+
+def test_order_is_that_of_the_distributed_sampler():
+    ours = TrainBatches(25, 4, world_size=2, rank=1, seed=7, epochs=2)
+    theirs = DistributedSampler(range(25), num_replicas=2, rank=1, seed=7, drop_last=True)
+    theirs.set_epoch(1)
+    assert ours.epoch_order(1) == list(theirs)
+    assert ours.epoch_order(0) != ours.epoch_order(1)
+
+
+def test_two_ranks_see_what_one_rank_sees_with_twice_the_batch():
+    one = TrainBatches(40, 8, seed=1, epochs=2)
+    two = [TrainBatches(40, 4, world_size=2, rank=rank, seed=1, epochs=2) for rank in range(2)]
+    for whole, *parts in zip(one, *two, strict=True):
+        assert sorted(whole) == sorted(parts[0] + parts[1])

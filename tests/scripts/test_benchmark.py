@@ -1,0 +1,69 @@
+"""scripts/benchmark.py: its report is complete and consistent, fast ways equal slow ones. No times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scripts import benchmark
+from util.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark")
+    threads = torch.get_num_threads()
+    output = str(path / "out.json")
+    assert benchmark.main(["--quick", "--device", "cpu", "--json", output, "--work_dir", str(path)]) == 0
+    torch.set_num_threads(threads)
+    assert [file.name for file in path.iterdir()] == ["out.json"]  # inputs are removed
+    return json.loads((path / "out.json").read_text())
+
+
+def test_every_bar_of_the_table_is_judged(report):
+    bars = {row["name"]: row["bar"] for row in report["rows"] if row["bar"]}
+    assert (
+        bars.items()
+        >= {
+            "sample from native files": ">= 4",
+            "sample from the cache": ">= 200",
+            "HOG targets of a batch": ">= 10",
+            "step: whole": ">= 1.4",
+            "data wait in a real training": "< 0.03",
+            "gap between two epochs": "< 0.2",
+        }.items()
+    )
+    for row in report["rows"]:
+        assert (row["met"] is None) == (row["bar"] is None)
+        if row["bar"]:
+            relation, limit = row["bar"].split()
+            value = row["ratio"] if relation == ">=" else row["ours"]
+            assert row["met"] == (value >= float(limit) if relation == ">=" else value < float(limit))
+
+
+def test_ratios_are_those_of_the_turns(report):
+    compared = [row for row in report["rows"] if row["ratio_quartiles"]]
+    assert len(compared) >= 8
+    for row in compared:
+        low, high = row["ratio_quartiles"]
+        assert 0 < low <= row["ratio"] <= high and row["repeats"] == report["settings"]["repeats"]
+        assert row["ours"] > 0 and row["baseline"] > 0
+    assert report["machine"]["cpu"] and report["machine"]["torch"] == torch.__version__
+
+
+def test_fast_ways_equal_slow_ones(report):
+    equality = report["equality"]
+    assert equality["HOG, largest difference from 12 direct passes"] <= 1e-5
+    assert equality["loss with our and with direct HOG, relative difference"] <= 1e-5
+    # 8-bit resizing clamps and rounds after each of its two passes, float resizing never.
+    assert equality["native vs float tensors, same crop, largest difference, gray levels of 255"] <= 3
+    assert equality["cached vs native foreground, mean difference, share of pixels"] < 0.02
+    assert 0 < equality["cached vs native attention, mean difference, gray levels of 255"] < 2
+
+
+def test_missing_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda"):
+        benchmark.main(["--device", "cuda"])

@@ -1,0 +1,296 @@
+"""Pictures: glyphs point the right way, panels show what they claim, training batches come back exactly."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import datasets
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.readings import prepare
+from datasets.replay import single_image, training_batch, training_dataset
+from datasets.sampler import TrainBatches
+from models_cxrmim import CXRMIM
+from scripts.visualize import main
+from util.errors import UserError
+from util.masking import mask_generator
+from util.pictures import (
+    contact_sheet,
+    gaze_overlay,
+    hog_glyphs,
+    mask_picture,
+    prediction_picture,
+    reconstruct,
+    reconstruction_figure,
+    save_figure,
+)
+
+SMALL = dict(img_size=64, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, id_list=(0, 1),
+             scale_list=(2.0, 0.5))  # fmt: skip
+ARGS = {
+    "id_list": [0, 1],
+    "batch_size": 2,
+    "seed": 5,
+    "mask_ratio": 0.5,
+    "clinical_ratio": 0.5,
+    "accum_iter": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> CXRMIM:
+    torch.manual_seed(0)
+    return CXRMIM(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    study = make_study(root / "raw", n_images=6, size=96, shared_images=0)
+    prepare(study.raw, study.images, root / "tree", size=96, workers=1)
+    return root / "tree"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tree, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "checkpoint-3.pth"
+    torch.save(
+        {"model": model.state_dict(), "args": ARGS | {"data_path": str(tree)}, "epoch": 3, "world_size": 1},
+        path,
+    )
+    return path
+
+
+def make_batch(seed: int = 0, size: int = 64) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    img = torch.randint(0, 256, (2, 1, size, size), generator=generator, dtype=torch.uint8)
+    attention = torch.zeros(2, size, size, dtype=torch.uint8)
+    attention[:, :32, :32] = 255
+    return {"img": img, "attention": attention}
+
+
+# ---------------------------------------------------------------- glyphs and panels
+
+
+@pytest.mark.parametrize("degrees", [10, 50, 90, 130, 170])
+def test_glyph_lies_along_the_edge_of_a_real_image(model, degrees):
+    """Stripes in a direction give lines in that direction (y down), through the model's own HOG."""
+    angle = math.radians(degrees)
+    y, x = np.mgrid[:64, :64]
+    across = -x * math.sin(angle) + y * math.cos(angle)  # constant along the stripes
+    gray = torch.from_numpy(127 + 100 * np.sin(across * 0.6)).to(torch.uint8)[None, None]
+    prepared = model.prepare_batch({"img": gray, "attention": torch.zeros(1, 64, 64)})
+    hog = model.hog_targets(prepared["img"])[1]  # [1, 4, 27], 32 px cells
+    drawn = hog_glyphs(hog.view(2, 2, 3, 9)[:, :, 0].numpy(), cell=63)
+    cell = drawn[:63, :63]
+    v, u = np.mgrid[:63, :63] - 31.0
+    outer = np.hypot(u, v) > 10
+    weights = (cell * outer).ravel()
+    doubled = 2 * np.arctan2(v, u).ravel()
+    mean = math.degrees(math.atan2((weights * np.sin(doubled)).sum(), (weights * np.cos(doubled)).sum())) / 2
+    assert abs((mean - degrees + 90) % 180 - 90) < 10  # half a bin
+
+
+def test_glyph_brightness_is_the_value():
+    hog = np.zeros((2, 3, 9))
+    hog[0, 1, 4] = 0.6
+    hog[1, 2, 0] = -0.5
+    hog[1, 0, 8] = 3.0
+    drawn = hog_glyphs(hog, 15)
+    assert drawn.shape == (30, 45)
+    peaks = drawn.reshape(2, 15, 3, 15).max((1, 3))
+    assert peaks == pytest.approx(np.array([[0, 0.6, 0], [1, 0, 0]]))
+
+
+def test_radiograph_is_unaltered_where_nobody_looked():
+    rng = np.random.default_rng(0)
+    gray, attention = rng.random((32, 32)), np.zeros((32, 32))
+    attention[8:16, 8:16] = 1
+    overlay = gaze_overlay(gray, attention)
+    assert np.array_equal(overlay[attention == 0], np.repeat(gray[..., None], 3, 2)[attention == 0])
+    assert (np.abs(overlay - gray[..., None]).max(2)[attention == 1] > 0.1).all()
+
+
+def test_mask_picture_colours_exactly_the_masked_patches():
+    gray = np.random.default_rng(0).random((32, 32))
+    masked = np.array([[True, False], [True, False]])
+    significant = np.array([[True, True], [False, False]])
+    picture = mask_picture(gray, significant, masked)
+    assert np.array_equal(picture[:, 16:], np.repeat(gray[:, 16:, None], 3, 2))
+    assert (picture[:16, :16, 0] > picture[:16, :16, 2]).all()  # orange
+    assert (picture[16:, :16, 0] < picture[16:, :16, 2]).all()  # blue
+
+
+def test_prediction_picture_shows_the_prediction_where_masked():
+    target, prediction = np.zeros((2, 2, 9)), np.zeros((2, 2, 9))
+    target[..., 0], prediction[..., 4] = 1, 1
+    predicted = np.array([[True, False], [False, False]])
+    picture = prediction_picture(target, prediction, predicted, pixels=40)
+    assert np.array_equal(picture[:20, :20, 0], hog_glyphs(prediction[:1, :1], 20))
+    assert picture[0, 39, 2] > picture[0, 39, 0] == 0  # blue ground
+    assert picture[20:, 20:].max() < 0.8
+
+
+def test_error_of_patches_is_the_loss(model):
+    """Averaged over masked patches, the error panel is the model's own unweighted loss (fine scales)."""
+    fine = CXRMIM(**SMALL | {"scale_list": (4.0, 1.0)})
+    batch = make_batch()
+    mask = torch.zeros(2, 16)
+    mask[:, ::3] = 1
+    found = reconstruct(fine, batch, mask)
+    loss = fine(batch, mask=mask).item()
+    assert found.error[found.masked].mean() == pytest.approx(loss, rel=1e-5)
+    assert fine.training
+
+
+def test_reconstruction_of_a_coarse_scale(model):
+    batch = make_batch()
+    mask = torch.zeros(2, 16)
+    mask[:, 0] = 1
+    found = reconstruct(model, batch, mask)
+    assert found.predicted[1].tolist() == [[[True, False], [False, False]]] * 2
+    assert found.predicted[0].sum() == 2 * 4
+    assert [target.shape for target in found.targets] == [(2, 8, 8, 9), (2, 2, 2, 9)]
+    assert np.abs(found.gray * 255 - batch["img"][:, 0].numpy()).max() < 1e-3
+    assert found.significant[0].sum() == 4 and found.significant[0, :2, :2].all()
+
+
+@pytest.mark.parametrize("draw, panels", [(reconstruction_figure, 16), (contact_sheet, 4)])
+def test_figures_are_deterministic_and_leave_nothing_behind(model, draw, panels, tmp_path):
+    mask = torch.zeros(2, 16)
+    mask[:, ::2] = 1
+    files = []
+    for name in "ab":
+        figure = draw(model, make_batch(), mask, names=["first", "second"], panel_inches=1.0)
+        assert sum(bool(axes.images) for axes in figure.axes) == panels
+        save_figure(figure, tmp_path / f"{name}.png")
+        files.append((tmp_path / f"{name}.png").read_bytes())
+    assert files[0] == files[1]
+    assert plt.get_fignums() == []
+    image = np.asarray(Image.open(io.BytesIO(files[0])).convert("RGB"))
+    assert image.shape[1] > 800 and len(np.unique(image[::8, ::8].reshape(-1, 3), axis=0)) > 200
+
+
+# ---------------------------------------------------------------- what training saw
+
+
+def test_training_batch_comes_back_exactly(model, tree):
+    """Crops, flips and masks of a step equal those of the loader and the generator that training uses."""
+    seen = datasets.build_dataset(tree, input_size=64, seed=ARGS["seed"], use_cache=False)
+    sampler = TrainBatches(len(seen), 2, seed=ARGS["seed"], epochs=2)
+    batches = list(DataLoader(seen, batch_sampler=sampler))
+    dataset = training_dataset(ARGS | {"use_cache": False}, [str(tree)], 64, augment=True)
+    for epoch, step in [(0, 1), (1, 2)]:
+        expected = batches[epoch * sampler.steps_per_epoch + step]
+        shown = training_batch(model, dataset, ARGS, epoch=epoch, step=step)
+        assert all(torch.equal(shown.batch[key], expected[key]) for key in expected)
+        generator = mask_generator(ARGS["seed"], epoch, step, 0, "cpu")
+        assert torch.equal(shown.mask, model.draw_mask(model.prepare_batch(expected), 0.5, 0.5, generator))
+        assert len(shown.names) == 2
+
+
+def test_ranks_see_different_samples(model, tree):
+    dataset = training_dataset(ARGS | {"use_cache": False}, [str(tree)], 64, augment=True)
+    names = [
+        training_batch(model, dataset, ARGS, epoch=0, step=0, rank=r, world_size=2).names for r in (0, 1)
+    ]
+    assert not set(names[0]) & set(names[1])
+
+
+OUR_COLUMNS = "x,y,duration,sigma_x,sigma_y,xmin,ymin,xmax,ymax"
+REFLACX_HEADER = (
+    "x_position,y_position,timestamp_start_fixation,timestamp_end_fixation,angular_resolution_x_pixels_per_degree,"
+    "angular_resolution_y_pixels_per_degree,xmin_shown_from_image,ymin_shown_from_image,xmax_shown_from_image,"
+    "ymax_shown_from_image"
+)
+
+
+@pytest.mark.parametrize(
+    "text", [f"{OUR_COLUMNS}\n48,20,1,5,5,0,0,96,64\n", f"{REFLACX_HEADER}\n48,20,3.5,4.5,5,5,0,0,96,64\n"]
+)
+def test_heatmap_made_from_fixations(model, tmp_path, text):
+    gray = np.random.default_rng(0).integers(0, 256, (64, 96), dtype=np.uint8)
+    Image.fromarray(gray).save(tmp_path / "x.png")
+    (tmp_path / "fixations.csv").write_text(text)
+    shown = single_image(model, ARGS, tmp_path / "x.png", fixations=tmp_path / "fixations.csv")
+    assert torch.equal(shown.batch["img"][0, 0], torch.from_numpy(gray[:, 16:80]))  # the centre square
+    peak = shown.batch["attention"][0].argmax().item()
+    assert divmod(peak, 64) == (20, 32) and shown.batch["attention"].max() == 255
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command_draws_samples(checkpoint, tmp_path, capsys):
+    out = tmp_path / "p.png"
+    assert main([str(checkpoint), "--index", "4", "1", "--out", str(out)]) == 0
+    assert "wrote" in capsys.readouterr().out and Image.open(out).size[1] > 1000
+
+
+def test_command_numbers_its_pages(checkpoint, tmp_path):
+    main(
+        [
+            str(checkpoint),
+            "--epoch",
+            "1",
+            "--step",
+            "0",
+            "--sheet",
+            "--per_page",
+            "1",
+            "--out",
+            str(tmp_path / "p.png"),
+        ]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p-001.png", "p-002.png"]
+
+
+def test_command_draws_one_image(checkpoint, tree, tmp_path, capsys):
+    image = next(tree.glob("images/*/*.png"))
+    heatmap = next(tree.glob(f"attention/{image.parent.name}/*.png"))
+    main(
+        [str(checkpoint), "--image", str(image), "--heatmap", str(heatmap), "--out", str(tmp_path / "p.pdf")]
+    )
+    assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
+    image = next(tree.glob("images/*/*.png"))
+    other = tmp_path / "small.png"
+    Image.new("L", (10, 12)).save(other)
+    (tmp_path / "f.csv").write_text("x_position\n1\n")
+    (tmp_path / "zero.csv").write_text(f"{OUR_COLUMNS}\n48,20,0,5,5,0,0,96,64\n")
+    (tmp_path / "no.pth").write_text("no")
+    out = tmp_path / "out" / "p.png"
+    out.parent.mkdir()
+    for argv, reason in [
+        ([str(tmp_path / "no.pth")], "no.pth"),
+        ([str(checkpoint), "--index", "99"], "--index 99.*0 to 5"),
+        ([str(checkpoint), "--epoch", "0"], "--epoch and --step"),
+        ([str(checkpoint), "--epoch", "0", "--step", "3"], "--step 3.*0 to 2"),
+        ([str(checkpoint), "--epoch", "0", "--step", "0", "--rank", "1"], "--rank 1"),
+        ([str(checkpoint), "--epoch", "0", "--step", "0", "--index", "2"], "--index 2"),
+        ([str(checkpoint), "--data_path", str(tmp_path / "none")], "none"),
+        ([str(checkpoint), "--mask_ratio", "1.0"], "--mask_ratio"),
+        ([str(checkpoint), "--heatmap", "x.png"], "--image"),
+        ([str(checkpoint), "--image", str(image), "--heatmap", str(other)], "small.png: 10 x 12 px"),
+        ([str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "f.csv")], "f.csv: column"),
+        (
+            [str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "zero.csv")],
+            "zero.csv: no fix",
+        ),
+        ([str(checkpoint), "--image", str(tmp_path / "no.pth")], "no.pth"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            main([*argv, "--out", str(out)])
+    with pytest.raises(UserError, match=r"\.txt"):
+        main([str(checkpoint), "--out", str(tmp_path / "out" / "p.txt")])
+    assert list(out.parent.iterdir()) == []

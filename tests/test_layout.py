@@ -1,0 +1,89 @@
+"""The house: which room may import which, and how long a file may be (docs/structure.md)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 450
+# What each room may import, beside its own: arrows run down only.
+BELOW = {
+    "scripts": {"scripts", "run", "engine", "models", "datasets", "util"},
+    "run": {"engine", "models", "datasets", "util"},
+    "engine": {"engine", "models", "datasets", "util"},
+    "models": {"models", "util"},
+    "datasets": {"datasets", "util"},
+    "util": {"util"},
+}
+# On their way into engine_downstream.py.
+MOVING = {"util/probe.py", "util/finetune.py"}
+# Still to be split.
+LONG = {
+    "scripts/benchmark.py",
+    "datasets/analysis/measure.py",
+    "datasets/prepare/readings.py",
+    "run_pretrain.py",
+    "util/checkpoint.py",
+    "util/probe.py",
+}
+
+
+def room(module: str) -> str | None:
+    """The room of a module's dotted name; None for a library."""
+    top = module.partition(".")[0]
+    for prefix in ("run", "engine", "models"):
+        if top.startswith(f"{prefix}_") and (ROOT / f"{top}.py").exists():
+            return prefix
+    return top if top in ("datasets", "util", "scripts") else None
+
+
+def upward_imports(path: Path, module: str) -> list[str]:
+    """Imports of a file that its room may not make."""
+    own = room(module)
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.level:
+                found.append(f"line {node.lineno}: a relative import; name the room")
+        else:
+            continue
+        for name in names:
+            if (other := room(name)) is not None and other not in BELOW[own]:
+                found.append(f"line {node.lineno}: {name}")
+    return found
+
+
+def source_files() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\n")
+    names = [name for name in listed if name and (ROOT / name).exists()]
+    return names or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+
+
+SOURCES = [name for name in source_files() if room(name.removesuffix(".py").replace("/", ".")) is not None]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in MOVING])
+def test_imports_run_down_only(name):
+    assert upward_imports(ROOT / name, name.removesuffix(".py").replace("/", ".")) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in LONG])
+def test_files_are_short(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_a_planted_upward_import_is_found(tmp_path):
+    planted = tmp_path / "planted.py"
+    planted.write_text("def f():\n    from datasets.tree import GazeTree\n    import models_cxrmim\n")
+    assert upward_imports(planted, "util.planted") == ["line 2: datasets.tree", "line 3: models_cxrmim"]
+    assert upward_imports(planted, "datasets.planted") == ["line 3: models_cxrmim"]
+    assert upward_imports(planted, "engine_pretrain") == []

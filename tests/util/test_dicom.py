@@ -1,0 +1,316 @@
+"""util/dicom.py against the formulas of DICOM PS3.3 written out here, and a real radiograph."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+)
+
+from util.dicom import dicom_size, read_dicom
+from util.errors import UserError
+from util.radiograph import radiograph_size, read_radiograph
+
+
+def example(name):
+    return get_testdata_file(name, download=False)
+
+
+def write(path, stored, bits=12, syntax=ExplicitVRLittleEndian, pixel_data=None, **tags):
+    """A CR file of `stored` values; its type says how many bits are allocated and whether signed."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = syntax
+    meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.SOPClassUID, ds.SOPInstanceUID = ComputedRadiographyImageStorage, "1.2.3"
+    ds.Rows, ds.Columns = stored.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = stored.itemsize * 8, bits, bits - 1
+    ds.PixelRepresentation = int(stored.dtype.kind == "i")
+    ds.PixelData = pixel_data or stored.astype(stored.dtype.newbyteorder("<")).tobytes()
+    ds["PixelData"].VR = "OW" if stored.itemsize == 2 else "OB"
+    for name, value in tags.items():
+        if value is None:
+            del ds[name]
+        else:
+            setattr(ds, name, value)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def lut_item(entries, first, bits, data=None):
+    item = Dataset()
+    item.LUTDescriptor = [len(entries) % 65536, first, bits]
+    item.add_new("LUTData", "OW" if data else "US", data or [int(entry) for entry in entries])
+    return [item]
+
+
+def to_255(values, low, high):
+    share = (np.asarray(values, float) - low) / (high - low)
+    return np.floor(np.clip(share, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+RAMP = np.linspace(100, 3900, 40 * 30).astype(np.uint16).reshape(40, 30)
+
+
+# --- the real radiograph ---------------------------------------------------------------------------
+
+
+def test_real_chest_film():
+    """RG1_UNCR.dcm: CR chest PA, MONOCHROME1, 15 bits stored, window 15000 / 30000."""
+    path = example("RG1_UNCR.dcm")
+    film = read_dicom(path)
+    assert film.shape == (1955, 1841) and film.dtype == np.uint8 and dicom_size(path) == (1841, 1955)
+
+    def mean(x0, x1, y0, y1):  # shares of width and height
+        height, width = film.shape
+        return film[int(y0 * height) : int(y1 * height), int(x0 * width) : int(x1 * width)].mean()
+
+    air = mean(0.96, 0.99, 0.03, 0.08)  # beside the neck
+    right_lung, left_lung = mean(0.30, 0.40, 0.22, 0.28), mean(0.60, 0.70, 0.25, 0.31)
+    spine, heart = mean(0.47, 0.53, 0.75, 0.95), mean(0.58, 0.66, 0.62, 0.70)
+    abdomen = mean(0.15, 0.35, 0.75, 0.90)
+    assert air + 30 < min(right_lung, left_lung)
+    assert max(right_lung, left_lung) + 40 < min(spine, abdomen, heart)
+    stored = pydicom.dcmread(path).pixel_array.astype(float)  # MONOCHROME1: turned over
+    formula = 255 * (1 - stored / 29999)  # from center - 0.5 - (width - 1) / 2 = 0
+    assert np.abs(film - formula).max() <= 0.5 + 1e-6
+
+
+def test_compressed_copies_of_real_films():
+    np.testing.assert_array_equal(read_dicom(example("RG1_J2KR.dcm")), read_dicom(example("RG1_UNCR.dcm")))
+    plain = read_dicom(example("MR_small.dcm"))
+    for kind in ("jp2klossless", "RLE", "bigendian", "implicit"):
+        np.testing.assert_array_equal(read_dicom(example(f"MR_small_{kind}.dcm")), plain, err_msg=kind)
+
+
+def test_jpeg_lossless():
+    pytest.importorskip("gdcm", reason="JPEG-lossless and JPEG-LS need python-gdcm (tests/requirements.txt)")
+    plain = read_dicom(example("MR_small.dcm"))
+    np.testing.assert_array_equal(read_dicom(example("MR_small_jpeg_ls_lossless.dcm")), plain)
+    film = read_dicom(example("JPEG-LL.dcm"))
+    assert film.shape == (1024, 256) and film.max() == 255 and len(np.unique(film)) > 100
+
+
+# --- bits, sign, contrast --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("dtype, bits", [("u1", 8), ("u2", 12), ("u2", 16), ("i2", 12), ("i2", 16)])
+def test_without_a_window_min_and_max_of_the_image(tmp_path, dtype, bits, syntax):
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype[0] == "i" else (0, 2**bits - 1)
+    stored = np.linspace(low * 0.7, high * 0.7, 35 * 22).astype(dtype).reshape(35, 22)
+    path = write(tmp_path / "a.dcm", stored, bits, syntax)
+    np.testing.assert_array_equal(read_dicom(path), to_255(stored, int(stored.min()), int(stored.max())))
+
+
+def test_bits_above_those_stored_are_no_part_of_the_value(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 16, RAMP.shape).astype(np.uint16) << 12
+    path = write(tmp_path / "a.dcm", RAMP | noise, 12)
+    np.testing.assert_array_equal(read_dicom(path), to_255(RAMP, 100, 3900))
+
+
+@pytest.mark.parametrize("empty", [{}, {"WindowCenter": "", "WindowWidth": ""}])
+def test_missing_or_empty_window(tmp_path, empty):
+    path = write(tmp_path / "a.dcm", RAMP, **empty)
+    np.testing.assert_array_equal(read_dicom(path), to_255(RAMP, 100, 3900))
+
+
+@pytest.mark.parametrize("center, width", [(2048, 4096), (1500, 800), (1000, 1), ([1500, 9], [800, 9])])
+def test_linear_window(tmp_path, center, width):
+    path = write(tmp_path / "a.dcm", RAMP, WindowCenter=center, WindowWidth=width)
+    c, w = np.ravel(center)[0], np.ravel(width)[0]  # the first of several
+    below, above = c - 0.5 - (w - 1) / 2, c - 0.5 + (w - 1) / 2
+    expected = to_255(RAMP, below, above) if w > 1 else np.where(RAMP > below, 255, 0)
+    np.testing.assert_array_equal(read_dicom(path), expected)
+
+
+def test_exact_and_sigmoid_windows(tmp_path):
+    window = {"WindowCenter": 2000, "WindowWidth": 1000}
+    path = write(tmp_path / "a.dcm", RAMP, **window, VOILUTFunction="LINEAR_EXACT")
+    np.testing.assert_array_equal(read_dicom(path), to_255(RAMP, 1500, 2500))
+    path = write(tmp_path / "a.dcm", RAMP, **window, VOILUTFunction="SIGMOID")
+    sigmoid = 1 / (1 + np.exp(-4 * (RAMP.astype(float) - 2000) / 1000))
+    assert np.abs(read_dicom(path).astype(int) - to_255(sigmoid, 0, 1)).max() <= 1
+
+
+def test_rescale_before_the_window(tmp_path):
+    stored = (RAMP.astype(int) - 2048).astype(np.int16)
+    tags = {"RescaleSlope": 0.5, "RescaleIntercept": -100, "WindowCenter": -100, "WindowWidth": 501}
+    path = write(tmp_path / "a.dcm", stored, **tags)
+    np.testing.assert_array_equal(read_dicom(path), to_255(stored * 0.5 - 100, -350.5, 149.5))
+
+
+def test_modality_lut(tmp_path):
+    curve = (np.arange(4096) ** 2 // 256).astype(np.uint16)
+    path = write(tmp_path / "a.dcm", RAMP, ModalityLUTSequence=lut_item(curve, 0, 16))
+    np.testing.assert_array_equal(read_dicom(path), to_255(curve[RAMP], curve[100], curve[3900]))
+
+
+@pytest.mark.parametrize("bits, packed", [(8, False), (8, True), (12, False), (16, False), (16, True)])
+def test_voi_lut_goes_before_the_window(tmp_path, bits, packed):
+    """Values below the table take its first entry, those above its last."""
+    first, n = 500, 3000
+    entries = np.round((np.arange(n) / (n - 1)) ** 0.5 * (2**bits - 1)).astype(np.uint16)
+    data = None if not packed else entries.astype("u1" if bits == 8 else "<u2").tobytes()
+    tags = {"VOILUTSequence": lut_item(entries, first, bits, data), "WindowCenter": 5, "WindowWidth": 9}
+    path = write(tmp_path / "a.dcm", RAMP, **tags)
+    expected = entries[np.clip(RAMP.astype(int) - first, 0, n - 1)]
+    np.testing.assert_array_equal(read_dicom(path), to_255(expected, 0, 2**bits - 1))
+
+
+def test_voi_lut_from_a_real_file():
+    assert read_dicom(example("vlut_04.dcm")).max() == 255
+
+
+# --- which end is air ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "photometric, sign, slope, inverted",
+    [
+        ("MONOCHROME2", None, 1, False),
+        ("MONOCHROME1", None, 1, True),
+        ("MONOCHROME2", -1, 1, False),
+        ("MONOCHROME2", 1, 1, True),
+        ("MONOCHROME1", 1, 1, True),  # one statement made twice: turned over once
+        ("MONOCHROME1", -1, 1, True),  # what every viewer shows
+        ("MONOCHROME2", 1, -1, False),  # the rescale has turned it over already
+        ("MONOCHROME2", -1, -1, True),
+    ],
+)
+def test_air_is_dark(tmp_path, photometric, sign, slope, inverted):
+    tags = {} if sign is None else {"PixelIntensityRelationshipSign": sign}
+    if slope == -1:
+        tags |= {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    path = write(tmp_path / "a.dcm", RAMP, PhotometricInterpretation=photometric, **tags)
+    rising = (RAMP.astype(float) - 100) / 3800
+    shade = rising if (slope == 1) != inverted else 1 - rising
+    assert np.abs(read_dicom(path) - 255 * shade).max() <= 0.5 + 1e-6
+
+
+# --- padding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_and_does_not_set_the_contrast(tmp_path, photometric):
+    stored = RAMP.copy()
+    stored[:, :5] = 0
+    path = write(tmp_path / "a.dcm", stored, PhotometricInterpretation=photometric, PixelPaddingValue=0)
+    film = read_dicom(path)
+    assert (film[:, :5] == 0).all()
+    inside = stored[:, 5:]
+    expected = to_255(inside, int(inside.min()), int(inside.max()))
+    if photometric == "MONOCHROME1":
+        assert film[:, 5:].max() == 255 and film[0, 5] == 255 and film[-1, -1] == 0
+    else:
+        np.testing.assert_array_equal(film[:, 5:], expected)
+
+
+def test_padding_range(tmp_path):
+    stored = RAMP.copy()
+    stored[:, :3], stored[:, 3:6] = 4000, 4095
+    path = write(tmp_path / "a.dcm", stored, PixelPaddingValue=4095, PixelPaddingRangeLimit=4000)
+    film = read_dicom(path)
+    assert (film[:, :6] == 0).all() and film.max() == 255 and film[-1, -1] == 255
+
+
+def test_a_flat_image_is_black(tmp_path):
+    assert read_dicom(write(tmp_path / "a.dcm", np.full((4, 5), 77, np.uint16))).tolist() == [[0] * 5] * 4
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+
+def error_of(path, function=read_dicom):
+    with pytest.raises(UserError) as error:
+        function(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("SC_rgb.dcm", "in colour (RGB)"),
+        ("examples_palette.dcm", "in colour (PALETTE COLOR)"),
+        ("emri_small.dcm", "10 frames"),
+        ("rtplan.dcm", "without pixel data"),
+        ("MR_truncated.dcm", "cannot be decoded"),
+        ("README.txt", "not a DICOM file"),
+        ("JPEG-lossy.dcm", "12-bit"),
+    ],
+)
+def test_other_kinds_of_file(name, words):
+    assert words in error_of(example(name))
+
+
+def test_missing_codec_names_its_package(tmp_path):
+    """No package of ours decodes HTJ2K, so this is the real thing."""
+    path = write(tmp_path / "a.dcm", RAMP, syntax=HTJ2KLossless, pixel_data=encapsulate([b"\xff\x4f" * 10]))
+    message = error_of(path)
+    assert "pip install" in message and "pylibjpeg-openjpeg" in message
+
+
+def test_damaged_compressed_stream(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(RAMP.astype(np.uint8)).save(buffer, "JPEG2000", irreversible=False)
+    frame = buffer.getvalue()
+    start = frame.index(b"\xff\x4f")  # the codestream in its box
+    stored = RAMP.astype(np.uint8)
+    whole = write(tmp_path / "a.dcm", stored, 8, JPEG2000Lossless, encapsulate([frame[start:]]))
+    np.testing.assert_array_equal(read_dicom(whole), to_255(stored, int(stored.min()), int(stored.max())))
+    path = write(tmp_path / "b.dcm", stored, 8, JPEG2000Lossless, encapsulate([frame[start : start + 60]]))
+    assert "cannot be decoded" in error_of(path)
+
+
+def test_window_that_cannot_be(tmp_path):
+    path = write(tmp_path / "a.dcm", RAMP, WindowCenter=5, WindowWidth=0)
+    assert "contrast cannot be applied" in error_of(path) and "Window Width" in error_of(path)
+
+
+def test_all_padding_and_too_many_bits(tmp_path):
+    flat = np.full((4, 5), 7, np.uint16)
+    assert "all padding" in error_of(write(tmp_path / "a.dcm", flat, PixelPaddingValue=7))
+    assert "32 bits" in error_of(write(tmp_path / "b.dcm", flat.astype(np.uint32), 32))
+
+
+def test_missing_empty_and_cut_files(tmp_path):
+    assert "missing" in error_of(tmp_path / "none.dcm")
+    (tmp_path / "empty.dcm").touch()
+    assert "DICOM" in error_of(tmp_path / "empty.dcm")
+    whole = write(tmp_path / "a.dcm", RAMP).read_bytes()
+    for length in (140, 300, len(whole) // 2, len(whole) - 1):
+        path = tmp_path / f"{length}.dcm"
+        path.write_bytes(whole[:length])
+        assert "DICOM" in error_of(path)
+    assert "no Rows" in error_of(write(tmp_path / "r.dcm", RAMP, Rows=None), dicom_size)
+
+
+# --- one door --------------------------------------------------------------------------------------
+
+
+def test_read_radiograph_goes_by_content(tmp_path):
+    film = to_255(RAMP, 100, 3900)
+    dicom = write(tmp_path / "noname", RAMP)
+    picture = Path(tmp_path / "picture.png")
+    Image.fromarray(film).save(picture)
+    for path in (dicom, picture):
+        np.testing.assert_array_equal(read_radiograph(path), film)
+        assert radiograph_size(path) == (30, 40)
+    assert "missing" in error_of(tmp_path / "no.dcm", radiograph_size)
+    with pytest.raises(UserError, match="no.jpg"):
+        read_radiograph(tmp_path / "no.jpg")

@@ -1,0 +1,166 @@
+"""util/gaze.py: the matrix product against a plain slow version, and the rules of its edges."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.raw.reflacx import read_reflacx
+from util.errors import UserError
+from util.gaze import FIXATION_COLUMNS, fixation_heatmap, heatmap_to_uint8, inside_image, merge_heatmaps
+
+
+def fixation(x=50.0, y=40.0, duration=1.0, sigma_x=9.0, sigma_y=11.0, box=(0, 0, 120, 90)):
+    return dict(zip(FIXATION_COLUMNS, (x, y, duration, sigma_x, sigma_y, *box)))
+
+
+def table(*fixations):
+    return pd.DataFrame(list(fixations))
+
+
+def slow_heatmap(fixations, image_size, out_size):
+    """One fixation after the other, one pixel after the other's formula, nothing factored."""
+    (width, height), (rows, columns) = image_size, out_size
+    v, u = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    px, py = (u + 0.5) * width / columns - 0.5, (v + 0.5) * height / rows - 0.5
+    total = np.zeros(out_size)
+    for f in fixations.to_dict("records"):
+        if f["duration"] <= 0:
+            continue
+        z2 = ((px - f["x"]) / f["sigma_x"]) ** 2 + ((py - f["y"]) / f["sigma_y"]) ** 2
+        gaussian = np.exp(-z2 / 2) / (2 * np.pi * f["sigma_x"] * f["sigma_y"])
+        in_view = (px + 0.5 >= f["xmin"]) & (px + 0.5 < f["xmax"])
+        in_view &= (py + 0.5 >= f["ymin"]) & (py + 0.5 < f["ymax"])
+        total += f["duration"] * gaussian * in_view
+    return total / total.sum()
+
+
+coordinate = st.floats(-40, 160)
+fixation_strategy = st.builds(
+    fixation,
+    x=coordinate,
+    y=coordinate,
+    duration=st.one_of(st.just(0.0), st.floats(-1, 3)),
+    sigma_x=st.floats(4, 40),
+    sigma_y=st.floats(4, 40),
+    box=st.tuples(st.floats(-10, 40), st.floats(-10, 40), st.floats(60, 140), st.floats(60, 140)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(fixation_strategy, min_size=1, max_size=8),
+    st.sampled_from([(120, 90), (77, 131)]),
+    st.sampled_from([(90, 120), (33, 20), (1, 7), (64, 64), (200, 150)]),
+)
+def test_equals_the_slow_version(fixations, image_size, out_size):
+    fixations = table(fixation(duration=0.5), *fixations)  # at least one that counts
+    fast = fixation_heatmap(fixations, image_size, out_size)
+    assert fast.shape == out_size and fast.dtype == np.float64
+    assert fast.min() >= 0 and fast.sum() == pytest.approx(1, abs=1e-12)
+    slow = slow_heatmap(fixations, image_size, out_size)
+    np.testing.assert_allclose(fast, slow, rtol=0, atol=1e-6 * fast.max())
+
+
+def test_each_axis_has_its_own_resolution():
+    heatmap = fixation_heatmap(table(fixation(60, 45, sigma_x=6, sigma_y=12)), (120, 90), (90, 120))
+    rows, columns = np.indices(heatmap.shape)
+    assert (heatmap * columns).sum() == pytest.approx(60, abs=1e-3)
+    assert np.sqrt((heatmap * (columns - 60) ** 2).sum()) == pytest.approx(6, abs=0.01)
+    assert np.sqrt((heatmap * (rows - 45) ** 2).sum()) == pytest.approx(12, abs=0.2)  # cut at 3.7 sigma
+
+
+def test_mass_goes_with_duration_whatever_the_zoom():
+    near = fixation(30, 45, duration=1, sigma_x=3, sigma_y=3)
+    far = fixation(90, 45, duration=3, sigma_x=7, sigma_y=7)
+    heatmap = fixation_heatmap(table(near, far), (120, 90), (90, 120))
+    assert heatmap[:, 60:].sum() / heatmap[:, :60].sum() == pytest.approx(3, rel=1e-3)
+
+
+def test_the_shown_rectangle_is_a_slice_at_native_size():
+    uncut = fixation_heatmap(table(fixation()), (120, 90), (90, 120))
+    cut = fixation_heatmap(table(fixation(box=(45, 30, 70, 60))), (120, 90), (90, 120))
+    expected = np.zeros_like(uncut)
+    expected[30:60, 45:70] = uncut[30:60, 45:70]
+    np.testing.assert_allclose(cut, expected / expected.sum(), atol=1e-12)
+
+
+def test_infinite_rectangle_is_uncut():
+    inf = np.inf
+    whole = fixation_heatmap(table(fixation()), (120, 90), (45, 60))
+    np.testing.assert_array_equal(
+        whole, fixation_heatmap(table(fixation(box=(-inf, -inf, inf, inf))), (120, 90), (45, 60))
+    )
+
+
+def test_small_map_is_the_large_one_averaged():
+    fixations = table(fixation(), fixation(100, 20, 0.4))
+    large = fixation_heatmap(fixations, (120, 90), (90, 120))
+    small = fixation_heatmap(fixations, (120, 90), (45, 60))
+    pooled = large.reshape(45, 2, 60, 2).sum((1, 3))
+    np.testing.assert_allclose(small, pooled, atol=0.005 * small.max())
+
+
+def test_outside_the_image_spills_in():
+    heatmap = fixation_heatmap(table(fixation(x=-5, y=45)), (120, 90), (90, 120))
+    assert heatmap[45].argmax() == 0 and heatmap[:, 0].sum() > heatmap[:, 20].sum() > 0
+
+
+def test_zero_and_negative_durations_count_for_nothing():
+    alone = fixation_heatmap(table(fixation()), (120, 90), (45, 60))
+    more = fixation_heatmap(
+        table(fixation(), fixation(20, 20, 0.0), fixation(90, 70, -1.0, sigma_x=0)), (120, 90), (45, 60)
+    )
+    np.testing.assert_array_equal(alone, more)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (fixation(duration=0), "no fixation of positive duration"),
+        (fixation(x=1e5), "no fixation reaches the image"),
+        (fixation(box=(130, 0, 150, 90)), "no fixation reaches the image"),
+        (fixation(sigma_x=0), "sigma_x .* not positive"),
+        (fixation(y=np.nan), "column y has a value that is not a finite number"),
+    ],
+)
+def test_nothing_left_or_nonsense(bad, message):
+    with pytest.raises(UserError, match=message):
+        fixation_heatmap(table(bad), (120, 90), (45, 60))
+
+
+def test_a_dict_of_lists_will_do():
+    columns = table(fixation(), fixation(20, 20)).to_dict("list")
+    assert fixation_heatmap(columns, (120, 90), (9, 12)).sum() == pytest.approx(1)
+
+
+def test_inside_image():
+    points = {"x": [0, -0.5, -0.6, 119.5, 119.6, 60], "y": [0, 0, 0, 89.5, 10, 90]}
+    assert inside_image(points, (120, 90)).tolist() == [True, True, False, True, False, False]
+
+
+def test_merging_gives_each_reader_the_same_weight():
+    short = fixation_heatmap(table(fixation(20, 20, 0.1)), (120, 90), (45, 60))
+    long = fixation_heatmap(table(fixation(90, 60, 9.0)), (120, 90), (45, 60))
+    np.testing.assert_allclose(merge_heatmaps([short, long]), (short + long) / 2, atol=1e-15)
+    np.testing.assert_allclose(merge_heatmaps([short]), short, atol=1e-15)
+
+
+def test_8_bit_map():
+    heatmap = np.array([[0.0, 1.0], [2.0, 510.0]])  # in units of half a gray level
+    assert heatmap_to_uint8(heatmap / heatmap.sum()).tolist() == [[0, 1], [1, 255]]
+    with pytest.raises(UserError, match="zero everywhere"):
+        heatmap_to_uint8(np.zeros((2, 2)))
+
+
+def test_reflacx_columns_are_taken_as_they_are(study):
+    """A fixations.csv read with pandas needs no renaming."""
+    reading = next(r for r in read_reflacx(study.raw).readings)
+    table = pd.read_csv(reading.fixations_path)
+    width, height = reading.image_size
+    from_file = fixation_heatmap(table, (width, height), (height, width))
+    np.testing.assert_array_equal(
+        from_file, fixation_heatmap(reading.load_fixations(), (width, height), (height, width))
+    )
+    assert from_file.sum() == pytest.approx(1)

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.filters import threshold_otsu
+
+from util.masking import (
+    attention_controlled_mask,
+    block_mask,
+    mask_generator,
+    masked_count,
+    otsu_foreground,
+    random_mask,
+    significant_patches,
+)
+
+
+def expected_counts(n_patches, n_significant, mask_ratio, clinical_ratio):
+    """METHOD.md section 1, step 3, in plain Python: (masked significant, masked others)."""
+    n_masked = int(n_patches * mask_ratio)
+    significant = min(int(n_significant * clinical_ratio), n_masked)
+    others = min(n_masked - significant, n_patches - n_significant)
+    return n_masked - others, others
+
+
+@st.composite
+def grids(draw):
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    row = st.lists(st.booleans(), min_size=height * width, max_size=height * width)
+    rows = draw(st.lists(row, min_size=1, max_size=4))
+    return torch.tensor(rows).view(-1, height, width)
+
+
+@settings(max_examples=150, deadline=None)
+@given(grids(), st.floats(0, 0.999), st.floats(0, 1), st.integers(0, 2**31))
+def test_counts_are_exact_for_any_grid_ratio_and_heatmap(significant, mask_ratio, clinical_ratio, seed):
+    n_patches = significant[0].numel()
+    foreground = significant.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    generator = torch.Generator().manual_seed(seed)
+    if not 0 < int(n_patches * mask_ratio) < n_patches:
+        with pytest.raises(ValueError, match="mask_ratio"):
+            attention_controlled_mask(foreground, 2, mask_ratio, clinical_ratio, generator)
+        return
+    mask = attention_controlled_mask(foreground, 2, mask_ratio, clinical_ratio, generator)
+    assert mask.shape == (len(significant), n_patches)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    for row, flags in zip(mask.bool(), significant.flatten(1), strict=True):
+        wanted = expected_counts(n_patches, int(flags.sum()), mask_ratio, clinical_ratio)
+        assert (int((row & flags).sum()), int((row & ~flags).sum())) == wanted
+
+
+@pytest.mark.parametrize("side", [224, 448])
+def test_default_ratios_at_224_and_448(side):
+    foreground = torch.zeros(3, side, side, dtype=torch.bool)
+    foreground[1, : side // 2] = True
+    foreground[2] = True
+    mask = attention_controlled_mask(foreground, 16)
+    n_patches = (side // 16) ** 2
+    n_masked = int(n_patches * 0.75)
+    assert mask.sum(1).tolist() == [n_masked] * 3
+    half = n_patches // 2
+    assert mask[1, :half].sum() == half // 2
+    assert mask[1, half:].sum() == n_masked - half // 2
+
+
+def test_a_patch_is_significant_from_half_of_its_pixels_on():
+    foreground = torch.zeros(1, 32, 16, dtype=torch.bool)
+    foreground[0, :16].view(-1)[:128] = True
+    foreground[0, 16:24] = True
+    foreground[0, 16, 0] = False  # 127 pixels
+    assert significant_patches(foreground, 16).tolist() == [[True, False]]
+
+
+def test_all_ways_to_state_foreground_give_the_same_mask():
+    binary = torch.rand(4, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5
+    binary[1] = False
+    binary[2] = True
+    formats = [
+        binary,
+        binary.to(torch.uint8),
+        binary.to(torch.uint8) * 255,
+        binary.float(),
+        binary.float() * 255,
+    ]
+    masks = [
+        attention_controlled_mask(foreground, 8, generator=torch.Generator().manual_seed(1))
+        for foreground in formats
+    ]
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+def test_values_left_in_between_by_resizing_count_from_half():
+    def patches(values, dtype):
+        return torch.tensor([[values]], dtype=dtype).repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+    for foreground in (
+        patches([0.0, 0.49, 0.5, 1.0], torch.float32),
+        patches([0.0, 127.4, 127.5, 255.0], torch.float32),
+        patches([0, 127, 128, 255], torch.uint8),
+    ):
+        assert significant_patches(foreground, 2).tolist() == [[False, False, True, True]]
+
+
+def test_size_that_is_not_divisible_is_refused():
+    with pytest.raises(ValueError, match="30 x 32"):
+        significant_patches(torch.zeros(1, 30, 32), 16)
+
+
+def test_choice_is_uniform_inside_each_group():
+    significant = torch.zeros(8, 8, dtype=torch.bool)
+    significant[:, :3] = True  # 24 significant patches of 64
+    foreground = significant.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    n_draws = 20000
+    mask = attention_controlled_mask(
+        foreground.expand(n_draws, -1, -1), 2, 0.75, 0.5, torch.Generator().manual_seed(0)
+    )
+    frequency = mask.mean(0)
+    for group, n_chosen in ((significant.flatten(), 12), (~significant.flatten(), 36)):
+        share = n_chosen / int(group.sum())
+        sigma = (share * (1 - share) / n_draws) ** 0.5
+        assert ((frequency[group] - share).abs() < 4.5 * sigma).all()
+    # and independent of place: neighbours in a group are masked together as often as chance has it
+    together = (mask[:, 0] * mask[:, 1]).mean()
+    assert together == pytest.approx(12 / 24 * 11 / 23, abs=0.02)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([np.uint8, np.float32]), st.integers(1, 3))
+def test_otsu_is_that_of_scikit_image(seed, dtype, kind):
+    rng = np.random.default_rng(seed)
+    shape = (3, 17, 13)
+    levels = {
+        1: rng.integers(0, 256, shape),
+        2: np.where(rng.random(shape) < 0.2, rng.integers(150, 256, shape), rng.integers(0, 60, shape)),
+        3: rng.integers(0, 2, shape) * rng.integers(1, 256),
+    }[kind].astype(np.uint8)
+    attention = torch.from_numpy(levels if dtype == np.uint8 else levels.astype(np.float32) / 255)
+    ours = otsu_foreground(attention)
+    for image, foreground in zip(levels, ours.numpy(), strict=True):
+        expected = image > threshold_otsu(image) if image.min() != image.max() else np.zeros_like(image, bool)
+        np.testing.assert_array_equal(foreground, expected)
+
+
+@pytest.mark.parametrize("level", [0, 17, 255])
+def test_an_all_equal_heatmap_has_no_foreground(level):
+    assert not otsu_foreground(torch.full((2, 8, 8), level, dtype=torch.uint8)).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(2, 12), st.floats(0.01, 0.99), st.integers(0, 2**31))
+def test_random_and_block_masks_have_exact_counts(height, width, mask_ratio, seed):
+    n_patches = height * width
+    if not 0 < int(n_patches * mask_ratio) < n_patches:
+        return
+    for mask in (
+        random_mask(3, n_patches, mask_ratio, torch.Generator().manual_seed(seed)),
+        block_mask(3, (height, width), mask_ratio, torch.Generator().manual_seed(seed)),
+    ):
+        assert mask.shape == (3, n_patches)
+        assert mask.sum(1).tolist() == [int(n_patches * mask_ratio)] * 3
+
+
+def test_blocks_are_blocks_and_lie_everywhere():
+    def equal_neighbours(mask):
+        grid = mask.view(-1, 14, 14)
+        return (grid[:, 1:] == grid[:, :-1]).float().mean().item()
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = block_mask(2000, (14, 14), 0.5, generator)
+    assert equal_neighbours(blocks) > 0.8
+    assert equal_neighbours(random_mask(2000, 196, 0.5, generator)) == pytest.approx(0.5, abs=0.02)
+    frequency = blocks.mean(0)
+    assert 0.4 < frequency.min() and frequency.max() < 0.6  # corners too
+
+
+def test_masks_repeat_with_the_generator_and_differ_between_steps_and_ranks():
+    def draw(*key):
+        return random_mask(2, 196, 0.75, mask_generator(*key, device="cpu"))
+
+    assert torch.equal(draw(0, 1, 2, 3), draw(0, 1, 2, 3))
+    keys = [(0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4), (0, 2, 1, 3)]
+    assert len({tuple(draw(*key).flatten().tolist()) for key in keys}) == len(keys)
+
+
+def test_masked_count_is_the_published_one():
+    assert masked_count(196, 0.75) == 147
+    for ratio in (0.0, 0.001, 1.0, -0.5):
+        with pytest.raises(ValueError, match="mask_ratio"):
+            masked_count(196, ratio)

@@ -1,0 +1,169 @@
+"""Requests to stop: noted once, agreed between ranks at one step, and left alone by data workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, Agreement, StopSignals, exit_status
+
+ROOT = Path(__file__).parents[2]
+
+
+def wait_for_request(stay: bool, max_minutes: float | None, ready) -> None:
+    signals = StopSignals(max_minutes)
+    ready.set()
+    while signals.request == GO_ON or stay:
+        time.sleep(0.01)
+    sys.exit(exit_status(signals.request))
+
+
+def start_waiting(*, stay: bool = False, max_minutes: float | None = None) -> multiprocessing.Process:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=wait_for_request, args=(stay, max_minutes, ready))
+    process.start()
+    assert ready.wait(10)
+    return process
+
+
+def exit_code(process: multiprocessing.Process) -> int | None:
+    process.join(10)
+    return process.exitcode
+
+
+def test_first_signal_asks_and_the_second_stops_at_once(capfd):
+    statuses = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+    polite = {signum: start_waiting() for signum in statuses}
+    stubborn = {signum: start_waiting(stay=True) for signum in statuses}
+    for processes in (polite, stubborn):
+        for signum, process in processes.items():
+            os.kill(process.pid, signum)
+            os.kill(process.pid, signum)  # the copy that a launcher passes on, at once
+    assert {signum: exit_code(process) for signum, process in polite.items()} == statuses
+    told = capfd.readouterr().err
+    assert all(told.count(f"{signum.name}: saving a checkpoint") == 2 for signum in statuses)
+    time.sleep(0.6)
+    for signum, process in stubborn.items():
+        assert process.is_alive()
+        os.kill(process.pid, signum)
+        assert exit_code(process) == -signum
+
+
+def test_time_limit_is_a_request_to_pause():
+    began = time.monotonic()
+    assert exit_code(start_waiting(max_minutes=0.5 / 60)) == 75
+    assert 0.5 <= time.monotonic() - began < 5
+
+
+def test_exit_statuses():
+    assert [exit_status(request) for request in (GO_ON, PAUSE, TERMINATE, INTERRUPT)] == [0, 75, 143, 130]
+
+
+def test_a_single_process_agrees_with_itself_at_once():
+    agreement = Agreement(None, size=2)
+    assert agreement.exchange((3, 1)) == [3, 1]
+    assert agreement.settle((0, 2)) == [0, 2]
+    assert agreement.collect() == [0, 0]
+
+
+def agreeing_rank(rank: int, world_size: int, store: str, values: list[list[int]], queue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    agreement = Agreement(dist.group.WORLD, size=1)
+    seen = []
+    for own in values[rank]:
+        if own == 2:
+            time.sleep(0.3)  # a slow rank changes nothing of what is agreed when
+        seen.append(agreement.exchange([own])[0])
+    seen.append(agreement.settle([rank])[0])
+    seen.append(agreement.collect()[0])
+    queue.put((rank, seen))
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_one_step_late_on_the_largest(tmp_path):
+    values = [[0, 0, 2, 0, 0], [0, 1, 0, 0, 3], [0, 0, 0, 0, 0]]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=agreeing_rank, args=(rank, 3, str(tmp_path / "store"), values, queue))
+        for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    seen = dict(queue.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(10)
+        assert process.exitcode == 0
+    # The exchange before settle is dropped by it: settle's caller collects first if it needs that.
+    assert seen == {rank: [0, 0, 1, 2, 0, 2, 0] for rank in range(3)}
+
+
+LOADER = """
+import sys; sys.path.insert(0, "@ROOT@")
+import os, signal, time
+import torch
+from torch.utils.data import DataLoader
+from util.stop import ignore_stop_signals
+class Slow(torch.utils.data.Dataset):
+    def __len__(self): return 10**6
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return os.getpid()
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(signum, lambda *_: None)
+batches = iter(DataLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
+print(*sorted({int(next(batches)[0]) for _ in range(2)}))
+for _ in range(@BATCHES@):
+    next(batches)
+    print("batch")
+raise RuntimeError("the traceback keeps the loader, so its workers are not told that it ends")
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def start_loader(n_batches: int) -> tuple[subprocess.Popen, list[int]]:
+    code = LOADER.replace("@ROOT@", str(ROOT)).replace("@BATCHES@", str(n_batches))
+    command = [sys.executable, "-u", "-c", code]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    return process, workers
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in pids)
+
+
+def test_workers_ignore_signals_to_the_group_and_end_with_their_parent():
+    killed, workers = start_loader(10**6)
+    failing, workers_of_failing = start_loader(20)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.killpg(killed.pid, signum)
+    for _ in range(10):
+        assert killed.stdout.readline() == "batch\n"
+    assert all(is_running(pid) for pid in workers)
+    killed.kill()
+    killed.wait()
+    wait_until_gone(workers, 3)  # torch's own watchdog takes five seconds or more
+    assert failing.wait(20) == 1
+    assert "RuntimeError: the traceback keeps" in failing.stderr.read()
+    wait_until_gone(workers_of_failing, 1)

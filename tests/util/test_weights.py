@@ -1,0 +1,309 @@
+"""Weights files of several origins: read safely, matched by name, reported, refused with a reason."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+
+from models_cxrmim import CXRMIM, cxrmim_vit_base_patch16, cxrmim_vit_tiny_patch16
+from util.errors import UserError
+from util.weights import build_model, load_initial_weights, read_state_dict, summarize_keys
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def vit() -> dict[str, torch.Tensor]:
+    """A timm ViT-Ti state dict of random weights, with head, as timm's own file has it."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    state = model.state_dict()
+    return {name: torch.randn(tensor.shape) * 0.02 for name, tensor in state.items()}
+
+
+def save(content, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/should_never_exist",)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_plain_and_wrapped_files_give_the_same_tensors(vit, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    safetensors.torch.save_file(vit, folder / "model.safetensors", metadata={"source": "here"})
+    files = [
+        save(vit, tmp_path / "plain.pth"),
+        save({"model": vit, "epoch": 3}, tmp_path / "model.pth"),
+        save({"state_dict": {f"module.{k}": v for k, v in vit.items()}}, tmp_path / "ddp.pth"),
+        folder,
+        folder / "model.safetensors",
+    ]
+    for file in files:
+        state, info = read_state_dict(file)
+        assert state.keys() == vit.keys()
+        assert all(torch.equal(state[name], vit[name]) for name in vit)
+        assert info.kind == "vit"
+    assert read_state_dict(files[1])[1].epoch == 3
+    assert read_state_dict(folder)[1].metadata == {"source": "here"}
+
+
+def test_namespace_and_numpy_scalars_under_args_are_read(vit, tmp_path):
+    args = argparse.Namespace(
+        model="cxrmim_vit_tiny_patch16", id_list=[1, 3], lr=np.float64(0.25), seed=np.int64(7)
+    )
+    content = {"model": vit, "args": args, "epoch": np.int64(4), "scaler": {"scale": np.float32(2)}}
+    _, info = read_state_dict(save(content, tmp_path / "published.pth"))
+    assert info.args["model"] == "cxrmim_vit_tiny_patch16"
+    assert info.args["lr"] == 0.25 and info.args["seed"] == 7 and info.epoch == 4
+
+
+def test_scalars_pickled_by_numpy_1_are_read(vit, tmp_path):
+    """NumPy 1 names its scalar constructor numpy.core.multiarray.scalar."""
+    path = save({"model": {"blocks.0.x": torch.zeros(1)}, "epoch": np.int64(4)}, tmp_path / "new.pth")
+    old = tmp_path / "old.pth"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(old, "w", zipfile.ZIP_STORED) as target:
+        for item in source.infolist():
+            data = source.read(item)
+            if item.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in data or b"numpy.core.multiarray" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(item.filename, data)
+    assert read_state_dict(old)[1].epoch == 4
+
+
+def test_file_that_would_run_code_is_refused_unrun(vit, tmp_path):
+    path = save({"model": vit, "args": RunsCode()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil.pth: refused.*system") as caught:
+        read_state_dict(path)
+    assert "\n" not in str(caught.value)
+    assert not Path("/tmp/should_never_exist").exists()
+
+
+def test_namespace_cannot_smuggle_another_class(vit, tmp_path):
+    path = save({"model": vit, "args": argparse.Namespace(hook=RunsCode())}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="refused"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -100])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_truncated_file(vit, tmp_path, name, keep):
+    path = tmp_path / name
+    if name.endswith("pth"):
+        torch.save(vit, path)
+    else:
+        safetensors.torch.save_file(vit, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=name) as caught:
+        read_state_dict(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ([1, 2], "holds a list"),
+        ({}, "empty"),
+        ({"model": {}}, "empty"),
+        ({"epoch": 3}, "'epoch' is no tensor"),
+    ],
+)
+def test_file_without_state_dict(tmp_path, content, reason):
+    with pytest.raises(UserError, match=reason):
+        read_state_dict(save(content, tmp_path / "x.pth"))
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "text.pth").write_text("hello\n")
+    (tmp_path / "image.pth").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    for name, reason in [
+        ("text.pth", "not a readable"),
+        ("image.pth", "not a readable"),
+        ("no.pth", "no such"),
+        ("", "folder without"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            read_state_dict(tmp_path / name)
+
+
+def test_summarize_keys():
+    keys = [
+        "cls_token",
+        "blocks.0.norm1.weight",
+        "blocks.1.norm1.weight",
+        "blocks.3.mlp.fc1.bias",
+        "norm.weight",
+    ]
+    assert summarize_keys(keys) == "cls_token, blocks.0-1,3, norm"
+    assert summarize_keys([]) == ""
+
+
+# ---------------------------------------------------------------- into a model
+
+SMALL = dict(
+    img_size=64,
+    embed_dim=64,
+    depth=2,
+    num_heads=1,
+    decoder_embed_dim=32,
+    id_list=(0, 1),
+    scale_list=(2.0, 0.5),
+)
+
+
+def is_encoder(name: str) -> bool:
+    return name.startswith(("cls_token", "pos_embed", "patch_embed.", "blocks."))
+
+
+def test_timm_file_fills_the_encoder(vit, tmp_path):
+    model = cxrmim_vit_tiny_patch16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_initial_weights(model, save(vit, tmp_path / "vit.pth"))
+    after = model.state_dict()
+    assert set(report.matched) == {name for name in vit if is_encoder(name)}
+    assert set(report.ignored) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert set(report.missing) == {name for name in after if not is_encoder(name)}
+    for name in after:
+        expected = vit[name] if is_encoder(name) else before[name]
+        assert torch.equal(after[name], expected), name
+    assert model.pos_embed.requires_grad is False
+    text = str(report)
+    assert len(text.splitlines()) <= 5
+    assert "blocks.0-11" in text and "148" in text and "head" in text
+
+
+def test_mae_file_fills_the_encoder_and_its_decoder_is_ignored(tmp_path):
+    donor, model = CXRMIM(**SMALL), CXRMIM(**SMALL)
+    state = {name: tensor for name, tensor in donor.state_dict().items() if is_encoder(name)}
+    mae = state | {
+        "norm.weight": torch.ones(64),
+        "mask_token": torch.zeros(1, 1, 16),
+        "decoder_pos_embed": torch.zeros(1, 17, 16),
+        "decoder_blocks.0.norm1.weight": torch.ones(16),
+        "decoder_pred.weight": torch.zeros(768, 16),
+    }
+    path = save({"model": mae, "args": argparse.Namespace(lr=np.float64(1))}, tmp_path / "mae.pth")
+    assert read_state_dict(path)[1].kind == "mae"
+    report = load_initial_weights(model, path)
+    assert set(report.matched) == set(state)
+    assert set(report.ignored) == set(mae) - set(state)
+
+
+def test_published_checkpoint_with_hog_enc(tmp_path):
+    """All 248 published names and shapes (ViT-B); those of hog_enc are ignored, the rest all match."""
+    shapes = json.loads((GOLDEN / "published_state_dict.json").read_text())
+    state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
+    assert len(state) == 248
+    path = save(
+        {"model": state, "args": argparse.Namespace(gaze_weighted=True), "epoch": 399}, tmp_path / "c.pth"
+    )
+    model = cxrmim_vit_base_patch16()
+    report = load_initial_weights(model, path)
+    assert report.missing == []
+    assert report.ignored == [f"hog_enc.{k}.conv.weight" for k in range(4)]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_other_input_size_resamples_pos_embed_only(tmp_path):
+    donor = CXRMIM(**SMALL)
+    path = save({"model": donor.state_dict()}, tmp_path / "c.pth")
+    model = CXRMIM(**SMALL | {"img_size": 96})
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_initial_weights(model, path)
+    expected = resample_abs_pos_embed(donor.pos_embed, [6, 6], num_prefix_tokens=1)
+    assert model.pos_embed.shape == (1, 37, 64)
+    assert torch.equal(model.pos_embed, expected)
+    assert torch.equal(model.pos_embed[:, :1], donor.pos_embed[:, :1])
+    assert report.ignored == report.missing == ["decoder.0.pos_embed", "decoder.1.pos_embed"]
+    for name in report.missing:
+        assert torch.equal(model.state_dict()[name], own[name])
+    assert "16 patches to 6 x 6" in str(report)
+
+
+def test_other_model_size_is_an_error_that_names_it(vit, tmp_path):
+    model = CXRMIM(**SMALL)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        UserError, match=r"vit.pth: cls_token has shape 1x1x192, the model needs 1x1x64.*--model"
+    ):
+        load_initial_weights(model, save(vit, tmp_path / "vit.pth"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_other_target_size_is_an_error_that_names_the_flag(tmp_path):
+    path = save({"model": CXRMIM(**SMALL, hog_nbins=6).state_dict()}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"decoder.0.pred.1.weight has shape 18x16x1x1.*--hog_nbins"):
+        load_initial_weights(CXRMIM(**SMALL), path)
+
+
+def test_missing_blocks_are_an_error_and_further_ones_are_reported(tmp_path):
+    deep, shallow = CXRMIM(**SMALL | {"depth": 4}), CXRMIM(**SMALL)
+    with pytest.raises(UserError, match=r"lacks blocks.2-3"):
+        load_initial_weights(deep, save(shallow.state_dict(), tmp_path / "shallow.pth"))
+    report = load_initial_weights(shallow, save(deep.state_dict(), tmp_path / "deep.pth"))
+    assert summarize_keys(report.ignored) == "blocks.2-3" and report.missing == []
+
+
+def test_file_that_matches_no_block(tmp_path):
+    path = save({"conv1.weight": torch.zeros(1), "layer1.0.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match=r"resnet.pth: matches no transformer block.*conv1, layer1.0"):
+        load_initial_weights(CXRMIM(**SMALL), path)
+
+
+# ---------------------------------------------------------------- a model out of a checkpoint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"img_size": 96, "hog_nbins": 6},
+        {"scale_list": (4.0, 1.0), "decoder_depth": 2, "mlp_ratio": 2.0},
+        {"embed_dim": 128, "num_heads": 2, "depth": 3, "id_list": (0, 1, 2), "scale_list": (1.0, 0.5, 4.0)},
+    ],
+)
+def test_build_model_reads_its_sizes_off_the_tensors(change):
+    options = SMALL | change
+    donor = CXRMIM(**options).eval()
+    state = donor.state_dict() | {"hog_enc.0.conv.weight": torch.zeros(2, 1, 3, 3)}
+    model = build_model(CXRMIM, state, {"id_list": list(options["id_list"]), "masking": "block"}, "c.pth")
+    assert (
+        model.scale_list == donor.scale_list and model.id_list == donor.id_list and model.masking == "block"
+    )
+    img = torch.randn(1, 3, options["img_size"], options["img_size"])
+    mask = torch.zeros(1, model.num_patches)
+    mask[:, ::2] = 1
+    with torch.no_grad():
+        found, expected = (m.forward_decoder(m.forward_encoder(img, mask), mask) for m in (model, donor))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(model.hog_targets(img), donor.hog_targets(img), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_build_model_refuses(vit):
+    with pytest.raises(UserError, match="not a CXR-MIM checkpoint"):
+        build_model(CXRMIM, vit, {}, "vit.pth")
+    state = CXRMIM(**SMALL).state_dict()
+    with pytest.raises(UserError, match="arguments don't fit.*id_list"):
+        build_model(CXRMIM, state, {"id_list": [0, 9]}, "c.pth")
+    del state["cls_token"]
+    with pytest.raises(UserError, match="cls_token"):
+        build_model(CXRMIM, state, {"id_list": [0, 1]}, "c.pth")
