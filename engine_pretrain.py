@@ -115,7 +115,7 @@ def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Met
 
         batch = core.prepare_batch(batch)
         generator = mask_generator(args.seed, epoch, step, ranks.rank, device)
-        mask = core.draw_mask(batch, args.mask_ratio, args.clinical_ratio, generator)
+        mask = core.draw_mask(batch, args.mask_ratio, args.clinical_ratio, generator, epoch=epoch, step=step)
         with contextlib.ExitStack() as stack:
             if not updates and isinstance(training.model, DistributedDataParallel):
                 stack.enter_context(training.model.no_sync())  # gradients travel once per update

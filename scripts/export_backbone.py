@@ -14,7 +14,7 @@ from util.export import FORMATS, export_backbone, usage
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "checkpoint", help="checkpoint-*.pth of pretraining, a published one, or a MAE or timm file"
@@ -27,9 +27,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tap", default="last", help="whose LayerNorm becomes norm: last, or its place from 0"
     )
+    parser.add_argument(
+        "--num_heads",
+        type=int,
+        help="attention heads of the encoder, for a file that doesn't say (default: as told)",
+    )
     args = parser.parse_args(argv)
     backbone = export_backbone(
-        args.checkpoint, args.out, fmt=args.format, tap=args.tap, img_size=args.img_size
+        args.checkpoint,
+        args.out,
+        fmt=args.format,
+        tap=args.tap,
+        img_size=args.img_size,
+        num_heads=args.num_heads,
     )
     print(usage(backbone, args.out, args.format))
     return 0

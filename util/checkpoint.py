@@ -8,7 +8,7 @@ renamed (`util.files.atomic_write`), so a crash leaves the old file or the new o
 
 Keys: "model", "optimizer", "scaler", "epoch" (the last finished epoch, -1 before the first),
 "step" (micro-steps done in epoch + 1, 0 between epochs), "args", "meters", "world_size", "dataset_size",
-"format".
+"format"; and "model_config", the model's constructor arguments, which older checkpoints lack.
 Names: `checkpoint-{epoch}.pth` at the end of an epoch, `checkpoint-{epoch+1}-step{step}.pth` inside one.
 """
 
