@@ -415,7 +415,7 @@ def picture(training: Training, args: argparse.Namespace, epoch: int) -> None:
 
     core = training.core
     dataset = training_dataset(vars(args), None, core.img_size, augment=False)
-    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))))
+    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))), epoch - 1)
     figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names)
     training.log.figure("reconstruction", figure, epoch)
 

@@ -12,7 +12,7 @@ from util.errors import run_cli
 from util.export import FORMATS, export_backbone, usage
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -32,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         help="attention heads of the encoder, for a file that doesn't say (default: as told)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
     backbone = export_backbone(
         args.checkpoint,
         args.out,

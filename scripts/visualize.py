@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.index:
                 shown = shown.take(args.index)
         else:
-            shown = chosen_samples(model, dataset, options, args.index or range(min(4, len(dataset))))
+            indices = args.index or range(min(4, len(dataset)))
+            shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
 
     draw = contact_sheet if args.sheet else reconstruction_figure
     per_page = args.per_page or (64 if args.sheet else 4)

@@ -295,5 +295,5 @@ def mask_cells(mask: Tensor, scale: float) -> Tensor:
     Repeated where a patch has `scale` cells per side, averaged where a cell spans 1/scale patches.
     """
     if scale >= 1:
-        return mask.repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
+        return mask.repeat_interleave(round(scale), 2).repeat_interleave(round(scale), 3)
     return F.avg_pool2d(mask, round(1 / scale))
