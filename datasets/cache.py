@@ -212,7 +212,7 @@ def _build(path: Path, name: str, files: Sequence[Path], cache_size: int, num_wo
     try:
         table = np.zeros((len(files), 5), np.int64)
         sizes = list(in_threads(image_size, files, num_workers))
-        table[:, NATIVE_WIDTH], table[:, NATIVE_HEIGHT] = np.transpose(sizes)
+        table[:, NATIVE_HEIGHT], table[:, NATIVE_WIDTH] = np.transpose(sizes)
         for row in table:
             row[HEIGHT], row[WIDTH] = grid_size(int(row[NATIVE_HEIGHT]), int(row[NATIVE_WIDTH]), cache_size)
         pixels = table[:, HEIGHT] * table[:, WIDTH]
