@@ -140,7 +140,7 @@ def _find_tap(
         tap = count - 1
     if not str(tap).isdigit() or int(tap) >= count:
         raise UserError(f"--tap {tap}: {info.path} has taps 0 to {count - 1}, or last")
-    id_list = info.args.get("id_list", ())
+    id_list = info.config.get("id_list", info.args.get("id_list", ()))
     return int(tap), int(id_list[int(tap)]) if len(id_list) == count else None
 
 
