@@ -34,8 +34,8 @@ def read_chexpert(paths: list[Path], choices: Choices) -> LabelledImages:
     """
     folder = Folder(paths[0])
     path = choices.csv or folder.table("train.csv")
-    tests = [folder.root / name for name in folder.tables("valid.csv")]
-    wanted = [label for label in (choices.labels or JUDGED)]
+    tests = folder.tables("valid.csv")
+    wanted = list(choices.labels or JUDGED)
     if unknown := [label for label in wanted if label not in FINDINGS]:
         raise UserError(f"chexpert: --labels {unknown[0]}: has {', '.join(FINDINGS)}")
     notes: list[str] = []
@@ -91,9 +91,7 @@ def _read(path: Path, labels: list[str], choices: Choices, notes: list[str]) -> 
             f"{path}: line {line}, column 'Path': {cell!r} is not .../patientNNNNN/studyN/file; "
             "read other tables with --dataset csv"
         )
-    values = label_values(
-        frontal, labels, path, uncertain=choices.uncertain, empty=choices.empty or ZEROS
-    )
+    values = label_values(frontal, labels, path, uncertain=choices.uncertain, empty=choices.empty or ZEROS)
     return pd.concat(
         [frontal[["Path"]], parts, pd.DataFrame(values, frontal.index, labels)], axis=1
     ).reset_index(drop=True)  # fmt: skip

@@ -132,7 +132,9 @@ def labelled_images(
     if choices.labels is not None:
         unknown = [label for label in choices.labels if label not in label_names]
         if unknown or task == MULTICLASS:
-            raise UserError(f"{name}: --labels {(unknown or choices.labels)[0]}: has {', '.join(label_names)}")
+            raise UserError(
+                f"{name}: --labels {(unknown or choices.labels)[0]}: has {', '.join(label_names)}"
+            )
         values = values[:, [label_names.index(label) for label in choices.labels]]
         label_names = list(choices.labels)
     place = folder if choices.images is None else Folder(choices.images, "--images")
