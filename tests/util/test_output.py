@@ -121,3 +121,32 @@ def test_set_aside_newer(tmp_path):
     assert names(tmp_path) == ["checkpoint-3.pth"]
     for path in moved:
         load_checkpoint(path)
+
+
+def test_what_was_kept_for_good_stays_whatever_the_options_are_now(tmp_path):
+    for epoch in range(10):
+        write(tmp_path, epoch, size=1, save_every=2, keep=None)
+        prune(tmp_path, save_every=2)
+    assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in (9, 8, 7, 5, 3, 1)]
+    for epoch in (10, 11):
+        write(tmp_path, epoch, size=1, save_every=50, keep=None)
+        prune(tmp_path, save_every=50)
+    assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in (11, 10, 9, 7, 5, 3, 1)]
+    for epoch in (12, 13):
+        write(tmp_path, epoch, size=1, save_every=2, keep=1)
+        prune(tmp_path, save_every=2, keep=1)
+    assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in (13, 9, 7, 5, 3, 1)]
+    # Made to be kept as the last one only: not for good, though its epoch would be now.
+    write(tmp_path, 14, size=1, save_every=50, keep=None)
+    prune(tmp_path, save_every=50, keep=1)
+    assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in (14, 9, 7, 5, 3, 1)]
+
+
+def test_superseded_files_are_never_overwritten(tmp_path):
+    contents = []
+    for size in (1, 2, 3):
+        contents.append(write(tmp_path, 4, size=size).read_bytes())
+        set_aside_newer(tmp_path, epoch=3, step=0)
+    kept = [tmp_path / f"superseded-{number}checkpoint-4.pth" for number in ("", "2-", "3-")]
+    assert [path.read_bytes() for path in kept] == contents
+    assert names(tmp_path) == []
