@@ -152,8 +152,9 @@ def _typed(cells: Sequence[str]) -> np.ndarray:
     try:
         return pd.to_numeric(series).to_numpy()
     except ValueError:
-        truths = [TRUTH.get(cell) for cell in cells]
-        return series.to_numpy() if None in truths else np.array(truths)
+        truths = series.map(TRUTH, na_action="ignore")
+        known = truths.notna().sum() == series.notna().sum()
+        return (truths.infer_objects() if known else series).to_numpy()
 
 
 def to_numbers(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, np.ndarray]:
