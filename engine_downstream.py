@@ -253,8 +253,12 @@ def train_heads(
     n_steps = steps_per_epoch(n, options.batch_size)
     starts = [new_head(valid.shape[1], n_labels, seed) for seed in seeds]
     like = {"device": valid.device, "dtype": valid.dtype}
-    weight = torch.stack([start.weight.detach().T for start in starts]).to(**like).requires_grad_()  # [H, D, C]
-    bias = torch.stack([start.bias.detach()[None] for start in starts]).to(**like).requires_grad_()  # [H, 1, C]
+    weight = (
+        torch.stack([start.weight.detach().T for start in starts]).to(**like).requires_grad_()
+    )  # [H, D, C]
+    bias = (
+        torch.stack([start.bias.detach()[None] for start in starts]).to(**like).requires_grad_()
+    )  # [H, 1, C]
     optimizer = torch.optim.Adam(
         [weight, bias], lr=options.lr, weight_decay=options.weight_decay, foreach=True
     )
@@ -306,4 +310,3 @@ def probabilities(logits: Tensor, task: str) -> np.ndarray:
     """Scores between 0 and 1, float64 [N, C]: a sigmoid per label, or a softmax over classes."""
     logits = logits.detach().double().cpu()
     return (logits.sigmoid() if task == MULTILABEL else logits.softmax(-1)).numpy()
-

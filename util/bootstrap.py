@@ -42,9 +42,7 @@ def bootstrap_aucs(
     """
     _, index = np.unique(subjects, return_inverse=True)
     known = [np.flatnonzero(~np.isnan(column)) for column in targets.T]
-    labels = [
-        (SortedScores(targets[rows, j], scores[rows, j]), index[rows]) for j, rows in enumerate(known)
-    ]
+    labels = [(SortedScores(targets[rows, j], scores[rows, j]), index[rows]) for j, rows in enumerate(known)]
     chunk = max(1, CHUNK_BYTES // (8 * max(1, len(targets))))
     return np.concatenate(
         [

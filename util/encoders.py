@@ -99,9 +99,7 @@ def read_candidates(
             raise UserError(f"--weights {name!r}: a name of printable characters without blanks around it")
     template = next((candidate.backbone for candidate in candidates if candidate.kind == "file"), None)
     template = template or next((c.backbone for c in candidates if c.backbone is not None), None)
-    return [
-        Candidate(c.name, c.kind, template) if c.kind == RANDOM else c for c in candidates
-    ]
+    return [Candidate(c.name, c.kind, template) if c.kind == RANDOM else c for c in candidates]
 
 
 def digest_of(model: nn.Module) -> str:

@@ -88,10 +88,24 @@ def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
         head = [outcome.weights, outcome.dataset, outcome.method, outcome.fraction, outcome.seed]
         for j, label in enumerate(outcome.label_names):
             positive, negative = outcome.counts[:, j].tolist()
-            found = interval(outcome.values[:, j]) if positive and (negative or outcome.task == MULTICLASS) else [np.nan] * 3
+            found = (
+                interval(outcome.values[:, j])
+                if positive and (negative or outcome.task == MULTICLASS)
+                else [np.nan] * 3
+            )
             rows.append([*head, label, *found, positive + negative, positive])
         rows.append([*head, MEAN, *interval(outcome.values[:, -1]), len(outcome.ids), pd.NA])
-    columns = ["weights", "dataset", "method", "fraction", "seed", "label", outcomes[0].measure, "low", "high"]
+    columns = [
+        "weights",
+        "dataset",
+        "method",
+        "fraction",
+        "seed",
+        "label",
+        outcomes[0].measure,
+        "low",
+        "high",
+    ]
     return pd.DataFrame(rows, columns=[*columns, "n", "n_positive"]).astype({"n_positive": "Int64"})
 
 
@@ -138,14 +152,24 @@ def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
     measure = "Accuracy" if first.task == MULTICLASS else "AUC"
     mean = "all images" if first.task == MULTICLASS else MEAN
     several = len(first.label_names) > 1
-    columns = ["weights", "labels used", "seeds", *first.label_names, *([mean] if several else []), "95% interval"]
+    columns = [
+        "weights",
+        "labels used",
+        "seeds",
+        *first.label_names,
+        *([mean] if several else []),
+        "95% interval",
+    ]
     lines = [
         f"# {first.dataset}, {first.method}",
         "",
         f"{measure} in percent on {len(first.ids):,} test images of {len(np.unique(first.subjects)):,} subjects, mean ± "
         "standard deviation over seeds. The 95% interval is over test subjects (bootstrap), of the "
         f"{'mean' if several else 'label'} averaged over seeds.",
-        *(f"\n{note[0].upper()}{note[1:]}." for note in [*([left_out(first)] if left_out(first) else []), *notes]),
+        *(
+            f"\n{note[0].upper()}{note[1:]}."
+            for note in [*([left_out(first)] if left_out(first) else []), *notes]
+        ),
         "",
         _row(columns),
         _row(["---"] * len(columns)),
