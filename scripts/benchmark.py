@@ -77,7 +77,7 @@ class Row:
 class Settings:
     """Sizes of a run; `--quick` shrinks them all."""
 
-    image_size: tuple[int, int] = (2544, 3056)  # width, height
+    image_size: tuple[int, int] = (3056, 2544)  # height, width
     n_images: int = 8
     model: str = "cxrmim_vit_base_patch16"
     batch_size: int = 8

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         "root": args.out,
         "n_images": args.n_images,
         "seed": args.seed,
-        "size": (args.width, args.height),
+        "size": (args.height, args.width),
         "image_format": args.format,
         "lesion_kinds": args.lesion_kinds,
         "lesion_size": args.lesion_size,

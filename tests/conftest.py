@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # tests run in parallel processes
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """Raw REFLACX layout: 12 images of 192 x 224 px, 18 readings."""
-    return make_study(tmp_path_factory.mktemp("study"), n_images=12, size=(192, 224))
+    return make_study(tmp_path_factory.mktemp("study"), n_images=12, size=(224, 192))
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +34,11 @@ def backbone(tmp_path_factory):
     path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
     torch.save({"state_dict": model.state_dict()}, path)
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` are skipped, by name, where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
