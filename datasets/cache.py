@@ -30,8 +30,7 @@ import mmap
 import os
 import shutil
 import struct
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +41,7 @@ from datasets.tree import GazeTree, check_same_size, in_threads
 from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, atomic_write
 from util.images import image_size, read_gray
+from util.locks import file_lock
 
 # To be raised with every change of what a cached picture holds.
 PREPROCESSING_VERSION = 1
@@ -186,7 +186,7 @@ def open_plane(
         if (plane := _open_existing(directory / file_name)) is not None:
             return plane
     directory = _first_writable(directories)
-    with _locked(directory):
+    with file_lock(directory / LOCK_FILE, what=f"the cache in {directory}", wait=True):
         if (plane := _open_existing(directory / file_name)) is not None:
             return plane  # another process has built it meanwhile
         for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of a builder that was killed
@@ -212,7 +212,7 @@ def _build(path: Path, name: str, files: Sequence[Path], cache_size: int, num_wo
     try:
         table = np.zeros((len(files), 5), np.int64)
         sizes = list(in_threads(image_size, files, num_workers))
-        table[:, NATIVE_WIDTH], table[:, NATIVE_HEIGHT] = np.transpose(sizes)
+        table[:, NATIVE_HEIGHT], table[:, NATIVE_WIDTH] = np.transpose(sizes)
         for row in table:
             row[HEIGHT], row[WIDTH] = grid_size(int(row[NATIVE_HEIGHT]), int(row[NATIVE_WIDTH]), cache_size)
         pixels = table[:, HEIGHT] * table[:, WIDTH]
@@ -294,19 +294,6 @@ def _first_writable(directories: Sequence[Path]) -> Path:
         f"{directories[-1]}: can't write the cache here ({reason}); "
         "name a place by --cache_dir, or pass --no_cache"
     )
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Be the only process that builds in a cache directory; says so where it has to wait."""
-    with open(directory / LOCK_FILE, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"waiting for another process that builds the cache in {directory}"
-            print(message, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _remove_unless_in_use(path: Path) -> None:

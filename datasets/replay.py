@@ -157,10 +157,9 @@ def single_image(
     """
     gray = read_radiograph(image)
     if fixations is not None:
-        size = (gray.shape[1], gray.shape[0])
         columns = read_fixations(fixations)
         try:
-            density = fixation_heatmap(columns, size, gray.shape)
+            density = fixation_heatmap(columns, gray.shape, gray.shape)
         except UserError as error:
             raise UserError(f"{fixations}: {error}") from None
         attention = np.round(density / density.max() * 255).astype(np.uint8)

@@ -14,16 +14,20 @@ from util.probe import format_seed_table, seed_table
 from util.tables import read_table
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("probe", help="probe.csv of linear_probe.py, with backbones named SETTING_sSEED")
     parser.add_argument(
         "--reference", default="random_unweighted", help="setting that the others are compared with"
     )
     parser.add_argument("--out", default="table.csv", help="CSV to write")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
     columns = ("finding", "features", "auc")
     table = seed_table(read_table(Path(args.probe), columns), args.reference)
     with atomic_write(args.out, "w") as file:

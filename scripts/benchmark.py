@@ -77,7 +77,7 @@ class Row:
 class Settings:
     """Sizes of a run; `--quick` shrinks them all."""
 
-    image_size: tuple[int, int] = (2544, 3056)  # width, height
+    image_size: tuple[int, int] = (3056, 2544)  # height, width
     n_images: int = 8
     model: str = "cxrmim_vit_base_patch16"
     batch_size: int = 8
@@ -165,9 +165,9 @@ def format_row(row: Row) -> str:
     return "  ".join((*cells, f"{ratio:24}", f"{bar:14}", row.note)).rstrip()
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -175,7 +175,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
     parser.add_argument("--work_dir", help="where inputs are made and removed again (default: /tmp)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

@@ -12,9 +12,9 @@ from util.errors import run_cli
 from util.export import FORMATS, export_backbone, usage
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "checkpoint", help="checkpoint-*.pth of pretraining, a published one, or a MAE or timm file"
@@ -27,7 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tap", default="last", help="whose LayerNorm becomes norm: last, or its place from 0"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
     backbone = export_backbone(
         args.checkpoint, args.out, fmt=args.format, tap=args.tap, img_size=args.img_size
     )

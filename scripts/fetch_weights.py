@@ -18,9 +18,9 @@ from util.pretrained import SIZES, TAG, fetch_weights, weights_name
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--model",
@@ -29,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--file", help="weights downloaded by hand, instead of asking the Hugging Face hub")
     parser.add_argument("--out", help="file to write (default: preTrain/vit_SIZE_p16_224_timm.pth)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
     found = re.fullmatch(
         rf"(?:(?:cxrmim_)?vit_)?({'|'.join(SIZES)})(?:_patch16(?:_224)?(?:\.{TAG})?)?", args.model
     )

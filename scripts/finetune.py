@@ -35,9 +35,9 @@ HELP = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("backbone", help="export of export_backbone.py, or any checkpoint it takes")
     add_label_arguments(parser)
@@ -49,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output_dir", default="output_dir/finetune", help="folder for best.pth, log.txt, auc.csv"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
     options = Options(**{option.name: getattr(args, option.name) for option in fields(Options)})
     if options.pool not in ("avg", "token"):
         raise UserError(f"--pool {options.pool}: expected avg or token")

@@ -17,9 +17,9 @@ from datasets.phantom.reflacx import make_study
 from util.errors import UserError, run_cli
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
         "--out", required=True, help="directory to write reflacx/ (or egd-cxr/) and mimic/ into"
@@ -65,16 +65,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="add the one real film that pip's pydicom-data brings, with a simulated reading",
     )
     parser.add_argument("--egd", action="store_true", help="EGD-CXR's layout instead: one reading per image")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = get_args(argv)
+    args = get_args_parser().parse_args(argv)
     options = {
         "root": args.out,
         "n_images": args.n_images,
         "seed": args.seed,
-        "size": (args.width, args.height),
+        "size": (args.height, args.width),
         "image_format": args.format,
         "lesion_kinds": args.lesion_kinds,
         "lesion_size": args.lesion_size,

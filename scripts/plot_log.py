@@ -13,14 +13,18 @@ from util.errors import UserError, run_cli
 from util.pictures import check_picture_path, save_figure
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run, or its log.txt")
     parser.add_argument("--names", nargs="+", help="names of the runs in the legend (default: their folders)")
     parser.add_argument("--out", default="loss.png", help="picture to write: .png, .pdf, .svg or .jpg")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
     out = check_picture_path(args.out)
     names = args.names or run_names(args.runs)
     if len(names) != len(args.runs) or len(set(names)) != len(names):

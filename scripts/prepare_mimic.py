@@ -19,6 +19,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__ + " Damaged files are listed at the end and left out; the exit status is 1 then. "
         "An interrupted run goes on where it stopped; a second run changes nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -24,6 +24,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Options that are not given are those stored in the checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint of pretraining, or a published one")

@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # tests run in parallel processes
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """Raw REFLACX layout: 12 images of 192 x 224 px, 18 readings."""
-    return make_study(tmp_path_factory.mktemp("study"), n_images=12, size=(192, 224))
+    return make_study(tmp_path_factory.mktemp("study"), n_images=12, size=(224, 192))
 
 
 @pytest.fixture(scope="session")

@@ -33,11 +33,11 @@ def is_dicom(path: str | os.PathLike) -> bool:
 
 
 def dicom_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) in pixels from the header."""
+    """(height, width) in pixels from the header."""
     ds = _open(Path(path), stop_before_pixels=True, specific_tags=_HEADER_TAGS)
     if not ds.get("Rows") or not ds.get("Columns"):
         raise UserError(f"{path}: DICOM without an image (no Rows and Columns)")
-    return int(ds.Columns), int(ds.Rows)
+    return int(ds.Rows), int(ds.Columns)
 
 
 def read_dicom(path: str | os.PathLike) -> np.ndarray:

@@ -48,8 +48,7 @@ def fixation_heatmap(
 ) -> np.ndarray:
     """Gaze density of one reading: float64 [height, width], >= 0, sums to 1.
 
-    `image_size` is (width, height) of the original image in pixels, `out_size` is (height, width)
-    of the map. `fixations` is a table with the columns of REFLACX's fixations.csv, or with one element
+    `image_size` and `out_size` are (height, width) in pixels, of the original image and of the map. `fixations` is a table with the columns of REFLACX's fixations.csv, or with one element
     per fixation in each of the columns
 
     - x, y: position, pixels of the original image, (0, 0) is the centre of the top left pixel;
@@ -81,7 +80,7 @@ def fixation_heatmap(
         if (columns[name] <= 0).any():
             raise UserError(f"fixation column {name} (angular resolution) has a value that is not positive")
 
-    width, height = image_size
+    height, width = image_size
     out_height, out_width = out_size
     gx = _axis_factor(columns["x"], columns["sigma_x"], columns["xmin"], columns["xmax"], width, out_width)
     gy = _axis_factor(columns["y"], columns["sigma_y"], columns["ymin"], columns["ymax"], height, out_height)
@@ -112,9 +111,9 @@ def _axis_factor(
 def inside_image(
     fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int]
 ) -> np.ndarray:
-    """Which fixations lie in the image of (width, height) `image_size`, borders included: bool [n]."""
+    """Which fixations lie in the image of (height, width) `image_size`, borders included: bool [n]."""
     x, y = np.asarray(fixations["x"], dtype=np.float64), np.asarray(fixations["y"], dtype=np.float64)
-    width, height = image_size
+    height, width = image_size
     return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 

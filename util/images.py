@@ -43,13 +43,13 @@ def read_gray(path: str | os.PathLike) -> np.ndarray:
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) in pixels from the header of a PNG or JPG, without decoding it.
+    """(height, width) in pixels from the header of a PNG or JPG, without decoding it.
 
     Raises UserError as `read_gray` does, for what can be seen in the header.
     """
     try:
         with open(path, "rb") as file, _open(path, file) as image:
-            return image.size
+            return image.height, image.width
     except OSError as error:
         raise _unreadable(path, error) from None
 

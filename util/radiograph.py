@@ -19,6 +19,6 @@ def read_radiograph(path: str | os.PathLike) -> np.ndarray:
 
 
 def radiograph_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) from the header, without decoding. Raises `UserError` naming the file."""
+    """(height, width) from the header, without decoding. Raises `UserError` naming the file."""
     path = Path(path)
     return dicom_size(path) if is_dicom(path) else image_size(path)

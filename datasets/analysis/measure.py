@@ -156,9 +156,9 @@ class Analysis:
 def ellipse_mask(boxes: Iterable[Box], image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
     """Union of axis-aligned ellipses, each given by its bounding box (xmin, ymin, xmax, ymax) in px of
     the original image: bool [height, width] of `out_size` = (height, width), sampled at pixel centres.
-    `image_size` is (width, height) of the original."""
-    x = pixel_middles(image_size[0], out_size[1])[None, :] - 0.5
-    y = pixel_middles(image_size[1], out_size[0])[:, None] - 0.5
+    `image_size` is (height, width) of the original."""
+    x = pixel_middles(image_size[1], out_size[1])[None, :] - 0.5
+    y = pixel_middles(image_size[0], out_size[0])[:, None] - 0.5
     mask = np.zeros(out_size, dtype=bool)
     for xmin, ymin, xmax, ymax in boxes:
         rx, ry = max((xmax - xmin) / 2, 1e-9), max((ymax - ymin) / 2, 1e-9)
@@ -317,7 +317,7 @@ def _measure(task: tuple[Reading, Path | None], *, size: int, min_certainty: int
             if path is None:
                 raise UserError(f"no image {reading.image_id} under --images, its size is not known")
             image_size = radiograph_size(path)
-        out_size = scaled_size(image_size, size)[::-1]
+        out_size = scaled_size(image_size, size)
         heatmap = reading_heatmap(reading, reading.fixations_path, image_size, out_size)
         if isinstance(heatmap, Exclusion):
             return heatmap
@@ -362,8 +362,8 @@ def _ratios(
         masks[finding] = ellipse_mask(boxes, image_size, heatmap.shape)
     in_chest = np.zeros_like(abnormal)
     if chest is not None:
-        x = pixel_middles(image_size[0], heatmap.shape[1]) - 0.5
-        y = pixel_middles(image_size[1], heatmap.shape[0]) - 0.5
+        x = pixel_middles(image_size[1], heatmap.shape[1]) - 0.5
+        y = pixel_middles(image_size[0], heatmap.shape[0]) - 0.5
         in_chest = ((y >= chest[1]) & (y <= chest[3]))[:, None] & ((x >= chest[0]) & (x <= chest[2]))[None, :]
     return {
         finding: (
@@ -433,7 +433,7 @@ def _choose_examples(table: pd.DataFrame, available: set[str], n: int) -> list[t
 def _example(reading: Reading, paths: dict[str, Path], ratio: float, min_certainty: int) -> Example:
     path = paths[reading.image_id]
     size = radiograph_size(path)
-    heatmap = reading_heatmap(reading, path, size, scaled_size(size, 512)[::-1])
+    heatmap = reading_heatmap(reading, path, size, scaled_size(size, 512))
     if isinstance(heatmap, Exclusion):  # only where the file's size is not the one in the metadata
         raise UserError(f"{heatmap.reason}: {heatmap.detail}")
     boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
@@ -539,13 +539,12 @@ def _draw_examples(figure, examples: Sequence[Example]) -> None:
     figure.suptitle(f"Examples: image and gaze{marked}", fontsize=10)
     grid = np.ravel(figure.subplots(1, 2 * len(examples)))
     for example, pair in zip(examples, grid.reshape(-1, 2)):
-        height, width = example.heatmap.shape
-        gray = resize_gray(read_radiograph(example.path), (width, height)) / 255.0
+        gray = resize_gray(read_radiograph(example.path), example.heatmap.shape) / 255.0
         overlay = gaze_overlay(gray, example.heatmap / example.heatmap.max())
         for axes, picture in zip(pair, (gray, overlay)):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            scale = width / example.size[0]
+            scale = example.heatmap.shape[1] / example.size[1]
             for xmin, ymin, xmax, ymax in example.boxes:
                 centre = ((xmin + xmax + 1) / 2 * scale - 0.5, (ymin + ymax + 1) / 2 * scale - 0.5)
                 axes.add_patch(Ellipse(centre, (xmax - xmin) * scale, (ymax - ymin) * scale, fill=False,

@@ -46,27 +46,27 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where chest coordinates lie on an image of `size` = (width, height) px."""
+    """Where chest coordinates lie on an image of `size` = (height, width) px."""
 
     size: tuple[int, int]
 
     @property
     def unit(self) -> float:
         """Pixels per unit of chest coordinates."""
-        return min(self.size[0] / 0.92, self.size[1] / 1.0)
+        return min(self.size[1] / 0.92, self.size[0] / 1.0)
 
     def to_pixels(self, x: float | np.ndarray, y: float | np.ndarray) -> tuple:
         """Chest coordinates -> px, where a pixel's centre has whole-number coordinates."""
         return (
-            self.size[0] / 2 - 0.5 + self.unit * np.asarray(x),
-            self.size[1] / 2 - 0.5 + self.unit * np.asarray(y),
+            self.size[1] / 2 - 0.5 + self.unit * np.asarray(x),
+            self.size[0] / 2 - 0.5 + self.unit * np.asarray(y),
         )
 
     def box(self, ellipse: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         """The (xmin, ymin, xmax, ymax) in px of an ellipse, cut to the image."""
         cx, cy, rx, ry = ellipse
         x, y = self.to_pixels([cx - rx, cx + rx], [cy - ry, cy + ry])
-        x, y = np.clip(x, 0, self.size[0] - 1), np.clip(y, 0, self.size[1] - 1)
+        x, y = np.clip(x, 0, self.size[1] - 1), np.clip(y, 0, self.size[0] - 1)
         return float(x[0]), float(y[0]), float(x[1]), float(y[1])
 
 
@@ -111,16 +111,16 @@ def draw_lesion(kind: str, rng: np.random.Generator, size: float = 1.0, contrast
 def render_chest(
     size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion, ...] = ()
 ) -> np.ndarray:
-    """Draw a chest: uint8 [height, width], air black and bone bright, for `size` = (width, height) px.
+    """Draw a chest: uint8 [height, width], air black and bone bright, for `size` = (height, width) px.
 
     The anatomy depends only on `rng` and `lesions`; the noise also on the size.
     """
-    width, height = size
+    height, width = size
     shrink = min(1.0, MAX_DRAWN_SIDE / max(size))
-    drawn = (max(2, round(width * shrink)), max(2, round(height * shrink)))
+    drawn = (max(2, round(height * shrink)), max(2, round(width * shrink)))
     film = _draw(drawn, rng, lesions)
-    if drawn != size:
-        film = np.asarray(Image.fromarray(film).resize(size, Image.Resampling.BICUBIC))
+    if drawn != tuple(size):
+        film = np.asarray(Image.fromarray(film).resize((width, height), Image.Resampling.BICUBIC))
     # Quantum noise is relatively stronger where few quanta pass: in the bright parts of the film.
     noise = rng.standard_normal((height, width), dtype=np.float32)
     noise *= 0.008 + 0.008 * film
@@ -164,7 +164,7 @@ def _lung_wall(y: np.ndarray) -> np.ndarray:
 
 def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion, ...]) -> np.ndarray:
     frame = Frame(size)
-    width, height = size
+    height, width = size
     x = ((np.arange(width) - width / 2 + 0.5) / frame.unit).astype(np.float32)[None, :]  # [1, W]
     y = ((np.arange(height) - height / 2 + 0.5) / frame.unit).astype(np.float32)[:, None]  # [H, 1]
     vary = rng.uniform(-1.0, 1.0, 16).tolist()  # one patient's build
@@ -346,13 +346,13 @@ def _texture(size: tuple[int, int], rng: np.random.Generator, grain: float) -> n
     """Smooth noise with about unit deviation and features of `grain` px: float32 [H, W]."""
     grain = max(grain, 1.0)
     coarse = (max(2, int(size[0] / grain) + 1), max(2, int(size[1] / grain) + 1))
-    noise = rng.standard_normal((coarse[1], coarse[0]), dtype=np.float32)
-    return np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)) * 1.2
+    noise = rng.standard_normal(coarse, dtype=np.float32)
+    return np.asarray(Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)) * 1.2
 
 
 def _vessels(frame: Frame, rng: np.random.Generator) -> np.ndarray:
     """Branching pulmonary vessels, 0..1, [H, W]: from each hilum outward, thinner at every branch."""
-    picture = Image.new("L", frame.size, 0)
+    picture = Image.new("L", frame.size[::-1], 0)
     pen = ImageDraw.Draw(picture)
     branches = []
     for sign in (-1.0, 1.0):
@@ -391,7 +391,7 @@ def _add_lesion(film: np.ndarray, lesion: Lesion, chest: dict, rng: np.random.Ge
     radius = np.sqrt(u * u + v * v)
 
     def texture(grain: float) -> np.ndarray:
-        return _texture(x.shape[::-1], rng, grain * rx * chest["unit"])
+        return _texture(x.shape, rng, grain * rx * chest["unit"])
 
     same_side = x * math.copysign(1.0, cx) > 0
     if lesion.kind == "nodule":

@@ -25,7 +25,7 @@ def make_egd(
     root: str | Path,
     n_images: int = 6,
     seed: int = 0,
-    size: int | tuple[int, int] = (420, 512),
+    size: int | tuple[int, int] = (512, 420),
     *,
     with_duration: bool = True,
     image_format: str = "jpg",
@@ -35,14 +35,14 @@ def make_egd(
     lesion_size: float = 1.0,
     lesion_contrast: float = 1.0,
     dwell_ratio: float = 6.0,
-    screen: tuple[int, int] = (1920, 1080),
+    screen: tuple[int, int] = (1080, 1920),
 ) -> PhantomStudy:
     """Write a study in the raw EGD-CXR layout, `root`/egd-cxr, and its images, `root`/mimic/files.
 
     One reading per image. fixations.csv has the column FPOGD only `with_duration`; its rows include
     fixations off the picture (negative X_ORIGINAL, Y_ORIGINAL) and, before every third reading, a
     calibration screen whose DICOM_ID is in no master sheet. The pictures stand in the middle of the
-    `screen` (width, height px), at its full height or width, with padding beside them.
+    `screen` (height, width px), at its full height or width, with padding beside them.
     """
     size = (size, size) if isinstance(size, int) else tuple(size)
     check_options(n_images, image_format, lesion_kinds)
@@ -60,8 +60,8 @@ def make_egd(
         write_image(image, gray, inverted=index % 4 == 3)
         study.truth.append(image)
         shrink = min(screen[0] / size[0], screen[1] / size[1])
-        left = round((screen[0] - size[0] * shrink) / 2)
-        top = round((screen[1] - size[1] * shrink) / 2)
+        left = round((screen[1] - size[1] * shrink) / 2)
+        top = round((screen[0] - size[0] * shrink) / 2)
         kinds = {lesion.kind for lesion in lesions}
         master.append({
             "dicom_id": image.dicom_id,
@@ -89,15 +89,15 @@ def _egd_rows(
     session: int,
     size: tuple[int, int],
     screen: tuple[int, int],
-    corner: tuple[int, int],
+    corner_xy: tuple[int, int],
 ) -> pd.DataFrame:
-    """Fixations as EGD-CXR's fixations.csv has them; `corner` = (left, top) of the picture on the screen."""
+    """Fixations as EGD-CXR's fixations.csv has them; `corner_xy` = (left, top) of the picture on the screen."""
     x, y = table["x_position"].to_numpy(), table["y_position"].to_numpy()
     fraction = [
         (lead + at * (pixels - 2 * lead) / length) / pixels
-        for at, length, pixels, lead in zip((x, y), size, screen, corner)
+        for at, length, pixels, lead in zip((x, y), size[::-1], screen[::-1], corner_xy)
     ]
-    off = (x < 0) | (x > size[0] - 1) | (y < 0) | (y > size[1] - 1)
+    off = (x < 0) | (x > size[1] - 1) | (y < 0) | (y > size[0] - 1)
     return pd.DataFrame({
         "DICOM_ID": dicom_id, "SESSION_ID": f"session-{session // 4}", "CNT": np.arange(len(table)),
         "Time (in secs)": table["timestamp_end_fixation"].to_numpy(),

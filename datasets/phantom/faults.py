@@ -48,7 +48,7 @@ def plant_fault(study: PhantomStudy, row: dict, fault: str) -> None:
         table["timestamp_end_fixation"] = table["timestamp_start_fixation"]
         write_csv(table, path)
     elif fault == "all_outside":
-        table["x_position"] += 50.0 * image.size[0]
+        table["x_position"] += 50.0 * image.size[1]
         write_csv(table, path)
     elif fault == "discarded":
         row["eye_tracking_data_discarded"] = True

@@ -50,7 +50,7 @@ def simulate_fixations(
 ) -> pd.DataFrame:
     """The fixations of one reading, as REFLACX's fixations.csv has them.
 
-    `size` is (width, height) of the image; `boxes` bound the abnormal ellipses, px. The survey visits
+    `size` is (height, width) of the image; `boxes` bound the abnormal ellipses, px. The survey visits
     the regions of the chest, two fixations miss the image, and some abnormalities are zoomed in on.
     Fixations inside the ellipses last as long in all as gives `dwell_ratio`; there are as many as that
     takes. Raises `ValueError` where no gaze can have that ratio.
@@ -68,7 +68,7 @@ def simulate_fixations(
     sequence = np.argsort(when, kind="stable")
     zoom = _zoom_boxes(dwell, size, boxes, is_zoomed) if len(boxes) else np.empty((0, 4))
     fixations = np.concatenate([survey[:, :3], dwell[:, :3]])
-    shown = np.concatenate([np.tile([0.0, 0.0, *map(float, size)], (len(survey), 1)), zoom])
+    shown = np.concatenate([np.tile([0.0, 0.0, *map(float, size[::-1])], (len(survey), 1)), zoom])
     return _fixation_table(fixations[sequence], shown[sequence], size, degree, rng)
 
 
@@ -90,7 +90,7 @@ def _survey(frame: Frame, rng: np.random.Generator) -> np.ndarray:
     offset = np.clip(0.7 * rng.standard_normal((len(path), 2)), -1.3, 1.3)
     place = ellipses[path, :2] + offset * ellipses[path, 2:]
     x, y = frame.to_pixels(place[:, 0], place[:, 1])
-    width, height = frame.size
+    height, width = frame.size
     stray = rng.choice(np.arange(5, len(path)), 2, replace=False)
     x[stray] = (-0.04 * width, 1.03 * width)
     y[stray] = height * rng.uniform(0.2, 0.8, 2)
@@ -116,7 +116,7 @@ def _calibrated_dwell(
     # As fine as the smallest ellipse needs for its area to be right.
     centre, axes = _centres_and_axes(boxes)
     scale = float(np.clip(5 / max(axes.min(), 1e-9), 128 / min(size), 512 / min(size)))
-    out_size = (max(1, round(size[1] * scale)), max(1, round(size[0] * scale)))
+    out_size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
     inside = ellipse_mask(boxes, size, out_size)
     if not inside.any():
         raise ValueError(f"an abnormality is too small to be seen: boxes {boxes} on an image of {size} px")
@@ -139,7 +139,7 @@ def _calibrated_dwell(
             raise ValueError(
                 f"dwell_ratio {ratio} cannot be had on these abnormalities: there is nothing else to look at"
             )
-        survey_part = (survey[:, :3], np.tile([0.0, 0.0, *map(float, size)], (len(survey), 1)))
+        survey_part = (survey[:, :3], np.tile([0.0, 0.0, *map(float, size[::-1])], (len(survey), 1)))
         of_survey = share_inside(survey_part)
         if of_survey < target:
             break
@@ -201,7 +201,7 @@ def _zoom_boxes(
     """The part of the image in view at each dwell fixation [n, 4]: all of it, or 0.6 of each side around
     an abnormality that was zoomed in on."""
     centre, axes = _centres_and_axes(boxes)
-    whole = np.array(size, dtype=float)
+    whole = np.array(size[::-1], dtype=float)  # x, y
     half = np.maximum(0.3 * whole, np.minimum(1.2 * axes, 0.5 * whole))
     low = np.round(np.clip(centre - half, 0, whole - 2 * half))
     view = np.where(is_zoomed[:, None], np.hstack([low, np.round(low + 2 * half)]), [0.0, 0.0, *whole])
@@ -210,7 +210,7 @@ def _zoom_boxes(
 
 def _degree_in_view(shown: np.ndarray, size: tuple[int, int], degree: np.ndarray) -> np.ndarray:
     """Image px per degree of visual angle [n, 2]: less where the image is enlarged."""
-    return degree * ((shown[:, 2:] - shown[:, :2]) / np.array(size)).max(axis=1, keepdims=True)
+    return degree * ((shown[:, 2:] - shown[:, :2]) / np.array(size[::-1])).max(axis=1, keepdims=True)
 
 
 def _heatmap_columns(

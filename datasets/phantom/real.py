@@ -31,7 +31,7 @@ def add_real_radiograph(study: PhantomStudy) -> PhantomImage:
         raise UserError(
             "RG1_UNCR.dcm is not here: install the package that ships it, `pip install pydicom-data`"
         )
-    size = (1841, 1955)
+    size = (1955, 1841)
     image = new_image(study, len(study.truth), size, [], ".dcm")
     image.dicom_id, image.subject_id, image.study_id = "RG1_UNCR-pydicom-data", "10999999", "59999999"
     image.split = "train"
@@ -40,8 +40,8 @@ def add_real_radiograph(study: PhantomStudy) -> PhantomImage:
     shutil.copyfile(source, image.path)
     frame = Frame(size)
     for cx, cy, rx, ry in _REAL_SPOTS:
-        x, y = (cx - 0.5) * size[0] / frame.unit, (cy - 0.5) * size[1] / frame.unit
-        image.lesions.append(Lesion("mass", (x, y, rx * size[0] / frame.unit, ry * size[1] / frame.unit)))
+        x, y = (cx - 0.5) * size[1] / frame.unit, (cy - 0.5) * size[0] / frame.unit
+        image.lesions.append(Lesion("mass", (x, y, rx * size[1] / frame.unit, ry * size[0] / frame.unit)))
     image.boxes = [frame.box(lesion.ellipse) for lesion in image.lesions]
     reading_id = "P399R999999"
     image.reading_ids.append(reading_id)

@@ -57,7 +57,7 @@ def make_study(
     root: str | Path,
     n_images: int = 8,
     seed: int = 0,
-    size: int | tuple[int, int] = (420, 512),
+    size: int | tuple[int, int] = (512, 420),
     *,
     shared_images: int | None = None,
     readers: int = 3,
@@ -72,7 +72,7 @@ def make_study(
 ) -> PhantomStudy:
     """Write a study in the raw REFLACX layout, `root`/reflacx, and its images, `root`/mimic/files.
 
-    `size` is (width, height) of the images in px, or one number for square ones. The first
+    `size` is (height, width) of the images in px, or one number for square ones. The first
     `shared_images` (default: a quarter) are each read by `readers` readers, in phases 1 and 2 by
     turns; one of these readings, the last of the first image, has its eye tracking discarded. Every
     other image has one reading in phase 3. So there are shared_images * readers + n_images -
@@ -163,8 +163,8 @@ def write_reading(
         + image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
         "dicom_id": image.dicom_id,
         "subject_id": image.subject_id,
-        "image_size_x": image.size[0],
-        "image_size_y": image.size[1],
+        "image_size_x": image.size[1],
+        "image_size_y": image.size[0],
     }
     for label in sorted((*known, *flags)):
         present = [sure for sure, own in zip(certainty, labels) if own == label]
@@ -178,8 +178,8 @@ def _reader_box(
     """The box as one reader draws it: corners off by a share of its sides, within the image."""
     xmin, ymin, xmax, ymax = box
     dx, dy = (xmax - xmin) * rng.uniform(-jitter, jitter, 2), (ymax - ymin) * rng.uniform(-jitter, jitter, 2)
-    x = np.clip((xmin + dx[0], xmax + dx[1]), 0, size[0] - 1)
-    y = np.clip((ymin + dy[0], ymax + dy[1]), 0, size[1] - 1)
+    x = np.clip((xmin + dx[0], xmax + dx[1]), 0, size[1] - 1)
+    y = np.clip((ymin + dy[0], ymax + dy[1]), 0, size[0] - 1)
     return float(x[0]), float(y[0]), float(x[1]), float(y[1])
 
 

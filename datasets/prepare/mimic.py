@@ -104,7 +104,7 @@ def find_heatmaps(root: Path) -> tuple[dict[str, Path], list[Exclusion]]:
 
 
 def read_heatmap(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A heatmap over the whole image, resized to (width, height) `size`: float32 [H, W] >= 0.
+    """A heatmap over the whole image, resized to (height, width) `size`: float32 [H, W] >= 0.
 
     PNG is 8-bit gray; NPY an array of numbers [H, W] (axes of length 1 are dropped) without negatives.
     Its own size may be any, also of another aspect ratio: predictors often work on squares. Raises
@@ -127,7 +127,7 @@ def read_heatmap(path: Path, size: tuple[int, int]) -> np.ndarray:
         raise UserError(f"{path}: has negative or not finite values; a heatmap is a density, 0 or more")
     if values.min() == values.max():
         raise UserError(f"{path}: all values are equal, it attends to nothing")
-    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)).clip(0)
+    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR)).clip(0)
 
 
 def prepare_mimic(

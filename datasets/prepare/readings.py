@@ -269,12 +269,12 @@ def process_image(
         file_size = radiograph_size(path)
     except UserError as error:
         return _leave_out(result, readings, "image unreadable", error)
-    width, height = out_size = scaled_size(file_size, options.size)
+    out_size = scaled_size(file_size, options.size)
 
     mapped: list[tuple[Reading, np.ndarray]] = []
     for reading in readings:
         with result.timed("heatmaps"):
-            heatmap = reading_heatmap(reading, path, file_size, (height, width))
+            heatmap = reading_heatmap(reading, path, file_size, out_size)
         if isinstance(heatmap, Exclusion):
             result.exclusions.append(heatmap)
             continue
@@ -319,8 +319,8 @@ def reading_heatmap(
 ) -> np.ndarray | Exclusion:
     """Gaze map of one reading, float64 [H, W] of `out_size` (height, width), or why there is none."""
     if reading.image_size and max(abs(a - b) for a, b in zip(reading.image_size, file_size)) > 1:
-        expected = f"{reading.image_size[0]} x {reading.image_size[1]}"
-        detail = f"{path}: is {file_size[0]} x {file_size[1]} px, the readings were made on {expected}"
+        expected = "{1} x {0}".format(*reading.image_size)
+        detail = f"{path}: is {file_size[1]} x {file_size[0]} px, the readings were made on {expected}"
         return Exclusion(reading.id, "image size differs", detail, is_fault=True)
     try:
         fixations = replace(reading, image_size=file_size).load_fixations()
@@ -368,14 +368,14 @@ def _entry(readings: Sequence[Reading], image_path: str) -> dict:
 
 
 def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """(width, height) with the short side `short_side`, aspect ratio kept; unchanged where that would
+    """(height, width) with the short side `short_side`, aspect ratio kept; unchanged where that would
     enlarge, and for `short_side` 0."""
-    return size if short_side == 0 else grid_size(size[1], size[0], short_side)[::-1]
+    return size if short_side == 0 else grid_size(*size, short_side)
 
 
 def resize_gray(gray: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W] resized to (width, height) `size`, bicubic with antialiasing."""
-    return crop_resize_flip([gray], Box(0, 0, *gray.shape), size[::-1])[0].numpy()
+    """uint8 [H, W] resized to (height, width) `size`, bicubic with antialiasing."""
+    return crop_resize_flip([gray], Box(0, 0, *gray.shape), size)[0].numpy()
 
 
 def attention_maps(heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,7 @@ class EgdReading(Reading):
         time = numbers[_TIME]
         duration = numbers.get(_DURATION, np.diff(time, prepend=0.0))
         x, y = (numbers[column] for column in _POSITION)
-        width, height = self.image_size or (np.inf, np.inf)
+        height, width = self.image_size or (np.inf, np.inf)
         on_picture = (x >= 0) & (y >= 0) & (x < width) & (y < height)
         fixations = pd.DataFrame({"x": x, "y": y, "duration": duration})[on_picture].reset_index(drop=True)
         whole = {"xmin": -np.inf, "ymin": -np.inf, "xmax": np.inf, "ymax": np.inf}

@@ -22,7 +22,7 @@ class Reading(ABC):
     """One reader looking at one image once.
 
     `image_id` is the image's dicom_id, `image_path` where the data set says the image lies (a hint,
-    relative, may be empty), `image_size` (width, height) in pixels or None where the data set does
+    relative, may be empty), `image_size` (height, width) in pixels or None where the data set does
     not say. `labels` are the data set's own columns with their own values (certainty 0-5, bool or
     text); `datasets.raw.findings.unify` maps them to common findings. `split` is train, validate, test
     or None. `fixations_path` is the file that messages name. The heavy tables are read by the load_

@@ -156,9 +156,9 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading |
     study = PurePosixPath(image).parent.name
     if not (study.startswith("s") and study[1:].isalnum()):
         raise UserError(f"{where('image')} {image!r} does not end in s<study>/<dicom_id>.dcm")
-    size = [_number(row[column], where(column)) for column in _SIZE_COLUMNS]
-    if min(size) < 1:
-        raise UserError(f"{where(_SIZE_COLUMNS[0])} image size {size[0]:g} x {size[1]:g} is not positive")
+    width, height = size_xy = [_number(row[column], where(column)) for column in _SIZE_COLUMNS]
+    if min(size_xy) < 1:
+        raise UserError(f"{where(_SIZE_COLUMNS[0])} image size {width:g} x {height:g} is not positive")
     labels: dict[str, int | bool | str] = {}
     for label in CERTAINTY_LABELS[phase]:
         certainty = _number(row[label], where(label))
@@ -175,7 +175,7 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading |
         subject_id=check_id(row["subject_id"], where("subject_id")),
         image_id=check_id(row["dicom_id"], where("dicom_id")),
         image_path=image,
-        image_size=(round(size[0]), round(size[1])),
+        image_size=(round(height), round(width)),
         labels=labels,
         split=row["split"],
         phase=phase,

@@ -72,7 +72,7 @@ def test_real_chest_film():
     """RG1_UNCR.dcm: CR chest PA, MONOCHROME1, 15 bits stored, window 15000 / 30000."""
     path = example("RG1_UNCR.dcm")
     film = read_dicom(path)
-    assert film.shape == (1955, 1841) and film.dtype == np.uint8 and dicom_size(path) == (1841, 1955)
+    assert film.shape == (1955, 1841) and film.dtype == np.uint8 and dicom_size(path) == (1955, 1841)
 
     def mean(x0, x1, y0, y1):  # shares of width and height
         height, width = film.shape
@@ -310,7 +310,7 @@ def test_read_radiograph_goes_by_content(tmp_path):
     Image.fromarray(film).save(picture)
     for path in (dicom, picture):
         np.testing.assert_array_equal(read_radiograph(path), film)
-        assert radiograph_size(path) == (30, 40)
+        assert radiograph_size(path) == (40, 30)
     assert "missing" in error_of(tmp_path / "no.dcm", radiograph_size)
     with pytest.raises(UserError, match="no.jpg"):
         read_radiograph(tmp_path / "no.jpg")

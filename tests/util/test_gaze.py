@@ -21,7 +21,7 @@ def table(*fixations):
 
 def slow_heatmap(fixations, image_size, out_size):
     """One fixation after the other, one pixel after the other's formula, nothing factored."""
-    (width, height), (rows, columns) = image_size, out_size
+    (height, width), (rows, columns) = image_size, out_size
     v, u = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     px, py = (u + 0.5) * width / columns - 0.5, (v + 0.5) * height / rows - 0.5
     total = np.zeros(out_size)
@@ -51,7 +51,7 @@ fixation_strategy = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(fixation_strategy, min_size=1, max_size=8),
-    st.sampled_from([(120, 90), (77, 131)]),
+    st.sampled_from([(90, 120), (77, 131)]),
     st.sampled_from([(90, 120), (33, 20), (1, 7), (64, 64), (200, 150)]),
 )
 def test_equals_the_slow_version(fixations, image_size, out_size):
@@ -64,7 +64,7 @@ def test_equals_the_slow_version(fixations, image_size, out_size):
 
 
 def test_each_axis_has_its_own_resolution():
-    heatmap = fixation_heatmap(table(fixation(60, 45, sigma_x=6, sigma_y=12)), (120, 90), (90, 120))
+    heatmap = fixation_heatmap(table(fixation(60, 45, sigma_x=6, sigma_y=12)), (90, 120), (90, 120))
     rows, columns = np.indices(heatmap.shape)
     assert (heatmap * columns).sum() == pytest.approx(60, abs=1e-3)
     assert np.sqrt((heatmap * (columns - 60) ** 2).sum()) == pytest.approx(6, abs=0.01)
@@ -74,13 +74,13 @@ def test_each_axis_has_its_own_resolution():
 def test_mass_goes_with_duration_whatever_the_zoom():
     near = fixation(30, 45, duration=1, sigma_x=3, sigma_y=3)
     far = fixation(90, 45, duration=3, sigma_x=7, sigma_y=7)
-    heatmap = fixation_heatmap(table(near, far), (120, 90), (90, 120))
+    heatmap = fixation_heatmap(table(near, far), (90, 120), (90, 120))
     assert heatmap[:, 60:].sum() / heatmap[:, :60].sum() == pytest.approx(3, rel=1e-3)
 
 
 def test_the_shown_rectangle_is_a_slice_at_native_size():
-    uncut = fixation_heatmap(table(fixation()), (120, 90), (90, 120))
-    cut = fixation_heatmap(table(fixation(box=(45, 30, 70, 60))), (120, 90), (90, 120))
+    uncut = fixation_heatmap(table(fixation()), (90, 120), (90, 120))
+    cut = fixation_heatmap(table(fixation(box=(45, 30, 70, 60))), (90, 120), (90, 120))
     expected = np.zeros_like(uncut)
     expected[30:60, 45:70] = uncut[30:60, 45:70]
     np.testing.assert_allclose(cut, expected / expected.sum(), atol=1e-12)
@@ -88,29 +88,29 @@ def test_the_shown_rectangle_is_a_slice_at_native_size():
 
 def test_infinite_rectangle_is_uncut():
     inf = np.inf
-    whole = fixation_heatmap(table(fixation()), (120, 90), (45, 60))
+    whole = fixation_heatmap(table(fixation()), (90, 120), (45, 60))
     np.testing.assert_array_equal(
-        whole, fixation_heatmap(table(fixation(box=(-inf, -inf, inf, inf))), (120, 90), (45, 60))
+        whole, fixation_heatmap(table(fixation(box=(-inf, -inf, inf, inf))), (90, 120), (45, 60))
     )
 
 
 def test_small_map_is_the_large_one_averaged():
     fixations = table(fixation(), fixation(100, 20, 0.4))
-    large = fixation_heatmap(fixations, (120, 90), (90, 120))
-    small = fixation_heatmap(fixations, (120, 90), (45, 60))
+    large = fixation_heatmap(fixations, (90, 120), (90, 120))
+    small = fixation_heatmap(fixations, (90, 120), (45, 60))
     pooled = large.reshape(45, 2, 60, 2).sum((1, 3))
     np.testing.assert_allclose(small, pooled, atol=0.005 * small.max())
 
 
 def test_outside_the_image_spills_in():
-    heatmap = fixation_heatmap(table(fixation(x=-5, y=45)), (120, 90), (90, 120))
+    heatmap = fixation_heatmap(table(fixation(x=-5, y=45)), (90, 120), (90, 120))
     assert heatmap[45].argmax() == 0 and heatmap[:, 0].sum() > heatmap[:, 20].sum() > 0
 
 
 def test_zero_and_negative_durations_count_for_nothing():
-    alone = fixation_heatmap(table(fixation()), (120, 90), (45, 60))
+    alone = fixation_heatmap(table(fixation()), (90, 120), (45, 60))
     more = fixation_heatmap(
-        table(fixation(), fixation(20, 20, 0.0), fixation(90, 70, -1.0, sigma_x=0)), (120, 90), (45, 60)
+        table(fixation(), fixation(20, 20, 0.0), fixation(90, 70, -1.0, sigma_x=0)), (90, 120), (45, 60)
     )
     np.testing.assert_array_equal(alone, more)
 
@@ -127,22 +127,22 @@ def test_zero_and_negative_durations_count_for_nothing():
 )
 def test_nothing_left_or_nonsense(bad, message):
     with pytest.raises(UserError, match=message):
-        fixation_heatmap(table(bad), (120, 90), (45, 60))
+        fixation_heatmap(table(bad), (90, 120), (45, 60))
 
 
 def test_a_dict_of_lists_will_do():
     columns = table(fixation(), fixation(20, 20)).to_dict("list")
-    assert fixation_heatmap(columns, (120, 90), (9, 12)).sum() == pytest.approx(1)
+    assert fixation_heatmap(columns, (90, 120), (9, 12)).sum() == pytest.approx(1)
 
 
 def test_inside_image():
     points = {"x": [0, -0.5, -0.6, 119.5, 119.6, 60], "y": [0, 0, 0, 89.5, 10, 90]}
-    assert inside_image(points, (120, 90)).tolist() == [True, True, False, True, False, False]
+    assert inside_image(points, (90, 120)).tolist() == [True, True, False, True, False, False]
 
 
 def test_merging_gives_each_reader_the_same_weight():
-    short = fixation_heatmap(table(fixation(20, 20, 0.1)), (120, 90), (45, 60))
-    long = fixation_heatmap(table(fixation(90, 60, 9.0)), (120, 90), (45, 60))
+    short = fixation_heatmap(table(fixation(20, 20, 0.1)), (90, 120), (45, 60))
+    long = fixation_heatmap(table(fixation(90, 60, 9.0)), (90, 120), (45, 60))
     np.testing.assert_allclose(merge_heatmaps([short, long]), (short + long) / 2, atol=1e-15)
     np.testing.assert_allclose(merge_heatmaps([short]), short, atol=1e-15)
 
@@ -158,9 +158,9 @@ def test_reflacx_columns_are_taken_as_they_are(study):
     """A fixations.csv read with pandas needs no renaming."""
     reading = next(r for r in read_reflacx(study.raw).readings)
     table = pd.read_csv(reading.fixations_path)
-    width, height = reading.image_size
-    from_file = fixation_heatmap(table, (width, height), (height, width))
+    height, width = reading.image_size
+    from_file = fixation_heatmap(table, (height, width), (height, width))
     np.testing.assert_array_equal(
-        from_file, fixation_heatmap(reading.load_fixations(), (width, height), (height, width))
+        from_file, fixation_heatmap(reading.load_fixations(), (height, width), (height, width))
     )
     assert from_file.sum() == pytest.approx(1)

@@ -35,7 +35,7 @@ def test_round_trip(tmp_path, name):
     assert read.dtype == np.uint8 and read.shape == gray.shape
     tolerance = 0 if name.lower().endswith("png") else 30  # the pattern is hard on JPG
     assert np.abs(read.astype(int) - gray).max() <= tolerance
-    assert image_size(tmp_path / name) == (53, 37)
+    assert image_size(tmp_path / name) == (37, 53)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

@@ -30,7 +30,7 @@ from util.images import read_gray
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import analyze_gaze
 
-SMALL = (105, 128)
+SMALL = (128, 105)
 
 
 def ratio_row(analysis, within="whole image", finding=ANY):
@@ -57,8 +57,8 @@ def test_ellipse_mask_is_the_ellipse_at_pixel_centres(box, image, out):
     mask = ellipse_mask([(xmin, ymin, xmax, ymax)], image, out)
     for i in range(out[0]):
         for j in range(out[1]):
-            x = (j + 0.5) * image[0] / out[1] - 0.5
-            y = (i + 0.5) * image[1] / out[0] - 0.5
+            x = (j + 0.5) * image[1] / out[1] - 0.5
+            y = (i + 0.5) * image[0] / out[0] - 0.5
             r = (2 * x - xmin - xmax) ** 2 / (xmax - xmin) ** 2 + (2 * y - ymin - ymax) ** 2 / (
                 ymax - ymin
             ) ** 2
@@ -135,7 +135,7 @@ def test_ratios_equal_a_plain_computation(study):
     by_finding: dict[str, list[float]] = {}
     for row in analysis.readings[analysis.readings["ellipses"] > 0].itertuples():
         directory = study.raw / "main_data" / row.id
-        width, height = study.truth[0].size
+        height, width = study.truth[0].size
         h, w = round(height * 96 / width), 96
         x, y = np.meshgrid((np.arange(w) + 0.5) * width / w - 0.5, (np.arange(h) + 0.5) * height / h - 0.5)
         heat = np.zeros((h, w))
@@ -188,7 +188,7 @@ def test_tables_agree_with_each_other_and_with_the_raw_data(study):
     csv = pd.concat(
         [pd.read_csv(study.raw / "main_data" / name / "anomaly_location_ellipses.csv").iloc[:, :4]
          for name in analysis.readings["id"]], ignore_index=True)  # fmt: skip
-    width, height = study.truth[0].size
+    height, width = study.truth[0].size
     area = math.pi / 4 * (csv["xmax"] - csv["xmin"]) * (csv["ymax"] - csv["ymin"]) / (width * height)
     assert table["area_share"].to_numpy() == pytest.approx(area.to_numpy())
     sizes = analysis.size_by_finding.set_index("finding")

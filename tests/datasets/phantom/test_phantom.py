@@ -29,7 +29,7 @@ from util.radiograph import read_radiograph
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import make_phantom
 
-SMALL = (105, 128)
+SMALL = (128, 105)
 # DATA.md
 FIXATIONS = {
     "timestamp_start_fixation", "timestamp_end_fixation", "x_position", "y_position", "pupil_area_normalized",
@@ -162,7 +162,7 @@ def test_anatomy_is_the_right_way_round(size):
     spot = regions(size)
     for seed in range(4):
         gray = render_chest(size, np.random.default_rng(seed))
-        assert gray.dtype == np.uint8 and gray.shape == size[::-1]
+        assert gray.dtype == np.uint8 and gray.shape == tuple(size)
         lung = np.mean([spot(gray, side * 0.23, y) for side in (-1, 1) for y in (-0.15, -0.05)])
         assert spot(gray, 0, 0.40) > lung + 50  # abdomen
         assert spot(gray, 0, 0.0) > lung + 50  # mediastinum
@@ -175,7 +175,7 @@ def test_anatomy_is_the_right_way_round(size):
 
 @pytest.mark.parametrize("kind", LESION_KINDS)
 def test_lesions_are_seen_where_they_are_said_to_be(kind):
-    size = (315, 384)
+    size = (384, 315)
     frame = Frame(size)
     for seed in range(3):
         lesion = draw_lesion(kind, np.random.default_rng(seed))
@@ -185,7 +185,7 @@ def test_lesions_are_seen_where_they_are_said_to_be(kind):
             drawn = Lesion(kind, lesion.ellipse, contrast)
             changes.append(np.abs(render_chest(size, np.random.default_rng(9), (drawn,)) - normal))
         xmin, ymin, xmax, ymax = frame.box(lesion.ellipse)
-        y, x = np.mgrid[: size[1], : size[0]]
+        y, x = np.mgrid[: size[0], : size[1]]
         inside = ((x - (xmin + xmax) / 2) / (xmax - xmin) * 2) ** 2 + (
             (y - (ymin + ymax) / 2) / (ymax - ymin) * 2
         ) ** 2 <= 1
@@ -229,7 +229,7 @@ def test_fixations_are_plausible():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         kinds = rng.permutation(LESION_KINDS)[:2]
-        frame = Frame((420, 512))
+        frame = Frame((512, 420))
         table = simulate_fixations(frame.size, [frame.box(draw_lesion(k, rng).ellipse) for k in kinds], rng)
         start, end = table["timestamp_start_fixation"], table["timestamp_end_fixation"]
         assert (start.iloc[1:].to_numpy() > end.iloc[:-1].to_numpy()).all() and start.iloc[0] > 0
@@ -257,7 +257,7 @@ def test_fixations_are_plausible():
     ratio=st.floats(1.0, 8.0),
     size=st.floats(0.5, 1.4),
     n=st.integers(1, 3),
-    shape=st.sampled_from([(420, 512), (512, 420), (128, 128), (1900, 2000)]),
+    shape=st.sampled_from([(512, 420), (420, 512), (128, 128), (2000, 1900)]),
 )
 @settings(max_examples=25, deadline=None)
 def test_gaze_has_the_ratio_asked_for(seed, ratio, size, n, shape):
@@ -271,14 +271,14 @@ def test_gaze_has_the_ratio_asked_for(seed, ratio, size, n, shape):
         **{f"sigma_{a}": table[f"angular_resolution_{a}_pixels_per_degree"] for a in "xy"},
         **{side: table[f"{side}_shown_from_image"] for side in ("xmin", "ymin", "xmax", "ymax")},
     }  # fmt: skip
-    out_size = (round(400 * shape[1] / shape[0]), 400)
+    out_size = (round(400 * shape[0] / shape[1]), 400)
     inside = ellipse_mask(boxes, shape, out_size)
     heatmap = fixation_heatmap(fixations, shape, out_size)
     assert density_ratio(heatmap, inside, ~inside) == pytest.approx(ratio, rel=0.04)
 
 
 def test_a_ratio_that_cannot_be_is_refused():
-    frame = Frame((420, 512))
+    frame = Frame((512, 420))
     with pytest.raises(ValueError, match="nothing else to look at"):
         simulate_fixations(frame.size, [(0, 0, 419, 511)], np.random.default_rng(0))
     box = frame.box((0.052, 0.145, 0.19, 0.15))
@@ -332,7 +332,7 @@ def test_options_out_of_range(tmp_path, options, message):
 
 
 def test_egd_layout(tmp_path):
-    study = make_egd(tmp_path / "with", 4, size=(130, 100))
+    study = make_egd(tmp_path / "with", 4, size=(100, 130))
     master = pd.read_csv(study.raw / "master_sheet.csv")
     table = pd.read_csv(study.raw / "fixations.csv")
     assert {"dicom_id", "path", "study_id", "patient_id", "image_top", "image_bottom", "image_left",
@@ -348,7 +348,7 @@ def test_egd_layout(tmp_path):
     readings = read_egd(study.raw, sigma=20).readings
     assert [reading.image_id for reading in readings] == sorted(image.dicom_id for image in study.truth)
     # Without FPOGD durations come from the times, which includes the saccade before each fixation.
-    without = read_egd(make_egd(tmp_path / "without", 4, size=(130, 100), with_duration=False).raw, sigma=20)
+    without = read_egd(make_egd(tmp_path / "without", 4, size=(100, 130), with_duration=False).raw, sigma=20)
     assert "FPOGD" not in pd.read_csv(tmp_path / "without" / "egd-cxr" / "fixations.csv").columns
     for reading, other in zip(readings, without.readings):
         a, b = reading.load_fixations(), other.load_fixations()
@@ -367,7 +367,7 @@ def test_real_radiograph(tmp_path):
     assert image.path.read_bytes() == Path(pydicom.data.get_testdata_file("RG1_UNCR.dcm")).read_bytes()
     assert all(path.read_bytes() == data for path, data in before.items())
     (reading,) = (r for r in read_reflacx(study.raw).readings if r.image_id == image.dicom_id)
-    assert reading.image_size == (1841, 1955) and "simulated" in reading.labels["Other"]
+    assert reading.image_size == (1955, 1841) and "simulated" in reading.labels["Other"]
     text = (study.raw / "main_data" / reading.id / "transcription.txt").read_text()
     assert "Simulated reading" in text and "The film is real" in text
     # The spots it dwells on are opacities: brighter than the lung beside them, where the gaze is not.

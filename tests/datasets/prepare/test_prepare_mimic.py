@@ -19,7 +19,7 @@ from util.radiograph import read_radiograph
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import prepare_mimic as script
 
-SIZE = (105, 128)
+SIZE = (128, 105)
 VIEWS = ["PA", "AP", "LATERAL", "PA", "", "LL", "AP", "PA"]
 
 
@@ -85,10 +85,10 @@ def test_builds_a_tree_that_trains(source, tmp_path):
         assert entry["image_path"] == f"{place}.jpg"
         assert (entry["study_id"], entry["subject_id"]) == (image.study_id, image.subject_id)
         gray = read_gray(tmp_path / "out" / f"{place}.jpg").astype(int)
-        assert gray.shape == SIZE[::-1]
+        assert gray.shape == SIZE
         assert np.abs(gray - read_radiograph(image.path)).mean() < 4
         attention = read_gray(tmp_path / "out" / "attention" / f"{place}.png")
-        expected = 255 * blob(SIZE[::-1], 0.7, 0.3)
+        expected = 255 * blob(SIZE, 0.7, 0.3)
         assert np.abs(attention - expected).max() < 12 and attention.max() == 255
         foreground = read_gray(tmp_path / "out" / "foreground" / f"{place}.png")
         assert set(np.unique(foreground)) == {0, 255}
@@ -200,7 +200,7 @@ def test_npy_that_is_no_heatmap(tmp_path, content, message):
 
 def test_heatmaps_keep_their_place_when_resized(tmp_path):
     np.save(tmp_path / "x.npy", blob((200, 50), 0.2, 0.8).astype(np.float64))
-    heatmap = read_heatmap(tmp_path / "x.npy", (30, 40))
+    heatmap = read_heatmap(tmp_path / "x.npy", (40, 30))
     assert heatmap.shape == (40, 30) and heatmap.min() >= 0
     assert np.unravel_index(heatmap.argmax(), heatmap.shape) in {(31, 5), (31, 6), (32, 5), (32, 6)}
 

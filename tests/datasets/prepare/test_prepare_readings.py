@@ -54,7 +54,7 @@ def maps_of(out, entry):
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """12 images, JPG and DICOM by turns, 3 of them read 3 times: 18 readings, 1 discarded."""
-    return make_study(tmp_path_factory.mktemp("mixed"), n_images=12, size=(160, 200), image_format="mixed")
+    return make_study(tmp_path_factory.mktemp("mixed"), n_images=12, size=(200, 160), image_format="mixed")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_images_are_the_radiographs(each, mixed):
 def test_jpg_and_dicom_of_one_phantom_give_the_same_picture(tmp_path):
     films = []
     for kind in ("jpg", "dcm"):
-        study = make_study(tmp_path / kind, n_images=2, size=(96, 120), image_format=kind, shared_images=0)
+        study = make_study(tmp_path / kind, n_images=2, size=(120, 96), image_format=kind, shared_images=0)
         out = tmp_path / f"{kind}-out"
         prepare(study.raw, study.images, out, size=0)
         films.append([read_gray(out / entry["image_path"]) for entry in entries_of(out)])
@@ -131,7 +131,7 @@ def test_jpg_and_dicom_of_one_phantom_give_the_same_picture(tmp_path):
 
 def test_real_radiograph_from_dicom(tmp_path):
     """The whole way for a real film: a copy of RG1_UNCR.dcm stands in for one of the phantom's images."""
-    study = make_study(tmp_path, n_images=2, size=(1841, 1955), shared_images=0, image_format="dcm")
+    study = make_study(tmp_path, n_images=2, size=(1955, 1841), shared_images=0, image_format="dcm")
     image = study.truth[0]
     shutil.copy(get_testdata_file("RG1_UNCR.dcm", download=False), image.path)
     prepare(study.raw, study.images, tmp_path / "out", size=224)
@@ -151,7 +151,7 @@ def test_one_takes_the_first_usable_reading_by_id(mixed, tmp_path):
 
 
 def test_one_goes_on_to_the_next_where_the_first_is_unusable(tmp_path):
-    study = make_study(tmp_path, n_images=1, shared_images=1, size=(96, 120))
+    study = make_study(tmp_path, n_images=1, shared_images=1, size=(120, 96))
     first, second = sorted(reading.id for reading in read_reflacx(study.raw).readings)
     (study.raw / "main_data" / first / "fixations.csv").unlink()
     report = prepare(study.raw, study.images, tmp_path / "out")
@@ -187,8 +187,8 @@ def test_split(mixed, tmp_path):
 @pytest.mark.parametrize(
     "size, short, expected",
     [
-        ((2544, 3056), 512, (512, 615)),
         ((3056, 2544), 512, (615, 512)),
+        ((2544, 3056), 512, (512, 615)),
         ((400, 300), 512, (400, 300)),
         ((400, 300), 300, (400, 300)),
         ((400, 300), 0, (400, 300)),
@@ -225,7 +225,7 @@ REASONS = {
 
 
 def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
-    study = make_study(tmp_path, n_images=len(FAULTS) + 2, shared_images=0, size=(96, 120), faults=FAULTS)
+    study = make_study(tmp_path, n_images=len(FAULTS) + 2, shared_images=0, size=(120, 96), faults=FAULTS)
     arguments = ["--raw", str(study.raw), "--images", str(study.images), "--out", str(tmp_path / "out")]
     assert set(study.faults) == set(REASONS)
     assert main([*arguments, "--dry_run"]) == 1 and not (tmp_path / "out").exists()
@@ -248,7 +248,7 @@ def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
 
 
 def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):
-    study = make_study(tmp_path, n_images=2, shared_images=0, size=(96, 120))
+    study = make_study(tmp_path, n_images=2, shared_images=0, size=(120, 96))
     for image, more in zip(study.truth, (1, 2)):
         Image.fromarray(np.pad(read_gray(image.path), ((0, 0), (0, more)))).save(image.path)
     report = prepare(study.raw, study.images, tmp_path / "out")
@@ -260,7 +260,7 @@ def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):
 
 
 def test_damage_past_the_header_is_found_while_decoding(tmp_path):
-    study = make_study(tmp_path, n_images=2, shared_images=0, size=(96, 120), image_format="dcm")
+    study = make_study(tmp_path, n_images=2, shared_images=0, size=(120, 96), image_format="dcm")
     path = study.truth[1].path
     path.write_bytes(path.read_bytes()[:-1000])
     report = prepare(study.raw, study.images, tmp_path / "out")
@@ -371,7 +371,7 @@ def test_killed_before_the_first_record(mixed, tmp_path):
 
 
 def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
-    study = make_study(tmp_path, n_images=5, size=(64, 80), faults=["truncated_image"])
+    study = make_study(tmp_path, n_images=5, size=(80, 64), faults=["truncated_image"])
     one = prepare(study.raw, study.images, tmp_path / "one", workers=1)
     monkeypatch.setattr("datasets.prepare.readings.IMAGES_PER_WORKER", 2)
     two = prepare(study.raw, study.images, tmp_path / "two", workers=2)
@@ -445,14 +445,14 @@ def test_links_to_directories_are_followed_and_circles_end(tmp_path):
 
 
 def test_egd_gives_the_same_kind_of_tree(tmp_path):
-    study = make_egd(tmp_path, n_images=4, size=(96, 120), image_format="mixed")
+    study = make_egd(tmp_path, n_images=4, size=(120, 96), image_format="mixed")
     report = prepare(study.raw, study.images, tmp_path / "out", sigma=9)
     entries = entries_of(tmp_path / "out")
     assert report.counts["entries"] == 4 and "calibration" in report.notes[0] and not report.faults
     readings = {reading.id: reading for reading in read_egd(study.raw, sigma=9).readings}
     for entry in entries:
         assert entry["source"] == "egd" and set(entry["labels"]) == {"Normal", "CHF", "Pneumonia"}
-        expected = fixation_heatmap(readings[entry["reflacx_id"]].load_fixations(), (96, 120), (120, 96))
+        expected = fixation_heatmap(readings[entry["reflacx_id"]].load_fixations(), (120, 96), (120, 96))
         np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
     with pytest.raises(UserError, match="no usable reading of split 'train'"):
         prepare(study.raw, study.images, tmp_path / "no", split="train")
@@ -464,7 +464,7 @@ class LeftEyeReading(Reading):
     """Of a data set made up here: one fixation in the middle of the image's left half."""
 
     def load_fixations(self):
-        width, height = self.image_size
+        height, width = self.image_size
         box = {"xmin": 0, "ymin": 0, "xmax": width, "ymax": height}
         return pd.DataFrame(
             [{"x": width / 4, "y": height / 2, "duration": 1, "sigma_x": 9, "sigma_y": 9} | box]

@@ -19,7 +19,7 @@ from util.tables import check_id, check_relative_path, numeric_columns, read_tab
 @pytest.fixture
 def own_study(tmp_path):
     """A study that a test may damage: 2 images of 3 readings each (phases 1, 2), 2 of phase 3."""
-    return make_study(tmp_path, n_images=4, shared_images=2, size=(96, 120), normal_fraction=0)
+    return make_study(tmp_path, n_images=4, shared_images=2, size=(120, 96), normal_fraction=0)
 
 
 def metadata(study, phase):
@@ -77,7 +77,7 @@ def test_ellipses_and_chest_box(study):
     marked = {label for label in labels if labels[label].any()}
     assert marked <= {label for label, value in reading.labels.items() if value}
     box = reading.load_chest_box()
-    assert len(box) == 4 and box[0] < box[2] <= image.size[0] and box[1] < box[3] <= image.size[1]
+    assert len(box) == 4 and box[0] < box[2] <= image.size[1] and box[1] < box[3] <= image.size[0]
 
 
 def test_root_is_found_from_around_it(study):
@@ -182,7 +182,7 @@ def test_nothing_there(tmp_path):
 
 @pytest.fixture
 def egd(tmp_path):
-    return make_egd(tmp_path, n_images=4, size=(96, 120))
+    return make_egd(tmp_path, n_images=4, size=(120, 96))
 
 
 def test_egd_readings(egd):

@@ -1,0 +1,209 @@
+"""What every data set of the downstream evaluation is read into: images, subjects, parts and labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from util.errors import UserError
+from util.files import atomic_write
+
+TRAIN, VALID, TEST = PARTS = ("train", "valid", "test")
+MULTILABEL, MULTICLASS = "multilabel", "multiclass"
+FRACTION_SEED = 42  # of the published label fractions, the same for every seed of a run
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """N images and C labels.
+
+    The order matters: `sample_fraction` draws from the training images in the order they have here, which
+    is the one that the published split left.
+
+    Attributes:
+        name: of the data set.
+        ids: N names, each once.
+        files: N image files; they need not be there where only tables are read.
+        subjects: str [N]; no subject has images in two parts, unless `shared_subjects`.
+        parts: str [N], each "train", "valid" or "test"; all "" where grouped folds are to be drawn.
+        label_names: C names.
+        labels: float32 [N, C]: 1 present, 0 absent, NaN unknown or ignored (neither in loss nor in AUC).
+        task: "multilabel" (binary cross-entropy, AUROC of each label) or "multiclass" (cross-entropy,
+            accuracy; each row has one 1).
+        strong_augmentation: whether the published run also jitters brightness, blurs and flips.
+        notes: lines to print.
+        shared_subjects: the split is a published one that has subjects in two parts, asked for by name.
+
+    Raises:
+        UserError: an id twice, or a subject in two parts.
+        ValueError: shapes or values that no reader may give.
+    """
+
+    name: str
+    ids: list[str]
+    files: list[Path]
+    subjects: np.ndarray
+    parts: np.ndarray
+    label_names: list[str]
+    labels: np.ndarray
+    task: str = MULTILABEL
+    strong_augmentation: bool = False
+    notes: list[str] = field(default_factory=list)
+    shared_subjects: bool = False
+
+    def __post_init__(self) -> None:
+        n, c = len(self.ids), len(self.label_names)
+        if n == 0 or c == 0:
+            raise UserError(f"{self.name}: no {'image' if n == 0 else 'label'} is left")
+        shapes = len(self.files), self.subjects.shape, self.parts.shape, self.labels.shape
+        if shapes != (n, (n,), (n,), (n, c)):
+            raise ValueError(f"{self.name}: {n} ids and {c} labels, but shapes {shapes}")
+        if self.task not in (MULTILABEL, MULTICLASS) or self.labels.dtype != np.float32:
+            raise ValueError(f"{self.name}: task {self.task}, labels of type {self.labels.dtype}")
+        if not (np.isnan(self.labels) | (self.labels == 0) | (self.labels == 1)).all():
+            raise ValueError(f"{self.name}: labels are 0, 1 or NaN")
+        if self.task == MULTICLASS and not (self.labels.sum(1) == 1).all():
+            raise ValueError(f"{self.name}: every image has exactly one class")
+        reserved = ("id", "subject", "split")
+        for i, label in enumerate(self.label_names):
+            if label in reserved or label in self.label_names[:i]:
+                what = "is a column of split.csv" if label in reserved else "is there twice"
+                raise UserError(f"{self.name}: label {label!r} {what}; give the label another name")
+        known = np.isin(self.parts, PARTS)
+        if not known.all() and not (self.parts == "").all():
+            raise ValueError(f"{self.name}: parts are {', '.join(PARTS)}, or all empty")
+        if len(set(self.ids)) != n:
+            twice = pd.Series(self.ids)[pd.Series(self.ids).duplicated()].iloc[0]
+            raise UserError(
+                f"{self.name}: image {twice!r} is there twice; every image needs an id of its own"
+            )
+        if not self.shared_subjects:
+            self._check_subjects()
+
+    def _check_subjects(self) -> None:
+        pairs = pd.DataFrame({"subject": self.subjects, "part": self.parts}).drop_duplicates()
+        shared = pairs["subject"][pairs["subject"].duplicated()].unique()
+        if len(shared):
+            where = sorted(pairs["part"][pairs["subject"] == shared[0]])
+            raise UserError(
+                f"{self.name}: subject {shared[0]!r} has images in {' and '.join(where)}, and "
+                f"{len(shared) - 1} more subjects are in two parts; mend the split, or pass --split subject"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def indices(self, part: str) -> np.ndarray:
+        """Places of a part's images, in order: int64 [n]."""
+        return np.flatnonzero(self.parts == part)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> LabelledImages:
+        """Some of the images, in the order of `indices`; `UserError` where there is none."""
+        places = np.asarray(indices, np.int64)
+        return replace(
+            self,
+            ids=[self.ids[i] for i in places],
+            files=[self.files[i] for i in places],
+            subjects=self.subjects[places],
+            parts=self.parts[places],
+            labels=self.labels[places],
+        )
+
+
+def sample_fraction(images: LabelledImages, fraction: float) -> np.ndarray:
+    """Places of the training images that a label fraction keeps: int64 [round(fraction * n)].
+
+    As published: `DataFrame.sample(frac, random_state=42)` over the training part in its order, so the
+    same images whatever the seed of a run; 1 keeps them all, in their own order.
+
+    Raises:
+        UserError: a fraction outside (0, 1], or one that keeps no image.
+    """
+    train = images.indices(TRAIN)
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fractions {fraction:g}: expected more than 0 and at most 1")
+    if fraction == 1:
+        return train
+    chosen = pd.Series(train).sample(frac=fraction, random_state=FRACTION_SEED).to_numpy()
+    if len(chosen) == 0:
+        raise UserError(f"--fractions {fraction:g}: no image is left of {len(train)} to train on")
+    return chosen
+
+
+def check_classes(images: LabelledImages) -> list[str]:
+    """Lines about labels that the test images can't judge; empty where all can be.
+
+    Raises:
+        UserError: a part without images, a label that no training image has (or that all have), or no
+            label at all that the test images can judge.
+    """
+    if (images.parts == "").all():
+        return []
+    for part in PARTS:
+        if not (images.parts == part).any():
+            raise UserError(f"{images.name}: no image is in {part}; mend the split, or pass --split subject")
+    counts = {part: _counts(images.labels[images.indices(part)]) for part in (TRAIN, TEST)}
+    for i, label in enumerate(images.label_names):
+        positive, negative = counts[TRAIN][:, i]
+        if positive == 0 or negative == 0:
+            raise UserError(
+                f"{images.name}: label {label!r} is {'absent from' if positive == 0 else 'present in'} every "
+                "training image where it is known; name the labels to keep by --labels"
+            )
+    positive, negative = counts[TEST]
+    lone = (positive == 0) | ((negative == 0) & (images.task == MULTILABEL))
+    if (lone.all() and images.task == MULTILABEL) or (positive > 0).sum() < 1 + (images.task == MULTICLASS):
+        raise UserError(
+            f"{images.name}: the test images are all of one kind, so nothing can be judged; mend the split"
+        )
+    return [
+        f"{images.name}: {label!r} has {int(positive[i])} images with and {int(negative[i])} without it in test; "
+        "left out of the mean"
+        for i, label in enumerate(images.label_names)
+        if lone[i]
+    ]
+
+
+def split_table(images: LabelledImages) -> str:
+    """Images, subjects and positives of each label by part, as text in columns.
+
+    A label with unknown values has them behind its positives: "12 (+3 unknown)".
+    """
+    parts = [part for part in (*PARTS, "") if (images.parts == part).any()]
+    rows = [["", *(part or "no part" for part in parts)]]
+    chosen = [images.indices(part) for part in parts]
+    rows.append(["images", *(str(len(places)) for places in chosen)])
+    rows.append(["subjects", *(str(len(set(images.subjects[places]))) for places in chosen)])
+    for i, label in enumerate(images.label_names):
+        values = [images.labels[places, i] for places in chosen]
+        unknown = [int(np.isnan(value).sum()) for value in values]
+        cells = [str(int(np.nansum(value))) for value in values]
+        rows.append(
+            [label, *(f"{c} (+{u} unknown)" if u else c for c, u in zip(cells, unknown, strict=True))]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def write_split(images: LabelledImages, path: str | os.PathLike) -> None:
+    """Write split.csv: id, subject, split ("" = none), and one column per label (empty = unknown)."""
+    table = pd.DataFrame({"id": images.ids, "subject": images.subjects, "split": images.parts})
+    labels = pd.DataFrame(images.labels, columns=images.label_names).astype("Int8")
+    table = pd.concat([table, labels], axis=1)
+    with atomic_write(path, "w") as file:
+        table.to_csv(file, index=False)
+
+
+def _counts(labels: np.ndarray) -> np.ndarray:
+    """Images with and without each label: int64 [2, C]."""
+    return np.stack([(labels == 1).sum(0), (labels == 0).sum(0)])
