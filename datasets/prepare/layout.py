@@ -43,8 +43,22 @@ def read_record(root: Path, layer: str = LAYERS[0]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not the record this script writes ({error}); choose another --out") from None
+        raise UserError(
+            f"{path}: not the record this script writes ({error}); choose another --out"
+        ) from None
     return record
+
+
+def differing_options(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """ "size 512 there, size 64 asked for", of the options that are not the same."""
+    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+
+    def told(options: Mapping[str, Any]) -> str:
+        values = ((key, options.get(key)) for key in keys)
+        texts = ((key, " ".join(map(str, v)) if isinstance(v, list) else v) for key, v in values)
+        return ", ".join(f"{key} {'unset' if text is None else text}" for key, text in texts)
+
+    return f"{told(was)} there, {told(now)} asked for"
 
 
 def root_files(root: Path, layer: str) -> list[str]:

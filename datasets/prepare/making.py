@@ -41,6 +41,7 @@ from datasets.prepare.layout import (
     REMOVING,
     STAGING,
     begin_removing,
+    differing_options,
     end_removing,
     has_content,
     has_size,
@@ -99,7 +100,9 @@ class TreeMaking:
         dry_run: bool = False,
     ):
         if overwrite and part is not None:
-            raise UserError("--overwrite: one part of several can't start a tree afresh; run once without parts")
+            raise UserError(
+                "--overwrite: one part of several can't start a tree afresh; run once without parts"
+            )
         self.out = Path(out).resolve()
         self.options = json.loads(json.dumps({"format": FORMAT, **options}))
         self.index, self.layer, self.part = index, layer, part
@@ -178,7 +181,9 @@ class TreeMaking:
         if self.layer != LAYERS[0]:
             below = root_files(self.out, LAYERS[LAYERS.index(self.layer) - 1])
             if not below or not (self.out / below[0]).exists():
-                raise UserError(f"{self.out}: holds no finished tree of images (no {below[0] if below else first})")
+                raise UserError(
+                    f"{self.out}: holds no finished tree of images (no {below[0] if below else first})"
+                )
         if (self.out / first).exists():
             return
         ours = (LOCK, STAGING, f"{TEMPORARY_PREFIX}{first}")
@@ -191,16 +196,11 @@ class TreeMaking:
 
     def _check_options(self) -> None:
         was = read_record(self.out, self.layer).get("options")
-        if was is None or self.overwrite or was == self.options:
-            return
-        keys = [key for key in {**was, **self.options} if was.get(key) != self.options.get(key)]
-        there, asked = (
-            ", ".join(f"{key} {_value(options.get(key))}" for key in keys) for options in (was, self.options)
-        )
-        raise UserError(
-            f"{self.out}: was prepared with other options: {there} there, {asked} asked for; choose another "
-            "--out, or --overwrite to replace it"
-        )
+        if was is not None and was != self.options and not self.overwrite:
+            raise UserError(
+                f"{self.out}: was prepared with other options: {differing_options(was, self.options)}; choose "
+                "another --out, or --overwrite to replace it"
+            )
 
     def _clean(self) -> None:
         """Remove what a killed run left and no run can use: only what is ours, and of no part at work."""
@@ -208,8 +208,10 @@ class TreeMaking:
             remove_folder(self.staging)
             return
         remove_folder(self.out / STAGING)
-        layers = [f"{layer}{suffix}" for layer in LAYERS for suffix in (".json", ".origins")]
-        remove_temporaries(self.out, [*layers, *self.root_files, REMOVING])
+        names = {REMOVING, *self.root_files}
+        for layer in LAYERS:
+            names |= {f"{layer}.json", f"{layer}.origins", *root_files(self.out, layer)}
+        remove_temporaries(self.out, names)
         end_removing(self.out)
 
     def _load(self) -> None:
@@ -273,7 +275,7 @@ class TreeMaking:
             raise ValueError("two units of one key")
         self._units, self._new_versions = units, json.loads(json.dumps(versions))
         if self.overwrite:
-            if not self.dry_run:
+            if not self.dry_run and read_record(self.out, self.layer):
                 self._start_afresh()
             self._lines, self._settled, self._stale, self._versions = {}, set(), set(), []
         self._refuse_loss(sorted(self._settled - keys), "their sources are away or left out now")
@@ -281,12 +283,11 @@ class TreeMaking:
             self._write_record()
         for key in [key for key in self._lines if key not in keys]:
             self._replace_line(key, None)
-        todo = [unit for unit in units if self._is_mine(unit) and not self._is_there(unit)]
+        i, n = self.part or (0, 1)
+        mine = (unit for unit in units if zlib.crc32(unit.key.encode()) % n == i)
+        todo = [unit for unit in mine if not self._is_there(unit)]
         self._todo = {unit.key for unit in todo}
         return todo
-
-    def _is_mine(self, unit: Unit) -> bool:
-        return self.part is None or zlib.crc32(unit.key.encode()) % self.part[1] == self.part[0]
 
     def _is_there(self, unit: Unit) -> bool:
         line = self._lines.get(unit.key)
@@ -381,13 +382,8 @@ class TreeMaking:
             for key, line in self._waiting.items():
                 self._move(key, line)
         remove_files(self.out, sorted(stale))
-        content = {
-            "options": self.options,
-            "finished": True,
-            "root_files": self.root_files,
-            **record,
-            "made_with": self._versions or [self._new_versions],
-        }
+        own = {"options": self.options, "finished": True, "root_files": self.root_files}
+        content = {**own, **record, "made_with": self._versions or [self._new_versions]}
         writes = {
             f"{self.layer}.origins": lambda: (f"{line}\n" for line in lines.values()),
             **(tables or {}),
@@ -420,7 +416,7 @@ class TreeMaking:
             self._stale -= names
             lost -= names
         self._refuse_loss(sorted(lost), "what they are made from can't be used now")
-        return self._stale
+        return set(self._stale)  # a copy: what waits adds to it as it is moved
 
     def _refuse_loss(self, names: Sequence[str], why: str) -> None:
         if names:
@@ -436,8 +432,7 @@ class TreeMaking:
         write_parts(record_file(self.out, self.layer), [pretty_json({**(was or {}), **own})])
 
     def _start_afresh(self) -> None:
-        """Remove what earlier runs made. Killed on the way, the tree is neither the old nor the new one, and any
-        next run goes on removing."""
+        """Remove what earlier runs made; killed on the way, any next run goes on removing."""
         begin_removing(self.out, self.layer)
         self._write_record()
         end_removing(self.out)
@@ -453,9 +448,3 @@ class TreeMaking:
             (self.out / LOCK).unlink(missing_ok=True)
             if not self._was_there:
                 self.out.rmdir()
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "unset" if value is None else str(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -94,6 +94,11 @@ def read_lines(path: Path) -> Iterator[str]:
             yield line[:-1]
 
 
+def origins_below(path: Path) -> dict[str, str]:
+    """Key -> digest of a unit's line in a finished layer: a source of units in the layer above."""
+    return {key_of(line): origin_of(line) for line in read_lines(path)}
+
+
 def append_to(path: Path) -> IO[str]:
     """Open a file of lines to go on after its last whole one."""
     if path.exists():
@@ -101,14 +106,3 @@ def append_to(path: Path) -> IO[str]:
         if whole := len(data) - (data.rfind(b"\n") + 1):
             os.truncate(path, len(data) - whole)
     return open(path, "a", encoding="utf-8")
-
-
-def files_of(paths: Iterable[Path]) -> set[str]:
-    """All files that the lines of these files name."""
-    return {
-        name
-        for path in paths
-        for line in read_lines(path)
-        if line.startswith("[")
-        for name in read_line(line)[2]
-    }
