@@ -81,17 +81,8 @@ def read_dicom(path: str | os.PathLike, contrast: str = "window") -> np.ndarray:
 
 
 def _read(path: Path, contrast: str) -> np.ndarray:
-    ds = _open(path)
-    if "PixelData" not in ds:
-        raise UserError(f"{path}: DICOM without pixel data")
-    if int(ds.get("NumberOfFrames") or 1) != 1:
-        raise UserError(f"{path}: DICOM of {_one_line(ds.NumberOfFrames)} frames; a radiograph has one")
-    photometric = ds.get("PhotometricInterpretation")
-    if photometric not in MONOCHROME or ds.get("SamplesPerPixel", 1) != 1:
-        raise UserError(
-            f"{path}: DICOM in colour ({_one_line(photometric)}); a radiograph is MONOCHROME1 or MONOCHROME2"
-        )
-
+    ds = _open_gray(path)
+    photometric = ds.PhotometricInterpretation
     stored = _stored_values(ds, path)
     if contrast == "mimic-cxr-jpg":
         return _as_mimic_cxr_jpg(stored, photometric == "MONOCHROME1")
@@ -146,6 +137,38 @@ def equalize_histogram(gray: np.ndarray) -> np.ndarray:
     up_to = np.cumsum(counts) - counts[: lowest + 1].sum()
     levels = np.rint(up_to.clip(0).astype(np.float32) * scale).clip(0, 255)
     return levels.astype(np.uint8)[gray]
+
+
+def read_dicom_by_maximum(path: str | os.PathLike) -> np.ndarray:
+    """The stored values scaled so that the largest becomes 255: uint8 [H, W], MONOCHROME1 turned over.
+
+    What the published downstream evaluation does: no rescale, no window, no padding. Negative values
+    become 0. Raises `UserError` as `read_dicom` does.
+    """
+    path = Path(path)
+    with _damage_named(path):
+        ds = _open_gray(path)
+        stored = np.maximum(_stored_values(ds, path), 0)
+        highest = int(stored.max())
+        # Worked out once per distinct value; rint as OpenCV's convertScaleAbs rounds.
+        table = np.rint(np.arange(highest + 1) * (255.0 / max(highest, 1))).astype(np.uint8)
+        gray = table[stored]
+        return 255 - gray if ds.PhotometricInterpretation == "MONOCHROME1" else gray
+
+
+def _open_gray(path: Path) -> pydicom.Dataset:
+    """A file with one gray frame; `UserError` for any other."""
+    ds = _open(path)
+    if "PixelData" not in ds:
+        raise UserError(f"{path}: DICOM without pixel data")
+    if int(ds.get("NumberOfFrames") or 1) != 1:
+        raise UserError(f"{path}: DICOM of {_one_line(ds.NumberOfFrames)} frames; a radiograph has one")
+    photometric = ds.get("PhotometricInterpretation")
+    if photometric not in MONOCHROME or ds.get("SamplesPerPixel", 1) != 1:
+        raise UserError(
+            f"{path}: DICOM in colour ({_one_line(photometric)}); a radiograph is MONOCHROME1 or MONOCHROME2"
+        )
+    return ds
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
-from util.dicom import CONTRASTS, dicom_size, equalize_histogram, read_dicom
+from util.dicom import CONTRASTS, dicom_size, equalize_histogram, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
 from util.radiograph import radiograph_size, read_radiograph
 
@@ -493,7 +493,11 @@ def fuzz(tmp_path, n, seed):
     path = tmp_path / "fuzzed.dcm"
     for i in range(n):
         path.write_bytes(fuzzed(rng, *files[i % len(files)]))
-        for function in (dicom_size, functools.partial(read_dicom, contrast=CONTRASTS[i % 3])):
+        for function in (
+            dicom_size,
+            read_dicom_by_maximum,
+            functools.partial(read_dicom, contrast=CONTRASTS[i % 3]),
+        ):
             try:
                 result = function(path)
             except UserError as error:
