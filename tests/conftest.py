@@ -34,3 +34,11 @@ def backbone(tmp_path_factory):
     path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
     torch.save({"state_dict": model.state_dict()}, path)
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` are skipped, by name, where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

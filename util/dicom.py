@@ -59,17 +59,8 @@ def read_dicom(path: str | os.PathLike) -> np.ndarray:
     window that cannot be, or compressed in a way no installed package decodes.
     """
     path = Path(path)
-    ds = _open(path)
-    if "PixelData" not in ds:
-        raise UserError(f"{path}: DICOM without pixel data")
-    if int(ds.get("NumberOfFrames") or 1) != 1:
-        raise UserError(f"{path}: DICOM of {ds.NumberOfFrames} frames; a radiograph has one")
-    photometric = ds.get("PhotometricInterpretation")
-    if photometric not in MONOCHROME or ds.get("SamplesPerPixel", 1) != 1:
-        raise UserError(
-            f"{path}: DICOM in colour ({photometric}); a radiograph is MONOCHROME1 or MONOCHROME2"
-        )
-
+    ds = _open_gray(path)
+    photometric = ds.PhotometricInterpretation
     stored = _stored_values(ds, path)
     padding = _padding(ds, stored)
     inside = stored if padding is None else stored[~padding]
@@ -90,6 +81,37 @@ def read_dicom(path: str | os.PathLike) -> np.ndarray:
     result = np.zeros(stored.shape, np.uint8)
     result[~padding] = table[inside - np.int64(lowest)]
     return result
+
+
+def read_dicom_by_maximum(path: str | os.PathLike) -> np.ndarray:
+    """The stored values scaled so that the largest becomes 255: uint8 [H, W], MONOCHROME1 turned over.
+
+    What the published downstream evaluation does: no rescale, no window, no padding. Negative values
+    become 0. Raises `UserError` as `read_dicom` does.
+    """
+    path = Path(path)
+    ds = _open_gray(path)
+    stored = np.maximum(_stored_values(ds, path), 0)
+    highest = int(stored.max())
+    # Worked out once per distinct value; rint as OpenCV's convertScaleAbs rounds.
+    table = np.rint(np.arange(highest + 1) * (255.0 / max(highest, 1))).astype(np.uint8)
+    gray = table[stored]
+    return 255 - gray if ds.PhotometricInterpretation == "MONOCHROME1" else gray
+
+
+def _open_gray(path: Path) -> pydicom.Dataset:
+    """A file with one gray frame; `UserError` for any other."""
+    ds = _open(path)
+    if "PixelData" not in ds:
+        raise UserError(f"{path}: DICOM without pixel data")
+    if int(ds.get("NumberOfFrames") or 1) != 1:
+        raise UserError(f"{path}: DICOM of {ds.NumberOfFrames} frames; a radiograph has one")
+    photometric = ds.get("PhotometricInterpretation")
+    if photometric not in MONOCHROME or ds.get("SamplesPerPixel", 1) != 1:
+        raise UserError(
+            f"{path}: DICOM in colour ({photometric}); a radiograph is MONOCHROME1 or MONOCHROME2"
+        )
+    return ds
 
 
 def _open(path: Path, **options) -> pydicom.Dataset:
