@@ -26,17 +26,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
-from datasets.prepare.readings import (
+from datasets.prepare.pixels import (
     PATCH_GRID,
-    SOURCES,
     attention_maps,
     count_significant,
-    detect_source,
-    reading_heatmap,
     resize_gray,
-    run_tasks,
     scaled_size,
 )
+from datasets.prepare.reading_maps import reading_gaze
+from datasets.prepare.readings import SOURCES, detect_source
+from datasets.prepare.work import run_tasks
 from datasets.raw.egd import DEFAULT_SIGMA
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images

@@ -109,7 +109,7 @@ class TreeMaking:
         self.overwrite, self.dry_run = overwrite, dry_run
         self.root_files = [index, *tables]
         self.name = layer if part is None else f"{layer}-{part[0]}-of-{part[1]}"
-        self.n_made = 0  # units
+        self.n_made = self.n_anew = 0  # units made; of them those that the tree had otherwise
         self._locks = contextlib.ExitStack()
         self._lines: dict[str, str] = {}  # of the units that are in the tree, by key
         self._settled: set[str] = set()  # keys of the finished tree; empty if it never was
@@ -309,6 +309,7 @@ class TreeMaking:
             raise UserError(f"{source}: changed while the tree was made from it; run again")
         self._todo.discard(unit.key)
         self.n_made += bool(files)
+        self.n_anew += bool(files) and unit.key in self._lines
         sizes = {name: 0 if self.dry_run else os.stat(self.staging / name).st_size for name in files}
         line = write_line(unit.key, unit.origin if settled else "", sizes, note)
         if not files or self.dry_run:
