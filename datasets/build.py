@@ -16,6 +16,7 @@ __all__ = ["Mimic", "Problem", "Reflacx", "SampleError", "build_dataset", "check
 
 DataPath = str | os.PathLike | Sequence[str | os.PathLike]
 TREE_TYPES = (Reflacx, Mimic)
+IMAGES_INDEX = "images.json"  # of a tree whose heatmaps are still to be predicted
 
 
 def build_dataset(
@@ -78,6 +79,11 @@ def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:
         raise UserError(f"--data_path: {path} is not a directory")
     found = [tree_type for tree_type in TREE_TYPES if (path / tree_type.index_file).exists()]
     names = " or ".join(tree_type.index_file for tree_type in TREE_TYPES)
+    if not found and (path / IMAGES_INDEX).exists():
+        raise UserError(
+            f"--data_path: {path} has images but no heatmaps yet; scripts/predict_gaze.py --weights "
+            f"output_dir/gaze/best.pth --tree {path} makes them"
+        )
     if not found:
         raise UserError(f"--data_path: {path} has no {names}; scripts/prepare_reflacx.py makes such a tree")
     if len(found) > 1:

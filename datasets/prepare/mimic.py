@@ -32,6 +32,7 @@ from datasets.raw.readings import Exclusion
 from util.errors import UserError
 from util.tables import check_id, read_table
 
+# As datasets.mimic and datasets.build have them, which import torch.
 INDEX, IMAGES_INDEX = "mimic-cxr-jpg-cleanv4.json", "images.json"
 FRONTAL = ("AP", "PA")
 METADATA_NAMES = ("mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.0.0-metadata.csv")
@@ -249,7 +250,11 @@ def _find_metadata(images: Path, *, needed: bool) -> Path | None:
 
 
 def _rows_of_table(
-    path: Path, maps: Mapping[str, str] | None, views: Sequence[str], exclusions: list[Exclusion], counts: Counter
+    path: Path,
+    maps: Mapping[str, str] | None,
+    views: Sequence[str],
+    exclusions: list[Exclusion],
+    counts: Counter,
 ) -> dict[str, Row]:
     """The table's rows of `views` by dicom_id; of heatmaps' images where there are `maps`."""
     any_view = "all" in views

@@ -101,7 +101,7 @@ def prepare(
         if not chosen:
             raise UserError(f"{raw}: no usable reading of split {split!r} ({found.n_found} in all)")
         place = find_images(images, {r.image_id: r.image_path for r in chosen.values()}, without=[out])
-        exclusions = [*found.exclusions, *_without_image(chosen.values(), place, images)]
+        exclusions = [*found.exclusions, *without_image(chosen.values(), place, images)]
         units = _units(chosen.values(), place, images)
         if not units:
             raise UserError(
@@ -163,13 +163,16 @@ def _units(chosen: Iterable[Reading], place: FoundImages, images: Path) -> list[
     return units
 
 
-def _without_image(chosen: Iterable[Reading], place: FoundImages, images: Path) -> Iterator[Exclusion]:
+def without_image(chosen: Iterable[Reading], place: FoundImages, images: Path) -> Iterator[Exclusion]:
+    """Readings whose images were not found, or found more than once."""
     for reading in chosen:
         if reading.image_id in place.ambiguous:
             detail = f"{reading.image_id}: {place.ambiguous[reading.image_id]}"
             yield Exclusion(reading.id, "several images", detail, is_fault=True)
         elif reading.image_id not in place.paths:
-            yield Exclusion(reading.id, "image missing", f"no {reading.image_id}.jpg, .png or .dcm under {images}")
+            yield Exclusion(
+                reading.id, "image missing", f"no {reading.image_id}.jpg, .png or .dcm under {images}"
+            )
 
 
 def _fixation_table(samples: Iterable[tuple[Sequence[Reading], str]]) -> Iterator[str]:

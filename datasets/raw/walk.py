@@ -82,9 +82,7 @@ class Sources:
                 continue
             yield directory, sorted(name for name in files if self._is_usable(name))
             below = [name for name in below if not name.startswith(".") and name != "lost+found"]
-            pending += (
-                f"{directory}/{name}" for name in sorted(below, reverse=True) if self._is_utf8(name)
-            )
+            pending += (f"{directory}/{name}" for name in sorted(below, reverse=True) if self._is_utf8(name))
 
     def _is_usable(self, name: str) -> bool:
         if name.startswith("._"):
