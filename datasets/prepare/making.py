@@ -72,8 +72,7 @@ class TreeMaking:
 
     Args:
         out: the tree's root. A directory that is neither empty nor a tree of ours is refused.
-        options: all that decides pixels or membership and is the same for every unit; a tree has one set. Units'
-            origins need not hold them.
+        options: all that decides pixels or membership and is the same for every unit; a tree has one set.
         index: name of the index, which `finish` writes last.
         tables: names of further files at the root that `finish` writes.
         layer: of `LAYERS`. A layer above needs the tree below it, and is made anew where that has changed.
@@ -174,7 +173,6 @@ class TreeMaking:
             self._holds_lock = True
 
     def _refuse_foreign(self) -> None:
-        """Nothing is ever written into a directory that is not ours."""
         first = record_file(self.out).name
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is not a directory; choose another --out")
