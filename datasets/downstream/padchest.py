@@ -17,13 +17,13 @@ TABLE = "PADCHEST_chest_x_ray_images_labels*.csv"
 ID, LABELS, PATIENT, VIEW = "ImageID", "Labels", "PatientID", "Projection"
 FRONTAL = ("PA", "AP")
 NO_FINDING = ("normal", "exclude", "unchanged", "suboptimal study", "")
-COMMON = 1000  # a label needs as many images to be among the default ones, or 1% of them
+COMMON = 0.01  # share of the images that a label needs to be among the default ones
 
 
 def read_padchest(paths: list[Path], choices: Choices) -> LabelledImages:
     """The table's Labels are Python lists in text; rows without one are left out.
 
-    Labels are those with 1,000 images (or 1%, whichever is less), unless --labels names others.
+    Labels are those that 1% of the images have, unless --labels names others.
     """
     folder = Folder(paths[0])
     path = choices.csv or folder.table(TABLE)
@@ -43,9 +43,10 @@ def read_padchest(paths: list[Path], choices: Choices) -> LabelledImages:
     rows = [_labels(cell, path, line) for line, cell in zip(known.index, known[LABELS], strict=True)]
     counts = Counter(label for row in rows for label in row)
     if choices.labels is None:
-        least = min(COMMON, max(1, len(rows) // 100))
-        names = sorted(label for label, count in counts.items() if count >= least)
-        notes.append(f"padchest: the {len(names)} of {len(counts)} labels with {least} images or more")
+        names = sorted(label for label, count in counts.items() if count >= COMMON * len(rows))
+        notes.append(
+            f"padchest: the {len(names)} of {len(counts)} labels that {COMMON:.0%} of the images have"
+        )
     else:
         names = sorted(counts)
     subjects = known[PATIENT].to_numpy(str)
