@@ -27,6 +27,7 @@ from datasets.downstream.images import (
     deep_note,
     fitted_size,
     normalisation,
+    normalise,
     open_squares,
     pad_to_square,
 )
@@ -234,7 +235,9 @@ def test_bad_files_are_one_line_from_the_cache_and_from_workers(files, tmp_path)
 
 
 def test_normalisation():
-    assert normalisation("half") == ((0.5,) * 3, (0.5,) * 3)
+    gray = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
+    assert torch.equal(normalise(gray, *normalisation("half"))[0, 0, 0], torch.tensor([-1.0, 1.0]))
+    assert normalise(gray, *normalisation("imagenet")).shape == (1, 3, 1, 2)
     assert normalisation("imagenet")[0][0] == 0.485
     with pytest.raises(UserError, match="--normalisation"):
         normalisation("none")
