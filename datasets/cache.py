@@ -30,8 +30,10 @@ import mmap
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -51,6 +53,41 @@ HEADER = struct.Struct("<8sq")  # magic, number of pictures
 OFFSET, HEIGHT, WIDTH, NATIVE_HEIGHT, NATIVE_WIDTH = range(5)  # columns of the int64 table
 LOCK_FILE = "lock"
 PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
+
+
+class PlaneKind(NamedTuple):
+    """How the files of a plane become its pictures.
+
+    Attributes:
+        name, size: begin the name of the plane's file; `name` says all that `size` doesn't.
+        native_size: file -> (height, width) from its header.
+        stored_size: (height, width) -> (height, width) of the picture.
+        picture: file, native (height, width), stored (height, width) -> uint8 [stored size].
+        advice: end of the message about a file that can't be read.
+    """
+
+    name: str
+    size: int
+    native_size: Callable[[Path], tuple[int, int]]
+    stored_size: Callable[[int, int], tuple[int, int]]
+    picture: Callable[[Path, tuple[int, int], tuple[int, int]], np.ndarray]
+    advice: str = ""
+
+
+def tree_plane(name: str, cache_size: int) -> PlaneKind:
+    """The kind of a tree's plane: "gray", "attention" or "foreground" (whose 0/1 becomes 0/255)."""
+    advice = " (run_pretrain.py --check_data lists every bad file)"
+    stored_size = partial(grid_size, short_side=cache_size)
+    return PlaneKind(name, cache_size, image_size, stored_size, partial(_tree_picture, name), advice)
+
+
+def _tree_picture(name: str, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    native = read_gray(file)
+    if native.shape != native_size:
+        raise UserError(f"{file}: the file changed while it was read; start again")
+    if name == "foreground":
+        native = full_scale_foreground(native)
+    return crop_resize_flip([native], Box(0, 0, *native_size), size)[0].numpy()
 
 
 class Plane:
@@ -153,7 +190,13 @@ def add_cache(
         place = {file: position for position, file in enumerate(unique)}
         positions.append(np.array([place[file] for file in column]))
         planes.append(
-            open_plane(directories, name, unique, tree.cache_size, root=tree.root, num_workers=num_workers)
+            open_plane(
+                directories,
+                tree_plane(name, tree.cache_size),
+                unique,
+                root=tree.root,
+                num_workers=num_workers,
+            )
         )
     image_sizes = planes[0].native_sizes()[positions[0]]  # [n, 2]
     for plane, column, position in zip(planes[1:], columns[1:], positions[1:]):
@@ -165,9 +208,8 @@ def add_cache(
 
 def open_plane(
     directories: Sequence[Path],
-    name: str,
+    kind: PlaneKind,
     files: Sequence[Path],
-    cache_size: int,
     *,
     root: Path,
     num_workers: int | None = None,
@@ -176,12 +218,11 @@ def open_plane(
     can be written.
 
     Args:
-        name: "gray", "attention" or "foreground" (whose 0/1 becomes 0/255).
-        root: the tree; names below it are part of the digest, its own place is not.
+        root: names below it are part of the digest, its own place is not.
         num_workers: threads that build; default all CPUs.
     """
-    stem = f"{name}-{cache_size}-"
-    file_name = f"{stem}{_digest(name, files, cache_size, root)}.u8"
+    stem = f"{kind.name}-{kind.size}-"
+    file_name = f"{stem}{_digest(kind, files, root)}.u8"
     for directory in directories:
         if (plane := _open_existing(directory / file_name)) is not None:
             return plane
@@ -191,7 +232,7 @@ def open_plane(
             return plane  # another process has built it meanwhile
         for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of a builder that was killed
             leftover.unlink(missing_ok=True)
-        _build(directory / file_name, name, files, cache_size, num_workers)
+        _build(directory / file_name, kind, files, num_workers)
         for other in directory.glob(f"{stem}*.u8"):
             if other.name != file_name:
                 _remove_unless_in_use(other)
@@ -207,14 +248,14 @@ def _open_existing(path: Path) -> Plane | None:
     return plane
 
 
-def _build(path: Path, name: str, files: Sequence[Path], cache_size: int, num_workers: int | None) -> None:
+def _build(path: Path, kind: PlaneKind, files: Sequence[Path], num_workers: int | None) -> None:
     """Write the whole plane; headers first, so that every picture has its place before it is decoded."""
     try:
         table = np.zeros((len(files), 5), np.int64)
-        sizes = list(in_threads(image_size, files, num_workers))
+        sizes = list(in_threads(kind.native_size, files, num_workers))
         table[:, NATIVE_HEIGHT], table[:, NATIVE_WIDTH] = np.transpose(sizes)
         for row in table:
-            row[HEIGHT], row[WIDTH] = grid_size(int(row[NATIVE_HEIGHT]), int(row[NATIVE_WIDTH]), cache_size)
+            row[HEIGHT], row[WIDTH] = kind.stored_size(int(row[NATIVE_HEIGHT]), int(row[NATIVE_WIDTH]))
         pixels = table[:, HEIGHT] * table[:, WIDTH]
         table[:, OFFSET] = _pixels_start(len(files)) + np.cumsum(pixels) - pixels
         needed = _pixels_end(table)
@@ -223,22 +264,17 @@ def _build(path: Path, name: str, files: Sequence[Path], cache_size: int, num_wo
 
         def copy(index: int) -> None:
             offset, height, width, *native_size = table[index].tolist()
-            native = read_gray(files[index])
-            if list(native.shape) != native_size:
-                raise UserError(f"{files[index]}: the file changed while it was read; start again")
-            if name == "foreground":
-                native = full_scale_foreground(native)
-            small = crop_resize_flip([native], Box(0, 0, *native_size), (height, width))[0]
-            _write_at(file.fileno(), small.numpy().tobytes(), offset)
+            picture = kind.picture(files[index], tuple(native_size), (height, width))
+            _write_at(file.fileno(), picture.tobytes(), offset)
 
         with atomic_write(path) as file:
             file.write(HEADER.pack(MAGIC, len(files)) + table.tobytes())
             file.flush()
             copies = in_threads(copy, range(len(files)), num_workers)
-            for _ in tqdm(copies, f"cache of {name}", total=len(files), unit="image", disable=None):
+            for _ in tqdm(copies, f"cache of {kind.name}", total=len(files), unit="image", disable=None):
                 pass
     except UserError as error:
-        raise UserError(f"{error} (run_pretrain.py --check_data lists every bad file)") from None
+        raise UserError(f"{error}{kind.advice}") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -255,16 +291,14 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _digest(name: str, files: Sequence[Path], cache_size: int, root: Path) -> str:
+def _digest(kind: PlaneKind, files: Sequence[Path], root: Path) -> str:
     """Digest of all that a plane's content depends on. Raises UserError for a missing file."""
-    digest = hashlib.sha256(json.dumps([PREPROCESSING_VERSION, name, cache_size, len(files)]).encode())
+    digest = hashlib.sha256(json.dumps([PREPROCESSING_VERSION, kind.name, kind.size, len(files)]).encode())
     for file in files:
         try:
             status = os.stat(file)
         except FileNotFoundError:
-            raise UserError(
-                f"{file}: no such file (run_pretrain.py --check_data lists every bad file)"
-            ) from None
+            raise UserError(f"{file}: no such file{kind.advice}") from None
         name_in_tree = os.fspath(file).removeprefix(f"{root}{os.sep}")
         digest.update(f"{name_in_tree}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:20]

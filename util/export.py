@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from util.errors import UserError
 from util.files import atomic_write
+from util.foreign_weights import find_encoder
 from util.weights import HEAD_DIM, WeightsInfo, read_state_dict, resample_pos_embed, summarize_keys
 
 FORMATS = ("timm", "safetensors", "cxr-eval", "hf")
@@ -44,6 +45,8 @@ class Backbone:
         tap: which tap's LayerNorm `norm` is, None if the file had a single norm.
         block: the 0-based block which that tap reads, None if unknown.
         source: the file it comes from.
+        prefix: what stood before the encoder's names in it.
+        ignored: names in it that are no part of the encoder.
     """
 
     state: dict[str, Tensor]
@@ -52,6 +55,8 @@ class Backbone:
     tap: int | None
     block: int | None
     source: WeightsInfo
+    prefix: str = ""
+    ignored: Sequence[str] = ()
 
     @property
     def depth(self) -> int:
@@ -74,8 +79,10 @@ def read_backbone(
         UserError: the file has no complete ViT encoder, or no such tap.
     """
     state, info = read_state_dict(path)
-    encoder = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_PREFIXES)}
     try:
+        found = find_encoder(state)
+        state = found.state
+        encoder = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_PREFIXES)}
         width, _, patch_size, _ = encoder["patch_embed.proj.weight"].shape
         mlp_width = encoder["blocks.0.mlp.fc1.weight"].shape[0]
         encoder["cls_token"]
@@ -107,7 +114,7 @@ def read_backbone(
         args["patch_size"] = patch_size
     if mlp_width != 4 * width:
         args["mlp_ratio"] = mlp_width / width
-    return Backbone(encoder, name, args, index, block, info)
+    return Backbone(encoder, name, args, index, block, info, found.prefix, found.ignored)
 
 
 def _find_tap(

@@ -29,7 +29,7 @@ from util.errors import UserError
 
 HEAD_DIM = 64  # channels of one attention head in every ViT of the four sizes
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-WRAPPER_KEYS = ("model", "state_dict")  # where checkpoints keep the tensors
+WRAPPER_KEYS = ("model", "state_dict", "teacher", "student")  # where checkpoints keep the tensors
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 _scalar = np.float64(0).__reduce__()[0]

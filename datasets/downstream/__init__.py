@@ -5,14 +5,33 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
+from datasets.downstream.chexpert import read_chexpert
 from datasets.downstream.choices import Choices, add_choices, choices_from_args
 from datasets.downstream.labelled import LabelledImages
+from datasets.downstream.nih import read_nih
+from datasets.downstream.rsna import read_rsna
 from util.errors import UserError
 
-Reader = Callable[[list[Path], Choices], LabelledImages]
-DATASETS: dict[str, Reader] = {}
+TABLE_CHOICES = frozenset({"images", "csv", "labels", "where", "skip_missing"})
+ANY_CHOICES = frozenset({"split", "split_seed", "need_images"})
+
+
+class Source(NamedTuple):
+    """How a data set is read, and which choices it heeds beside `ANY_CHOICES`."""
+
+    read: Callable[[list[Path], Choices], LabelledImages]
+    heeds: frozenset[str] = TABLE_CHOICES
+
+
+DATASETS: dict[str, Source] = {
+    "rsna": Source(read_rsna),
+    "nih": Source(read_nih),
+    "chexpert": Source(read_chexpert, TABLE_CHOICES | {"uncertain", "empty"}),
+}
 
 
 def read_dataset(name: str, data_path: str | os.PathLike | Sequence, **choices) -> LabelledImages:
@@ -29,7 +48,7 @@ def read_dataset(name: str, data_path: str | os.PathLike | Sequence, **choices) 
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: expected one of {', '.join(DATASETS)}")
     paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
-    return DATASETS[name]([Path(path) for path in paths], Choices(**choices))
+    return _read(name, [Path(path) for path in paths], Choices(**choices))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,4 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_from_args(args: argparse.Namespace, *, need_images: bool = True) -> LabelledImages:
     """The data set that the options name; need_images=False reads tables only (--dry_run)."""
     choices = choices_from_args(args, need_images=need_images)
-    return DATASETS[args.dataset]([Path(path) for path in args.data_path], choices)
+    return _read(args.dataset, [Path(path) for path in args.data_path], choices)
+
+
+def _read(name: str, paths: list[Path], choices: Choices) -> LabelledImages:
+    source = DATASETS[name]
+    if len(paths) != 1 and name != "tree":
+        raise UserError(f"--data_path: {name} has one folder, {len(paths)} are given")
+    default = Choices()
+    for choice in (field.name for field in fields(Choices)):
+        if (
+            choice not in ANY_CHOICES | source.heeds
+            and getattr(choices, choice) != getattr(default, choice)
+        ):  # fmt: skip
+            raise UserError(f"--{choice} has no effect with --dataset {name}; leave it out")
+    return source.read(paths, choices)

@@ -1,0 +1,178 @@
+"""The folder of a data set, walked once: its tables by name, its images by id, wherever they are below."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from util.errors import UserError
+
+# In the order of preference where an image is there as several: an 8-bit picture is read faster.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+
+
+class Folder:
+    """Files below a directory; hidden ones (`.cache`, `._x.png` of a Mac's archive) are not there."""
+
+    def __init__(self, root: Path, option: str = "--data_path"):
+        self.root = root
+        if not root.is_dir():
+            raise UserError(f"{option}: {root} is not a directory")
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Every file below, as a path from the root, parts separated by "/"."""
+        found, pending, followed = [], [""], set()
+        while pending:
+            base = pending.pop()
+            for entry in _entries(self.root / base):
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if not entry.is_dir():
+                    found.append(base + entry.name)
+                elif not entry.is_symlink() or (target := os.path.realpath(entry.path)) not in followed:
+                    if entry.is_symlink():
+                        followed.add(target)  # so that a circle ends
+                    pending.append(f"{base}{entry.name}/")
+        return sorted(found)
+
+    def tables(self, *patterns: str) -> list[Path]:
+        """Files whose name fits a pattern (letter case and ".gz" aside), those nearest to the root only."""
+        wanted = {pattern.lower() for pattern in patterns} | {f"{pattern.lower()}.gz" for pattern in patterns}
+
+        def fitting(names: Iterable[str]) -> list[str]:
+            return [
+                name for name in names if any(fnmatch.fnmatch(name.rpartition("/")[2].lower(), p) for p in wanted)
+            ]  # fmt: skip
+
+        # A table in the root itself is found without walking through the images.
+        found = fitting(
+            sorted(e.name for e in _entries(self.root) if not e.name.startswith(".") and e.is_file())
+        )
+        if not found:
+            found = fitting(self.files)
+            depth = min((name.count("/") for name in found), default=0)
+            found = [name for name in found if name.count("/") == depth]
+        return [self.root / name for name in found]
+
+    def table(self, *patterns: str) -> Path:
+        """The one file whose name fits. `UserError` where there is none, or several."""
+        found = self.tables(*patterns)
+        if len(found) != 1:
+            problem = "has none" if not found else f"has {', '.join(path.name for path in found)}"
+            raise UserError(
+                f"{self.root}: expected one {' or '.join(patterns)} in it or below, but it {problem}; "
+                "name the table by --csv"
+            )
+        return found[0]
+
+    def images(self, names: Sequence[str], notes: list[str]) -> list[Path | None]:
+        """The file of each name, None where there is none.
+
+        A name is an id, a file name or a path, with or without a suffix. An id is found in any directory
+        below. Of a path the same number of leading directories may lack for all names (CheXpert's begin
+        with the root's own, of which people have another). Of an image that is there with several suffixes
+        the one that is named is taken, else the first of `IMAGE_SUFFIXES`, and `notes` say so.
+
+        Raises:
+            UserError: two different files could be meant.
+        """
+        direct = {i: self.root / name for i, name in enumerate(names) if _is_elsewhere(name)}
+        wanted = [_without_suffix(name.replace("\\", "/").removeprefix("./")) for name in names]
+        stems = {name.rpartition("/")[2] for name in wanted}
+        files = [
+            (_without_suffix(file), file)
+            for file in self.files
+            if _without_suffix(file).rpartition("/")[2] in stems
+        ]
+        best: dict[int, list[str]] = {}
+        stripped = wanted
+        while True:
+            found = _match(stripped, files)
+            if len(found) > len(best):
+                best = found
+            shorter = [name.partition("/")[2] or name for name in stripped]
+            # Shorter names that are no longer different can't tell images apart.
+            if len(best) == len(names) or shorter == stripped or len(set(shorter)) < len(set(stripped)):
+                break
+            stripped = shorter
+        several = 0
+        result: list[Path | None] = []
+        for i, name in enumerate(names):
+            if i in direct:
+                result.append(direct[i] if direct[i].is_file() else None)
+            elif i in best:
+                several += len(best[i]) > 1
+                result.append(self.root / self._choose(name, best[i]))
+            else:
+                result.append(None)
+        if several:
+            first = next(i for i, files in best.items() if len(files) > 1)
+            notes.append(
+                f"{several} images are there more than once, e.g. {', '.join(best[first])}; "
+                f"{result[first].relative_to(self.root)} and its like are read"
+            )
+        return result
+
+    def _choose(self, name: str, files: list[str]) -> str:
+        suffix = os.path.splitext(name)[1].lower()
+
+        def rank(file: str) -> tuple[bool, int]:
+            own = os.path.splitext(file)[1].lower()
+            return own != suffix, IMAGE_SUFFIXES.index(own) if own in IMAGE_SUFFIXES else len(IMAGE_SUFFIXES)
+
+        first = min(map(rank, files))
+        chosen = [file for file in files if rank(file) == first]
+        # The same picture copied to two places is no question; a mask of the same name would be.
+        if len(chosen) > 1 and len({os.path.getsize(self.root / file) for file in chosen}) > 1:
+            raise UserError(
+                f"{self.root}: image {name!r} could be {chosen[0]} or {chosen[1]}; name the folder of the "
+                "images by --images"
+            )
+        return chosen[0]
+
+
+def missing_message(folder: Folder, lacking: Sequence[str], total: int) -> str:
+    """What to say of images that are not there."""
+    pictures = [name for name in folder.files if name.lower().endswith(IMAGE_SUFFIXES)]
+    there = f"{len(pictures)} image files are below it, e.g. {pictures[0]}" if pictures else "it has no image"
+    return (
+        f"{folder.root}: {len(lacking)} of {total} images are not there, e.g. {lacking[0]!r} ({there}); "
+        "name their folder by --images, or pass --skip_missing to go on without them"
+    )
+
+
+def _match(names: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[int, list[str]]:
+    """Files by the place of the name that ends their path."""
+    places = {name: i for i, name in enumerate(names)}
+    lengths = sorted({name.count("/") + 1 for name in names})
+    found: dict[int, list[str]] = {}
+    for key, file in files:
+        parts = key.split("/")
+        for length in lengths:
+            place = places.get("/".join(parts[-length:])) if length <= len(parts) else None
+            if place is not None:
+                found.setdefault(place, []).append(file)
+    return found
+
+
+def _entries(directory: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be listed ({error.strerror})") from None
+
+
+def _without_suffix(name: str) -> str:
+    # Ids may have dots of their own: only what is an image's suffix is cut off.
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def _is_elsewhere(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts

@@ -1,0 +1,77 @@
+"""Who trains, validates and tests: published rules to the row, and draws by subject."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from datasets.downstream.choices import ALL_TEST, AUTO, BY_SUBJECT, FOLDS, Choices
+from datasets.downstream.labelled import TEST, TRAIN, VALID
+from util.errors import UserError
+
+SHARE = 0.15  # of the images, for validation and for tests each, where a split is drawn by subject
+
+
+def split_70_15_15(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The published split of n rows (RSNA, SIIM): places in the order it leaves, and the part of each.
+
+    scikit-learn's `train_test_split(test_size=0.3, random_state=0)`, then of the 30%
+    `train_test_split(test_size=0.5, random_state=0)`, whose first half is test and second valid.
+    """
+    train, rest = train_test_split(np.arange(n), test_size=0.3, random_state=0)
+    test, valid = train_test_split(rest, test_size=0.5, random_state=0)
+    parts = np.repeat([TRAIN, VALID, TEST], [len(train), len(valid), len(test)])
+    return np.concatenate([train, valid, test]), parts
+
+
+def choose_parts(
+    choices: Choices, name: str, subjects: np.ndarray, official: np.ndarray | None, notes: list[str]
+) -> np.ndarray:
+    """The part of each image as --split says: str [N].
+
+    Args:
+        official: the official or published parts, or None where there are none.
+    """
+    if choices.split == FOLDS:
+        return np.full(len(subjects), "", "<U5")
+    if choices.split == ALL_TEST:
+        return np.full(len(subjects), TEST)
+    if choices.split != BY_SUBJECT and official is not None:
+        return official
+    if choices.split not in (AUTO, BY_SUBJECT):
+        raise UserError(f"{name}: --split {choices.split}: there is no such split here; use --split subject")
+    if choices.split == AUTO:
+        notes.append(
+            f"{name}: no split is given, so 70% of the images train, 15% validate and 15% test, drawn by "
+            f"subject with --split_seed {choices.split_seed}"
+        )
+    return split_by_subject(name, subjects, choices.split_seed)
+
+
+def split_by_subject(name: str, subjects: np.ndarray, seed: int) -> np.ndarray:
+    """70 / 15 / 15% of the images, no subject in two parts: str [N].
+
+    Depends on the subjects and the seed, not on the order of the images.
+    """
+    if len(set(subjects)) < 3:
+        raise UserError(
+            f"{name}: {len(set(subjects))} subjects are too few to train, validate and test on; "
+            "use --split folds or --split test"
+        )
+    count = max(1, round(SHARE * len(subjects)))
+    parts = np.full(len(subjects), TRAIN)
+    parts[draw_subjects(subjects, count, seed)] = TEST
+    rest = np.flatnonzero(parts == TRAIN)
+    parts[rest[draw_subjects(subjects[rest], count, seed + 1)]] = VALID
+    return parts
+
+
+def draw_subjects(subjects: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Whole subjects, drawn until they have `count` images, one always left over: bool [N]."""
+    names, inverse, images = np.unique(subjects, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    before = np.cumsum(images[order]) - images[order]
+    chosen = np.zeros(len(names), bool)
+    chosen[order[before < count]] = True
+    chosen[order[-1]] = False
+    return chosen[inverse]

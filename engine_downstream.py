@@ -1,0 +1,312 @@
+"""Frozen encoders: features of every image once per view, and all linear heads trained from them at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from util.errors import UserError
+from util.features import FeatureFile
+from util.lr_sched import learning_rate
+from util.progress import Steps
+from util.stop import StopSignals, ignore_stop_signals
+
+MULTILABEL, MULTICLASS = "multilabel", "multiclass"
+WRITE_IMAGES = 512  # features are brought to disk so many images at a time
+
+
+# ---------------------------------------------------------------- features
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder and how its input is scaled.
+
+    Attributes:
+        model: timm ViT without head; `forward_features` gives tokens [B, 1 + L, D] after the final norm.
+        mean, std: of the input's three channels.
+        dtype: of autocast; float32 for none.
+    """
+
+    model: nn.Module
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    @torch.no_grad()
+    def __call__(self, gray: Tensor) -> Tensor:
+        """Cls token and mean of the patch tokens, [B, 2 D], of gray images uint8 [B, 1, H, W]."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            tokens = self.model.forward_features(three_channels(gray, self.mean, self.std))
+        tokens = tokens.float()
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+
+
+def three_channels(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
+    centre, spread = (torch.tensor(values, device=gray.device).view(1, 3, 1, 1) for values in (mean, std))
+    return (gray.float() / 255 - centre) / spread
+
+
+class Keyed(Dataset):
+    """A list of (view, image) keys of a data set, for a DataLoader that goes through them in order."""
+
+    def __init__(self, views: Dataset, keys: Sequence[tuple[int, int]]):
+        self.views, self.keys = views, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.views[self.keys[place]]
+
+
+def encode(
+    encoder: Callable[[Tensor], Tensor],
+    views: Dataset,
+    wanted: Sequence[tuple[int, np.ndarray, FeatureFile]],
+    *,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    signals: StopSignals,
+    what: str,
+) -> int:
+    """Fill feature files with what they lack; returns the number of images encoded.
+
+    Args:
+        encoder: gray uint8 [B, 1, H, W] on `device` -> float [B, at least the file's width].
+        views: (view, image) -> gray uint8 [1, H, W].
+        wanted: (view, images, file): rows `images` of the file are the features of these images in that view.
+        what: for the progress line.
+
+    Raises:
+        UserError: an unreadable image, or a full disk.
+    """
+    lacking = [(view, file.missing(images), file) for view, images, file in wanted]
+    keys = [(view, image) for view, images, _ in lacking for image in images.tolist()]
+    if not keys:
+        return 0
+    loader = DataLoader(
+        Keyed(views, keys),
+        batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=ignore_stop_signals,
+    )
+    files = {view: file for view, _, file in lacking}
+    waiting: deque[tuple[int, Tensor]] = deque()  # the device works on one batch while the last is read back
+    ready: list[np.ndarray] = []
+    place = 0  # of the first key whose features are not on disk
+
+    def store(all_of_them: bool) -> None:
+        nonlocal place
+        values = np.concatenate(ready)
+        ready.clear()
+        for view, span in _runs(keys[place : place + len(values)]):
+            images = np.array([image for _, image in keys[place + span.start : place + span.stop]])
+            file = files[view]
+            file.write(images, values[span, : file.width])
+        place += len(values)
+
+    with Steps(what, len(keys), "images") as steps:
+        for gray in loader:
+            waiting.append((len(gray), encoder(gray.to(device, non_blocking=True))))
+            if len(waiting) > 1:
+                count, features = waiting.popleft()
+                ready.append(features.cpu().numpy())
+                steps.add(count)
+                if sum(map(len, ready)) >= WRITE_IMAGES or signals.request:
+                    store(False)
+            if signals.request:
+                break
+        ready += [features.cpu().numpy() for _, features in waiting]
+        store(True)
+    return place
+
+
+def _runs(keys: Sequence[tuple[int, int]]) -> Iterator[tuple[int, slice]]:
+    """Stretches of one view: (view, slice)."""
+    start = 0
+    for place in range(1, len(keys) + 1):
+        if place == len(keys) or keys[place][0] != keys[start][0]:
+            yield keys[start][0], slice(start, place)
+            start = place
+
+
+# ---------------------------------------------------------------- heads
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How linear heads are trained; the defaults are the published ones."""
+
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 1e-5
+    warmup: float = 0.4
+    patience: int = 10
+
+
+@dataclass(frozen=True)
+class Head:
+    """A trained linear head, of its epoch with the lowest validation loss.
+
+    Attributes:
+        weight: float [C, D]; bias: float [C].
+        epoch: 0-based; train_losses, valid_losses: of the epochs until it stopped.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    epoch: int
+    train_losses: list[float]
+    valid_losses: list[float]
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Logits [N, C] of features [N, D]."""
+        return F.linear(features, self.weight, self.bias)
+
+
+def known_loss(logits: Tensor, labels: Tensor, task: str) -> Tensor:
+    """Loss averaged over the known labels: [..., B, C], labels NaN where unknown -> [...].
+
+    multilabel: binary cross-entropy; multiclass: cross-entropy, labels one-hot.
+    """
+    if task == MULTICLASS:
+        return -(labels * F.log_softmax(logits, -1)).sum(-1).mean(-1)
+    known = ~labels.isnan()
+    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (losses * known).sum((-2, -1)) / known.sum((-2, -1)).clamp(min=1)
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the training images in an epoch, a function of these three."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def schedule(step: int, steps_per_epoch: int, options: HeadOptions) -> float:
+    """Learning rate of a step: linear from 0 over the warm-up's share of all steps, then cosine to 0."""
+    return learning_rate(
+        step / steps_per_epoch,
+        lr=options.lr,
+        min_lr=0.0,
+        warmup_epochs=options.warmup * options.epochs,
+        epochs=options.epochs,
+    )
+
+
+def new_head(width: int, n_labels: int, seed: int) -> nn.Linear:
+    """torch's linear layer as a run with this seed starts it; the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(width, n_labels)
+
+
+def steps_per_epoch(n_images: int, batch_size: int) -> int:
+    """Whole batches of an epoch. Raises `UserError` where there is none."""
+    if n_images < batch_size:
+        raise UserError(
+            f"--batch_size {batch_size}: there are only {n_images} images to train on; lower it, or raise --fractions"
+        )
+    return n_images // batch_size
+
+
+def train_heads(
+    views: Sequence[Callable[[], Tensor]],
+    labels: Tensor,
+    valid: Tensor,
+    valid_labels: Tensor,
+    *,
+    task: str,
+    seeds: Sequence[int],
+    options: HeadOptions,
+    signals: StopSignals,
+    what: str,
+) -> list[Head] | None:
+    """Train one linear head per seed on the same images, side by side: one product for all of them.
+
+    Epoch e sees view e modulo their number. A head stops after `patience` epochs without a lower validation
+    loss; what the others do after that does not touch it.
+
+    Args:
+        views: of the training images, each read when its turn comes: () -> features [N, D].
+        labels: [N, C]; valid: features [V, D]; valid_labels: [V, C].
+
+    Returns:
+        A head for each seed; None if a stop was asked for.
+
+    Raises:
+        UserError: fewer images than a batch, or a loss that is not finite.
+    """
+    n, n_labels = labels.shape
+    n_steps = steps_per_epoch(n, options.batch_size)
+    starts = [new_head(valid.shape[1], n_labels, seed) for seed in seeds]
+    like = {"device": valid.device, "dtype": valid.dtype}
+    weight = (
+        torch.stack([start.weight.detach().T for start in starts]).to(**like).requires_grad_()
+    )  # [H, D, C]
+    bias = (
+        torch.stack([start.bias.detach()[None] for start in starts]).to(**like).requires_grad_()
+    )  # [H, 1, C]
+    optimizer = torch.optim.Adam(
+        [weight, bias], lr=options.lr, weight_decay=options.weight_decay, foreach=True
+    )
+    best: list[Head | None] = [None] * len(seeds)
+    running = set(range(len(seeds)))
+    history = [([], []) for _ in seeds]
+
+    with Steps(what, options.epochs * n_steps, "steps") as progress:
+        for epoch in range(options.epochs):
+            features = views[epoch % len(views)]()
+            order = torch.from_numpy(np.stack([epoch_order(seed, epoch, n) for seed in seeds])).to(
+                valid.device
+            )
+            total = torch.zeros(len(seeds), **like)
+            for step in range(n_steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule(epoch * n_steps + step, n_steps, options)
+                rows = order[:, step * options.batch_size : (step + 1) * options.batch_size]  # [H, B]
+                losses = known_loss(torch.baddbmm(bias, features[rows], weight), labels[rows], task)
+                optimizer.zero_grad(set_to_none=True)
+                losses.sum().backward()
+                optimizer.step()
+                total += losses.detach()
+            with torch.no_grad():
+                judged = torch.stack(
+                    [known_loss(valid @ w + b, valid_labels, task) for w, b in zip(weight, bias, strict=True)]
+                )
+            if not torch.isfinite(judged[sorted(running)]).all():
+                raise UserError(f"{what}, epoch {epoch + 1}: the validation loss is not finite; lower --lr")
+            for i in sorted(running):
+                train_losses, valid_losses = history[i]
+                train_losses.append(total[i].item() / n_steps)
+                valid_losses.append(judged[i].item())
+                if best[i] is None or valid_losses[-1] < valid_losses[best[i].epoch]:
+                    best[i] = Head(
+                        weight[i].detach().T.clone(), bias[i, 0].detach().clone(), epoch, train_losses, valid_losses
+                    )  # fmt: skip
+                elif epoch - best[i].epoch >= options.patience:
+                    running.remove(i)
+            progress.add(n_steps, f"validation loss {judged.mean().item():.4f}")
+            if signals.request:
+                return None
+            if not running:
+                break
+    return best
+
+
+def probabilities(logits: Tensor, task: str) -> np.ndarray:
+    """Scores between 0 and 1, float64 [N, C]: a sigmoid per label, or a softmax over classes."""
+    logits = logits.detach().double().cpu()
+    return (logits.sigmoid() if task == MULTILABEL else logits.softmax(-1)).numpy()

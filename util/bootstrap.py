@@ -1,0 +1,75 @@
+"""Intervals of test results by drawing subjects again, with replacement, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from util.roc import SortedScores
+
+CHUNK_BYTES = 128 << 20  # of one array over (draws, images); a few of them are alive at once
+
+
+def subject_draws(n_subjects: int, draws: int, seed: int, chunk: int) -> Iterator[np.ndarray]:
+    """How often each draw has each subject, `chunk` draws at a time: float32 [R, n_subjects].
+
+    The first row of the first chunk is 1 everywhere: the data themselves. The numbers don't depend on `chunk`.
+    """
+    rng = np.random.default_rng(seed)
+    first = np.ones((1, n_subjects), np.float32)
+    for start in range(0, draws, chunk) if draws else [0]:
+        rows = [
+            np.bincount(rng.integers(0, n_subjects, n_subjects), minlength=n_subjects)
+            for _ in range(min(chunk, draws - start))
+        ]
+        yield np.concatenate([first, np.array(rows, np.float32).reshape(-1, n_subjects)])
+        first = first[:0]
+
+
+def bootstrap_aucs(
+    targets: np.ndarray, scores: np.ndarray, subjects: np.ndarray, *, draws: int, seed: int
+) -> np.ndarray:
+    """AUC of each label on the data (first row) and on `draws` draws of whole subjects.
+
+    Args:
+        targets: [N, C] of 0, 1 and NaN (not known: counts nowhere).
+        scores: [N, C].
+        subjects: [N].
+
+    Returns:
+        float64 [1 + draws, C]; NaN where a draw has one class only.
+    """
+    _, index = np.unique(subjects, return_inverse=True)
+    known = [np.flatnonzero(~np.isnan(column)) for column in targets.T]
+    labels = [(SortedScores(targets[rows, j], scores[rows, j]), index[rows]) for j, rows in enumerate(known)]
+    chunk = max(1, CHUNK_BYTES // (8 * max(1, len(targets))))
+    return np.concatenate(
+        [
+            np.stack([ordered.auc(counts, own) for ordered, own in labels], axis=1)
+            for counts in subject_draws(int(index.max()) + 1, draws, seed, chunk)
+        ]
+    )
+
+
+def bootstrap_means(values: np.ndarray, subjects: np.ndarray, *, draws: int, seed: int) -> np.ndarray:
+    """Mean of each column of `values` [N, C] (NaN: not counted), as `bootstrap_aucs`: [1 + draws, C]."""
+    _, index = np.unique(subjects, return_inverse=True)
+    n_subjects = int(index.max()) + 1
+    known = ~np.isnan(values)
+    sums = np.stack([np.bincount(index, v, n_subjects) for v in np.nan_to_num(values).T], axis=1)  # [U, C]
+    counts = np.stack([np.bincount(index, k, n_subjects) for k in known.T], axis=1)
+    chunk = max(1, CHUNK_BYTES // (8 * n_subjects))
+    means = []
+    for drawn in subject_draws(n_subjects, draws, seed, chunk):
+        drawn = drawn.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            means.append((drawn @ sums) / (drawn @ counts))
+    return np.concatenate(means)
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Value on the data (first), and the 2.5 and 97.5 percentiles of the draws (the others)."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    return float(values[0]), float(low), float(high)

@@ -1,0 +1,111 @@
+"""The encoders that are compared: named files, ImageNet weights, random weights, and no encoder at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from util.errors import UserError
+from util.export import Backbone, build_backbone, read_backbone
+
+RANDOM, IMAGENET, PIXELS = "random", "imagenet", "pixels"
+RANDOM_SEED = 0  # of random weights that stay frozen: the same for all seeds of the heads
+DEFAULT_NAME = "vit_base_patch16_224"  # of random weights that stand alone
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One line of the results: a name and an encoder.
+
+    Attributes:
+        kind: "file", or one of the three words.
+        backbone: what is loaded; for "random" the architecture that it copies, or None; None for "pixels".
+    """
+
+    name: str
+    kind: str
+    backbone: Backbone | None = None
+
+    def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> VisionTransformer:
+        """timm's model; of an inner tap with the blocks up to that tap only, as its norm was trained.
+
+        Args:
+            n_outputs: of a linear head; 0: none.
+            seed: of "random" weights. (A head is the caller's to start.)
+            options: of `timm.create_model`.
+        """
+        if self.kind != RANDOM:
+            model = build_backbone(self.backbone, n_outputs, **options)
+        else:
+            name, args = (
+                (DEFAULT_NAME, {})
+                if self.backbone is None
+                else (self.backbone.timm_name, self.backbone.timm_args)
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = timm.create_model(name, num_classes=n_outputs, **args, **options)
+        if self.backbone is not None and self.backbone.block is not None:
+            model.blocks = model.blocks[: self.backbone.block + 1]
+        return model
+
+    @property
+    def image_side(self) -> int:
+        """Side of its input in pixels."""
+        return 224 if self.backbone is None else int(self.backbone.timm_args.get("img_size", 224))
+
+
+def read_candidates(
+    texts: Sequence[str], *, imagenet: str | Path, tap: str = "last", img_size: int | None = None
+) -> list[Candidate]:
+    """What `--weights` names, each NAME=FILE, FILE, imagenet, random or pixels; read, and reported in print.
+
+    `random` copies the architecture of the first file, cut off at its tap likewise.
+
+    Raises:
+        UserError: a name twice, a file that can't be read, or less than a whole encoder in it.
+    """
+    candidates = []
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if equals and not (name and path):
+            raise UserError(f"--weights {text}: expected NAME=FILE, imagenet, random or pixels")
+        kind = name if not equals and name in (RANDOM, IMAGENET, PIXELS) else "file"
+        if kind == IMAGENET:
+            path = str(imagenet)
+            if not Path(path).exists():
+                raise UserError(
+                    f"--weights imagenet: {path} is not there; scripts/fetch_weights.py makes it, or name it by --imagenet"
+                )
+        elif kind == "file" and not equals:
+            path = text
+            name = Path(text).stem
+        backbone = None
+        if kind in ("file", IMAGENET):
+            backbone = read_backbone(path, tap=tap if kind == "file" else "last", img_size=img_size)
+        candidates.append(Candidate(name, kind, backbone))
+    names = [candidate.name for candidate in candidates]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--weights: {name} is named twice; give each NAME=FILE a name of its own")
+        if not name.isprintable() or name != name.strip():
+            raise UserError(f"--weights {name!r}: a name of printable characters without blanks around it")
+    template = next((candidate.backbone for candidate in candidates if candidate.kind == "file"), None)
+    template = template or next((c.backbone for c in candidates if c.backbone is not None), None)
+    return [Candidate(c.name, c.kind, template) if c.kind == RANDOM else c for c in candidates]
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors by name, in hexadecimal: the same for the same numbers from any file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

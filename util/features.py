@@ -1,0 +1,82 @@
+"""Features of images in files that are filled row by row, kept, and read memory-mapped.
+
+A row is written with `pwrite` and marked as done only after it is on disk, so that a killed run loses the
+last rows at most, and a full disk is an error instead of a signal.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from util.errors import UserError
+
+DTYPE = np.dtype("<f4")
+
+
+class FeatureFile:
+    """Rows of float32, [n_rows, width], each there or not yet.
+
+    Two files: NAME.f32 with the numbers and nothing else, sparse until it is filled, and NAME.done with a byte
+    for each row, 1 where the row is there.
+
+    Args:
+        path: without suffix; its folder is made.
+
+    Raises:
+        UserError: files of other sizes lie there, or the place can't be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike, n_rows: int, width: int):
+        self.n_rows, self.width = n_rows, width
+        self.numbers, self.marks = (Path(f"{path}.{suffix}") for suffix in ("f32", "done"))
+        try:
+            self.numbers.parent.mkdir(parents=True, exist_ok=True)
+            for file, size in ((self.numbers, n_rows * width * DTYPE.itemsize), (self.marks, n_rows)):
+                with open(file, "ab") as opened:
+                    found = opened.tell()
+                    if found == 0:
+                        opened.truncate(size)
+                    elif found != size:
+                        raise UserError(f"{file}: has {found} bytes, not {size}: damaged; move it away")
+        except OSError as error:
+            raise UserError(f"{self.numbers}: can't write features: {error.strerror}") from None
+
+    def missing(self, rows: np.ndarray) -> np.ndarray:
+        """Those of `rows` that are not there yet, in their order."""
+        return rows[np.fromfile(self.marks, np.uint8)[rows] != 1]
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Fill in rows, durably: `values` [len(rows), width]. Raises `UserError` on a full disk."""
+        values = np.ascontiguousarray(values, DTYPE)
+        if values.shape != (len(rows), self.width):
+            raise ValueError(f"features {values.shape} for {len(rows)} rows of {self.width}")
+        row_bytes = self.width * DTYPE.itemsize
+        try:
+            with open(self.numbers, "r+b", buffering=0) as file:
+                for row, value in zip(rows.tolist(), values, strict=True):
+                    _write_at(file.fileno(), value.tobytes(), row * row_bytes)
+                os.fdatasync(file.fileno())
+            with open(self.marks, "r+b", buffering=0) as file:
+                for row in rows.tolist():
+                    _write_at(file.fileno(), b"\1", row)
+        except OSError as error:
+            raise UserError(
+                f"{self.numbers}: can't write features: {error.strerror}; make room or choose another "
+                "--features_dir, and run the same command again: what was encoded is kept"
+            ) from None
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """A copy of some rows, float32 [len(rows), width]; they must be there."""
+        if len(lacking := self.missing(rows)):
+            raise ValueError(f"{self.numbers}: {len(lacking)} of {len(rows)} rows were never written")
+        return np.memmap(self.numbers, DTYPE, "r", shape=(self.n_rows, self.width))[rows]
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,203 @@
+"""What a downstream run leaves: results.csv, predictions.csv and table.md from the scores of the test images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from util.bootstrap import bootstrap_aucs, bootstrap_means, interval
+from util.files import atomic_write
+
+MEAN = "mean"
+MULTICLASS = "multiclass"
+# Of VP-MIM, the same group's follow-up (J-SMU 2026, 46(4):946), on all training data; percent.
+PUBLISHED = {
+    ("rsna", "linear"): [("VP-MIM, pretrained on REFLACX's 2,616 images", 86.83)],
+    ("nih", "linear"): [("VP-MIM, pretrained on REFLACX's 2,616 images", 72.82)],
+    ("nih", "finetune"): [("VP-MIM, pretrained on more images with predicted gaze", 85.49)],
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The scores that one encoder, label fraction and seed gave the test images.
+
+    Attributes:
+        ids, subjects: of the N test images.
+        label_names: C.
+        targets: float32 [N, C], NaN where unknown; of classes one-hot.
+        scores: float32 [N, C] between 0 and 1.
+    """
+
+    weights: str
+    dataset: str
+    method: str
+    fraction: float
+    seed: int
+    task: str
+    label_names: Sequence[str]
+    ids: Sequence[str]
+    subjects: np.ndarray
+    targets: np.ndarray
+    scores: np.ndarray
+    min_count: int = 1
+    draws: int = 1000
+
+    @property
+    def measure(self) -> str:
+        return "accuracy" if self.task == MULTICLASS else "auc"
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Test images with (first row) and without each label: [2, C]."""
+        return np.stack([(self.targets == value).sum(0) for value in (1, 0)])
+
+    @property
+    def judged(self) -> np.ndarray:
+        """Which labels count in the mean: bool [C]; both kinds must be there `min_count` times."""
+        if self.task == MULTICLASS:
+            return self.counts[0] > 0
+        return (self.counts >= max(1, self.min_count)).all(0)
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """AUC of each label, or share of each class that is told right, and last the mean (of classes: over
+        images): float64 [1 + draws, C + 1], the first row on the data, the others on draws of subjects."""
+        if self.task == MULTICLASS:
+            right = (self.scores.argmax(1) == self.targets.argmax(1)).astype(float)
+            of_class = np.where(self.targets == 1, right[:, None], np.nan)
+            columns = np.column_stack([of_class, right])
+            return bootstrap_means(columns, self.subjects, draws=self.draws, seed=0)
+        aucs = bootstrap_aucs(self.targets, self.scores, self.subjects, draws=self.draws, seed=0)
+        judged = aucs[:, self.judged]
+        mean = judged.mean(1) if judged.shape[1] else np.full(len(aucs), np.nan)
+        return np.column_stack([aucs, mean])
+
+
+def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """One row for each outcome and label, and one for the mean: weights, dataset, method, fraction, seed,
+    label, auc or accuracy with its 95% interval over subjects (low, high), n known images, n_positive."""
+    rows = []
+    for outcome in outcomes:
+        head = [outcome.weights, outcome.dataset, outcome.method, outcome.fraction, outcome.seed]
+        for j, label in enumerate(outcome.label_names):
+            positive, negative = outcome.counts[:, j].tolist()
+            found = (
+                interval(outcome.values[:, j])
+                if positive and (negative or outcome.task == MULTICLASS)
+                else [np.nan] * 3
+            )
+            rows.append([*head, label, *found, positive + negative, positive])
+        rows.append([*head, MEAN, *interval(outcome.values[:, -1]), len(outcome.ids), pd.NA])
+    columns = [
+        "weights",
+        "dataset",
+        "method",
+        "fraction",
+        "seed",
+        "label",
+        outcomes[0].measure,
+        "low",
+        "high",
+    ]
+    return pd.DataFrame(rows, columns=[*columns, "n", "n_positive"]).astype({"n_positive": "Int64"})
+
+
+def write_results(table: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Write the table of `results_table`."""
+    with atomic_write(path, "w") as file:
+        table.to_csv(file, index=False, float_format="%.6f")
+
+
+def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> None:
+    """Write weights, fraction, seed, id, label, target (empty: unknown), score: every test image and label once."""
+    with atomic_write(path, "w") as file:
+        for i, outcome in enumerate(outcomes):
+            n, c = outcome.scores.shape
+            long = pd.DataFrame(
+                {
+                    "weights": outcome.weights,
+                    "fraction": outcome.fraction,
+                    "seed": outcome.seed,
+                    "id": np.repeat(np.asarray(outcome.ids, object), c),
+                    "label": np.tile(np.asarray(outcome.label_names, object), n),
+                    "target": pd.array(outcome.targets.ravel(), dtype="Int8"),
+                    "score": outcome.scores.ravel(),
+                }
+            )
+            long.to_csv(file, index=False, header=i == 0, float_format="%.9g", chunksize=100_000)
+
+
+def left_out(outcome: Outcome) -> str:
+    """What the mean leaves out, as text; "" where it holds every label."""
+    names = [name for name, kept in zip(outcome.label_names, outcome.judged, strict=True) if not kept]
+    if not names or outcome.task == MULTICLASS:
+        return ""
+    return f"the mean leaves out {', '.join(names)}: fewer than {max(1, outcome.min_count)} test images with or without"
+
+
+def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
+    """The paper's table: percent, mean +- standard deviation over seeds, per label and mean, per weights and
+    fraction, with the mean's 95% interval over test subjects; the published numbers in rows of their own."""
+    first = outcomes[0]
+    groups: dict[tuple[str, float], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.weights, outcome.fraction), []).append(outcome)
+    measure = "Accuracy" if first.task == MULTICLASS else "AUC"
+    mean = "all images" if first.task == MULTICLASS else MEAN
+    several = len(first.label_names) > 1
+    columns = [
+        "weights",
+        "labels used",
+        "seeds",
+        *first.label_names,
+        *([mean] if several else []),
+        "95% interval",
+    ]
+    lines = [
+        f"# {first.dataset}, {first.method}",
+        "",
+        f"{measure} in percent on {len(first.ids):,} test images of {len(np.unique(first.subjects)):,} subjects, mean ± "
+        "standard deviation over seeds. The 95% interval is over test subjects (bootstrap), of the "
+        f"{'mean' if several else 'label'} averaged over seeds.",
+        *(
+            f"\n{note[0].upper()}{note[1:]}."
+            for note in [*([left_out(first)] if left_out(first) else []), *notes]
+        ),
+        "",
+        _row(columns),
+        _row(["---"] * len(columns)),
+    ]
+    for (weights, fraction), group in groups.items():
+        values = np.stack([outcome.values for outcome in group])  # [S, 1 + draws, C + 1]
+        shown = range(values.shape[2] if several else 1)
+        cells = [_spread(100 * values[:, 0, j]) for j in shown]
+        _, low, high = interval(values[:, :, shown[-1]].mean(0))
+        between = "" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+        lines.append(_row([weights, f"{100 * fraction:g}%", str(len(group)), *cells, between]))
+    for name, value in PUBLISHED.get((first.dataset, first.method), ()):
+        empty = [""] * (len(first.label_names) if several else 0)
+        lines.append(_row([f"*{name} (published)*", "100%", "", *empty, f"*{value:.2f}*", ""]))
+    return "\n".join(lines) + "\n"
+
+
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(Path(path), "w") as file:
+        file.write(text)
+
+
+def _spread(values: np.ndarray) -> str:
+    if np.isnan(values).any():
+        return ""
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

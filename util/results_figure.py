@@ -1,0 +1,91 @@
+"""results.png: AUC over label fraction, or, of a single fraction, AUC per label with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from util.curves import COLORS, LINE_STYLES
+from util.results import MEAN
+
+MARKERS = "os^vDPX<>"
+
+
+def plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: "$" starts no formula, "_" hides no legend entry."""
+    name = name.replace("$", r"\$")
+    return f"\u200a{name}" if name.startswith("_") else name
+
+
+def results_figure(table: pd.DataFrame, title: Sequence[str]) -> Figure:
+    """The picture of `results_table`, under lines that say what it shows."""
+    measure = "accuracy" if "accuracy" in table else "auc"
+    several = table["fraction"].nunique() > 1
+    figure = (_over_fractions if several else _per_label)(table, measure)
+    figure.suptitle("\n".join(plain(line) for line in title), fontsize=8.5)
+    return figure
+
+
+def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
+    """The mean over labels against the share of training images; bands are +- one standard deviation over
+    seeds."""
+    figure = Figure(figsize=(6, 4.6), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    mean = table[table["label"] == MEAN]
+    names = list(dict.fromkeys(mean["weights"]))
+    for i, name in enumerate(names):
+        by_fraction = mean[mean["weights"] == name].groupby("fraction")[measure]
+        centre, spread = by_fraction.mean(), by_fraction.std(ddof=1).fillna(0)
+        x = 100 * centre.index.to_numpy()
+        color = COLORS[i % len(COLORS)]
+        axes.plot(x, centre, label=plain(name), color=color, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.4,
+                  ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)])  # fmt: skip
+        axes.fill_between(x, centre - spread, centre + spread, color=color, alpha=0.18, lw=0)
+    ticks = sorted(100 * table["fraction"].unique())
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("share of the training images that have labels", fontsize=8)
+    word = "accuracy" if measure == "accuracy" else "area under the ROC curve, mean over labels"
+    axes.set_ylabel(word, fontsize=8)
+    _finish(figure, axes, len(names))
+    return figure
+
+
+def _per_label(table: pd.DataFrame, measure: str) -> Figure:
+    """A line of marks per label, a colour per weights: mean over seeds, and the interval of the first seed."""
+    table = table[table[measure].notna()]
+    labels, names = list(dict.fromkeys(table["label"])), list(dict.fromkeys(table["weights"]))
+    height = 1.6 + len(labels) * (0.16 * len(names) + 0.14) + 0.2 * (len(names) // 2)
+    figure = Figure(figsize=(7, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        part = table[table["weights"] == name].groupby("label", sort=False)
+        centre = part[measure].mean().loc[labels].to_numpy()
+        first = part[["low", "high"]].first().loc[labels].to_numpy()
+        place = np.arange(len(labels)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        # A percentile interval may leave the value outside where there are few images.
+        spread = np.clip([centre - first[:, 0], first[:, 1] - centre], 0, None)
+        style = dict(color=COLORS[i % len(COLORS)], fmt=MARKERS[i % len(MARKERS)], ms=3.5, lw=1)
+        axes.errorbar(centre, place, xerr=np.nan_to_num(spread), label=plain(name), **style)
+    if measure == "auc":
+        axes.axvline(0.5, color="0.6", lw=0.8, zorder=0)
+    axes.set_yticks(range(len(labels)), [plain(label) for label in labels], fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    word = "accuracy" if measure == "accuracy" else "area under the ROC curve"
+    axes.set_xlabel(f"{word}, mean over seeds; 95% bootstrap interval over subjects (first seed)", fontsize=8)
+    _finish(figure, axes, len(names))
+    return figure
+
+
+def _finish(figure: Figure, axes, n_names: int) -> None:
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(2, n_names), fontsize=7.5, frameon=False)
