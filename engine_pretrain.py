@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from datasets.replay import chosen_samples, training_dataset
 from util.distributed import Ranks
 from util.finite import FiniteWatch, poison, update_was_skipped
 from util.logging import Progress, RunLog
@@ -180,6 +181,55 @@ def report(training: Training, epoch: int, step: int, meters: Meters, lr: float,
         },
         epoch + (step + 1) / training.steps_per_epoch,
     )
+
+
+def describe_run(args, core, dataset, sampler, effective_batch, ranks) -> str:
+    """What a user checks before leaving a run alone for hours, with a loud warning where gaze is void."""
+    n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    sample = [dataset[(sampler.start_epoch, i)] for i in range(min(32, len(dataset)))]
+    foreground = torch.stack([item["foreground"] for item in sample])
+    n_significant = significant_patches(foreground, core.patch_size).sum(1).float().mean().item()
+    lines = [
+        f"model            {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on {ranks.device}",
+        f"images           {len(dataset)}, {sampler.steps_per_epoch} steps per epoch",
+        f"effective batch  {effective_batch} = {args.batch_size} x {args.accum_iter} accumulated "
+        f"x {ranks.world_size} processes",
+        f"learning rate    {args.lr:.3e} (absolute)",
+        f"masking          {args.masking}, {masked_count(core.num_patches, args.mask_ratio)} of {core.num_patches} "
+        f"patches; {n_significant:.1f} significant on average in the first {len(sample)} images",
+    ]
+    if args.masking == "attention" and n_significant == 0:
+        lines.append(
+            "WARNING: no patch of these images is significant, so the mask is plain random masking. Look at the "
+            "heatmaps (attention/, foreground/): `python run_pretrain.py --check_data ...` lists empty ones."
+        )
+    return "\n".join(lines)
+
+
+def picture(training: Training, args, epoch: int) -> None:
+    """Write to TensorBoard what the model makes of the first samples, with the same masks each time."""
+    from util.pictures import reconstruction_figure  # here, since matplotlib takes a second to load
+
+    core = training.core
+    dataset = training_dataset(vars(args), None, core.img_size, augment=False)
+    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))))
+    figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names)
+    training.log.figure("reconstruction", figure, epoch)
+
+
+def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float) -> dict:
+    """The epoch's means over all ranks, for log.txt."""
+    ranks_means = training.ranks.gather(meters.epoch_means())
+    *losses, n_significant = (sum(values) / len(values) for values in zip(*ranks_means, strict=True))
+    names = scale_names(training.core)
+    return {
+        "epoch": epoch,
+        "train_loss": sum(losses),
+        **{f"train_loss_{name}": loss for name, loss in zip(names, losses, strict=True)},
+        "train_lr": training.optimizer.param_groups[0]["lr"],
+        "significant_patches": n_significant,
+        "time_s": round(seconds, 2),
+    }
 
 
 def scale_names(core: nn.Module) -> list[str]:

@@ -7,25 +7,30 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import models_cxrmim
 from datasets.sampler import TrainBatches
-from engine_pretrain import Meters, Training, scale_names, train_one_epoch
-from util import checkpoint as ckpt
+from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
 from util import distributed
+from util.checkpoint import load_checkpoint
 from util.errors import UserError, run_cli
-from util.finite import FiniteWatch
+from util.finite import FiniteWatch, make_scaler
 from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
-from util.masking import masked_count, significant_patches
+from util.masking import masked_count
+from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
+from util.resume import describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
 MODELS = tuple(f"cxrmim_vit_{size}_patch16" for size in ("tiny", "small", "base", "large"))
+# With another value of one of these a checkpoint does not fit.
+SHAPE_FLAGS = (
+    "model", "input_size", "id_list", "scale_list", "hog_nbins", "decoder_depth", "decoder_num_heads",
+)  # fmt: skip
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -149,119 +154,158 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop; returns the exit status (util/stop.py)."""
-    # Who and where
     ranks = distributed.start(
         args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
     )
-    say = print if ranks.is_main else lambda *_, **__: None
-    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
-    if args.tf32:
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
-    output_dir, log_dir = Path(args.output_dir), Path(args.log_dir or args.output_dir)
-    for flag, directory in (("output_dir", output_dir), ("log_dir", log_dir)):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{flag} {directory}: can't make this directory: {error.strerror}") from None
-
-    # Model and data; the data last, since a cache may be built first, which takes minutes
-    core = build_model(args).to(ranks.device)
-    resumed = distributed.on_main(ranks, lambda: find_checkpoint(args))
-    if resumed is None and (path := initial_weights(args)):
-        say(load_initial_weights(core, path))
-    dataset = build_data(args)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
-    )
-    scaler = make_scaler(args.dtype, ranks.device)
-
-    # Where to go on
-    meters = Meters.zeros(len(core.scale_list), ranks.device)
-    epoch, step = args.start_epoch, 0
-    effective_batch = args.batch_size * args.accum_iter * ranks.world_size
-    if args.lr is None:
-        args.lr = absolute_lr(args.blr, effective_batch)
-    if resumed is not None:
-        state = ckpt.load_checkpoint(resumed)
-        if table := ckpt.describe_mismatch(
-            state, vars(args), world_size=ranks.world_size, dataset_size=len(dataset)
-        ):
-            say(f"warning: going on from {resumed} with other options than it was made with:\n{table}")
-        core.load_state_dict(state["model"])
-        restore_optimizer(optimizer, scaler, state, args.dtype)
-        epoch, step = state["epoch"] + 1, state["step"]
-        restore_meters(meters, state["meters"], ranks)
-        del state
-        say(f"resumed from {resumed}: epoch {epoch + 1}, step {step}")
-        if ranks.is_main and args.resume:
-            for path in ckpt.set_aside_newer(output_dir, epoch=epoch - 1, step=step):
-                print(
-                    f"warning: set aside as {path}, since it is further than --resume {resumed}", flush=True
-                )
-
-    try:
-        sampler = TrainBatches(
-            len(dataset), args.batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=args.seed,
-            epochs=args.epochs, start_epoch=epoch, start_step=step, accum_iter=args.accum_iter,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and ranks.device.type == "cuda",
-        prefetch_factor=4 if args.num_workers else None,
-        worker_init_fn=ignore_stop_signals,
-    )
-    steps = sampler.steps_per_epoch
-
-    model = core
-    if args.compile:
-        core.compile()
-    if ranks.world_size > 1:
-        model = DistributedDataParallel(
-            core,
-            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
+    effective_batch = settle_options(args, ranks)
+    with hold_output(args.output_dir, args.log_dir, ranks=ranks):
+        core = build_model(args).to(ranks.device)
+        resumed = distributed.on_main(
+            ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume, auto_resume=args.auto_resume)
         )
-    log = RunLog(output_dir, log_dir, epoch + step / steps, enabled=ranks.is_main)
-    log.start(vars(args), ranks.world_size)
-    if ranks.is_main:
-        print(describe_run(args, core, dataset, sampler, effective_batch, ranks))
-    progress = Progress(
-        args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
-    )
-    watch = FiniteWatch(
-        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
-        sample_names=lambda epoch, step: [dataset.sample_name(i) for i in sampler.batch(epoch, step)],
-    )  # fmt: skip
-    training = Training(
-        model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress
-    )
+        if resumed is None and (path := initial_weights(args)):
+            ranks.say(load_initial_weights(core, path))
+        dataset = build_data(
+            args
+        )  # last of what can fail, since a cache may be built first, which takes minutes
+        optimizer = torch.optim.AdamW(
+            parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+        )
+        scaler = make_scaler(args.dtype, ranks.device)
+        meters = Meters.zeros(len(core.scale_list), ranks.device)
+        epoch, step = args.start_epoch, 0
+        if resumed is not None:
+            epoch, step = go_on(resumed, args, core, optimizer, scaler, meters, len(dataset), ranks)
+        loader = build_loader(args, dataset, ranks, epoch, step)
+        sampler = loader.batch_sampler
+        ranks.say(describe_run(args, core, dataset, sampler, effective_batch, ranks))
 
-    # Train
+        watch = FiniteWatch(
+            ranks.device,
+            signals,
+            group=ranks.control,
+            half=args.dtype == "float16",
+            skip_nonfinite=args.skip_nonfinite,
+            sample_names=lambda epoch, step: [dataset.sample_name(i) for i in sampler.batch(epoch, step)],
+        )
+        steps = sampler.steps_per_epoch
+        log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
+        log.start(vars(args), ranks.world_size)
+        progress = Progress(
+            args.epochs * steps,
+            epoch * steps + step,
+            args.batch_size * ranks.world_size,
+            enabled=ranks.is_main,
+        )
+        if args.compile:
+            core.compile()
+        training = Training(
+            model=distributed.parallel(core, ranks),
+            core=core,
+            optimizer=optimizer,
+            scaler=scaler,
+            batches=iter(loader),
+            dataset_size=len(dataset),
+            steps_per_epoch=steps,
+            watch=watch,
+            ranks=ranks,
+            log=log,
+            progress=progress,
+        )
+        epoch, step, request = train(training, args, epoch, step, meters)
+        progress.close()
+        log.close()
+    distributed.stop()
+    if epoch < args.epochs:
+        ranks.say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
+        return exit_status(request)
+    return 0
+
+
+def train(
+    training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters
+) -> tuple[int, int, int]:
+    """Train from a place to the end or to a request to stop, saving on the way; returns the place and the request."""
     request = GO_ON
     while epoch < args.epochs and request == GO_ON:
         began = time.perf_counter()
         step, request = train_one_epoch(training, epoch, step, meters, args)
-        if step == steps:  # the line first: a run killed before the checkpoint replaces it
+        if step == training.steps_per_epoch:  # the line first: a run killed before the checkpoint replaces it
             record = epoch_record(training, epoch, meters, time.perf_counter() - began)
-            distributed.on_main(ranks, lambda record=record: log.epoch(record))
-            meters, epoch, step = Meters.zeros(len(core.scale_list), ranks.device), epoch + 1, 0
-            if ranks.is_main and args.image_every and epoch % args.image_every == 0:
+            distributed.on_main(training.ranks, lambda record=record: training.log.epoch(record))
+            meters, epoch, step = (
+                Meters.zeros(len(training.core.scale_list), training.ranks.device),
+                epoch + 1,
+                0,
+            )
+            if training.ranks.is_main and args.image_every and epoch % args.image_every == 0:
                 picture(training, args, epoch)
-        due = step == 0 and ckpt.is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
-        if due or request != GO_ON:
+        if request != GO_ON or (
+            step == 0 and is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
+        ):
             save(training, args, epoch - 1, step, meters)
-    progress.close()
-    log.close()
-    distributed.stop()
-    if epoch < args.epochs:
-        say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
-        return exit_status(request)
-    return 0
+    return epoch, step, request
+
+
+def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
+    """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
+    state = run_state(
+        training.core,
+        training.optimizer,
+        training.scaler,
+        epoch=epoch,
+        step=step,
+        args=vars(args),
+        sums=meters.sums,
+        ranks=training.ranks,
+        dataset_size=training.dataset_size,
+    )
+
+    def write() -> None:
+        training.log.flush()
+        save_and_prune(state, args.output_dir, save_every=args.save_every, keep=args.keep)
+
+    distributed.on_main(training.ranks, write)
+
+
+def go_on(
+    path: Path,
+    args: argparse.Namespace,
+    core: models_cxrmim.CXRMIM,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    meters: Meters,
+    dataset_size: int,
+    ranks: distributed.Ranks,
+) -> tuple[int, int]:
+    """Put back all that a checkpoint holds; returns the epoch and the step to go on with."""
+    state = load_checkpoint(path)
+    if table := describe_mismatch(
+        state, vars(args), shape_flags=SHAPE_FLAGS, world_size=ranks.world_size, dataset_size=dataset_size
+    ):
+        ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+    core.load_state_dict(state["model"])
+    restore_optimizer(optimizer, scaler, state)
+    meters.sums.copy_(own_sums(state, ranks))
+    epoch, step = state["epoch"] + 1, state["step"]
+    ranks.say(f"resumed from {path}: epoch {epoch + 1}, step {step}")
+    if ranks.is_main and args.resume:
+        for aside in set_aside_newer(args.output_dir, epoch=epoch - 1, step=step):
+            print(f"warning: set aside as {aside}, since it is further than --resume {path}", flush=True)
+    return epoch, step
+
+
+def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
+    """Fill in the defaults that depend on the device and on the number of processes, and seed the weights;
+    returns the effective batch."""
+    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    effective_batch = args.batch_size * args.accum_iter * ranks.world_size
+    if args.lr is None:
+        args.lr = absolute_lr(args.blr, effective_batch)
+    return effective_batch
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -320,6 +364,27 @@ def build_data(args: argparse.Namespace):
     )
 
 
+def build_loader(
+    args: argparse.Namespace, dataset: Dataset, ranks: distributed.Ranks, epoch: int, step: int
+) -> DataLoader:
+    """This rank's batches from a place to the end of training."""
+    try:
+        sampler = TrainBatches(
+            len(dataset), args.batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=args.seed,
+            epochs=args.epochs, start_epoch=epoch, start_step=step, accum_iter=args.accum_iter,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and ranks.device.type == "cuda",
+        prefetch_factor=4 if args.num_workers else None,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
 def build_model(args: argparse.Namespace) -> models_cxrmim.CXRMIM:
     try:
         return getattr(models_cxrmim, args.model)(
@@ -350,120 +415,6 @@ def initial_weights(args: argparse.Namespace) -> str | None:
             "or start from random weights with --pretrained none"
         )
     return path
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from; None for a fresh start. For rank 0."""
-    ckpt.remove_leftovers(args.output_dir)
-    if args.resume:
-        return Path(args.resume)
-    if args.auto_resume:
-        return ckpt.newest_checkpoint(args.output_dir)
-    if older := ckpt.list_checkpoints(args.output_dir):
-        raise UserError(
-            f"--no_auto_resume: {args.output_dir} already holds {older[0].name}; choose another --output_dir"
-        )
-    return None
-
-
-def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
-    """The usual loss scaler for float16; elsewhere one whose scale stays 1, there only to skip
-    updates with a gradient that is not finite, on the device."""
-    if dtype == "float16":
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
-
-
-def describe_run(args, core, dataset, sampler, effective_batch, ranks) -> str:
-    """What a user checks before leaving a run alone for hours, with a loud warning where gaze is void."""
-    n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
-    sample = [dataset[(sampler.start_epoch, i)] for i in range(min(32, len(dataset)))]
-    foreground = torch.stack([item["foreground"] for item in sample])
-    n_significant = significant_patches(foreground, core.patch_size).sum(1).float().mean().item()
-    lines = [
-        f"model            {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on {ranks.device}",
-        f"images           {len(dataset)}, {sampler.steps_per_epoch} steps per epoch",
-        f"effective batch  {effective_batch} = {args.batch_size} x {args.accum_iter} accumulated "
-        f"x {ranks.world_size} processes",
-        f"learning rate    {args.lr:.3e} (absolute)",
-        f"masking          {args.masking}, {masked_count(core.num_patches, args.mask_ratio)} of {core.num_patches} "
-        f"patches; {n_significant:.1f} significant on average in the first {len(sample)} images",
-    ]
-    if args.masking == "attention" and n_significant == 0:
-        lines.append(
-            "WARNING: no patch of these images is significant, so the mask is plain random masking. Look at the "
-            "heatmaps (attention/, foreground/): `python run_pretrain.py --check_data ...` lists empty ones."
-        )
-    return "\n".join(lines)
-
-
-def picture(training: Training, args: argparse.Namespace, epoch: int) -> None:
-    """Write to TensorBoard what the model makes of the first samples, with the same masks each time."""
-    from datasets.replay import chosen_samples, training_dataset
-    from util.pictures import reconstruction_figure  # here, since matplotlib takes a second to load
-
-    core = training.core
-    dataset = training_dataset(vars(args), None, core.img_size, augment=False)
-    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))))
-    figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names)
-    training.log.figure("reconstruction", figure, epoch)
-
-
-def epoch_record(training: Training, epoch: int, meters: Meters, seconds: float) -> dict:
-    """The epoch's means over all ranks, for log.txt."""
-    ranks_means = training.ranks.gather(meters.epoch_means())
-    *losses, n_significant = (sum(values) / len(values) for values in zip(*ranks_means, strict=True))
-    names = scale_names(training.core)
-    return {
-        "epoch": epoch,
-        "train_loss": sum(losses),
-        **{f"train_loss_{name}": loss for name, loss in zip(names, losses, strict=True)},
-        "train_lr": training.optimizer.param_groups[0]["lr"],
-        "significant_patches": n_significant,
-        "time_s": round(seconds, 2),
-    }
-
-
-def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
-    """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
-    state = {
-        "model": training.core.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
-        "scaler": training.scaler.state_dict(),
-        "epoch": epoch,
-        "step": step,
-        "args": vars(args),
-        "meters": {"sums": training.ranks.gather(meters.sums.tolist())},
-        "world_size": training.ranks.world_size,
-        "dataset_size": training.dataset_size,
-        "format": ckpt.FORMAT,
-    }
-
-    def write() -> None:
-        training.log.flush()
-        ckpt.save_checkpoint(state, ckpt.checkpoint_path(args.output_dir, epoch, step))
-        ckpt.prune(args.output_dir, save_every=args.save_every, keep=args.keep)
-
-    distributed.on_main(training.ranks, write)
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: dict, dtype: str
-) -> None:
-    """Put back the moments and the loss scale, but not the hyper-parameters, which this command sets."""
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-    # A float16 scaler's scale would grow into overflows elsewhere, and a scale of 1 would stay under float16.
-    if (state["args"]["dtype"] == "float16") == (dtype == "float16"):
-        scaler.load_state_dict(state["scaler"])
-
-
-def restore_meters(meters: Meters, saved: dict, ranks: distributed.Ranks) -> None:
-    """Put back each rank's sums; another number of ranks goes on from their mean."""
-    sums = torch.tensor(saved["sums"], dtype=torch.float64)  # [ranks, 2, K + 2]
-    meters.sums.copy_(sums[ranks.rank] if len(sums) == ranks.world_size else sums.mean(0))
 
 
 if __name__ == "__main__":

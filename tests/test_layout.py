@@ -26,8 +26,6 @@ LONG = {
     "scripts/benchmark.py",
     "datasets/analysis/measure.py",
     "datasets/prepare/readings.py",
-    "run_pretrain.py",
-    "util/checkpoint.py",
     "util/probe.py",
 }
 

@@ -10,7 +10,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
 from util.stop import signal_on_parent_death
@@ -36,6 +38,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0 alone."""
+        if self.is_main:
+            print(text, flush=True)
 
     def gather(self, value: object) -> list:
         """`value` of every rank, in rank order, on every rank. Takes plain objects."""
@@ -122,6 +129,21 @@ def on_main(ranks: Ranks, work: Callable[[], object]) -> object:
     if failed:
         raise SystemExit(1)
     return result
+
+
+def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The model as several ranks train it together; in a single process the model itself.
+
+    Its buffers must be constants, alike on all ranks: they are not synchronised.
+    """
+    if ranks.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )
 
 
 def stop() -> None:

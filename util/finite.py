@@ -1,7 +1,7 @@
 """Finding non-finite losses and gradients without making the GPU wait.
 
-A `GradScaler` (of scale 1 outside fp16) with a fused optimiser leaves out an update with a non-finite
-gradient, on the device. `poison` makes a non-finite loss of one rank such a gradient on all of
+A `GradScaler` (`make_scaler`; outside fp16 of scale 1) with a fused optimiser leaves out an update with a
+non-finite gradient, on the device. `poison` makes a non-finite loss of one rank such a gradient on all of
 them, through the gradient's mean. `FiniteWatch` reads later what happened, and stops the run.
 """
 
@@ -25,6 +25,26 @@ OVERFLOWS_IN_A_ROW = 50
 
 class NonFiniteError(UserError):
     """A loss or a gradient became infinite or NaN; no update was made with it."""
+
+
+class UnitScaler(torch.amp.GradScaler):
+    """A scaler whose scale is 1 and stays 1: there only to leave out, on the device, an update with a gradient
+    that is not finite. After a checkpoint of any age too: an older program's may hold another scale."""
+
+    def __init__(self, device: str):
+        super().__init__(device, init_scale=1.0, growth_interval=2**31 - 1)
+
+    def update(self, new_scale: None = None) -> None:
+        super().update(1.0)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass
+
+
+def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """What scales the loss of a run that computes in `dtype`, a name of torch's: the usual GradScaler for
+    "float16", `UnitScaler` otherwise."""
+    return torch.amp.GradScaler(device.type) if dtype == "float16" else UnitScaler(device.type)
 
 
 def poison(loss: torch.Tensor) -> torch.Tensor:

@@ -34,12 +34,18 @@ class RunLog:
 
     Args:
         output_dir: made if missing.
-        log_dir: of the TensorBoard events.
+        log_dir: of the TensorBoard events; None for output_dir.
         start_epoch: fractional epoch at which this start goes on.
         enabled: false on all ranks but one.
     """
 
-    def __init__(self, output_dir: Path, log_dir: Path, start_epoch: float, enabled: bool = True):
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        log_dir: str | os.PathLike | None,
+        start_epoch: float,
+        enabled: bool = True,
+    ):
         self.path = Path(output_dir) / "log.txt"
         self.enabled = enabled
         self.writer = None
@@ -47,7 +53,7 @@ class RunLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._drop_lines_from(int(start_epoch))
             # The points at start_epoch itself were written before the checkpoint and are not done again.
-            self.writer = SummaryWriter(log_dir, purge_step=epoch_1000x(start_epoch) + 1)
+            self.writer = SummaryWriter(log_dir or output_dir, purge_step=epoch_1000x(start_epoch) + 1)
 
     def _drop_lines_from(self, epoch: int) -> None:
         """Keep the whole lines of epochs before `epoch`."""

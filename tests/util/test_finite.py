@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from util.finite import OVERFLOWS_IN_A_ROW, FiniteWatch, NonFiniteError, poison, update_was_skipped
+from util.finite import (
+    OVERFLOWS_IN_A_ROW,
+    FiniteWatch,
+    NonFiniteError,
+    UnitScaler,
+    make_scaler,
+    poison,
+    update_was_skipped,
+)
 from util.stop import GO_ON, PAUSE, TERMINATE
 
 CPU = torch.device("cpu")
@@ -169,3 +177,26 @@ def test_ranks_stop_together_and_name_the_bad_one(tmp_path):
     assert [one[2] for one in told] == ["NonFiniteError", "SystemExit"]
     assert "rank 1: losses per scale [0.5, nan], samples rank1step4.png" in told[0][3]
     assert "rank0step4.png" not in told[0][3]
+
+
+def test_outside_fp16_there_is_no_scale():
+    """300 updates left out, and a checkpoint of an older program that had halved its scale: it stays 1."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    scaler = make_scaler("float32", CPU)
+    before = scaler.state_dict()
+    for factor in [math.nan] * 300 + [1.0]:
+        scaler.scale(poison((weight * weight).sum() * factor)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 1.0 and scaler.state_dict() == before
+    plain = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    other = torch.optim.AdamW([plain], lr=0.1, fused=True)
+    (plain * plain).sum().backward()
+    other.step()
+    assert torch.equal(weight, plain)
+    scaler.load_state_dict({**before, "scale": 2.0**-130})
+    assert scaler.get_scale() == 1.0 == make_scaler("bfloat16", CPU).get_scale()
+    half = make_scaler("float16", CPU)
+    assert half.get_scale() == 65536.0 and not isinstance(half, UnitScaler)

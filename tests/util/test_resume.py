@@ -1,0 +1,66 @@
+"""What may change between a checkpoint and the run that goes on from it, and what is told of it."""
+
+from __future__ import annotations
+
+import pytest
+from made_checkpoints import ARGS, make_state
+
+from run_pretrain import SHAPE_FLAGS
+from util import resume
+from util.errors import UserError
+
+
+def describe_mismatch(state: dict, args: dict, *, world_size: int, dataset_size: int = 100) -> str:
+    return resume.describe_mismatch(
+        state, args, shape_flags=SHAPE_FLAGS, world_size=world_size, dataset_size=dataset_size
+    )
+
+
+def test_unchanged_flags_say_nothing():
+    for change in ({"output_dir": "b", "num_workers": 0}, {"scale_list": (4.0, 0.5), "new_flag": 1}):
+        assert describe_mismatch(make_state(3, 4), {**ARGS, **change}, world_size=1) == ""
+
+
+def test_changed_hyperparameters_make_a_table():
+    now = {**ARGS, "blr": 2e-3, "batch_size": 8, "epochs": 20}
+    table = describe_mismatch(make_state(3), now, world_size=2)
+    assert [line.split() for line in table.splitlines()] == [
+        ["changed", "checkpoint", "now"],
+        ["--batch_size", "4", "8"],
+        ["--epochs", "10", "20"],
+        ["--blr", "0.001", "0.002"],
+        ["processes", "1", "2"],
+        ["effective", "batch", "8", "32"],
+    ]
+    assert describe_mismatch(make_state(3, 4), {**ARGS, "mask_ratio": 0.5}, world_size=1) != ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "advice"),
+    [
+        ("model", "cxrmim_vit_base_patch16", "pass --model cxrmim_vit_tiny_patch16"),
+        ("input_size", 224, "pass --input_size 64"),
+        ("id_list", [1, 5], "pass --id_list 1 3"),
+        ("scale_list", [2.0, 1.0], "pass --scale_list 4.0 0.5"),
+        ("hog_nbins", 18, "pass --hog_nbins 9"),
+    ],
+)
+def test_another_model_can_not_go_on(flag, value, advice):
+    with pytest.raises(UserError, match=advice):
+        describe_mismatch(make_state(3), {**ARGS, flag: value}, world_size=1)
+
+
+def test_inside_an_epoch_the_samples_left_must_be_the_same():
+    state = make_state(3, 4)
+    assert "processes" in describe_mismatch(state, {**ARGS, "batch_size": 2}, world_size=2)
+    with pytest.raises(UserError, match="middle of epoch 4 .*with 2 process.* pass --batch_size 2 --acc"):
+        describe_mismatch(state, ARGS, world_size=2)
+    with pytest.raises(UserError, match="start 1 processes and pass --batch_size 4"):
+        describe_mismatch(state, ARGS, world_size=3)
+    for change in ({"seed": 1}, {"accum_iter": 1}, {"batch_size": 8}):
+        with pytest.raises(UserError, match="with 1 process.* pass --batch_size 4 --accum_iter 2 --seed 0"):
+            describe_mismatch(state, {**ARGS, **change}, world_size=1)
+        assert describe_mismatch({**state, "step": 0}, {**ARGS, **change}, world_size=1) != ""
+    with pytest.raises(UserError, match="of 100 samples, and --data_path has 101 now"):
+        describe_mismatch(state, ARGS, world_size=1, dataset_size=101)
+    assert "samples" in describe_mismatch({**state, "step": 0}, ARGS, world_size=1, dataset_size=101)
