@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from datasets.gaze_maps import GazeImage, GazeSamples, GazeStudy
+from datasets.gaze_maps import TEST, GazeImage, GazeSamples, GazeStudy, resize_whole
 from engine_pretrain import Training, set_learning_rate, update
 from models_gaze import GazeNet, density_at
 from util import saliency
 from util.distributed import Ranks
+from util.files import atomic_write
 from util.finite import poison
 from util.stop import GO_ON, ignore_stop_signals
 
@@ -45,6 +48,25 @@ class Sums:
         """Mean KLD and CC of the epoch (row 0) or since the last report (row 1)."""
         kld, cc, steps = self.sums[row].tolist()
         return kld / steps, cc / steps
+
+
+@dataclass(frozen=True)
+class Best:
+    """The epoch (from 0) with the lowest validation KLD so far, and its scores."""
+
+    epoch: int = -1
+    kld: float = math.inf
+    cc: float = -math.inf
+
+    def after(self, epoch: int, scores: Mapping[str, float]) -> tuple[Best, bool]:
+        """The best after a further epoch, and whether that is it."""
+        if scores["val_kld"] < self.kld:
+            return Best(epoch, scores["val_kld"], scores["val_cc"]), True
+        return self, False
+
+    def is_stale(self, epochs_done: int, patience: int) -> bool:
+        """Whether the last `patience` epochs were all worse."""
+        return epochs_done - 1 - self.epoch >= patience
 
 
 def train_one_epoch(training: Training, epoch: int, first_step: int, sums: Sums, args) -> tuple[int, int]:
@@ -103,7 +125,9 @@ def report(training: Training, epoch: int, step: int, sums: Sums, lr: float, arg
 
 
 @torch.no_grad()
-def validate(model: GazeNet, samples: GazeSamples, ranks: Ranks, *, batch_size: int, dtype: str, workers: int) -> dict:
+def validate(
+    model: GazeNet, samples: GazeSamples, ranks: Ranks, *, batch_size: int, dtype: str, workers: int
+) -> dict:
     """Mean KLD and CC over images, of the map against their mean target, on the map's own grid.
 
     The ranks share the images; the result is the same for any number of them, but for the batches' rounding.
@@ -151,12 +175,9 @@ def judge(
     fixations = _pixels_of_fixations(study, images)
     subjects = np.array([subject for subject, _ in fixations.values()])
     prior = density_at(model.log_prior[None].cpu(), (JUDGED_AT, JUDGED_AT))[0]
-    samples = GazeSamples(study, images, model.input_size, model.map_size)
     rows = []
     for number, image in enumerate(images):
-        log_p = model(samples[number]["img"][None].to(device)).cpu()
-        predicted = density_at(log_p, (JUDGED_AT, JUDGED_AT))[0]
-        levels = study.levels(image, JUDGED_AT)  # [R, 224, 224]
+        _, predicted, levels = predict_image(model, study, image, device)
         several = len(levels) > 1
         for place, target in enumerate(levels):
             predictions = {MODEL: predicted, PRIOR: prior}
@@ -169,13 +190,25 @@ def judge(
                     "predictor": predictor, "subject": image.subject, "image": study.name(image),
                     "reading": study.reading_id(image, place), "several": several,
                 }  # fmt: skip
-                row |= {name: float(getattr(saliency, name)(prediction, target)) for name in saliency.MAP_METRICS}
+                row |= {
+                    name: float(getattr(saliency, name)(prediction, target)) for name in saliency.MAP_METRICS
+                }
                 if key in fixations:
                     own = fixations[key][1]
-                    elsewhere = [f for (s, f), differs in zip(fixations.values(), subjects != image.subject) if differs]
+                    elsewhere = [
+                        f for (s, f), differs in zip(fixations.values(), subjects != image.subject) if differs
+                    ]
                     row |= _fixation_metrics(prediction, own, torch.cat(elsewhere) if elsewhere else None)
                 rows.append(row)
-    columns = ["predictor", "subject", "image", "reading", "several", *saliency.MAP_METRICS, *saliency.FIXATION_METRICS]
+    columns = [
+        "predictor",
+        "subject",
+        "image",
+        "reading",
+        "several",
+        *saliency.MAP_METRICS,
+        *saliency.FIXATION_METRICS,
+    ]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
@@ -201,5 +234,62 @@ def _fixation_metrics(prediction: Tensor, own: Tensor, elsewhere: Tensor | None)
     return {name: float(value) for name, value in values.items()}
 
 
-def trainable(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def describe_run(args, core: GazeNet, study: GazeStudy, steps: int, told: str, ranks: Ranks) -> str:
+    """What a user checks before leaving a run alone."""
+    n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    backbone, decoder = core.config["backbone"], core.config["decoder"]
+    lines = [
+        f"model            {backbone} + {decoder}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on "
+        f"{ranks.device}",
+        f"                 {told}",
+        f"input and map    {core.input_size} x {core.input_size} px, {core.map_size} x {core.map_size}",
+        f"effective batch  {args.batch_size * ranks.world_size}, {steps} steps per epoch, learning rate {args.lr:.2e}",
+        study.describe(),
+    ]
+    if study.n_drawn:
+        lines.append(
+            f"note: {study.n_drawn} subjects have no split in their tree; their parts were drawn by subject"
+        )
+    return "\n".join(lines)
+
+
+def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.device) -> str:
+    """Judge a model on the test images; writes readings.csv, metrics.csv, metrics.png and examples.png to `out`, and
+    returns the table as text."""
+    from util.gaze_pictures import Example, examples_figure  # here, since matplotlib takes a second to load
+    from util.pictures import save_figure
+    from util.saliency_table import format_table, metrics_figure, summarise
+
+    images = study.part(TEST)
+    rows = judge(model, study, images, device)
+    summary = summarise(rows, model=MODEL, prior=PRIOR, readers=READERS)
+    for name, table in (("readings.csv", rows), ("metrics.csv", summary)):
+        with atomic_write(out / name, "w") as file:
+            table.to_csv(file, index=False)
+    save_figure(metrics_figure(summary, model=MODEL), out / "metrics.png")
+
+    own = rows[rows["predictor"] == MODEL].groupby("image")["cc"].mean()
+    order = sorted(range(len(images)), key=lambda number: (-own[study.name(images[number])], number))
+    middle = max(0, len(order) // 2 - 1)
+    chosen = {"best": order[:3], "median": order[middle : middle + 3], "worst": order[-3:]}
+
+    def example(number: int) -> Example:
+        gray, predicted, levels = predict_image(model, study, images[number], device)
+        note = f"CC {own[study.name(images[number])]:.2f}"
+        return Example(study.reading_id(images[number], 0), gray, levels, predicted, note)
+
+    groups = [(heading, [example(number) for number in numbers]) for heading, numbers in chosen.items()]
+    save_figure(examples_figure(groups), out / "examples.png")
+    written = ", ".join(("metrics.csv", "readings.csv", "metrics.png", "examples.png"))
+    return f"{format_table(summary)}\nwrote {written} to {out}"
+
+
+@torch.no_grad()
+def predict_image(
+    model: GazeNet, study: GazeStudy, image: GazeImage, device: torch.device
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Radiograph [224, 224] in 0..1, predicted density [224, 224], and the readings' heatmaps, uint8 [R, 224, 224]."""
+    gray = resize_whole(study.planes(image)[0], JUDGED_AT)[0].numpy() / 255
+    img = resize_whole(study.planes(image)[0], model.input_size)
+    predicted = density_at(model(img[None].to(device)).cpu(), (JUDGED_AT, JUDGED_AT))[0]
+    return gray, predicted, study.levels(image, JUDGED_AT)

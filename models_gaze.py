@@ -9,6 +9,7 @@ departs from it (the centre bias of saliency models; Kümmerer et al., "DeepGaze
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,11 +20,14 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.weights import resample_pos_embed, summarize_keys
 
 DECODERS = ("topdown", "unet", "dpt")
-STRIDE = 4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
+STRIDE = (
+    4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
+)
 PRIOR_FLOOR = 1e-3  # share of a flat map in the prior, so that its logarithm is finite
 
 
@@ -117,7 +121,10 @@ class TopDown(nn.Module):
         features = self.encoder(x)
         y = None
         for i, lateral, mix in zip(self.used, self.lateral, self.mix, strict=True):
-            here = lateral(features[i])
+            found = features[i]
+            if found.shape[1] != lateral.in_channels:  # Swin and its kin: channels last
+                found = found.permute(0, 3, 1, 2)
+            here = lateral(found)
             y = mix(here if y is None else here + _resize(y, here.shape[-2:]))
         for mix in self.up:
             y = mix(_resize(y, (2 * y.shape[-2], 2 * y.shape[-1])))
@@ -159,18 +166,31 @@ class SmpDecoder(nn.Module):
 
 
 def build_encoder(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn.Module:
-    """timm's features-only model with random weights. Raises UserError where there is none of this name."""
-    options = dict(args)
+    """timm's features-only model with random weights; of a plain ViT four blocks are taken, evenly spaced.
+
+    Raises:
+        UserError: timm has none of this name, or can't give its feature maps.
+    """
     try:
-        if backbone.startswith(("vit_", "deit", "beit", "eva")):
-            options["img_size"] = input_size
-            depth = options.get("depth") or len(timm.create_model(backbone, num_classes=0, **options).blocks)
-            step = max(1, depth // 4)
-            options["out_indices"] = list(range(depth - 1, -1, -step))[:4][::-1]
-        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        probe = _features_only(backbone, {**args, "img_size": input_size, "out_indices": (0,)})
+        strides = [info["reduction"] for info in probe.feature_info.info]
+        options = {**args, "img_size": input_size}
+        if len(set(strides)) == 1:
+            last, step = len(strides) - 1, max(1, len(strides) // 4)
+            options["out_indices"] = [last - k * step for k in range(min(4, len(strides)))][::-1]
+        encoder = _features_only(backbone, options)
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {backbone}: timm can't make feature maps of it: {message}") from None
+    return encoder
+
+
+def _features_only(backbone: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
+    except TypeError:  # a convolutional network takes any size, and no img_size
+        del options["img_size"]
+        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
 
 
 def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) -> str:
@@ -213,18 +233,21 @@ def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) 
 
 def density_at(log_density: Tensor, size: tuple[int, int]) -> Tensor:
     """Predicted maps on another grid: float64 [B, height, width] of sum 1, bilinear, from [B, G, G]."""
-    maps = F.interpolate(log_density.double().exp()[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    maps = F.interpolate(
+        log_density.double().exp()[:, None], size=size, mode="bilinear", align_corners=False
+    )[:, 0]
     return maps / maps.sum((-2, -1), keepdim=True)
 
 
-def rebuild(state: Mapping[str, Any], path: object) -> GazeNet:
+def load_gaze_net(path: str | os.PathLike) -> GazeNet:
     """The model of a checkpoint of run_gaze.py, on the CPU in eval mode.
 
     Raises:
-        UserError: a checkpoint of something else.
+        UserError: a file that can't be read, or a checkpoint of something else.
     """
-    config, weights = state.get("config"), state.get("model")
-    if not isinstance(config, dict) or not isinstance(weights, dict) or "log_prior" not in weights:
+    state = load_checkpoint(path)
+    config, weights = state.get("config"), state["model"]
+    if not isinstance(config, dict) or "log_prior" not in weights:
         raise UserError(f"{path}: not a gaze predictor; pass best.pth of run_gaze.py")
     model = GazeNet(**config)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets import TREE_TYPES, detect_tree
+from datasets import detect_tree
 from datasets.cache import add_cache
-from datasets.transforms import Box, crop_resize_flip, sample_rng
+from datasets.transforms import Box, crop_resize_flip
 from datasets.tree import GazeTree, SampleError
 from util.errors import UserError
 from util.saliency import density
@@ -157,7 +156,9 @@ class GazeStudy:
         try:
             gray, attention = tree.read_planes(index)[0][:2]
             if not attention.any():
-                raise UserError(f"{tree.files(index).attention}: the heatmap is zero everywhere; prepare it again")
+                raise UserError(
+                    f"{tree.files(index).attention}: the heatmap is zero everywhere; prepare it again"
+                )
         except UserError as error:
             raise SampleError(f"{error} (sample {tree.sample_name(index)})") from None
         return [gray, attention]
@@ -177,6 +178,9 @@ class GazeStudy:
         """
         return [read_fixations(tree.root / FIXATIONS) for tree in self.trees]
 
+    def trees_without_fixations(self) -> list[Path]:
+        return [tree.root for tree in self.trees if not (tree.root / FIXATIONS).exists()]
+
     def describe(self) -> str:
         """Images, readings and subjects of each part, in columns."""
         rows = [("", *PARTS)]
@@ -195,13 +199,9 @@ class GazeSamples(Dataset):
     a function of (seed, epoch, i) alone. `samples[i]` is not.
     """
 
-    def __init__(
-        self, study: GazeStudy, images: Sequence[GazeImage], input_size: int, map_size: int, *,
-        seed: int = 0, shift: float = 0.0, flip: bool = False, jitter: float = 0.0,
-    ):  # fmt: skip
+    def __init__(self, study: GazeStudy, images: Sequence[GazeImage], input_size: int, map_size: int):
         self.study, self.images = study, list(images)
         self.input_size, self.map_size = input_size, map_size
-        self.seed, self.shift, self.flip, self.jitter = seed, shift, flip, jitter
 
     def __len__(self) -> int:
         return len(self.images)

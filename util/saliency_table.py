@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -45,11 +45,15 @@ def summarise(
         _lines(f"{model} - {prior}", tables[model] - tables[prior], draws, seed),
     ]
     if rows["several"].any():
-        shared = {name: per_image.loc[name].loc[[True]] for name in (model, prior, readers)}
+        shared = {name: _several(per_image.loc[name]) for name in (model, prior, readers)}
         lines += [_lines(f"{name}, {SEVERAL}", table, draws, seed) for name, table in shared.items()]
         difference = shared[model] - shared[readers]
         lines.append(_lines(f"{model} - {readers}, {SEVERAL}", difference, draws, seed))
     return pd.DataFrame([line for group in lines for line in group])
+
+
+def _several(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table.index.get_level_values("several").to_numpy(dtype=bool)]
 
 
 def _lines(name: str, table: pd.DataFrame, draws: int, seed: int) -> list[dict]:
@@ -60,26 +64,38 @@ def _lines(name: str, table: pd.DataFrame, draws: int, seed: int) -> list[dict]:
         n = int(table[metric].notna().sum())
         if n:
             value, low, high = interval(means[:, column])
-            lines.append({"predictor": name, "metric": metric, "value": value, "low": low, "high": high, "n": n})
+            lines.append(
+                {"predictor": name, "metric": metric, "value": value, "low": low, "high": high, "n": n}
+            )
     return lines
 
 
 def format_table(summary: pd.DataFrame) -> str:
     """The summary as text: a line per predictor, a column per metric, intervals in brackets."""
     metrics = [metric for metric in METRICS if (summary["metric"] == metric).any()]
-    lines = [["", "images", *(f"{TITLES[m]}{' (less is better)' if m in LOWER_IS_BETTER else ''}" for m in metrics)]]
+    lines = [
+        [
+            "",
+            "images",
+            *(f"{TITLES[m]}{' (less is better)' if m in LOWER_IS_BETTER else ''}" for m in metrics),
+        ]
+    ]
     for name in summary["predictor"].unique():
         own = summary[summary["predictor"] == name].set_index("metric")
         cells = [
-            f"{own.at[m, 'value']:.3f} [{own.at[m, 'low']:.3f}, {own.at[m, 'high']:.3f}]" if m in own.index else "-"
+            f"{own.at[m, 'value']:.3f} [{own.at[m, 'low']:.3f}, {own.at[m, 'high']:.3f}]"
+            if m in own.index
+            else "-"
             for m in metrics
         ]
         lines.append([name, str(own["n"].max()), *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
-def metrics_figure(summary: pd.DataFrame, colours: Mapping[str, str] | None = None) -> Figure:
+def metrics_figure(summary: pd.DataFrame, *, model: str) -> Figure:
     """One panel per metric, one interval per predictor; differences are left to the table."""
     shown = summary[~summary["predictor"].str.contains(" - ", regex=False)]
     metrics = [metric for metric in METRICS if (shown["metric"] == metric).any()]
@@ -92,10 +108,12 @@ def metrics_figure(summary: pd.DataFrame, colours: Mapping[str, str] | None = No
             if name not in own.index:
                 continue
             value, low, high = own.loc[name, ["value", "low", "high"]]
-            colour = "C0" if name.startswith("model") else "0.45"
+            colour = "C0" if name.split(", ")[0] == model else "0.45"
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
             axes.plot([value], [place], "o", color=colour, markersize=5)
-        axes.set_title(f"{TITLES[metric]}{' (less is better)' if metric in LOWER_IS_BETTER else ''}", fontsize=9)
+        axes.set_title(
+            f"{TITLES[metric]}{' (less is better)' if metric in LOWER_IS_BETTER else ''}", fontsize=9
+        )
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
