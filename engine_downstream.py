@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from datasets.downstream.images import normalise
+from datasets.downstream.labelled import MULTICLASS, MULTILABEL
 from util.errors import UserError
 from util.features import FeatureFile
 from util.lr_sched import learning_rate
 from util.progress import Steps
 from util.stop import StopSignals, ignore_stop_signals
 
-MULTILABEL, MULTICLASS = "multilabel", "multiclass"
 WRITE_IMAGES = 512  # features are brought to disk so many images at a time
 
 
@@ -45,15 +46,9 @@ class Encoder:
     def __call__(self, gray: Tensor) -> Tensor:
         """Cls token and mean of the patch tokens, [B, 2 D], of gray images uint8 [B, 1, H, W]."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = self.model.forward_features(three_channels(gray, self.mean, self.std))
+            tokens = self.model.forward_features(normalise(gray, self.mean, self.std))
         tokens = tokens.float()
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
-
-
-def three_channels(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
-    centre, spread = (torch.tensor(values, device=gray.device).view(1, 3, 1, 1) for values in (mean, std))
-    return (gray.float() / 255 - centre) / spread
 
 
 class Keyed(Dataset):
@@ -66,7 +61,8 @@ class Keyed(Dataset):
         return len(self.keys)
 
     def __getitem__(self, place: int) -> Tensor:
-        return self.views[self.keys[place]]
+        view, image = self.keys[place]
+        return self.views[image, view]
 
 
 def encode(
@@ -84,7 +80,7 @@ def encode(
 
     Args:
         encoder: gray uint8 [B, 1, H, W] on `device` -> float [B, at least the file's width].
-        views: (view, image) -> gray uint8 [1, H, W].
+        views: [image, view] -> gray uint8 [1, H, W].
         wanted: (view, images, file): rows `images` of the file are the features of these images in that view.
         what: for the progress line.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from datasets.downstream.images import CENTRE
 from datasets.downstream.labelled import LabelledImages
 from datasets.downstream.partition import Rows, partitions
 from engine_downstream import (
@@ -28,7 +29,6 @@ from util.jobs import Jobs, digest
 from util.locks import file_lock
 from util.stop import StopSignals
 
-CENTRE = 0  # the view of tests; the augmented ones are 1, 2, ...
 PIXEL_SIDE = 56  # of the baseline without a network: a quarter of 224
 
 
@@ -41,7 +41,7 @@ class Frozen:
     """What the methods on frozen encoders work with.
 
     Attributes:
-        views: (view, image) -> gray uint8 [1, S, S]; view 0 is the centre crop.
+        views: [image, view] -> gray uint8 [1, S, S]; view CENTRE is that of tests, 0, 1, ... are augmented.
         views_key: what an image's views depend on beside its file: plain content.
         files_key: digest of all image files, in order.
         study_key: digest of ids, parts and labels.
@@ -94,7 +94,11 @@ class Features:
 
     def file(self, view: int) -> FeatureFile:
         two = view == CENTRE and not self.is_pixels
-        return FeatureFile(self.folder / f"view-{view:03d}", len(self.frozen.images), self.width * (1 + two))
+        return FeatureFile(
+            self.folder / ("centre" if view == CENTRE else f"view-{view:03d}"),
+            len(self.frozen.images),
+            self.width * (1 + two),
+        )
 
     def fill(self, wanted: dict[int, np.ndarray]) -> None:
         """Encode what is missing of {view: images}. Raises `Stopped`, `UserError`."""
@@ -155,7 +159,7 @@ def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dic
     train = np.unique(np.concatenate([rows.train for parts in left.values() for rows in parts]))
     judged = np.unique(np.concatenate([np.r_[r.valid, r.test] for parts in left.values() for r in parts]))
     n_views = min(frozen.n_views, frozen.heads.epochs)
-    features.fill({CENTRE: judged} | dict.fromkeys(range(1, n_views + 1), train))
+    features.fill({CENTRE: judged} | dict.fromkeys(range(n_views), train))
     labels = torch.from_numpy(images.labels).to(frozen.device)
     for fraction in frozen.fractions:
         seeds = [seed for seed in frozen.seeds if (fraction, seed) in left]
@@ -166,7 +170,7 @@ def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dic
             for k, rows in enumerate(left[fraction, group[0]]):
                 fold = f", fold {k + 1}" if folds_differ else ""
                 heads = train_heads(
-                    [partial(features.cls, view, rows.train) for view in range(1, n_views + 1)],
+                    [partial(features.cls, view, rows.train) for view in range(n_views)],
                     labels[rows.train], features.cls(CENTRE, rows.valid), labels[rows.valid],
                     task=images.task, seeds=group, options=frozen.heads, signals=frozen.signals,
                     what=f"{candidate.name}: heads, {fraction:g} of the labels{fold}",

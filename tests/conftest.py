@@ -32,5 +32,13 @@ def backbone(tmp_path_factory):
         "vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0
     )
     path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
-    torch.save({"state_dict": model.state_dict()}, path)
+    torch.save({"state_dict": model.state_dict(), "metadata": {"num_heads": "1"}}, path)
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` are skipped, by name, where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

@@ -17,7 +17,6 @@ from engine_downstream import (
     known_loss,
     probabilities,
     schedule,
-    three_channels,
     train_heads,
 )
 from util.errors import UserError
@@ -169,7 +168,7 @@ class Numbers(Dataset):
 
     def __getitem__(self, key):
         self.read.append(key)
-        return torch.full((1, 4, 4), 10 * key[0] + key[1], dtype=torch.uint8)
+        return torch.full((1, 4, 4), 10 * key[1] + key[0], dtype=torch.uint8)
 
 
 def numbers(gray):
@@ -219,10 +218,3 @@ def test_feature_files_of_other_sizes_are_refused(tmp_path):
     FeatureFile(tmp_path / "f", 4, 3)
     with pytest.raises(UserError, match=r"f\.f32: has 48 bytes, not 60"):
         FeatureFile(tmp_path / "f", 5, 3)
-
-
-def test_three_channels():
-    gray = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 2, 2) * 85
-    images = three_channels(gray, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
-    assert images.shape == (1, 3, 2, 2)
-    assert images[0, 2, 1, 1] == pytest.approx((1 - 0.3) / 0.5) and images[0, 0, 0, 0] == pytest.approx(-2.5)

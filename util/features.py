@@ -72,7 +72,7 @@ class FeatureFile:
         """A copy of some rows, float32 [len(rows), width]; they must be there."""
         if len(lacking := self.missing(rows)):
             raise ValueError(f"{self.numbers}: {len(lacking)} of {len(rows)} rows were never written")
-        return np.memmap(self.numbers, DTYPE, "r", shape=(self.n_rows, self.width))[rows]
+        return np.array(np.memmap(self.numbers, DTYPE, "r", shape=(self.n_rows, self.width))[rows])
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:

@@ -23,6 +23,7 @@ from util.files import atomic_write
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_END = b"\xff\xd9"
 GRAY_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")  # Pillow's names of what 8-bit PNG and JPG decode to
+MORE_MODES = ("CMYK", "I;16", "I;16B", "I")  # which `read_intensities` takes too
 
 
 def read_gray(path: str | os.PathLike) -> np.ndarray:
@@ -42,13 +43,31 @@ def read_gray(path: str | os.PathLike) -> np.ndarray:
             raise UserError(message) from None
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def read_intensities(path: str | os.PathLike) -> np.ndarray:
+    """Decode a PNG or JPG of any kind to gray: uint8 [H, W], or uint16 [H, W] of a 16-bit gray PNG.
+
+    Like `read_gray`, but takes 16-bit gray PNG, whose range the caller has to scale, and CMYK JPG (by way
+    of RGB). Raises UserError as `read_gray` does, also for 16-bit colour.
+    """
+    data = _read_bytes(path)
+    with _open(path, data, deep=True) as image:
+        try:
+            if image.mode.startswith("I"):
+                return np.array(image).astype(np.uint16)
+            return np.array(image if image.mode == "L" else image.convert("L"))
+        except (OSError, SyntaxError, ValueError) as error:
+            message = f"{path}: the image is truncated or damaged ({error}); get the file again"
+            raise UserError(message) from None
+
+
+def image_size(path: str | os.PathLike, *, deep: bool = False) -> tuple[int, int]:
     """(height, width) in pixels from the header of a PNG or JPG, without decoding it.
 
-    Raises UserError as `read_gray` does, for what can be seen in the header.
+    Raises UserError as `read_gray` does, or with `deep` as `read_intensities`, for what can be seen in the
+    header.
     """
     try:
-        with open(path, "rb") as file, _open(path, file) as image:
+        with open(path, "rb") as file, _open(path, file, deep=deep) as image:
             return image.height, image.width
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -106,16 +125,19 @@ def _check_png(path: str | os.PathLike, data: bytes) -> None:
     raise UserError(f"{path}: the PNG is truncated; get the file again")
 
 
-def _open(path: str | os.PathLike, source: bytes | io.BufferedReader) -> Image.Image:
-    """Pillow's lazy image, with the header checked: PNG or JPG of at most 8 bits a channel."""
+def _open(path: str | os.PathLike, source: bytes | io.BufferedReader, *, deep: bool = False) -> Image.Image:
+    """Pillow's lazy image, with the header checked: PNG or JPG of at most 8 bits a channel, or with `deep`
+    also 16-bit gray and CMYK."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     head = file.read(32)
     file.seek(0)
     if not head:
         raise UserError(f"{path}: the file is empty (0 bytes)")
-    # IHDR holds the bit depth at byte 24. Pillow silently cuts 16-bit colour to 8 bits.
-    if head.startswith(PNG_SIGNATURE) and len(head) > 24 and head[24] > 8:
-        raise UserError(f"{path}: the PNG is {head[24]}-bit, expected 8-bit; scale it to 0..255 first")
+    # IHDR holds the bit depth at byte 24, the colour type (0 = gray) at 25. Pillow silently cuts 16-bit
+    # colour to 8 bits.
+    if head.startswith(PNG_SIGNATURE) and len(head) > 25 and head[24] > 8 and not (deep and head[25] == 0):
+        expected = "8-bit, or 16-bit gray" if deep else "8-bit"
+        raise UserError(f"{path}: the PNG is {head[24]}-bit, expected {expected}; scale it to 0..255 first")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -126,7 +148,7 @@ def _open(path: str | os.PathLike, source: bytes | io.BufferedReader) -> Image.I
         raise UserError(f"{path}: not a PNG or JPG image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: the header is damaged ({error}); get the file again") from None
-    if image.mode not in GRAY_MODES:
+    if image.mode not in GRAY_MODES and not (deep and image.mode in MORE_MODES):
         raise UserError(f"{path}: pixels of type {image.mode}, expected 8-bit gray or RGB")
     return image
 

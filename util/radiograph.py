@@ -11,11 +11,12 @@ from util.dicom import dicom_size, is_dicom, read_dicom
 from util.images import image_size, read_gray
 
 
-def read_radiograph(path: str | os.PathLike) -> np.ndarray:
+def read_radiograph(path: str | os.PathLike, contrast: str = "window") -> np.ndarray:
     """The radiograph as uint8 [H, W], air dark and bone bright; the content tells DICOM from JPG and
-    PNG, not the name. Raises `UserError` naming the file."""
+    PNG, not the name. `contrast` is what becomes of DICOM's deeper gray, one of `util.dicom.CONTRASTS`.
+    Raises `UserError` naming the file."""
     path = Path(path)
-    return read_dicom(path) if is_dicom(path) else read_gray(path)
+    return read_dicom(path, contrast) if is_dicom(path) else read_gray(path)
 
 
 def radiograph_size(path: str | os.PathLike) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
 def write_results(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """Write the table of `results_table`."""
     with atomic_write(path, "w") as file:
-        table.to_csv(file, index=False, float_format="%.6f")
+        table.to_csv(file, index=False, float_format="%.9g")
 
 
 def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> None:

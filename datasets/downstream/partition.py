@@ -39,7 +39,7 @@ def partitions(
     """
     if not in_folds(images):
         rows = [images.indices(part) for part in (VALID, TEST)]
-        return [Rows(sample_fraction(images, fraction), *rows)]
+        return [Rows(np.array(sample_fraction(images, fraction)), *rows)]
     least = 3 if validate else 2
     if n_folds < least:
         raise UserError(f"--folds {n_folds}: must be at least {least}")
@@ -59,5 +59,5 @@ def partitions(
         if not (parts == TRAIN).any():
             raise UserError(f"--folds {n_folds}: fold {k + 1} leaves no image to train on")
         folded = replace(images, parts=parts)
-        found.append(Rows(sample_fraction(folded, fraction), folded.indices(VALID), test))
+        found.append(Rows(np.array(sample_fraction(folded, fraction)), folded.indices(VALID), test))
     return found

@@ -273,7 +273,7 @@ def _read_metadata(images: Path, metadata: Path | None) -> pd.DataFrame:
     twice = table["dicom_id"][table["dicom_id"].duplicated()]
     if not twice.empty:
         raise UserError(
-            f"{metadata}: line {twice.index[0] + 2}, column 'dicom_id': {twice.iloc[0]} appears twice"
+            f"{metadata}: line {twice.index[0]}, column 'dicom_id': {twice.iloc[0]} appears twice"
         )
     return table.set_index("dicom_id")[list(_METADATA_COLUMNS[1:])]
 

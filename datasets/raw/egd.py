@@ -24,7 +24,7 @@ _POSITION = ("X_ORIGINAL", "Y_ORIGINAL")
 @dataclass(frozen=True, kw_only=True)
 class EgdReading(Reading):
     """A reading whose fixations were read with everybody else's from the one file of the data set:
-    `rows` has line, x, y, time and, where the file has it, duration."""
+    `rows` has x, y, time and, where the file has it, duration, and the file's lines for an index."""
 
     rows: pd.DataFrame = field(repr=False, compare=False)
     sigma: float
@@ -33,8 +33,9 @@ class EgdReading(Reading):
         """As `Reading.load_fixations`; fixations off the picture are dropped, the picture was always
         shown whole. A fixation without a recorded duration lasted since the one before it (the first:
         since the image came up)."""
-        numbers = numeric_columns(self.rows, [c for c in self.rows if c not in ("line", *_FIXATION_TEXT)],
-                                  self.fixations_path, self.rows["line"])  # fmt: skip
+        numbers = numeric_columns(
+            self.rows, [c for c in self.rows if c not in _FIXATION_TEXT], self.fixations_path
+        )
         time = numbers[_TIME]
         duration = numbers.get(_DURATION, np.diff(time, prepend=0.0))
         x, y = (numbers[column] for column in _POSITION)
@@ -68,7 +69,7 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
     path = root / "master_sheet.csv"
     master = read_table(path, (*_MASTER_TEXT, *LABELS), text=_MASTER_TEXT)
     sheet = {}
-    for line, row in enumerate(master.to_dict("records"), start=2):
+    for line, row in zip(master.index, master.to_dict("records")):
         name = row["dicom_id"]
         try:
             if name in sheet:
@@ -79,8 +80,7 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
 
     path = root / "fixations.csv"
     table = read_table(path, (*_FIXATION_TEXT, _TIME, *_POSITION), text=_FIXATION_TEXT)
-    table["line"] = np.arange(2, len(table) + 2)
-    columns = [*_FIXATION_TEXT, "line", _TIME, *_POSITION, *(c for c in (_DURATION,) if c in table)]
+    columns = [*_FIXATION_TEXT, _TIME, *_POSITION, *(c for c in (_DURATION,) if c in table)]
     known = table["DICOM_ID"].isin(master["dicom_id"])
     if not known.all():
         n_unknown = int((~known).sum())
@@ -90,13 +90,13 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
             continue  # its row of the master sheet is reported already
         name = f"{image}-{session}"
         try:
-            check_id(name, f"{path}: line {rows['line'].iloc[0]}, column 'SESSION_ID':")
+            check_id(name, f"{path}: line {rows.index[0]}, column 'SESSION_ID':")
         except UserError as error:
             result.exclusions.append(Exclusion(name, "unusable session id", str(error), is_fault=True))
             continue
         reading = EgdReading(
             id=name, split=None, phase=None, source="egd", image_size=None, fixations_path=path,
-            rows=rows.reset_index(drop=True), sigma=sigma, **sheet[image],
+            rows=rows, sigma=sigma, **sheet[image],
         )  # fmt: skip
         result.readings.append(reading)
     for image in sorted(set(sheet) - set(table["DICOM_ID"])):

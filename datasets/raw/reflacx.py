@@ -63,9 +63,7 @@ class ReflacxReading(Reading):
         ellipses = pd.DataFrame(numeric_columns(table, ELLIPSE_COLUMNS, path))
         for label in (*CERTAINTY_LABELS[self.phase], *BOOL_LABELS[self.phase], *TEXT_LABELS[self.phase]):
             if label in table.columns:
-                marked = [
-                    parse_bool(cell, path, line, label) for line, cell in enumerate(table[label], start=2)
-                ]
+                marked = [parse_bool(cell, path, line, label) for line, cell in table[label].items()]
                 ellipses[label] = np.array(marked, bool)
         return ellipses
 
@@ -122,7 +120,7 @@ def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> 
         if not set(labels) <= set(table.columns) and set(CERTAINTY_LABELS[other]) <= set(table.columns):
             raise UserError(f"{path}: has the label columns of phase {other}, not of phase {phase}")
     table = read_table(path, required, text=text)
-    for line, row in enumerate(table[list(required)].to_dict("records"), start=2):
+    for line, row in zip(table.index, table[list(required)].to_dict("records")):
         name = row["id"]
         try:
             reading = _parse_row(row, path, line, phase)

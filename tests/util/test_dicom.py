@@ -1,5 +1,6 @@
 """util/dicom.py against the formulas of DICOM PS3.3 written out here, and a real radiograph."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
-from util.dicom import dicom_size, read_dicom
+from util.dicom import CONTRASTS, dicom_size, equalize_histogram, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
 from util.radiograph import radiograph_size, read_radiograph
 
@@ -314,3 +315,207 @@ def test_read_radiograph_goes_by_content(tmp_path):
     assert "missing" in error_of(tmp_path / "no.dcm", radiograph_size)
     with pytest.raises(UserError, match="no.jpg"):
         read_radiograph(tmp_path / "no.jpg")
+
+
+# --- the contrast of MIMIC-CXR-JPG ------------------------------------------------------------------
+
+
+def pictures():
+    """uint8 pictures of every kind of histogram."""
+    rng = np.random.default_rng(0)
+    yield np.array([[9]], np.uint8)
+    yield np.array([[0, 255]], np.uint8)
+    yield np.full((7, 5), 200, np.uint8)
+    yield np.where(rng.random((30, 20)) < 0.3, 90, 91).astype(np.uint8)
+    for levels in (2, 3, 17, 100, 256):
+        for shape in ((1, 50), (37, 41), (301, 233)):
+            yield rng.integers(0, levels, shape).astype(np.uint8)
+            skewed = rng.random(shape) ** 8 * levels
+            yield (255 - skewed).astype(np.uint8)
+
+
+def test_equalize_histogram_is_that_of_opencv():
+    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless (tests/requirements.txt)")
+    for gray in pictures():
+        np.testing.assert_array_equal(equalize_histogram(gray), cv2.equalizeHist(gray))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("dtype, bits", [("u2", 12), ("i2", 16), ("u1", 8)])
+def test_mimic_cxr_jpg_by_hand(tmp_path, photometric, dtype, bits):
+    """Pixel by pixel in Python's own integers and floats; window, rescaling and padding change nothing."""
+    rng = np.random.default_rng(1)
+    high = 2 ** (bits - 1) - 1
+    stored = (rng.random((23, 31)) ** 3 * high).astype(dtype)
+    stored -= np.array(high // 2 if dtype == "i2" else 0, dtype)
+    path = write(
+        tmp_path / "a.dcm", stored, bits, PhotometricInterpretation=photometric, WindowCenter=3, WindowWidth=2,
+        RescaleSlope=0, RescaleIntercept=0, PixelPaddingValue=int(stored[3, 3]), PixelIntensityRelationshipSign=1,
+    )  # fmt: skip
+    values = [int(value) - int(stored.min()) for value in stored.ravel()]
+    gray = [int(value / max(values) * 255) for value in values]
+    gray = [255 - value for value in gray] if photometric == "MONOCHROME1" else gray
+    lowest = min(gray)
+    others = len(gray) - gray.count(lowest)
+    level = {g: round(255 * (sum(v <= g for v in gray) - gray.count(lowest)) / others) for g in set(gray)}
+    expected = np.array([level[g] for g in gray]).reshape(stored.shape)
+    # At exact halves float32 may fall on the other side: none here.
+    np.testing.assert_array_equal(read_dicom(path, "mimic-cxr-jpg"), expected)
+
+
+def test_flat_film_as_mimic_cxr_jpg(tmp_path):
+    flat = np.full((4, 5), 77, np.uint16)
+    assert (read_dicom(write(tmp_path / "a.dcm", flat), "mimic-cxr-jpg") == 0).all()
+
+
+def test_minmax_does_without_the_window(tmp_path):
+    path = write(tmp_path / "a.dcm", RAMP, WindowCenter=2000, WindowWidth=300)
+    np.testing.assert_array_equal(read_dicom(path, "minmax"), to_255(RAMP, 100, 3900))
+    path = write(tmp_path / "b.dcm", RAMP, VOILUTSequence=lut_item(range(4096), 0, 12))
+    np.testing.assert_array_equal(read_dicom(path, "minmax"), to_255(RAMP, 100, 3900))
+    with pytest.raises(ValueError, match="none of mimic-cxr-jpg, window, minmax"):
+        read_dicom(path, "best")
+
+
+def test_contrasts_of_a_real_film(tmp_path):
+    """Equalised, every band of gray is as full as any other; which is brighter stays as it was."""
+    path = example("RG1_UNCR.dcm")
+    window, equalised = read_radiograph(path), read_radiograph(path, "mimic-cxr-jpg")
+    bands = np.bincount(equalised.ravel() // 32, minlength=8) / equalised.size
+    assert (
+        np.abs(bands - 1 / 8).max()
+        < 0.05
+        < np.abs(np.bincount(window.ravel() // 32) / window.size - 1 / 8).max()
+    )
+    order = np.argsort(equalised.ravel(), kind="stable")
+    assert (np.diff(window.ravel()[order].astype(int)) >= -1).mean() > 0.99
+
+
+# --- odd headers ------------------------------------------------------------------------------------
+
+WINDOW = {"WindowCenter": 2000, "WindowWidth": 3000}
+
+
+@pytest.mark.parametrize("contrast", ["window", "minmax"])
+def test_slope_0_is_not_a_black_film(tmp_path, contrast):
+    for window in ({}, WINDOW):
+        path = write(tmp_path / "a.dcm", RAMP, RescaleSlope=0, RescaleIntercept=5, **window)
+        assert "all pixels the same gray" in error_of(path, lambda path: read_dicom(path, contrast))
+
+
+def test_a_window_beside_the_values_is_not_a_black_film(tmp_path):
+    path = write(tmp_path / "a.dcm", RAMP, WindowCenter=60000, WindowWidth=10)
+    assert "--dicom_contrast mimic-cxr-jpg" in error_of(path)
+
+
+def test_empty_values_say_nothing(tmp_path):
+    plain = read_dicom(write(tmp_path / "a.dcm", RAMP, **WINDOW))
+    empty = {"RescaleSlope": "", "RescaleIntercept": "", "VOILUTFunction": "", "PixelPaddingValue": 4095}
+    path = write(tmp_path / "b.dcm", RAMP, **WINDOW, **empty)
+    with pydicom.config.disable_value_validation():
+        ds = pydicom.dcmread(path)
+        ds.add_new("PixelPaddingRangeLimit", "US", None)
+        ds.save_as(path)
+    np.testing.assert_array_equal(read_dicom(path), plain)
+    path = write(tmp_path / "c.dcm", RAMP, RescaleSlope=2, **WINDOW)
+    assert "only one has a value" in error_of(path)
+
+
+def test_private_transfer_syntax(tmp_path):
+    path = write(tmp_path / "a.dcm", RAMP)
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.99999.1.2.1\0"))
+    assert "private or unknown transfer syntax" in error_of(path)
+
+
+# Values that a header should not have, as they stand in the file.
+ODD_VALUES = (
+    b"", b" ", b"\0\0", b"\xff\xff", b"\xff\xff\xff\x7f", b"0 ", b"-1", b"nan ", b"inf ", b"1e999 ", b"-1e-320 ",
+    b"1\\2 ", b"\\\\", b"text", b"\xc3\x28", b"99999999999999999999", b"0" * 64, b"1.2.3.4 ", b"0x10",
+)  # fmt: skip
+VRS = ("US", "SS", "DS", "IS", "CS", "LO", "UI", "OW", "OB", "SQ", "UN", "FD", "AT", "PN", "DA")
+
+
+def fuzzed(rng, whole, elements):
+    """A file with one to three elements' values or types replaced, or bytes flipped, or its end lost."""
+    kind = rng.integers(4)
+    if kind < 2:
+        for _ in range(rng.integers(1, 4)):
+            start, header, length = elements[rng.integers(len(elements))]
+            tag = whole[start : start + 4]
+            vr = whole[start + 4 : start + 6] if rng.random() < 0.7 else rng.choice(VRS).encode()
+            value = ODD_VALUES[rng.integers(len(ODD_VALUES))] if rng.random() < 0.8 else rng.bytes(6)
+            long = vr in (b"OW", b"OB", b"SQ", b"UN")
+            size = b"\0\0" + len(value).to_bytes(4, "little") if long else len(value).to_bytes(2, "little")
+            replaced = tag + vr + size + value
+            found = whole.find(tag + whole[start + 4 : start + 6])
+            if found >= 0:
+                whole = whole[:found] + replaced + whole[found + header + length :]
+    elif kind == 2:
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 9)):
+            content[rng.integers(128, len(content))] = rng.integers(256)
+        whole = bytes(content)
+    else:
+        whole = whole[: rng.integers(len(whole))]
+    return whole
+
+
+def fuzz(tmp_path, n, seed):
+    """Read `n` damaged files in every contrast; how many were read, and how many refused."""
+    rng = np.random.default_rng(seed)
+    small = RAMP[:6, :5]
+    tags = {
+        **WINDOW, "RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR", "NumberOfFrames": 1,
+        "PixelPaddingValue": 0, "PixelPaddingRangeLimit": 1, "PixelIntensityRelationshipSign": -1,
+        "PixelAspectRatio": [1, 1], "PlanarConfiguration": 0, "PatientName": "Phantom",
+    }  # fmt: skip
+    lut = {"VOILUTSequence": lut_item(range(64), 0, 12, b"\0\1" * 64)}
+    bases = [
+        write(tmp_path / "plain.dcm", small, **tags).read_bytes(),
+        write(tmp_path / "lut.dcm", small, **tags, **lut).read_bytes(),
+        Path(example("MR_small_RLE.dcm")).read_bytes(),
+    ]
+    files = []
+    for base in bases:
+        ds = pydicom.dcmread(io.BytesIO(base))
+        whole = io.BytesIO(base).getvalue()
+        elements = []
+        for element in [*ds.file_meta, *ds]:
+            tag = element.tag.group.to_bytes(2, "little") + element.tag.elem.to_bytes(2, "little")
+            start = whole.find(tag + element.VR.encode(), 128)
+            if start >= 0:
+                long = element.VR in ("OB", "OW", "SQ", "UN", "UT")
+                size = slice(start + 8, start + 12) if long else slice(start + 6, start + 8)
+                length = int.from_bytes(whole[size], "little")
+                elements.append((start, 12 if long else 8, 0 if length == 0xFFFFFFFF else length))
+        files.append((whole, elements))
+    read = refused = 0
+    path = tmp_path / "fuzzed.dcm"
+    for i in range(n):
+        path.write_bytes(fuzzed(rng, *files[i % len(files)]))
+        for function in (
+            dicom_size,
+            read_dicom_by_maximum,
+            functools.partial(read_dicom, contrast=CONTRASTS[i % 3]),
+        ):
+            try:
+                result = function(path)
+            except UserError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                refused += 1
+            else:
+                assert isinstance(result, tuple) or (result.dtype == np.uint8 and result.ndim == 2)
+                read += 1
+    return read, refused
+
+
+def test_fuzzed_files_are_read_or_refused_by_name(tmp_path, recwarn):
+    read, refused = fuzz(tmp_path, 900, seed=0)
+    assert read > 300 and refused > 300
+    assert not recwarn.list
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_many_fuzzed_files_are_read_or_refused_by_name(tmp_path, seed):
+    fuzz(tmp_path, 10000, seed)

@@ -481,7 +481,7 @@ def read_left_eye(raw):
 
 
 def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
-    """What README, "Another gaze data set", says: a `Reading`, a reader, a line in SOURCES."""
+    """What docs/extend.md says: a `Reading`, a reader, a line in SOURCES."""
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "left_eye.txt").write_text(mixed.truth[0].dicom_id)
     find = lambda raw: raw if (raw / "left_eye.txt").exists() else None  # noqa: E731

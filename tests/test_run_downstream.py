@@ -1,0 +1,196 @@
+"""From a checkpoint to the tables: linear heads, probes, what goes on where it was, and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from run_downstream import main
+from util.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def rsna(tmp_path_factory) -> Path:
+    """120 patients in the layout of the RSNA challenge; the opacities are bright squares."""
+    root = tmp_path_factory.mktemp("rsna site")
+    folder = root / "stage_2_train_images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(120):
+        gray = rng.normal(80, 10, (64, 56))
+        name, boxes = f"p{i:03d}", [(None,) * 4]
+        if rng.random() < 0.4:
+            top, left = rng.integers(10, 30, 2)
+            gray[top : top + 20, left : left + 18] += 110
+            boxes = [(left, top, 18, 20)] * 2
+        Image.fromarray(gray.clip(0, 255).astype(np.uint8)).save(folder / f"{name}.png")
+        rows += [(name, *box, int(box[0] is not None)) for box in boxes]
+    columns = ["patientId", "x", "y", "width", "height", "Target"]
+    pd.DataFrame(rows, columns=columns).to_csv(root / "stage_2_train_labels.csv", index=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A small ViT for 224 px with random weights."""
+    torch.manual_seed(1)
+    model = timm.create_model("vit_base_patch16_224", embed_dim=64, depth=1, num_heads=1, num_classes=0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def command(root: Path, out: Path, *options: object) -> list[str]:
+    fixed = [
+        "--dataset",
+        "rsna",
+        "--data_path",
+        root,
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--bootstrap",
+        "20",
+    ]
+    short = ["--batch_size", "16", "--epochs", "4", "--views", "2", "--output_dir", out]
+    return [str(option) for option in [*fixed, *short, *options]]
+
+
+def check_aucs(out: Path) -> pd.DataFrame:
+    """results.csv against scikit-learn on predictions.csv; returns it."""
+    results, predictions = (pd.read_csv(out / f"{name}.csv") for name in ("results", "predictions"))
+    keys = ["weights", "fraction", "seed", "label"]
+    assert not predictions.duplicated([*keys, "id"]).any()
+    groups = predictions.groupby(keys)
+    found = results[results["label"] != "mean"].set_index(keys)
+    assert len(groups) == len(found)
+    for key, group in groups:
+        assert found.loc[key, "auc"] == pytest.approx(
+            roc_auc_score(group["target"], group["score"]), abs=1e-8
+        )
+        assert found.loc[key, "n"] == len(group) and found.loc[key, "n_positive"] == group["target"].sum()
+    mean = results[results["label"] == "mean"].set_index(keys[:3])["auc"]
+    for key, group in results[results["label"] != "mean"].groupby(keys[:3]):
+        assert mean[key] == pytest.approx(group["auc"].mean())
+    return results
+
+
+def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys):
+    out = tmp_path / "a run"
+    weights = ["--weights", f"_our$1={encoder}", "random", "pixels"]
+    assert main(command(rsna, out, *weights, "--fractions", "0.5", "1", "--seeds", "43", "44")) == 0
+    results = check_aucs(out)
+    assert list(dict.fromkeys(results["weights"])) == ["_our$1", "random", "pixels"]
+    assert set(results["fraction"]) == {0.5, 1.0} and set(results["seed"]) == {43, 44}
+    assert (results["n"] == 18).all()
+    printed = capsys.readouterr().out
+    assert "_our$1: 204 images encoded, 0 were there already" in printed  # 2 views of 84, 36 to judge
+    assert "matched   18  cls_token" in printed and "missing    0" in printed
+    table = (out / "table.md").read_text()
+    assert "| _our$1 | 50% | 2 |" in table and "(published)* | 100%" in table
+    assert Image.open(out / "results.png").size[0] == 1200
+    split = pd.read_csv(out / "split.csv")
+    assert split["split"].value_counts().to_dict() == {"train": 84, "valid": 18, "test": 18}
+
+    # Other fractions and seeds encode nothing again; what was trained is not trained again.
+    first = (out / "results.csv").read_text()
+    main(command(rsna, out, *weights, "--fractions", "0.5", "--seeds", "43", "50"))
+    printed = capsys.readouterr().out
+    assert "_our$1: 0 images encoded" in printed
+    assert "seed 50: best epoch" in printed and "seed 43: best epoch" not in printed
+    main(command(rsna, out, *weights, "--fractions", "0.5", "1", "--seeds", "43", "44"))
+    assert (out / "results.csv").read_text() == first
+    assert "encoded" not in capsys.readouterr().out
+
+
+def test_the_same_heads_whatever_stands_beside_them(rsna, encoder, tmp_path):
+    tables = []
+    for name, seeds in (("a", ["43", "44"]), ("b", ["44"])):
+        main(command(rsna, tmp_path / name, "--weights", encoder, "--seeds", *seeds))
+        table = pd.read_csv(tmp_path / name / "predictions.csv")
+        tables.append(table[table["seed"] == 44]["score"].to_numpy())
+    np.testing.assert_allclose(*tables, atol=1e-6)
+
+
+def test_probe_in_grouped_folds_tests_every_image_once(rsna, encoder, tmp_path, capsys):
+    out = tmp_path / "probe"
+    options = ["--method", "probe", "--split", "folds", "--folds", "3", "--seeds", "0", "1"]
+    main(command(rsna, out, "--weights", f"ours={encoder}", "pixels", *options))
+    results = check_aucs(out)
+    assert list(dict.fromkeys(results["weights"])) == ["ours, cls", "ours, mean of patches", "pixels"]
+    assert (results["n"] == 120).all() and (results["auc"] > 0.8).all()
+    assert "too narrow" in (out / "table.md").read_text() and "too narrow" in capsys.readouterr().out
+    assert set(pd.read_csv(out / "split.csv", keep_default_na=False)["split"]) == {""}
+
+
+def test_a_stopped_run_goes_on(rsna, encoder, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--weights", encoder, "--seeds", "43"]
+    assert main(command(rsna, out, *options, "--max_minutes", "0", "--encode_batch", "16")) == 75
+    assert not (out / "results.csv").exists()
+    assert "the same command goes on" in capsys.readouterr().out
+    assert main(command(rsna, out, *options)) == 0
+    assert "images encoded, 16 were there already" in capsys.readouterr().out
+    main(command(rsna, tmp_path / "whole", *options))
+    for name in ("results.csv", "predictions.csv"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_dry_run_needs_no_image(rsna, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "stage_2_train_labels.csv").write_text((rsna / "stage_2_train_labels.csv").read_text())
+    assert main(command(bare, tmp_path / "out", "--dry_run")) == 0
+    printed = capsys.readouterr().out
+    assert [line.split() for line in printed.splitlines()][1] == ["images", "84", "18", "18"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["split.csv"]
+
+
+def test_bad_input_is_one_line(rsna, encoder, tmp_path):
+    out = tmp_path / "out"
+    main(command(rsna, tmp_path / "probed", "--weights", "pixels", "--method", "probe"))
+    decoder = tmp_path / "half.pth"
+    state = torch.load(encoder)
+    torch.save({name: tensor for name, tensor in state.items() if "mlp" not in name}, decoder)
+    for options, reason in [
+        ([], "--weights: name at least one"),
+        (["--weights", "a=none.pth"], "none.pth: no such weights file"),
+        (["--weights", f"a={decoder}"], "half.pth: no complete ViT encoder"),
+        (["--weights", f"a={encoder}", f"a={encoder}"], "a is named twice"),
+        (["--weights", "=x"], "--weights =x: expected NAME=FILE"),
+        (["--weights", "imagenet", "--imagenet", tmp_path / "no.pth"], "--weights imagenet: .*no.pth is not there"),
+        (["--weights", encoder, "--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
+        (["--weights", encoder, "--tap", "3"], "--tap 3"),
+        (["--fractions", "0"], "--fractions 0.0: must be above 0"),
+        (["--fractions", "nan"], "--fractions nan"),
+        (["--seeds", "-1"], "--seeds -1: must be 0 or more"),
+        (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--bootstrap", "0"], "--bootstrap 0"),
+        (["--views", "0"], "--views 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--warmup", "1"], "--warmup 1.0"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--weights", "pixels", "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),
+        (["--weights", "pixels", "--split", "folds", "--folds", "121"], "--folds 121: there are only 120"),
+        (["--weights", "pixels", "--output_dir", tmp_path / "probed"], "holds results of rsna, probe, not of"),
+        (["--weights", "pixels", "--output_dir", encoder], "--output_dir .*encoder.pth: can't be written"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=reason) as caught:
+            main(command(rsna, out, *options))
+        assert "\n" not in str(caught.value)
+        assert not (out / "results.csv").exists()
+
+
+def test_flags_are_not_abbreviated(rsna, tmp_path):
+    with pytest.raises(SystemExit):
+        main(command(rsna, tmp_path, "--weight", "pixels"))
