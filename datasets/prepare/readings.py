@@ -25,7 +25,7 @@ from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
 from datasets.raw.egd import find_egd_root, read_egd
 from datasets.raw.image_index import FoundImages, find_images
-from datasets.raw.readings import Exclusion, RawReadings, Reading
+from datasets.raw.readings import Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
 from util.errors import UserError
 
@@ -118,12 +118,13 @@ def prepare(
             ),
             key=lambda sample: entry_id(sample[0]),
         )
+        mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
         n_other_split = len(found.readings) - len(chosen)
         n_used = sum(len(group) for group, _ in samples)
         n_spare = found.n_found - len(exclusions) - n_other_split - n_used
         return finish_tree(
             making,
-            lambda: (entry(group) for group, _ in samples),
+            lambda: (entry(group) | mark for group, _ in samples),
             {"readings found": found.n_found},
             exclusions,
             {
