@@ -42,7 +42,7 @@ from tqdm import tqdm
 from datasets.raw.egd import find_egd_root, read_egd
 from datasets.raw.findings import merge_findings, unify
 from datasets.raw.image_index import find_images
-from datasets.raw.readings import Exclusion, RawReadings, Reading
+from datasets.raw.readings import Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
@@ -182,6 +182,8 @@ def prepare(
         work = partial(process_image, out=out, options=options, dry_run=dry_run)
         results = list(run_tasks(work, tasks, workers))
         entries = sorted((e for r in results for e in r.entries), key=lambda entry: entry["reflacx_id"])
+        if is_simulated(SOURCES[source][0](raw)):
+            entries = [entry | {"simulated": True} for entry in entries]
         exclusions += (exclusion for result in results for exclusion in result.exclusions)
         exclusions.sort(key=lambda exclusion: (exclusion.id, exclusion.reason))
         significant = [n for result in results for n in result.significant]

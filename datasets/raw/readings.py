@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
+# In the root of a raw data set whose gaze is made up; see `is_simulated`.
+SIMULATED_FILE = "SIMULATED_GAZE.txt"
 ELLIPSE_COLUMNS = ("xmin", "ymin", "xmax", "ymax", "certainty")
 
 
@@ -57,6 +59,15 @@ class Reading(ABC):
     def load_chest_box(self) -> tuple[float, float, float, float] | None:
         """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None where there is none."""
         return None
+
+
+def is_simulated(root: Path) -> bool:
+    """Whether the raw data set at `root` says that its gaze is made up, as scripts/make_phantom.py marks it.
+
+    Preparation carries the mark into the entries of the index as `"simulated": true`, and every picture
+    prints it.
+    """
+    return (root / SIMULATED_FILE).is_file()
 
 
 @dataclass(frozen=True)
