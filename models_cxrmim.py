@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models_decoder import SCALES, ScaleDecoder, sincos_pos_embed
 from util.hog import HOGPyramid
 from util.masking import MASKINGS, MaskRequest, draw_mask, mask_cells, masked_count
+from util.precision import run_cast_once
 
 
 class CXRMIM(nn.Module):
@@ -250,7 +251,7 @@ class CXRMIM(nn.Module):
         x = torch.cat([cls_token.to(x.dtype), x], 1)  # [B, 1+V, D]
         latents: list[Tensor | None] = [None] * len(self.id_list)
         for i, block in enumerate(self.blocks[: max(self.id_list) + 1]):
-            x = block(x)
+            x = run_cast_once(block, x)
             for k, tap in enumerate(self.id_list):
                 if tap == i:
                     latents[k] = self.norm[k](x)
@@ -259,7 +260,8 @@ class CXRMIM(nn.Module):
     def forward_decoder(self, latents: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
         """Predict the HOG of every cell from each tap: list of [B, cells_k, 3*nbins], cells row-major."""
         visible = _visible_ids(mask, latents[0].shape[1] - 1)  # [B, V]
-        return [decoder(latent, visible) for decoder, latent in zip(self.decoder, latents, strict=True)]
+        pairs = zip(self.decoder, latents, strict=True)
+        return [run_cast_once(decoder, latent, visible) for decoder, latent in pairs]
 
     def hog_targets(self, img: Tensor) -> list[Tensor]:
         """HOG of a normalised image for each scale: list of [B, cells_k, 3*nbins]; see `HOGPyramid`."""

@@ -81,11 +81,12 @@ class ScaleDecoder(nn.Module):
     def forward(self, latent: Tensor, visible: Tensor) -> Tensor:
         """latent [B, 1+V, D], visible int64 [B, V] -> [B, cells, out_channels], cells row-major."""
         x = self.embed(latent)  # [B, 1+V, d]
-        batch, _, dim = x.shape
+        batch, count, dim = x.shape
         height, width = self.grid_size
+        cls_token, seen = x.split([1, count - 1], 1)  # one operation backward, where two slices are five
         tokens = self.mask_token.to(x.dtype).expand(batch, height * width, dim)
-        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, dim), x[:, 1:])  # [B, L, d]
-        x = torch.cat([x[:, :1], tokens], 1) + self.pos_embed  # [B, 1+L, d]
+        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, dim), seen)  # [B, L, d]
+        x = torch.cat([cls_token, tokens], 1) + self.pos_embed  # [B, 1+L, d]
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)[:, 1:]  # [B, L, d]

@@ -102,7 +102,7 @@ def _read(path: Path, contrast: str) -> np.ndarray:
     if photometric == "MONOCHROME1" or _air_is_bright(shade, ds):
         shade = 1.0 - shade
     table = np.floor(shade * 255.0 + 0.5).astype(np.uint8)
-    gray = table[inside - np.int64(lowest)]
+    gray = table[inside.astype(np.int64) - lowest]
     if len(values) > 1 and gray.min() == gray.max():
         raise UserError(
             f"{path}: DICOM whose rescaling or window makes all pixels the same gray; --dicom_contrast "

@@ -88,13 +88,13 @@ def patch_iou(prediction: Map, target: Map, patch_size: int = 16) -> Tensor:
     store them. 1 where neither map has a significant patch. H and W are multiples of `patch_size`; at
     224 x 224 there are 14 x 14 patches.
     """
-    first, second = (_significant(values, patch_size) for values in (prediction, target))  # [..., L]
+    first, second = (gaze_patches(values, patch_size) for values in (prediction, target))  # [..., L]
     union = (first | second).sum(-1).double()
     return torch.where(union > 0, (first & second).sum(-1) / union.clamp(min=1), 1.0)
 
 
-def _significant(values: Map, patch_size: int) -> Tensor:
-    """Significant patches of maps [..., H, W]: bool [..., L]."""
+def gaze_patches(values: Map, patch_size: int) -> Tensor:
+    """Significant patches of maps [..., H, W] >= 0, as trees store them: bool [..., L]; see `patch_iou`."""
     values = torch.as_tensor(values).double()
     maps = values.reshape(-1, *values.shape[-2:])
     levels = to_levels(maps)

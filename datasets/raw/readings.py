@@ -7,6 +7,7 @@ heatmaps, writing the processed tree, the gaze analysis) is the same for all of 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
+# In the root of a raw data set whose gaze is made up; see `is_simulated`.
+SIMULATED_FILE = "SIMULATED_GAZE.txt"
 ELLIPSE_COLUMNS = ("xmin", "ymin", "xmax", "ymax", "certainty")
 
 
@@ -48,6 +51,20 @@ class Reading(ABC):
         Raises `UserError` naming file, row and column.
         """
 
+    def fixations_origin(self) -> str:
+        """Digest of what `load_fixations` reads; by default the content of `fixations_path`."""
+        try:
+            return hashlib.blake2b(self.fixations_path.read_bytes(), digest_size=10).hexdigest()
+        except OSError as error:
+            return f"errno {error.errno}"
+
+    def origin(self) -> list:
+        """All that its map and its entry are made from, JSON; not where the files are."""
+        return [
+            self.id, self.study_id, self.subject_id, self.image_id, self.image_size, dict(self.labels), self.split,
+            self.phase, self.source, self.fixations_origin(),
+        ]  # fmt: skip
+
     def load_ellipses(self) -> pd.DataFrame:
         """One row per marked abnormality: the box xmin, ymin, xmax, ymax (pixels of the original
         image) around an axis-aligned ellipse, certainty 1-5, and one bool column per label of the
@@ -57,6 +74,15 @@ class Reading(ABC):
     def load_chest_box(self) -> tuple[float, float, float, float] | None:
         """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None where there is none."""
         return None
+
+
+def is_simulated(root: Path) -> bool:
+    """Whether the raw data set at `root` says that its gaze is made up, as scripts/make_phantom.py marks it.
+
+    Preparation carries the mark into the entries of the index as `"simulated": true`, and every picture
+    prints it.
+    """
+    return (root / SIMULATED_FILE).is_file()
 
 
 @dataclass(frozen=True)
