@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,10 @@ class EgdReading(Reading):
 
     rows: pd.DataFrame = field(repr=False, compare=False)
     sigma: float
+
+    def fixations_origin(self) -> str:
+        rows = self.rows.to_csv(index=False).encode()
+        return f"{self.sigma} {hashlib.blake2b(rows, digest_size=10).hexdigest()}"
 
     def load_fixations(self) -> pd.DataFrame:
         """As `Reading.load_fixations`; fixations off the picture are dropped, the picture was always
