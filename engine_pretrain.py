@@ -19,7 +19,6 @@ from util.finite import FiniteWatch, poison, update_was_skipped
 from util.logging import Progress, RunLog
 from util.lr_sched import learning_rate
 from util.masking import mask_generator, masked_count, significant_patches
-from util.resume import Setting
 from util.stop import GO_ON
 
 
@@ -62,10 +61,9 @@ class Training:
         model: what is called, wrapped for several ranks; `core` is the bare CXRMIM in it.
         scaler: scales the loss under float16; with any dtype it skips, on the device, an update whose
             gradient is not finite.
-        dataset: all samples.
         batches: iterator over this rank's batches of all epochs.
+        dataset_size: samples of the whole data set; `samples` is the digest of their names and order.
         steps_per_epoch: of this rank.
-        setting: where and on what is trained, for the checkpoints.
         watch: finds non-finite numbers and requests to stop.
         waited: seconds spent waiting for data since the start.
     """
@@ -74,14 +72,14 @@ class Training:
     core: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    dataset: Dataset
     batches: Iterator[Mapping[str, Tensor]]
+    dataset_size: int
     steps_per_epoch: int
-    setting: Setting
     watch: FiniteWatch
     ranks: Ranks
     log: RunLog
     progress: Progress
+    samples: str | None = None
     waited: float = field(default=0.0)
 
 
@@ -188,9 +186,9 @@ def report(training: Training, epoch: int, step: int, meters: Meters, lr: float,
     )
 
 
-def describe_run(training: Training, args, epoch: int) -> str:
+def describe_run(training: Training, dataset: Dataset, args, epoch: int) -> str:
     """What a user checks before leaving a run alone for hours, with a loud warning where gaze is void."""
-    core, dataset, world_size = training.core, training.dataset, training.ranks.world_size
+    core, world_size = training.core, training.ranks.world_size
     n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
     sample = [dataset[(epoch, i)] for i in range(min(32, len(dataset)))]
     foreground = torch.stack([item["foreground"] for item in sample])

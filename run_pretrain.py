@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
-from util.resume import Setting, describe_mismatch, own_sums, restore, run_state
+from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.weights import load_initial_weights
 
@@ -167,8 +168,6 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     with hold_output(args.output_dir, args.log_dir, ranks=ranks):
         with signals.at_once():  # so far there is nothing to save
             training, epoch, step, meters = set_up(args, ranks, signals)
-            if ranks.is_main:
-                print(describe_run(training, args, epoch), flush=True)
         epoch, step, request = train(training, args, epoch, step, meters)
         training.progress.close()
         training.log.close()
@@ -191,7 +190,7 @@ def set_up(
     if resumed is None and (path := initial_weights(args)):
         ranks.say(load_initial_weights(core, path))
     dataset = build_data(args)  # after what fails sooner: a cache may be built first, which takes minutes
-    setting = Setting.of(ranks, len(dataset), dataset.identity())
+    samples = dataset.identity()
     optimizer = torch.optim.AdamW(
         parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
     )
@@ -203,8 +202,9 @@ def set_up(
     meters = Meters.zeros(len(core.scale_list), ranks.device)
     epoch, step = args.start_epoch, 0
     if resumed is not None:
-        state = load_to_go_on(resumed, args, core, setting, ranks)
-        restore(state, core, optimizer, scaler, watch)
+        state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(dataset), samples), ranks)
+        core.load_state_dict(state["model"])
+        restore_optimizer(optimizer, scaler, state, watch)
         meters.sums.copy_(own_sums(state, ranks))
         epoch, step = state["epoch"] + 1, state["step"]
     loader = build_loader(args, dataset, ranks, epoch, step)
@@ -218,8 +218,21 @@ def set_up(
         core.compile()
     model = distributed.parallel(core, ranks)
     training = Training(
-        model, core, optimizer, scaler, dataset, iter(loader), steps, setting, watch, ranks, log, progress
+        model,
+        core,
+        optimizer,
+        scaler,
+        iter(loader),
+        len(dataset),
+        steps,
+        watch,
+        ranks,
+        log,
+        progress,
+        samples,
     )
+    if ranks.is_main:
+        print(describe_run(training, dataset, args, epoch), flush=True)
     return training, epoch, step, meters
 
 
@@ -249,8 +262,8 @@ def train(
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
     """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
     state = run_state(
-        training.core, training.optimizer, training.scaler, training.watch, setting=training.setting, epoch=epoch,
-        step=step, args=vars(args), sums=meters.sums, ranks=training.ranks,
+        training.core, training.optimizer, training.scaler, epoch=epoch, step=step, args=vars(args), sums=meters.sums,
+        ranks=training.ranks, dataset_size=training.dataset_size, samples=training.samples, watch=training.watch,
     ) | {"model_config": training.core.config}  # fmt: skip
 
     def write() -> None:
@@ -269,7 +282,7 @@ def load_to_go_on(
 ) -> dict:
     """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
     state = load_checkpoint(path)
-    if table := describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, setting=setting):
+    if table := describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting)):
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     check_same_model(state.get("model_config", {}), core.config, path)
     ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")

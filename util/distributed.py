@@ -133,10 +133,11 @@ def on_main(ranks: Ranks, work: Callable[[], object]) -> object:
     return result
 
 
-def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
+def parallel(model: nn.Module, ranks: Ranks, *, sync_buffers: bool = False) -> nn.Module:
     """The model as several ranks train it together; in a single process the model itself.
 
-    Its buffers must be constants, alike on all ranks: no forward pass synchronises them.
+    Its buffers must be constants, alike on all ranks, unless `sync_buffers`: each training step then starts
+    from rank 0's (as batch norm's running statistics need).
     """
     if ranks.world_size == 1:
         return model
@@ -147,7 +148,7 @@ def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
         model,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{_SYNCHRONISE_BUFFERS: False},
+        **{_SYNCHRONISE_BUFFERS: sync_buffers},
     )
 
 
@@ -168,6 +169,13 @@ def _in_layout_of(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tens
     if gradient.stride() != parameter.stride() and gradient.is_contiguous() and parameter.is_contiguous():
         return gradient.as_strided(parameter.shape, parameter.stride())
     return gradient
+
+
+def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give all ranks rank 0's buffers: before a model with `sync_buffers` is evaluated or saved."""
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def stop() -> None:

@@ -1,7 +1,8 @@
 """Going on from a checkpoint exactly: what a run's state is, how it is put back, which changes can't go on.
 
 Nothing here knows what is trained. A task calls `describe_mismatch` with the flags that shape its model,
-and puts all back with `restore` and `own_sums`; `run_state` is the other way round.
+loads its weights from `state["model"]`, and puts the rest back with `restore_optimizer` and `own_sums`;
+`run_state` is the other way round.
 """
 
 from __future__ import annotations
@@ -60,14 +61,15 @@ def run_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    watch: FiniteWatch,
     *,
-    setting: Setting,
     epoch: int,
     step: int,
     args: Mapping[str, Any],
     sums: Tensor,
     ranks: Ranks,
+    dataset_size: int,
+    samples: str | None = None,
+    watch: FiniteWatch | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds (`util.checkpoint`). All ranks call this, since each has sums of its own.
 
@@ -77,42 +79,43 @@ def run_state(
         step: micro-steps done in the next.
         args: the command line's options.
         sums: this rank's sums over the epoch so far, of one shape on all ranks.
+        dataset_size, samples: number of samples, and the digest of their names and order where it is known.
+        watch: counts what was left out so far.
     """
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "watch": watch.state_dict(),
+        "watch": {} if watch is None else watch.state_dict(),
         "epoch": epoch,
         "step": step,
         "args": dict(args),
         "meters": {"sums": ranks.gather(sums.tolist())},
-        **asdict(setting),
+        **asdict(Setting.of(ranks, dataset_size, samples)),
         "format": FORMAT,
     }
 
 
-def restore(
-    state: Mapping[str, Any],
-    model: nn.Module,
+def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    watch: FiniteWatch,
+    state: Mapping[str, Any],
+    watch: FiniteWatch | None = None,
 ) -> None:
-    """Put back weights, moments, loss scale and the count of what was left out, but not the optimiser's
+    """Put back moments, loss scale and the count of what was left out, but not the optimiser's
     hyper-parameters, which this command sets.
 
     A scale is put back from float16 to float16 only: elsewhere it stays 1 (`util.finite.make_scaler`), and
     under float16 a scale of 1 would stay too low for long.
     """
-    model.load_state_dict(state["model"])
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     if state["args"]["dtype"] == "float16":
         scaler.load_state_dict(state["scaler"])
-    watch.load_state_dict(state.get("watch", {}))
+    if watch is not None:
+        watch.load_state_dict(state.get("watch", {}))
 
 
 def own_sums(state: Mapping[str, Any], ranks: Ranks) -> Tensor:
@@ -126,7 +129,10 @@ def describe_mismatch(
     args: Mapping[str, Any],
     *,
     shape_flags: Collection[str],
-    setting: Setting,
+    world_size: int,
+    dataset_size: int,
+    samples: str | None = None,
+    threads: int | None = None,
 ) -> str:
     """Compare a checkpoint with the flags of the run that would go on from it.
 
@@ -140,9 +146,10 @@ def describe_mismatch(
     Args:
         args: the flags of the run that would go on.
         shape_flags: those of the task that shape the weights: with another value the checkpoint does not fit.
-        setting: its processes, data and threads.
+        world_size, dataset_size, samples, threads: its `Setting`.
     """
-    old, before, world_size = checkpoint["args"], Setting.in_checkpoint(checkpoint), setting.world_size
+    old, before = checkpoint["args"], Setting.in_checkpoint(checkpoint)
+    setting = Setting(world_size, dataset_size, samples, threads)
     changed = {
         key: (old[key], args[key])
         for key in old

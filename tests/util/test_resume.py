@@ -14,8 +14,10 @@ def describe_mismatch(
     state: dict, args: dict, *, world_size: int, dataset_size: int = 100, samples: str | None = None,
     threads: int | None = None,
 ) -> str:  # fmt: skip
-    setting = resume.Setting(world_size, dataset_size, samples, threads)
-    return resume.describe_mismatch(state, args, shape_flags=SHAPE_FLAGS, setting=setting)
+    return resume.describe_mismatch(
+        state, args, shape_flags=SHAPE_FLAGS, world_size=world_size, dataset_size=dataset_size, samples=samples,
+        threads=threads,
+    )  # fmt: skip
 
 
 def test_unchanged_flags_say_nothing():
