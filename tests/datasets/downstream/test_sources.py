@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import prepare_reflacx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from datasets.downstream.labelled import (
     write_split,
 )
 from datasets.downstream.splits import split_by_subject
+from datasets.phantom.reflacx import make_study
 from util.errors import UserError
 
 
@@ -344,7 +346,8 @@ def test_numbers_are_never_names_of_findings(table):
     message = refused("csv", table.parent, need_images=False)
     assert "line 3, column 'labels': '1.0' is a number" in message
     write(table, "path,labels", *(f"{i}.png,{[1.0, 0.0, -1.0, ''][i % 4]}" for i in range(9)))
-    images = read_dataset("csv", table.parent, need_images=False, uncertain="ignore")
+    images = read_dataset("csv", table.parent, need_images=False)
+    assert any("2 cells are uncertain (-1); rule: ignore" in note for note in images.notes)
     assert images.label_names == ["labels"]
     assert np.isnan(images.labels).sum() == 4
     write(table, "path,labels", *(f"{i}.png," for i in range(9)))
@@ -530,3 +533,34 @@ def test_labelled_images_refuse_what_no_reader_may_give():
         made_up([[2]], "t")
     with pytest.raises(ValueError, match="exactly one class"):
         made_up([[1, 1]], "t", "multiclass")
+
+
+@pytest.mark.parametrize("cell", ["", "-1", "2", "x"])
+def test_rsna_takes_no_other_target(rsna, cell):
+    path = rsna / "stage_2_train_labels.csv"
+    path.write_text(path.read_text().replace("p03,,,,,1", f"p03,,,,,{cell}"))
+    assert f"line 5, column 'Target': {cell!r} is no label" in refused("rsna", rsna, need_images=False)
+
+
+def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
+    study = make_study(tmp_path, 40, size=(64, 52), shared_images=4)
+    where = {"--raw": study.raw, "--images": study.images, "--out": tmp_path / "tree"}
+    options = [str(word) for pair in where.items() for word in pair]
+    assert prepare_reflacx.main([*options, "--sigma", "20"]) == 0
+    images = read_dataset("tree", tmp_path / "tree")
+    truth = {image.path.stem: image for image in study.truth}
+    assert images.label_names[0] == "Any finding" and len(images) == 40
+    for file, subject, part, labels in zip(
+        images.files, images.subjects, images.parts, images.labels, strict=True
+    ):
+        image = truth[file.stem]
+        assert subject == image.subject_id
+        assert part == {"train": TRAIN, "validate": VALID, "test": TEST}[image.split]
+        if file.stem not in {other.path.stem for other in study.truth[:4]}:  # one reader, always sure enough
+            assert bool(labels[0]) == bool(image.lesions)
+    folds = read_dataset("tree", [tmp_path / "tree"], split="folds", labels=["Any finding"])
+    assert set(folds.parts) == {""} and folds.label_names == ["Any finding"]
+    strict = read_dataset("tree", tmp_path / "tree", min_certainty=5)
+    assert np.nansum(strict.labels) < np.nansum(images.labels)
+    assert "--labels Cough" in refused("tree", tmp_path / "tree", labels=["Cough"])
+    assert "--csv has no effect" in refused("tree", tmp_path / "tree", csv=tmp_path / "a.csv")
