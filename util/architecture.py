@@ -106,7 +106,7 @@ def attention_heads(
         raise UserError(
             f"{info.path}: the file does not say how many attention heads its encoder has (width {width}, "
             f"{depth} blocks{', ' + name if 'model' in info.args else ''}); say it with --num_heads "
-            "(visualize.py, export_backbone.py; the other programs read the export)"
+            "(visualize.py, export_backbone.py, run_downstream.py; the other programs read the export)"
         )
     return heads, f"of every ViT-{size}; the file does not say"
 
