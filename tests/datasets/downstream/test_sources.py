@@ -171,6 +171,11 @@ def test_an_image_that_could_be_two_files_is_asked_about(rsna):
     assert "images/p07.png" in message and "masks/p07.png" in message and "--images" in message
     assert len(read_dataset("rsna", rsna, images=rsna / "images")) == 40
     (rsna / "masks/p07.png").write_bytes((rsna / "images/p07.png").read_bytes())  # a copy is no question
+    same_size = bytearray((rsna / "images/p07.png").read_bytes())
+    same_size[0] ^= 1
+    (rsna / "masks/p07.png").write_bytes(same_size)
+    assert "masks/p07.png" in refused("rsna", rsna)
+    (rsna / "masks/p07.png").write_bytes((rsna / "images/p07.png").read_bytes())
     touch(rsna, "dicom/p08.dcm")
     images = read_dataset("rsna", rsna)
     assert images.files[images.ids.index("p08")].suffix == ".png"
@@ -204,6 +209,14 @@ def test_a_path_is_never_matched_by_its_name_alone(tmp_path):
     absolute = [f"{tmp_path}/{row}" for row in rows]
     write(path, "path,labels", *absolute)
     assert read_dataset("csv", tmp_path, split="folds").files == images.files
+
+
+def test_names_that_differ_in_their_suffix_alone_are_two_images(tmp_path):
+    write(tmp_path / "labels.csv", "path,labels", "1.png,1", "1.jpg,0", "b\\2.png,1", "./3.png,0")
+    touch(tmp_path, "x/1.png", "x/1.jpg", "b/2.png", "3.png")
+    images = read_dataset("csv", tmp_path, split="folds")
+    found = [file.relative_to(tmp_path).as_posix() for file in images.files]
+    assert found == ["x/1.png", "x/1.jpg", "b/2.png", "3.png"]
 
 
 def test_a_circle_of_links_ends(rsna):
