@@ -266,7 +266,7 @@ def check(monkeypatch, **options):
 
 
 def test_twenty_histories(monkeypatch):
-    check(monkeypatch, max_examples=20, stateful_step_count=10, derandomize=True)
+    check(monkeypatch, max_examples=20, stateful_step_count=8, derandomize=True)
 
 
 @pytest.mark.slow
