@@ -42,9 +42,8 @@ class _Caught(Dataset):
             return error.with_traceback(None)
 
 
-def _collate(collate: Callable[[list], Any], samples: Any) -> Any:
-    group = samples if isinstance(samples, list) else [samples]
-    return next((sample for sample in group if isinstance(sample, UserError)), None) or collate(samples)
+def _collate(collate: Callable[[list], Any], samples: list) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
