@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import DEFAULT_SIGMA
+from util.cli import finite_float
 from util.cpus import available_cpus
 from util.errors import run_cli
 
@@ -54,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add(
         "--sigma",
-        type=float,
+        type=finite_float,
         default=DEFAULT_SIGMA,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
     )

@@ -71,6 +71,8 @@ tell_ranks() {
 trap tell_ranks USR1
 trap 'kill -TERM "$launcher"' TERM
 while wait "$launcher"; status=$?; kill -0 "$launcher" 2>/dev/null; do :; done
+# Where it ended while the signal was handled, its own status is still to be had.
+if ((status > 128)); then wait "$launcher" 2>/dev/null; own=$?; ((own == 127)) || status=$own; fi
 exit "$status"
 NODE
 
@@ -103,6 +105,7 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$on_each_node" on_each_no
 job=$!
 # A trapped signal interrupts wait; the job is still running then.
 while wait "$job"; status=$?; kill -0 "$job" 2>/dev/null; do :; done
+if ((status > 128)); then wait "$job" 2>/dev/null; own=$?; ((own == 127)) || status=$own; fi
 
 if [[ $status -ne 0 && $requeue == yes ]]; then
     # The same command goes on from the newest whole checkpoint.

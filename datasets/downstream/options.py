@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from datasets.downstream.labels import LabelledImages, read_csv_labels, read_tree_labels
+from util.cli import finite_float
 from util.errors import UserError
 
 
@@ -19,7 +20,7 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--min_certainty",
-        type=float,
+        type=finite_float,
         default=3,
         help="a tree's finding is present from this certainty (0-5) on",
     )
