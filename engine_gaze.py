@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from datasets.gaze_maps import TEST, GazeImage, GazeSamples, GazeStudy, resize_whole
 from engine_pretrain import Training, set_learning_rate, update
-from models_gaze import GazeNet, density_at
+from models_gaze import GazeNet
 from util import saliency
 from util.distributed import Ranks
 from util.files import atomic_write
@@ -174,7 +174,7 @@ def judge(
     model.eval()
     fixations = _pixels_of_fixations(study, images)
     subjects = np.array([subject for subject, _ in fixations.values()])
-    prior = density_at(model.log_prior[None].cpu(), (JUDGED_AT, JUDGED_AT))[0]
+    prior = _at_judged_size(model.log_prior[None])
     rows = []
     for number, image in enumerate(images):
         _, predicted, levels = predict_image(model, study, image, device)
@@ -291,5 +291,10 @@ def predict_image(
     """Radiograph [224, 224] in 0..1, predicted density [224, 224], and the readings' heatmaps, uint8 [R, 224, 224]."""
     gray = resize_whole(study.planes(image)[0], JUDGED_AT)[0].numpy() / 255
     img = resize_whole(study.planes(image)[0], model.input_size)
-    predicted = density_at(model(img[None].to(device)).cpu(), (JUDGED_AT, JUDGED_AT))[0]
+    predicted = _at_judged_size(model(img[None].to(device)))
     return gray, predicted, study.levels(image, JUDGED_AT)
+
+
+def _at_judged_size(log_density: Tensor) -> Tensor:
+    """float64 [224, 224] from a logarithm [1, G, G]."""
+    return saliency.resize_density(log_density.cpu().double().exp(), (JUDGED_AT, JUDGED_AT))[0]

@@ -231,14 +231,6 @@ def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) 
     return f"encoder weights from {path}: {len(found)} tensors{rest}"
 
 
-def density_at(log_density: Tensor, size: tuple[int, int]) -> Tensor:
-    """Predicted maps on another grid: float64 [B, height, width] of sum 1, bilinear, from [B, G, G]."""
-    maps = F.interpolate(
-        log_density.double().exp()[:, None], size=size, mode="bilinear", align_corners=False
-    )[:, 0]
-    return maps / maps.sum((-2, -1), keepdim=True)
-
-
 def load_gaze_net(path: str | os.PathLike) -> GazeNet:
     """The model of a checkpoint of run_gaze.py, on the CPU in eval mode.
 

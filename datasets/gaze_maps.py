@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets import detect_tree
+from datasets.build import detect_tree
 from datasets.cache import add_cache
 from datasets.transforms import Box, crop_resize_flip
 from datasets.tree import GazeTree, SampleError

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from models_gaze import PRIOR_FLOOR, GazeNet, density_at, load_encoder
+from models_gaze import PRIOR_FLOOR, GazeNet, load_encoder
 from util.errors import UserError
 from util.export import read_backbone
 
@@ -46,13 +46,6 @@ def test_starts_from_the_prior_and_learns(backbone, decoder, args):
     after = model(img)
     assert torch.allclose(after.exp().sum((1, 2)), torch.ones(2), atol=1e-5)
     assert (after[:, 0, 0] > log_p[:, 0, 0]).all()
-
-
-def test_density_on_another_grid():
-    log_p = prior(16).log()[None]
-    out = density_at(log_p, (50, 30))
-    assert out.shape == (1, 50, 30) and float(out.sum()) == pytest.approx(1)
-    assert torch.allclose(density_at(log_p, (16, 16))[0], prior(16), atol=1e-12)
 
 
 def test_encoder_weights_are_timms():

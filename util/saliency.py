@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from util.masking import otsu_foreground, significant_patches
@@ -110,6 +111,13 @@ def to_levels(maps: Tensor) -> Tensor:
     peak = maps.amax((-2, -1), keepdim=True)
     scaled = maps * (255.0 / torch.where(peak > 0, peak, 1.0))
     return (scaled + 0.5).floor().to(torch.uint8)
+
+
+def resize_density(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Densities [B, G, G] on another grid, bilinear: [B, height, width] of sum 1, in their dtype."""
+    if tuple(maps.shape[-2:]) != tuple(size):
+        maps = F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    return maps / maps.sum((-2, -1), keepdim=True)
 
 
 def fixation_pixels(x: Map, y: Map, size: tuple[int, int]) -> Tensor:
