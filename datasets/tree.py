@@ -120,6 +120,7 @@ class GazeTree(Dataset):
     @abstractmethod
     def entry_files(self, entry: dict[str, Any]) -> EntryFiles:
         """Where the files of an entry are; for a missing file, where it should be."""
+        raise NotImplementedError(f"{type(self).__name__}.entry_files: a tree type says where its files are")
 
     def entry_problem(self, entry: Any) -> str | None:
         """What is wrong with an entry of the index, if anything."""
