@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from datasets.gaze_maps import TEST, TRAIN, VALIDATE, GazeSamples, GazeStudy
 from datasets.sampler import TrainBatches
@@ -21,6 +20,7 @@ from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
+from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
@@ -300,7 +300,7 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
 
 def build_loader(
     args: argparse.Namespace, samples: GazeSamples, ranks: distributed.Ranks, epoch: int, step: int
-) -> DataLoader:
+) -> SampleLoader:
     """This rank's batches from a place to the end of training."""
     try:
         sampler = TrainBatches(
@@ -309,7 +309,7 @@ def build_loader(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    return DataLoader(
+    return SampleLoader(
         samples,
         batch_sampler=sampler,
         num_workers=args.num_workers,
