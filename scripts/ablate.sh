@@ -62,11 +62,12 @@ for seed in $SEEDS; do
 done > "$OUT/runs.txt"
 xargs -P "$JOBS" -L 1 bash -c 'pretrain "$@"' _ < "$OUT/runs.txt"
 
-names=() runs=() backbones=()
+runs=() weights=()
 while read -r name _; do
-  names+=("$name") runs+=("$OUT/runs/$name") backbones+=("$OUT/runs/$name/backbone.pth")
+  runs+=("$OUT/runs/$name") weights+=("$name=$OUT/runs/$name/backbone.pth")
 done < "$OUT/runs.txt"
-"$PYTHON" scripts/linear_probe.py "${backbones[@]}" --names "${names[@]}" \
-  --data_path "$OUT/probe/tree" --split kfold --baselines random pixels --num_workers 0 --out "$OUT" > "$OUT/probe.txt"
+"$PYTHON" run_downstream.py --dataset tree --data_path "$OUT/probe/tree" --split folds --method probe --seeds 0 \
+  --weights "${weights[@]}" random pixels --min_positives 10 --normalisation imagenet --device cpu --num_workers 0 \
+  --output_dir "$OUT/downstream" > "$OUT/probe.txt"
 "$PYTHON" scripts/plot_log.py "${runs[@]}" --out "$OUT/loss.png" > /dev/null
-"$PYTHON" scripts/ablate_table.py "$OUT/probe.csv" --out "$OUT/table.csv"
+"$PYTHON" scripts/ablate_table.py "$OUT/downstream/results.csv" --out "$OUT/table.csv"

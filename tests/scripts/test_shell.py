@@ -91,10 +91,11 @@ case $1 in scripts/make_phantom.py) mkdir -p "$3" ;; scripts/export_backbone.py)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = notes.read_text().splitlines()
-    probe = next(line for line in lines if line.startswith("<scripts/linear_probe.py>"))
-    assert probe.count(f"<{out}/runs/") == 12 and f"<{out}/runs/block_weighted_s1/backbone.pth>" in probe
+    probe = next(line for line in lines if line.startswith("<run_downstream.py>"))
+    assert probe.count(f"={out}/runs/") == 12
+    assert f"<block_weighted_s1={out}/runs/block_weighted_s1/backbone.pth><random><pixels>" in probe
     plot = next(line for line in lines if line.startswith("<scripts/plot_log.py>"))
-    assert plot.count(f"<{out}/runs/") == 12 and "<block_weighted_s1><--data_path>" in probe
+    assert plot.count(f"<{out}/runs/") == 12
     assert any("<--lesion_kinds><nodule><mass><--lesion_size>" in line for line in lines)
     assert sum("<--gaze_weighted>" in line for line in lines) == 6
     assert not any("<>" in line for line in lines)
