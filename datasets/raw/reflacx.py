@@ -138,16 +138,20 @@ def read_reflacx(raw: Path) -> RawReadings:
             _read_phase(path, phase, seen, result)
         else:
             result.notes.append(f"{path.name} is not there: no readings of phase {phase}")
-    unnamed = [
-        path.name for path in (root / "main_data").iterdir() if path.is_dir() and path.name not in seen
-    ]
-    if unnamed:
-        result.notes.append(
-            f"{len(unnamed)} directories of main_data are of no reading in the metadata, e.g. {min(unnamed)}"
-        )
+    _note_unnamed(root / "main_data", seen, result)
     result.readings.sort(key=lambda reading: reading.id)
     result.exclusions.sort(key=lambda exclusion: exclusion.id)
     return result
+
+
+def _note_unnamed(main_data: Path, seen: set[str], result: RawReadings) -> None:
+    """Readings that are there but not in their phase's metadata would be lost without a word."""
+    phases = [f"P{phase}" for phase in PHASES if (main_data / f"metadata_phase_{phase}.csv").exists()]
+    names = [path.name for path in main_data.iterdir() if path.is_dir() and path.name[:2].upper() in phases]
+    if unnamed := sorted(set(names) - seen):
+        result.notes.append(
+            f"{len(unnamed)} directories of {main_data} are of no reading in the metadata, e.g. {unnamed[0]}"
+        )
 
 
 def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> None:
@@ -194,8 +198,9 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading |
     study = PurePosixPath(image).parent.name
     if not (study.startswith("s") and study[1:].isalnum()):
         raise UserError(f"{where('image')} {image!r} does not end in s<study>/<dicom_id>.dcm")
-    if PurePosixPath(image).stem != row["dicom_id"]:
-        raise UserError(f"{where('image')} {image!r} is not the image of dicom_id {row['dicom_id']!r}")
+    image_id = check_id(row["dicom_id"], where("dicom_id"))
+    if PurePosixPath(image).stem != image_id:
+        raise UserError(f"{where('image')} {image!r} is not the image of dicom_id {image_id!r}")
     width, height = size_xy = [_number(row[column], where(column)) for column in _SIZE_COLUMNS]
     if min(size_xy) < 1:
         raise UserError(f"{where(_SIZE_COLUMNS[0])} image size {width:g} x {height:g} is not positive")
@@ -213,7 +218,7 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading |
         id=name,
         study_id=study[1:],
         subject_id=check_id(row["subject_id"], where("subject_id")),
-        image_id=check_id(row["dicom_id"], where("dicom_id")),
+        image_id=image_id,
         image_path=image,
         image_size=(round(height), round(width)),
         labels=labels,
