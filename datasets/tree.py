@@ -26,6 +26,7 @@ from datasets.transforms import (
     sample_rng,
     scale_box,
 )
+from util.cpus import available_cpus
 from util.errors import UserError
 from util.images import read_gray
 from util.masking import otsu_foreground
@@ -244,7 +245,7 @@ def read_index(path: Path) -> list[Any]:
     if not path.parent.is_dir():
         raise UserError(f"--data_path: {path.parent} is not a directory")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; scripts/prepare_reflacx.py writes it") from None
     except OSError as error:
@@ -279,11 +280,6 @@ def in_threads(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_tree(tree_type: type[GazeTree], root: Path, preload: bool) -> list[Problem]:

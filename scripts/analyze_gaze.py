@@ -5,7 +5,6 @@ over elsewhere, and how many patches the gaze makes significant. Writes CSV tabl
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import SOURCES
 from datasets.raw.egd import DEFAULT_SIGMA
+from util.cpus import available_cpus
 from util.errors import run_cli
 
 
@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=DEFAULT_SIGMA,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
     )
-    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
+    add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     return parser  # fmt: skip
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""From MIMIC-CXR-JPG and heatmaps of your own gaze predictor to the MIMIC tree that run_pretrain.py reads."""
+"""From MIMIC-CXR-JPG and heatmaps of a gaze predictor to the MIMIC tree that run_pretrain.py reads."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
+from util.cpus import available_cpus
 from util.errors import run_cli
 
 
@@ -31,16 +31,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--heatmaps",
         type=Path,
-        required=True,
+        default=None,
         help="directory, any depth, with one 8-bit PNG or NPY [height, width] per image, over all of it, "
-        "of any size, the dicom_id in the file's name",
+        "of any size, the dicom_id in the file's name; without it images alone, for scripts/predict_gaze.py",
     )
     add("--out", type=Path, required=True, help="where the tree goes")
     add(
         "--metadata",
         type=Path,
         default=None,
-        help="mimic-cxr-2.0.0-metadata.csv, .gz or not; by default the one in --images",
+        help="mimic-cxr-2.0.0-metadata.csv, .gz or not; by default the one in --images; not needed for --views all",
     )
     add(
         "--views",
@@ -48,8 +48,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=list(FRONTAL),
         help="values of ViewPosition to take, frontal ones by default; all = any",
     )
+    add(
+        "--exclude",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="dicom_ids and subject_ids to leave out, one a line, such as those that an evaluation will use",
+    )
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
-    add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
+    add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
     add(
         "--dry_run",

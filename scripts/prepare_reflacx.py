@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import DEFAULT_SIGMA
+from util.cpus import available_cpus
 from util.errors import run_cli
 
 
@@ -61,7 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=available_cpus(),
         help="processes; the result does not depend on it",
     )
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")

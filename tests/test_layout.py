@@ -25,7 +25,6 @@ MOVING = {"util/probe.py", "util/finetune.py"}
 LONG = {
     "scripts/benchmark.py",
     "datasets/analysis/measure.py",
-    "datasets/prepare/readings.py",
     "util/probe.py",
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -23,24 +22,33 @@ from util.files import atomic_write
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_END = b"\xff\xd9"
 GRAY_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")  # Pillow's names of what 8-bit PNG and JPG decode to
+COLOUR_MODES = ("P", "RGB", "RGBA")
 MORE_MODES = ("CMYK", "I;16", "I;16B", "I")  # which `read_intensities` takes too
 
+MAX_PIXELS = 2**30  # more is no radiograph, and would fill the memory
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, 179 million, calls such files an attack
+# EXIF orientation -> what brings the array upright.
+TURNS = {
+    2: np.fliplr,
+    3: lambda array: np.rot90(array, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda array: np.rot90(array, -1),
+    7: lambda array: np.rot90(array, 2).T,
+    8: np.rot90,
+}
+SIDEWAYS = (5, 6, 7, 8)  # height and width change places
 
-def read_gray(path: str | os.PathLike) -> np.ndarray:
-    """Decode an 8-bit PNG or JPG to gray: uint8 [H, W], a fresh array.
 
-    Colour becomes gray by ITU-R 601-2 luma (Pillow's mode "L"); an alpha channel is ignored.
-    Raises UserError, naming the file, where it is missing, unreadable, empty, not a PNG or JPG,
-    truncated, damaged (any PNG checksum that does not match) or deeper than 8 bits.
+def read_gray(path: str | os.PathLike, *, colour: bool = True) -> np.ndarray:
+    """Decode an 8-bit PNG or JPG to gray: uint8 [H, W], a fresh array, turned as its EXIF orientation says.
+
+    Colour becomes gray by ITU-R 601-2 luma (Pillow's mode "L"), or with `colour=False` is an error unless the
+    channels are equal; an alpha channel is ignored. Raises UserError, naming the file, where it is missing,
+    unreadable, empty, not a PNG or JPG, truncated, damaged (any PNG checksum that does not match), deeper than
+    8 bits or larger than MAX_PIXELS.
     """
-    data = _read_bytes(path)
-    with _open(path, data) as image:
-        try:
-            gray = image if image.mode == "L" else image.convert("L")
-            return np.array(gray)
-        except (OSError, SyntaxError, ValueError) as error:
-            message = f"{path}: the image is truncated or damaged ({error}); get the file again"
-            raise UserError(message) from None
+    return _decode(path, colour=colour)
 
 
 def read_intensities(path: str | os.PathLike) -> np.ndarray:
@@ -49,26 +57,58 @@ def read_intensities(path: str | os.PathLike) -> np.ndarray:
     Like `read_gray`, but takes 16-bit gray PNG, whose range the caller has to scale, and CMYK JPG (by way
     of RGB). Raises UserError as `read_gray` does, also for 16-bit colour.
     """
+    return _decode(path, deep=True)
+
+
+def _decode(path: str | os.PathLike, *, deep: bool = False, colour: bool = True) -> np.ndarray:
     data = _read_bytes(path)
-    with _open(path, data, deep=True) as image:
+    with _open(path, data, deep=deep) as image:
+        turn = TURNS.get(_orientation(image))  # as the header says, like `image_size`
         try:
             if image.mode.startswith("I"):
-                return np.array(image).astype(np.uint16)
-            return np.array(image if image.mode == "L" else image.convert("L"))
+                gray = np.array(image).astype(np.uint16)
+            else:
+                if not colour and image.mode in COLOUR_MODES:
+                    _refuse_colour(path, image)
+                gray = np.array(image if image.mode == "L" else image.convert("L"))
         except (OSError, SyntaxError, ValueError) as error:
             message = f"{path}: the image is truncated or damaged ({error}); get the file again"
             raise UserError(message) from None
+    return gray if turn is None else np.ascontiguousarray(turn(gray))
+
+
+def _refuse_colour(path: str | os.PathLike, image: Image.Image) -> None:
+    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+    if not (np.array_equal(red, green) and np.array_equal(green, blue)):
+        raise UserError(
+            f"{path}: is in colour, whose gray is not the order of its colour scale; save the values themselves, as "
+            "8-bit gray PNG or NPY"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8, as far as the header before the pixels tells; 1 where nothing sensible is said."""
+    if not (data := image.info.get("exif")):
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(data)
+        return int(exif.get(0x0112, 1))
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error, EOFError, OSError):
+        return 1  # no reader turns an image by damaged EXIF data
 
 
 def image_size(path: str | os.PathLike, *, deep: bool = False) -> tuple[int, int]:
-    """(height, width) in pixels from the header of a PNG or JPG, without decoding it.
+    """(height, width) in pixels, turned as its EXIF orientation says, from the header of a PNG or JPG, without
+    decoding it.
 
     Raises UserError as `read_gray` does, or with `deep` as `read_intensities`, for what can be seen in the
     header.
     """
     try:
         with open(path, "rb") as file, _open(path, file, deep=deep) as image:
-            return image.height, image.width
+            size = image.height, image.width
+            return size[::-1] if _orientation(image) in SIDEWAYS else size
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -139,15 +179,17 @@ def _open(path: str | os.PathLike, source: bytes | io.BufferedReader, *, deep: b
         expected = "8-bit, or 16-bit gray" if deep else "8-bit"
         raise UserError(f"{path}: the PNG is {head[24]}-bit, expected {expected}; scale it to 0..255 first")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=("PNG", "JPEG"))
+        image = Image.open(file, formats=("PNG", "JPEG"))
     except UnidentifiedImageError:
         if head.startswith((PNG_SIGNATURE, b"\xff\xd8")):
             raise UserError(f"{path}: the header is truncated or damaged; get the file again") from None
         raise UserError(f"{path}: not a PNG or JPG image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: the header is damaged ({error}); get the file again") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(
+            f"{path}: {image.width} x {image.height} px are more than the {MAX_PIXELS:,} that are read; scale it down"
+        )
     if image.mode not in GRAY_MODES and not (deep and image.mode in MORE_MODES):
         raise UserError(f"{path}: pixels of type {image.mode}, expected 8-bit gray or RGB")
     return image

@@ -26,17 +26,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
-from datasets.prepare.readings import (
+from datasets.prepare.pixels import (
     PATCH_GRID,
-    SOURCES,
     attention_maps,
     count_significant,
-    detect_source,
-    reading_heatmap,
     resize_gray,
-    run_tasks,
     scaled_size,
 )
+from datasets.prepare.reading_maps import reading_gaze
+from datasets.prepare.readings import SOURCES, detect_source, without_image
+from datasets.prepare.work import run_tasks
 from datasets.raw.egd import DEFAULT_SIGMA
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
@@ -78,10 +77,10 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """An image to show: its reading, file, heatmap [H, W] and abnormal boxes (px of the original)."""
+    """An image to show: its reading, pixels and heatmap (both [H, W]) and abnormal boxes (px of the original)."""
 
     reading: Reading
-    path: Path
+    gray: np.ndarray
     size: tuple[int, int]
     heatmap: np.ndarray
     boxes: list[Box]
@@ -241,15 +240,28 @@ def analyze(
         )
     if size < 1:
         raise UserError(f"--size {size} is not positive")
+    raw = raw.resolve()
     source = source or detect_source(raw)
     found = SOURCES[source][1](raw, **({"sigma": sigma} if source == "egd" else {}))
     readings = [reading for reading in found.readings if split in ("all", reading.split)]
     if not readings:
         raise UserError(f"{raw}: no usable reading of split {split!r} ({found.n_found} in all)")
     exclusions, notes = list(found.exclusions), list(found.notes)
-    paths = {}
+    paths: dict[str, str] = {}
     if images is not None:
-        paths = find_images(images, {reading.image_id: reading.image_path for reading in readings})
+        place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
+        paths, notes = place.paths, [*notes, *place.notes]
+        exclusions += without_image(
+            (
+                reading
+                for reading in readings
+                if reading.image_size is None or reading.image_id in place.ambiguous
+            ),
+            place,
+            images,
+        )
+        left_out = {exclusion.id for exclusion in exclusions}
+        readings = [reading for reading in readings if reading.id not in left_out]
     if not paths and all(reading.image_size is None for reading in readings):
         raise UserError(
             f"{raw}: this data set does not say how large its images are: --images, with them, is needed"
@@ -301,10 +313,8 @@ def analyze(
         _patch_table(table["significant_patches"]), exclusions, notes,
     )  # fmt: skip
     by_id = {reading.id: reading for reading in readings}
-    chosen = _choose_examples(
-        table, {name for name, reading in by_id.items() if reading.image_id in paths}, n_examples
-    )
-    analysis.examples = [_example(by_id[name], paths, ratio, min_certainty) for name, ratio in chosen]
+    analysis.examples, not_shown = _examples(table, by_id, paths, n_examples, min_certainty)
+    analysis.exclusions += not_shown
     return analysis
 
 
@@ -314,13 +324,12 @@ def _measure(task: tuple[Reading, Path | None], *, size: int, min_certainty: int
     try:
         image_size = reading.image_size
         if image_size is None:
-            if path is None:
-                raise UserError(f"no image {reading.image_id} under --images, its size is not known")
             image_size = radiograph_size(path)
         out_size = scaled_size(image_size, size)
-        heatmap = reading_heatmap(reading, reading.fixations_path, image_size, out_size)
-        if isinstance(heatmap, Exclusion):
-            return heatmap
+        gaze = reading_gaze(reading, reading.fixations_path, image_size, out_size)
+        if isinstance(gaze, Exclusion):
+            return gaze
+        heatmap = gaze[1]
         abnormalities = _abnormalities(reading, image_size, min_certainty)
         ratios = _ratios(heatmap, abnormalities, reading.load_chest_box(), image_size)
     except UserError as error:
@@ -430,14 +439,38 @@ def _choose_examples(table: pd.DataFrame, available: set[str], n: int) -> list[t
     return list(zip(chosen["id"], chosen["ratio_image"]))
 
 
-def _example(reading: Reading, paths: dict[str, Path], ratio: float, min_certainty: int) -> Example:
+def _examples(
+    table: pd.DataFrame, readings: dict[str, Reading], paths: dict[str, Path], n: int, min_certainty: int
+) -> tuple[list[Example], list[Exclusion]]:
+    """Images to show, and those that can't be shown, in whose place others were chosen."""
+    made: dict[str, Example] = {}
+    faults: dict[str, Exclusion] = {}
+    while True:
+        available = {name for name, reading in readings.items() if reading.image_id in paths} - faults.keys()
+        chosen = _choose_examples(table, available, n)
+        for name, ratio in chosen:
+            if name not in made and name not in faults:
+                example = _example(readings[name], paths, ratio, min_certainty)
+                (faults if isinstance(example, Exclusion) else made)[name] = example
+        if all(name in made for name, _ in chosen):
+            return [made[name] for name, _ in chosen], list(faults.values())
+
+
+def _example(
+    reading: Reading, paths: dict[str, Path], ratio: float, min_certainty: int
+) -> Example | Exclusion:
     path = paths[reading.image_id]
-    size = radiograph_size(path)
-    heatmap = reading_heatmap(reading, path, size, scaled_size(size, 512))
-    if isinstance(heatmap, Exclusion):  # only where the file's size is not the one in the metadata
-        raise UserError(f"{heatmap.reason}: {heatmap.detail}")
-    boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
-    return Example(reading, path, size, heatmap, boxes, ratio)
+    try:
+        size = radiograph_size(path)
+        out_size = scaled_size(size, 512)
+        gaze = reading_gaze(reading, path, size, out_size)
+        if isinstance(gaze, Exclusion):
+            return gaze
+        boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
+        gray = resize_gray(read_radiograph(path), out_size)
+    except UserError as error:
+        return Exclusion(reading.id, "image unreadable", str(error), is_fault=True)
+    return Example(reading, gray, size, gaze[1], boxes, ratio)
 
 
 def analysis_figure(analysis: Analysis) -> Figure:
@@ -539,7 +572,7 @@ def _draw_examples(figure, examples: Sequence[Example]) -> None:
     figure.suptitle(f"Examples: image and gaze{marked}", fontsize=10)
     grid = np.ravel(figure.subplots(1, 2 * len(examples)))
     for example, pair in zip(examples, grid.reshape(-1, 2)):
-        gray = resize_gray(read_radiograph(example.path), example.heatmap.shape) / 255.0
+        gray = example.gray / 255.0
         overlay = gaze_overlay(gray, example.heatmap / example.heatmap.max())
         for axes, picture in zip(pair, (gray, overlay)):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)

@@ -72,8 +72,7 @@ class TreeMaking:
 
     Args:
         out: the tree's root. A directory that is neither empty nor a tree of ours is refused.
-        options: all that decides pixels or membership and is the same for every unit; a tree has one set. Units'
-            origins need not hold them.
+        options: all that decides pixels or membership and is the same for every unit; a tree has one set.
         index: name of the index, which `finish` writes last.
         tables: names of further files at the root that `finish` writes.
         layer: of `LAYERS`. A layer above needs the tree below it, and is made anew where that has changed.
@@ -109,7 +108,7 @@ class TreeMaking:
         self.overwrite, self.dry_run = overwrite, dry_run
         self.root_files = [index, *tables]
         self.name = layer if part is None else f"{layer}-{part[0]}-of-{part[1]}"
-        self.n_made = 0  # units
+        self.n_made = self.n_anew = 0  # units made; of them those that the tree had otherwise
         self._locks = contextlib.ExitStack()
         self._lines: dict[str, str] = {}  # of the units that are in the tree, by key
         self._settled: set[str] = set()  # keys of the finished tree; empty if it never was
@@ -174,7 +173,6 @@ class TreeMaking:
             self._holds_lock = True
 
     def _refuse_foreign(self) -> None:
-        """Nothing is ever written into a directory that is not ours."""
         first = record_file(self.out).name
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is not a directory; choose another --out")
@@ -309,6 +307,7 @@ class TreeMaking:
             raise UserError(f"{source}: changed while the tree was made from it; run again")
         self._todo.discard(unit.key)
         self.n_made += bool(files)
+        self.n_anew += bool(files) and unit.key in self._lines
         sizes = {name: 0 if self.dry_run else os.stat(self.staging / name).st_size for name in files}
         line = write_line(unit.key, unit.origin if settled else "", sizes, note)
         if not files or self.dry_run:

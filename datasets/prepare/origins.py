@@ -56,15 +56,6 @@ def origin_of(*parts: object) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
-def content_origin(path: str | os.PathLike) -> str:
-    """Digest of a small file's content; of its absence where it can't be read."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        return f"errno {error.errno}"
-    return hashlib.blake2b(data, digest_size=10).hexdigest()
-
-
 def write_line(key: str, origin: str | None, sizes: Mapping[str, int], note: Any) -> str:
     """A line, without its end."""
     files = {name.replace(key, "*"): size for name, size in sizes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +30,10 @@ class EgdReading(Reading):
 
     rows: pd.DataFrame = field(repr=False, compare=False)
     sigma: float
+
+    def fixations_origin(self) -> str:
+        rows = self.rows.to_csv(index=False).encode()
+        return f"{self.sigma} {hashlib.blake2b(rows, digest_size=10).hexdigest()}"
 
     def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:
         """As `Reading.load_fixations`; fixations off the picture are left out, the picture was always

@@ -7,6 +7,7 @@ heatmaps, writing the processed tree, the gaze analysis) is the same for all of 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -116,6 +117,20 @@ class Reading(ABC):
 
         Raises `UserError` naming file, line and column.
         """
+
+    def fixations_origin(self) -> str:
+        """Digest of what `load_fixations` reads; by default the content of `fixations_path`."""
+        try:
+            return hashlib.blake2b(self.fixations_path.read_bytes(), digest_size=10).hexdigest()
+        except OSError as error:
+            return f"errno {error.errno}"
+
+    def origin(self) -> list:
+        """All that its map and its entry are made from, JSON; not where the files are."""
+        return [
+            self.id, self.study_id, self.subject_id, self.image_id, self.image_size, dict(self.labels), self.split,
+            self.phase, self.source, self.fixations_origin(),
+        ]  # fmt: skip
 
     def load_ellipses(self) -> pd.DataFrame:
         """One row per marked abnormality: the box xmin, ymin, xmax, ymax (pixels of the original

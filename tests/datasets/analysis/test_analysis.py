@@ -26,6 +26,7 @@ from datasets.prepare.readings import prepare
 from datasets.raw.findings import COMMON_FINDING
 from util.errors import UserError
 from util.images import read_gray
+from util.radiograph import read_radiograph
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import analyze_gaze
@@ -283,7 +284,8 @@ def test_examples_show_the_image_that_was_read(study):
     assert len({example.reading.image_id for example in analysis.examples}) == 4
     for example in analysis.examples:
         image = truth[example.reading.id]
-        assert example.path == image.path and example.size == image.size
+        assert example.size == image.size and example.gray.shape == example.heatmap.shape
+        np.testing.assert_array_equal(example.gray, read_radiograph(image.path))
         assert len(example.boxes) == len(image.boxes) > 0
 
 
@@ -314,8 +316,29 @@ def test_egd_has_no_ellipses_and_says_so(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "readings.csv", "significant_patches.csv", "gaze_analysis.png"}  # fmt: skip
     study.truth[0].path.unlink()
-    assert analyze_gaze.main([*arguments, "--images", str(study.images)]) == 1
-    assert f"no image {study.truth[0].dicom_id}" in capsys.readouterr().out
+    # As in preparation: what is merely not there is listed, but no damage.
+    assert analyze_gaze.main([*arguments, "--images", str(study.images)]) == 0
+    assert f"image missing: no {study.truth[0].dicom_id}" in capsys.readouterr().out
+
+
+def test_an_unreadable_example_is_listed_and_another_one_shown(tmp_path, capsys):
+    study = make_study(tmp_path, 4, size=SMALL, shared_images=0, normal_fraction=0)
+    arguments = ["--raw", str(study.raw), "--images", str(study.images), "--out", str(tmp_path / "out")]
+    whole = analyze(study.raw, study.images, n_examples=2)
+    damaged = next(i for i in study.truth if i.reading_ids[0] == whole.examples[0].reading.id)
+    damaged.path.write_bytes(damaged.path.read_bytes()[:2000])
+    analysis = analyze(study.raw, study.images, n_examples=2)
+    assert len(analysis.examples) == 2 and len(analysis.readings) == 4
+    assert damaged.reading_ids[0] not in {example.reading.id for example in analysis.examples}
+    assert [fault.id for fault in analysis.faults] == damaged.reading_ids
+    assert analyze_gaze.main([*arguments, "--examples", "2"]) == 1
+    assert f"{damaged.path}: " in capsys.readouterr().out and (tmp_path / "out/gaze_analysis.png").exists()
+
+
+def test_raw_may_be_the_working_directory(tmp_path, monkeypatch):
+    study = make_study(tmp_path, 2, size=SMALL)
+    monkeypatch.chdir(study.raw / "main_data")
+    assert len(analyze(Path(".")).readings) == len(analyze(study.raw).readings)
 
 
 @pytest.mark.parametrize(

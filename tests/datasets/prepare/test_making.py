@@ -6,7 +6,7 @@ import os
 import pytest
 
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, content_origin, origin_of, stamp
+from datasets.prepare.origins import Unit, origin_of, stamp
 from util.errors import UserError
 
 
@@ -14,7 +14,7 @@ def run(root, out, suffix="!", *, layer="prepare", part=None, **options):
     """Copies the files of `root`, with `suffix`, into the tree `out`; files that say "bad" are left out."""
     units = []
     for source in sorted(root.iterdir()):
-        origin = origin_of(source.name, content_origin(source))
+        origin = origin_of(source.name, source.read_text())
         units.append(Unit(source.name, origin, source, (str(source),), (stamp(source),)))
     folder, index = ("copies", "index.json") if layer == "prepare" else ("above", "above.json")
     making = TreeMaking(out, {"suffix": suffix}, index=index, layer=layer, part=part, **options)

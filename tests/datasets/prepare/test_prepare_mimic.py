@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import datasets.build
 from datasets import build_dataset, check_data
+from datasets.mimic import Mimic
 from datasets.phantom.reflacx import make_study
-from datasets.prepare.mimic import INDEX, find_heatmaps, prepare_mimic, read_heatmap
+from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
+from datasets.prepare.mimic import IMAGES_INDEX, INDEX, prepare_mimic
 from util.errors import UserError
 from util.images import read_gray, write_gray
 from util.radiograph import read_radiograph
@@ -64,7 +67,7 @@ def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
     return {
         str(p.relative_to(root)): (p.read_bytes(), p.stat().st_mtime_ns)
         for p in root.rglob("*")
-        if p.is_file()
+        if p.is_file() and p.name != ".prepare.lock"
     }
 
 
@@ -73,7 +76,7 @@ def test_builds_a_tree_that_trains(source, tmp_path):
     report = prepare_mimic(study.images, heatmaps, tmp_path / "out", size=0)
     frontal = [image for image, view in zip(study.truth, VIEWS) if view in ("AP", "PA")]
     assert report.counts == {
-        "images with heatmaps": 8, "- other view": 3, "entries": 5, "files written by this run": 15,
+        "images with heatmaps": 8, "- other view": 3, "entries": 5, "made by this run": 5,
         "mean significant patches of 196": report.counts["mean significant patches of 196"],
     }  # fmt: skip
     assert not report.faults
@@ -81,10 +84,10 @@ def test_builds_a_tree_that_trains(source, tmp_path):
     assert set(entries) == {image.dicom_id for image in frontal}
     for image in frontal:
         entry = entries[image.dicom_id]
-        place = f"files/p{image.subject_id[:2]}/p{image.subject_id}/s{image.study_id}/{image.dicom_id}"
+        place = f"p{image.subject_id[:2]}/p{image.subject_id}/s{image.study_id}/{image.dicom_id}"
         assert entry["image_path"] == f"{place}.jpg"
         assert (entry["study_id"], entry["subject_id"]) == (image.study_id, image.subject_id)
-        gray = read_gray(tmp_path / "out" / f"{place}.jpg").astype(int)
+        gray = read_gray(tmp_path / "out" / f"files/{place}.jpg").astype(int)
         assert gray.shape == SIZE
         assert np.abs(gray - read_radiograph(image.path)).mean() < 4
         attention = read_gray(tmp_path / "out" / "attention" / f"{place}.png")
@@ -107,7 +110,10 @@ def test_views_and_size_are_options(source, tmp_path):
     report = prepare_mimic(study.images, heatmaps, tmp_path / "all", views=("all",), size=64)
     assert report.counts["entries"] == 8
     assert {read_gray(path).shape for path in (tmp_path / "all").rglob("*.png")} == {(78, 64)}
-    with pytest.raises(UserError, match="none of its 8 heatmaps is of an image of view SWIMMERS"):
+    with pytest.raises(
+        UserError,
+        match="no image of view SWIMMERS to make a tree of .*images with heatmaps: 8, other view: 8",
+    ):
         prepare_mimic(study.images, heatmaps, tmp_path / "none", views=("SWIMMERS",))
 
 
@@ -117,13 +123,13 @@ def test_a_second_run_changes_nothing_and_an_interrupted_one_is_finished(source,
     prepare_mimic(study.images, heatmaps, out)
     first = snapshot(out)
     again = prepare_mimic(study.images, heatmaps, out)
-    assert snapshot(out) == first and again.counts["files written by this run"] == 0
-    # Killed: the index is not there yet, a map lacks, a file is half-written under its temporary name.
+    assert snapshot(out) == first and again.counts["made by this run"] == 0
+    # The index and a map lack, and what is half-written under its temporary name.
     (out / INDEX).unlink()
     maps = sorted((out / "attention").rglob("*.png"))
     maps[1].unlink()
-    (maps[0].parent / ".tmp-x.png-1").write_bytes(b"half")
-    assert prepare_mimic(study.images, heatmaps, out).counts["files written by this run"] == 1
+    (out / f".tmp-{INDEX}-1").write_bytes(b"half")
+    assert prepare_mimic(study.images, heatmaps, out).counts["made by this run"] == 1
     assert {name: data for name, (data, _) in snapshot(out).items()} == {
         name: d for name, (d, _) in first.items()
     }
@@ -131,6 +137,62 @@ def test_a_second_run_changes_nothing_and_an_interrupted_one_is_finished(source,
         prepare_mimic(study.images, heatmaps, out, size=64)
     prepare_mimic(study.images, heatmaps, out, size=64, overwrite=True)
     assert {read_gray(path).shape for path in out.rglob("*.png")} == {(78, 64)}
+
+
+def test_images_alone(source, tmp_path):
+    study, heatmaps = source
+    assert (INDEX, IMAGES_INDEX) == (Mimic.index_file, datasets.build.IMAGES_INDEX)
+    out = tmp_path / "out"
+    report = prepare_mimic(study.images, None, out)
+    assert report.counts["entries"] == 5 and not report.faults
+    assert {p.name for p in out.iterdir()} == {
+        ".prepare.lock", IMAGES_INDEX, "files", "prepare.json", "prepare.origins"
+    }  # fmt: skip
+    entries = json.loads((out / IMAGES_INDEX).read_text())
+    assert all((out / "files" / entry["image_path"]).is_file() for entry in entries)
+    with pytest.raises(UserError, match="no heatmaps yet; scripts/predict_gaze.py --weights .* --tree"):
+        build_dataset(out)
+    with pytest.raises(UserError, match="other options: heatmaps False there, heatmaps True asked for"):
+        prepare_mimic(study.images, heatmaps, out)
+    prepare_mimic(study.images, heatmaps, out, overwrite=True)
+    prepare_mimic(study.images, heatmaps, tmp_path / "fresh")
+    assert {n: d for n, (d, _) in snapshot(out).items()} == {
+        n: d for n, (d, _) in snapshot(tmp_path / "fresh").items()
+    }
+
+
+def test_all_views_need_no_metadata(source, tmp_path):
+    study, heatmaps = source
+    with_table = prepare_mimic(study.images, heatmaps, tmp_path / "a", views=("all",))
+    files = study.images / "files"  # no table in it
+    with pytest.raises(UserError, match="give its path with --metadata, or take any view"):
+        prepare_mimic(files, heatmaps, tmp_path / "b")
+    for maps in (heatmaps, None):
+        without = prepare_mimic(files, maps, tmp_path / "b", views=("all",), overwrite=True)
+        assert without.counts["entries"] == with_table.counts["entries"] == 8
+        index = INDEX if maps else IMAGES_INDEX
+        assert [e["image_path"] for e in json.loads((tmp_path / "a" / INDEX).read_text())] == [
+            e["image_path"] for e in json.loads((tmp_path / "b" / index).read_text())
+        ]
+
+
+def test_excluded_ids_and_subjects(source, tmp_path):
+    study, heatmaps = source
+    first, second = study.truth[0], study.truth[1]
+    listed = tmp_path / "test_images.txt"
+    listed.write_text(f"\ufeffdicom_id\n\n{first.dicom_id}  # of REFLACX\np{second.subject_id}\nnowhere\n")
+    gone = {i.dicom_id for i in study.truth if i is first or i.subject_id == second.subject_id}
+    frontal = {i.dicom_id for i, view in zip(study.truth, VIEWS) if view in ("AP", "PA")}
+    report = prepare_mimic(study.images, heatmaps, tmp_path / "out", exclude=listed)
+    entries = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert {entry["dicom_id"] for entry in entries} == frontal - gone
+    assert report.counts["- of --exclude"] == len(frontal & gone) == 2
+    assert "1 of 3 ids are of no image here: nowhere" in str(report)
+    with pytest.raises(UserError, match=r"exclude 3 ids \(\w+\) there, exclude unset asked for"):
+        prepare_mimic(study.images, heatmaps, tmp_path / "out")
+    listed.write_text("a,b\n")
+    with pytest.raises(UserError, match="test_images.txt: line 1: one dicom_id or subject_id a line"):
+        prepare_mimic(study.images, heatmaps, tmp_path / "out", exclude=listed)
 
 
 def test_dry_run_writes_nothing(source, tmp_path):
@@ -210,8 +272,8 @@ def test_dicom_ids_are_found_in_names(tmp_path):
     for file in (f"{name}.png", "a/other.npy", f"b/c/pred-{name[:-1]}f_epoch3.NPY", "notes.txt"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    found, twice = find_heatmaps(tmp_path)
-    assert set(found) == {name, "other", f"{name[:-1]}f"} and not twice
+    found = find_heatmaps(tmp_path)
+    assert set(found.paths) == {name, "other", f"{name[:-1]}f"} and not found.exclusions and not found.notes
 
 
 def test_bad_metadata_and_places(source, tmp_path):

@@ -18,7 +18,9 @@ from pydicom.data import get_testdata_file
 from datasets.phantom.egd import make_egd
 from datasets.phantom.faults import FAULTS
 from datasets.phantom.reflacx import make_study
-from datasets.prepare.readings import SOURCES, count_significant, prepare, scaled_size
+from datasets.prepare.layout import LOCK
+from datasets.prepare.pixels import count_significant, scaled_size
+from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import read_egd
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import RawReadings, Reading
@@ -28,13 +30,14 @@ from util.dicom import read_dicom
 from util.errors import UserError
 from util.gaze import fixation_heatmap, heatmap_to_uint8
 from util.images import read_gray
+from util.locks import file_lock
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_reflacx.py"
 
 
 def snapshot(root):
     """Every file with content and time of change."""
-    files = (path for path in root.rglob("*") if path.is_file())
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != ".prepare.lock")
     return {path.relative_to(root): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
@@ -71,7 +74,7 @@ def test_counts(each, mixed):
     out, report = each
     assert report.counts["readings found"] == 18 and report.counts["- eye tracking discarded"] == 1
     assert report.counts["readings used"] == report.counts["entries"] == 17
-    assert report.counts["images"] == 12 and report.counts["map files written by this run"] == 34
+    assert report.counts["images"] == 12 and report.counts["made by this run"] == 12
     assert not report.faults and len(entries_of(out)) == 17
     assert len(list(out.rglob("*.png"))) == 12 + 2 * 17
 
@@ -109,7 +112,7 @@ def test_images_are_the_radiographs(each, mixed):
     out, _ = each
     for entry in entries_of(out):
         stored = read_gray(out / entry["image_path"])
-        source = find_images(mixed.images, {entry["dicom_id"]: ""})[entry["dicom_id"]]
+        source = Path(find_images(mixed.images, {entry["dicom_id"]: ""}).paths[entry["dicom_id"]])
         original = read_dicom(source) if source.suffix == ".dcm" else read_gray(source)
         resized = np.asarray(Image.fromarray(original).resize((120, 150), Image.Resampling.BICUBIC))
         difference = np.abs(stored.astype(int) - resized)  # Pillow's kernel rounds some pixels the other way
@@ -296,7 +299,7 @@ def test_a_second_run_changes_nothing(each, mixed, monkeypatch):
     raw, images = mixed.raw.relative_to(mixed.root), mixed.images.relative_to(mixed.root)
     again = prepare(raw, images, out, size=120, readings="each")
     assert snapshot(out) == before
-    assert again.counts["map files written by this run"] == 0
+    assert again.counts["made by this run"] == 0
     assert again.counts["mean significant patches of 196"] == report.counts["mean significant patches of 196"]
 
 
@@ -309,7 +312,8 @@ def test_what_is_missing_is_made_again_the_same(each, mixed, tmp_path):
     gone = [out / entry["image_path"], *maps, out / "reflacx.json"]
     for path in gone:
         path.unlink()
-    (out / "images" / ".tmp-left-over").touch()
+    (out / ".making" / "prepare").mkdir(parents=True)
+    (out / ".making" / "prepare" / ".tmp-left-over").touch()
     assert len(gone) == 4
     prepare(mixed.raw, mixed.images, out, size=120, readings="each")
     assert contents(out) == before
@@ -331,7 +335,9 @@ def test_killed_and_gone_on(each, mixed, tmp_path):
 
 
 def test_workers_end_with_a_killed_program():
-    program = "import time; from datasets.prepare.readings import run_tasks; list(run_tasks(time.sleep, [99] * 64, 2))"
+    program = (
+        "import time; from datasets.prepare.work import run_tasks; list(run_tasks(time.sleep, [99] * 64, 2))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=Path(SCRIPT).parent.parent, start_new_session=True
     )
@@ -373,19 +379,24 @@ def test_killed_before_the_first_record(mixed, tmp_path):
 def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
     study = make_study(tmp_path, n_images=5, size=(80, 64), faults=["truncated_image"])
     one = prepare(study.raw, study.images, tmp_path / "one", workers=1)
-    monkeypatch.setattr("datasets.prepare.readings.IMAGES_PER_WORKER", 2)
+    monkeypatch.setattr("datasets.prepare.work.IMAGES_PER_WORKER", 2)
     two = prepare(study.raw, study.images, tmp_path / "two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert (one.counts, one.exclusions) == (two.counts, two.exclusions) and len(one.faults) == 1
 
 
-@pytest.mark.parametrize("other", [{"size": 100}, {"readings": "one"}, {"readings": "merge"}])
+@pytest.mark.parametrize(
+    "other", [{"size": 100}, {"readings": "one"}, {"readings": "merge"}, {"split": "train"}]
+)
 def test_other_options_do_not_mix(each, mixed, tmp_path, other):
     out = tmp_path / "out"
     shutil.copytree(each[0], out)
     options = {"size": 120, "readings": "each"} | other
+    ((name, value),) = other.items()
+    was = f"{name} {dict(size=120, readings='each', split='all')[name]}"
+    asked = f"{name} {value}"
     before = snapshot(out)
-    with pytest.raises(UserError, match="other options .*size 120, readings each.*--overwrite"):
+    with pytest.raises(UserError, match=f"other options: {was} there, {asked} asked for.*--overwrite"):
         prepare(mixed.raw, mixed.images, out, **options)
     assert snapshot(out) == before
     prepare(mixed.raw, mixed.images, out, **options, overwrite=True)
@@ -394,17 +405,13 @@ def test_other_options_do_not_mix(each, mixed, tmp_path, other):
     assert contents(out) == contents(fresh)
 
 
-def test_two_runs_at_once_are_refused(each, mixed):
-    import fcntl
-
+def test_two_runs_at_once_are_refused(each, mixed, monkeypatch):
+    monkeypatch.setattr("util.locks.DYING_SECONDS", 0.0)
     out, _ = each
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run is preparing it"):
-            prepare(mixed.raw, mixed.images, out, size=120, readings="each")
-    finally:
-        os.close(descriptor)
+    with file_lock(out / LOCK, what="the tree"):
+        for options in ({"size": 120, "readings": "each"}, {"size": 64}, {"overwrite": True}):
+            with pytest.raises(UserError, match="is in use by process"):
+                prepare(mixed.raw, mixed.images, out, **options)
 
 
 # --- finding images --------------------------------------------------------------------------------
@@ -423,13 +430,23 @@ def place(root, *names):
 def test_images_are_found_below_any_prefix(tmp_path, prefix):
     place(tmp_path / prefix, "a-b.jpg", "other.jpg")
     hint = "physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2/a-b.dcm"
-    assert find_images(tmp_path, {"a-b": hint, "c-d": hint}) == {"a-b": tmp_path / prefix / "a-b.jpg"}
+    found = find_images(tmp_path, {"a-b": hint, "c-d": hint}).paths
+    assert found == {"a-b": str(tmp_path / prefix / "a-b.jpg")}
 
 
 def test_which_of_several_images_wins(tmp_path):
-    place(tmp_path, "b/a.dcm", "b/a.jpg", "a/a.jpg", "a/a.dcm", "a/a.JPG.part", "c/b.DCM", "c/b.txt")
-    assert find_images(tmp_path, {"a": "", "b": ""}) == {"a": tmp_path / "a/a.jpg", "b": tmp_path / "c/b.DCM"}
-    assert find_images(tmp_path, {"a": "files/b/a.dcm"}) == {"a": tmp_path / "b/a.jpg"}
+    place(
+        tmp_path, "b/a.dcm", "b/a.jpg", "b/a.png", "a/a.jpg", "a/a.dcm", "a/a.JPG.part", "c/b.DCM", "c/b.txt"
+    )
+    found = find_images(tmp_path, {"a": "", "b": ""})  # all empty, hence the same
+    assert found.paths == {"a": str(tmp_path / "a/a.jpg"), "b": str(tmp_path / "c/b.DCM")}
+    for name in ("b/a.dcm", "b/a.jpg", "b/a.png", "a/a.jpg", "a/a.dcm"):
+        (tmp_path / name).write_text(name)
+    assert find_images(tmp_path, {"a": "files/b/a.dcm"}).paths == {"a": str(tmp_path / "b/a.jpg")}
+    found = find_images(tmp_path, {"a": "", "b": ""})
+    assert set(found.paths) == {"b"} and set(found.ambiguous) == {"a"}
+    for name in ("a/a.jpg", "a/a.dcm", "b/a.jpg", "b/a.dcm", "b/a.png"):
+        assert str(tmp_path / name) in found.ambiguous["a"]
 
 
 def test_links_to_directories_are_followed_and_circles_end(tmp_path):
@@ -437,8 +454,8 @@ def test_links_to_directories_are_followed_and_circles_end(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path / "store")
     (tmp_path / "store" / "circle").symlink_to(tmp_path / "root")
-    found = find_images(tmp_path / "root", {"a": "", "nowhere": ""})
-    assert found["a"].samefile(tmp_path / "store/deep/a.jpg")
+    found = find_images(tmp_path / "root", {"a": "", "nowhere": ""}).paths
+    assert Path(found["a"]).samefile(tmp_path / "store/deep/a.jpg")
 
 
 # --- EGD-CXR ---------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""Data sets of radiographs with gaze: `build_dataset` makes one from any processed tree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets.cache import add_cache
+from datasets.mimic import Mimic
+from datasets.reflacx import Reflacx
+from datasets.tree import ConcatTrees, GazeTree, Problem, SampleError, check_tree
+from util.errors import UserError
+
+__all__ = ["Mimic", "Problem", "Reflacx", "SampleError", "build_dataset", "check_data"]
+
+DataPath = str | os.PathLike | Sequence[str | os.PathLike]
+TREE_TYPES = (Reflacx, Mimic)
+IMAGES_INDEX = "images.json"  # of a tree whose heatmaps are still to be predicted
+
+
+def build_dataset(
+    data_path: DataPath,
+    *,
+    input_size: int = 224,
+    min_crop_ratio: float = 0.2,
+    seed: int = 0,
+    preload: bool = False,
+    augment: bool = True,
+    use_cache: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+    cache_size: int = 512,
+    fallback_dir: str | os.PathLike | None = None,
+    num_workers: int | None = None,
+) -> GazeTree | ConcatTrees:
+    """Data set over one or several processed trees, told apart by their index files.
+
+    Args:
+        data_path: directory of a tree, its index file, or a list of those.
+        preload: read the stored foreground instead of the Otsu foreground of the cropped attention.
+        augment: random crop and flip; without it, the resized centre square.
+        use_cache: read from memory-mapped planes of short side `cache_size`, built on first use by
+            `num_workers` threads (default: all CPUs), in `cache_dir`, by default `<tree>/.cache` or,
+            where that can't be written, `fallback_dir`; see `datasets.cache`.
+
+    Raises:
+        UserError: see `GazeTree` and `datasets.cache.add_cache`.
+    """
+    trees = [
+        tree_type(
+            root,
+            input_size,
+            min_crop_ratio,
+            seed,
+            preload=preload,
+            augment=augment,
+            cache_size=cache_size,
+        )
+        for tree_type, root in (detect_tree(path) for path in _paths(data_path))
+    ]
+    if use_cache:
+        for tree in trees:
+            add_cache(tree, cache_dir, fallback_dir=fallback_dir, num_workers=num_workers)
+    return trees[0] if len(trees) == 1 else ConcatTrees(trees)
+
+
+def check_data(data_path: DataPath, preload: bool = False) -> list[Problem]:
+    """Read every file of the trees and return every bad entry; none raises but an unreadable index."""
+    return [problem for path in _paths(data_path) for problem in check_tree(*detect_tree(path), preload)]
+
+
+def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:
+    """The kind of a tree and its root, by its index file. Raises UserError."""
+    path = Path(path)
+    for tree_type in TREE_TYPES:
+        if path.name == tree_type.index_file and path.is_file():
+            return tree_type, path.parent
+    if not path.is_dir():
+        raise UserError(f"--data_path: {path} is not a directory")
+    found = [tree_type for tree_type in TREE_TYPES if (path / tree_type.index_file).exists()]
+    names = " or ".join(tree_type.index_file for tree_type in TREE_TYPES)
+    if not found and (path / IMAGES_INDEX).exists():
+        raise UserError(
+            f"--data_path: {path} has images but no heatmaps yet; scripts/predict_gaze.py --weights "
+            f"output_dir/gaze/best.pth --tree {path} makes them"
+        )
+    if not found:
+        raise UserError(f"--data_path: {path} has no {names}; scripts/prepare_reflacx.py makes such a tree")
+    if len(found) > 1:
+        raise UserError(f"--data_path: {path} has more than one index; name the file itself: {names}")
+    return found[0], path
+
+
+def _paths(data_path: DataPath) -> list[str | os.PathLike]:
+    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
+    if not paths:
+        raise UserError("--data_path: no directory given")
+    return paths

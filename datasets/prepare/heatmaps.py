@@ -1,0 +1,83 @@
+"""Heatmaps that others made: finding them by dicom_id and reading them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.raw.image_index import DICOM_ID
+from datasets.raw.readings import Exclusion
+from datasets.raw.walk import Sources, same_content
+from util.errors import UserError
+from util.images import read_gray
+
+SUFFIXES = (".png", ".npy")
+
+
+@dataclass
+class FoundHeatmaps:
+    """`paths` by dicom_id, sorted; images with several heatmaps; notes on what was passed over."""
+
+    paths: dict[str, str]
+    exclusions: list[Exclusion] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_heatmaps(root: Path, *, without: Iterable[Path] = ()) -> FoundHeatmaps:
+    """Heatmap files (.png, .npy) below `root` by dicom_id, which is in the file's name, wherever it is:
+    `<dicom_id>.png`, `pred_<dicom_id>_gaze.npy`, ...; a name without one is taken whole. Of different files for
+    one image none is used; they are reported."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such directory; --heatmaps holds one PNG or NPY per image")
+    sources = Sources(root, without)
+    found: dict[str, list[str]] = {}
+    for directory, names in sources.walk():
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in SUFFIXES:
+                match = DICOM_ID.search(stem)
+                found.setdefault(match.group() if match else stem, []).append(f"{directory}/{name}")
+    notes = sources.notes()
+    if not found:
+        raise UserError(f"{root}: no .png or .npy file is in it or below{''.join(f'; {n}' for n in notes)}")
+    result = FoundHeatmaps({}, [], notes)
+    for name, paths in sorted(found.items()):
+        if len(paths) == 1 or same_content(paths):
+            result.paths[name] = min(paths)
+        else:
+            result.exclusions.append(
+                Exclusion(name, "several heatmaps", ", ".join(sorted(paths)), is_fault=True)
+            )
+    return result
+
+
+def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+    """A heatmap over the whole image, resized to (height, width) `size`: float32 [H, W] >= 0.
+
+    PNG is 8-bit gray (colour is refused unless its channels are equal: a colour scale has no order of gray); NPY an
+    array of numbers [H, W] (axes of length 1 are dropped) without negatives. Its own size may be any, also of
+    another aspect ratio: predictors often work on squares. Raises `UserError` naming the file for anything else,
+    also where all values are equal: such a map attends to nothing.
+    """
+    if os.fspath(path).lower().endswith(".png"):
+        values = read_gray(path, colour=False).astype(np.float32)
+    else:
+        try:
+            loaded = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read as NPY ({error})") from None
+        if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "fiub":
+            raise UserError(f"{path}: holds no array of numbers")
+        values = loaded.astype(np.float32).squeeze()
+    if values.ndim != 2:
+        raise UserError(f"{path}: is of shape {list(values.shape)}, expected one map [height, width]")
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise UserError(f"{path}: has negative or not finite values; a heatmap is a density, 0 or more")
+    if values.min() == values.max():
+        raise UserError(f"{path}: all values are equal, it attends to nothing")
+    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR)).clip(0)
