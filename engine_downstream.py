@@ -23,6 +23,10 @@ from util.stop import StopSignals, ignore_stop_signals
 WRITE_IMAGES = 512  # features are brought to disk so many images at a time
 
 
+class Stopped(Exception):
+    """A stop was asked for; what is done so far is kept."""
+
+
 # ---------------------------------------------------------------- features
 
 

@@ -17,6 +17,7 @@ from datasets.downstream.partition import Rows, partitions
 from engine_downstream import (
     Encoder,
     HeadOptions,
+    Stopped,
     encode,
     probabilities,
     steps_per_epoch,
@@ -30,10 +31,6 @@ from util.locks import file_lock
 from util.stop import StopSignals
 
 PIXEL_SIDE = 56  # of the baseline without a network: a quarter of 224
-
-
-class Stopped(Exception):
-    """A stop was asked for; what is done so far is kept."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def _pixels(gray: torch.Tensor) -> torch.Tensor:
 
 
 def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict:
-    """Scores of the published linear evaluation: {(fraction, seed): (test rows, scores [n, C])}.
+    """Scores of the published linear evaluation: {("", fraction, seed): (test rows, scores [n, C])}.
 
     Raises:
         Stopped: a stop was asked for.
@@ -155,7 +152,7 @@ def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dic
             done[fraction, seed] = stored["rows"], stored["scores"]
     left = {place: parts for place, parts in plans.items() if place not in done}
     if not left:
-        return done
+        return {("", *place): done[place] for place in plans}
     train = np.unique(np.concatenate([rows.train for parts in left.values() for rows in parts]))
     judged = np.unique(np.concatenate([np.r_[r.valid, r.test] for parts in left.values() for r in parts]))
     n_views = min(frozen.n_views, frozen.heads.epochs)
@@ -189,7 +186,7 @@ def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dic
             for seed, values in zip(group, scores, strict=True):
                 done[fraction, seed] = tested, values.astype(np.float32)
                 frozen.jobs.save(keys[fraction, seed], {"rows": tested, "scores": values.astype(np.float32)})
-    return {place: done[place] for place in plans}
+    return {("", *place): done[place] for place in plans}
 
 
 def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict:

@@ -116,7 +116,7 @@ def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Met
 
         batch = core.prepare_batch(batch)
         generator = mask_generator(args.seed, epoch, step, ranks.rank, device)
-        mask = core.draw_mask(batch, args.mask_ratio, args.clinical_ratio, generator)
+        mask = core.draw_mask(batch, args.mask_ratio, args.clinical_ratio, generator, epoch=epoch, step=step)
         with contextlib.ExitStack() as stack:
             if not updates and isinstance(training.model, DistributedDataParallel):
                 stack.enter_context(training.model.no_sync())  # gradients travel once per update
@@ -212,7 +212,7 @@ def picture(training: Training, args, epoch: int) -> None:
 
     core = training.core
     dataset = training_dataset(vars(args), None, core.img_size, augment=False)
-    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))))
+    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))), epoch - 1)
     figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names)
     training.log.figure("reconstruction", figure, epoch)
 

@@ -16,21 +16,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from models_decoder import SCALES, ScaleDecoder, sincos_pos_embed
 from util.hog import HOGPyramid
-from util.masking import (
-    attention_controlled_mask,
-    block_mask,
-    masked_count,
-    otsu_foreground,
-    random_mask,
-)
-
-MASKINGS = ("attention", "random", "block")
-SCALES = (4.0, 2.0, 1.0, 0.5)
+from util.masking import MASKINGS, MaskRequest, draw_mask, mask_cells, masked_count
+from util.precision import run_cast_once
 
 
 class CXRMIM(nn.Module):
@@ -44,10 +36,14 @@ class CXRMIM(nn.Module):
         decoder_embed_dim, decoder_depth, decoder_num_heads: each of the decoders; d = decoder_embed_dim.
         hog_nbins: orientation bins of the targets.
         id_list: 0-based encoder blocks whose output is decoded, one decoder each.
-        scale_list: for each of them, target cells per patch side, out of 4, 2, 1, 0.5.
+        scale_list: for each of them, target cells per patch side, each in `models_decoder.SCALES`.
         gaze_weighted: weight the loss by gaze.
         gaze_temperature: T of that weighting's softmax.
-        masking: "attention" (the paper's), "random" or "block".
+        masking: a name in `util.masking.MASKINGS`; "attention" is the paper's.
+
+    Attributes:
+        config: these arguments as plain types: `CXRMIM(**model.config)` has the same architecture.
+            Checkpoints keep it under "model_config".
 
     Raises:
         ValueError: for values that don't fit together; the message names them.
@@ -72,9 +68,14 @@ class CXRMIM(nn.Module):
         gaze_temperature: float = 0.1,
         masking: str = "attention",
     ):
-        super().__init__()
         id_list, scale_list = tuple(id_list), tuple(float(scale) for scale in scale_list)
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config = config
         _check_taps(id_list, scale_list, depth)
+        for scale in scale_list:
+            if patch_size / scale % 1:
+                raise ValueError(f"scale_list {scale}: a patch of {patch_size} px has no whole cells at it")
         cell_sizes = [int(patch_size / scale) for scale in scale_list]
         for divisor in (patch_size, *cell_sizes):
             if img_size % divisor:
@@ -161,7 +162,8 @@ class CXRMIM(nn.Module):
 
         Args:
             batch: see `prepare_batch`.
-            mask_ratio, clinical_ratio: see `draw_mask`; not used when `mask` is given.
+            mask_ratio, clinical_ratio: see `draw_mask`, which is asked for epoch 0, step 0; not used when
+                `mask` is given.
             mask: [B, L], 1 = masked, used as it is; every image must have equally many masked patches.
             n_visible: visible patches per image of a given mask; counted when absent, which on a GPU
                 waits for the device.
@@ -219,18 +221,17 @@ class CXRMIM(nn.Module):
         mask_ratio: float = 0.75,
         clinical_ratio: float = 0.5,
         generator: torch.Generator | None = None,
+        *,
+        epoch: int = 0,
+        step: int = 0,
     ) -> Tensor:
         """Draw a mask for each image of a prepared batch, as `masking` says: float [B, L], 1 = masked.
 
-        Where the batch has no foreground it is the Otsu foreground of its attention.
+        `epoch` and `step`, from 0, are for rules that change while training goes on. Where the batch
+        has no foreground it is the Otsu foreground of its attention.
         """
-        attention = batch["attention"]
-        if self.masking == "random":
-            return random_mask(len(attention), self.num_patches, mask_ratio, generator, attention.device)
-        if self.masking == "block":
-            return block_mask(len(attention), self.grid_size, mask_ratio, generator, attention.device)
-        foreground = batch["foreground"] if "foreground" in batch else otsu_foreground(attention)
-        return attention_controlled_mask(foreground, self.patch_size, mask_ratio, clinical_ratio, generator)
+        ask = MaskRequest(batch, self.patch_size, mask_ratio, clinical_ratio, epoch, step, generator)
+        return draw_mask(self.masking, ask)
 
     def forward_encoder(self, img: Tensor, mask: Tensor, n_visible: int | None = None) -> list[Tensor]:
         """Encode the visible patches.
@@ -250,7 +251,7 @@ class CXRMIM(nn.Module):
         x = torch.cat([cls_token.to(x.dtype), x], 1)  # [B, 1+V, D]
         latents: list[Tensor | None] = [None] * len(self.id_list)
         for i, block in enumerate(self.blocks[: max(self.id_list) + 1]):
-            x = block(x)
+            x = run_cast_once(block, x)
             for k, tap in enumerate(self.id_list):
                 if tap == i:
                     latents[k] = self.norm[k](x)
@@ -259,7 +260,8 @@ class CXRMIM(nn.Module):
     def forward_decoder(self, latents: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
         """Predict the HOG of every cell from each tap: list of [B, cells_k, 3*nbins], cells row-major."""
         visible = _visible_ids(mask, latents[0].shape[1] - 1)  # [B, V]
-        return [decoder(latent, visible) for decoder, latent in zip(self.decoder, latents, strict=True)]
+        pairs = zip(self.decoder, latents, strict=True)
+        return [run_cast_once(decoder, latent, visible) for decoder, latent in pairs]
 
     def hog_targets(self, img: Tensor) -> list[Tensor]:
         """HOG of a normalised image for each scale: list of [B, cells_k, 3*nbins]; see `HOGPyramid`."""
@@ -300,11 +302,11 @@ class CXRMIM(nn.Module):
         mask = mask.view(-1, 1, *self.grid_size).float()  # [B, 1, h, w]
         losses = []
         for scale, pred, target in zip(self.scale_list, preds, targets, strict=True):
-            if scale >= 1:
-                mask_k = mask.repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
-            else:
-                mask_k = F.avg_pool2d(mask, int(1 / scale))
-            weight = mask_k.flatten(1)  # [B, cells_k]
+            if pred.shape != target.shape:  # else one would be broadcast to the other
+                raise ValueError(
+                    f"scale {scale}: prediction of shape {list(pred.shape)}, target {list(target.shape)}"
+                )
+            weight = mask_cells(mask, scale).flatten(1)  # [B, cells_k]
             if attention is not None:
                 attention_k = F.avg_pool2d(attention[:, None].float(), int(self.patch_size / scale)).flatten(
                     1
@@ -336,87 +338,6 @@ class PatchEmbed(nn.Module):
         return F.linear(chosen, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class ScaleDecoder(nn.Module):
-    """Decoder of one encoder layer: predicts the HOG of every cell at one scale.
-
-    Args:
-        scale: cells per patch side, out of 4, 2, 1, 0.5.
-        embed_dim: D, width of the encoder.
-        dim: d, width of the decoder.
-        grid_size: (h, w) of the patch grid.
-        out_channels: channels of the target.
-    """
-
-    def __init__(
-        self,
-        scale: float,
-        embed_dim: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        grid_size: tuple[int, int],
-        out_channels: int,
-    ):
-        super().__init__()
-        layer_norm = partial(nn.LayerNorm, eps=1e-6)
-        self.grid_size = grid_size
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = sincos_pos_embed(dim, grid_size)
-        self.embed = nn.Linear(embed_dim, dim)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
-        )
-        self.norm = layer_norm(dim)
-        if scale == 4:
-            self.pred = nn.Sequential(
-                nn.ConvTranspose2d(dim, dim // 2, 2, 2),
-                LayerNorm2d(dim // 2, eps=1e-6),
-                nn.GELU(),
-                nn.ConvTranspose2d(dim // 2, dim // 4, 2, 2),
-                nn.Conv2d(dim // 4, out_channels, 1),
-            )
-        elif scale == 2:
-            self.pred = nn.Sequential(
-                nn.ConvTranspose2d(dim, dim // 2, 2, 2),
-                nn.Conv2d(dim // 2, out_channels, 1),
-            )
-        elif scale == 1:
-            self.pred = nn.Sequential(nn.Conv2d(dim, out_channels, 1))
-        else:
-            self.pred = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(dim, out_channels, 1))
-
-    def forward(self, latent: Tensor, visible: Tensor) -> Tensor:
-        """latent [B, 1+V, D], visible int64 [B, V] -> [B, cells, out_channels], cells row-major."""
-        x = self.embed(latent)  # [B, 1+V, d]
-        batch, _, dim = x.shape
-        height, width = self.grid_size
-        tokens = self.mask_token.to(x.dtype).expand(batch, height * width, dim)
-        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, dim), x[:, 1:])  # [B, L, d]
-        x = torch.cat([x[:, :1], tokens], 1) + self.pos_embed  # [B, 1+L, d]
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)[:, 1:]  # [B, L, d]
-        x = self.pred(x.transpose(1, 2).reshape(batch, dim, height, width))  # [B, out, h*s, w*s]
-        return x.flatten(2).transpose(1, 2)
-
-
-def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
-    """Fixed 2-D sin-cos position embedding, [1, 1 + h*w, dim], with a zero row for cls (MAE).
-
-    The first half of the channels encodes the column, the second half the row; each half is
-    [sin(position * w), cos(position * w)] with w_i = 10000^(-i / (dim/4)).
-    """
-    if dim % 4:
-        raise ValueError(f"width {dim} of a position embedding is not a multiple of 4")
-    height, width = grid_size
-    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # [dim/4]
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]  # 2 x [L, dim/4]
-    embed = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)  # [L, dim]
-    embed = torch.cat([torch.zeros(1, dim, dtype=torch.float64), embed]).float()
-    return nn.Parameter(embed[None], requires_grad=False)
-
-
 def _check_taps(id_list: tuple[int, ...], scale_list: tuple[float, ...], depth: int) -> None:
     if not id_list or len(id_list) != len(scale_list):
         raise ValueError(
@@ -438,7 +359,15 @@ def _visible_ids(mask: Tensor, n_visible: int | None) -> Tensor:
     return (mask != 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :n_visible]
 
 
-cxrmim_vit_tiny_patch16 = partial(CXRMIM, patch_size=16, embed_dim=192, depth=12, num_heads=3)
-cxrmim_vit_small_patch16 = partial(CXRMIM, patch_size=16, embed_dim=384, depth=12, num_heads=6)
-cxrmim_vit_base_patch16 = partial(CXRMIM, patch_size=16, embed_dim=768, depth=12, num_heads=12)
-cxrmim_vit_large_patch16 = partial(CXRMIM, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
+# Names of --model. The heads of each are its own; nothing derives them from the width.
+ENCODERS = {
+    "cxrmim_vit_tiny_patch16": partial(CXRMIM, patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "cxrmim_vit_small_patch16": partial(CXRMIM, patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "cxrmim_vit_base_patch16": partial(CXRMIM, patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "cxrmim_vit_large_patch16": partial(CXRMIM, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+}
+# The published ways to construct them.
+cxrmim_vit_tiny_patch16 = ENCODERS["cxrmim_vit_tiny_patch16"]
+cxrmim_vit_small_patch16 = ENCODERS["cxrmim_vit_small_patch16"]
+cxrmim_vit_base_patch16 = ENCODERS["cxrmim_vit_base_patch16"]
+cxrmim_vit_large_patch16 = ENCODERS["cxrmim_vit_large_patch16"]

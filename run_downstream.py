@@ -6,9 +6,11 @@ import argparse
 import hashlib
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from datasets.downstream import add_arguments, read_from_args
@@ -22,13 +24,15 @@ from datasets.downstream.images import (
 )
 from datasets.downstream.labelled import LabelledImages, check_classes, split_table, write_split
 from datasets.downstream.partition import in_folds
-from engine_downstream import HeadOptions
-from engine_frozen import Frozen, Stopped, linear, probe
-from util.encoders import IMAGENET, PIXELS, Candidate, read_candidates
+from engine_downstream import HeadOptions, Stopped
+from engine_finetune import RECIPES, Tuning, finetune_all
+from engine_frozen import Frozen, linear, probe
+from engine_tuned import evaluate
+from util import distributed
+from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
-from util.files import atomic_write
 from util.jobs import Jobs, digest
-from util.locks import file_lock
+from util.output import hold_output
 from util.pictures import save_figure
 from util.pretrained import weights_name
 from util.results import (
@@ -42,20 +46,40 @@ from util.results import (
 )
 from util.results_figure import results_figure
 from util.stop import StopSignals, exit_status
+from util.tuned import read_tuned
 from util.weights import summarize_keys
 
 METHODS = ("linear", "probe", "finetune", "evaluate")
+RECIPE_HELP = {
+    "epochs": "where training ends at the latest",
+    "batch_size": "training images per step, over all processes",
+    "lr": "highest learning rate",
+    "weight_decay": "weight decay",
+    "warmup": "share of all steps in which the learning rate rises",
+    "patience": "epochs without a lower validation loss before stopping",
+    "layer_decay": "finetune: learning rate of a block over that of the next one",
+    "drop_path": "finetune: stochastic depth of the last block",
+    "pool": "finetune: what the head sees: token (cls) or avg (mean of the patches)",
+}
 NARROW = (
     "intervals of grouped folds are too narrow, since the folds share their training images: with features that "
     "tell nothing, 95% intervals held 0.5 in 86% of 160 runs"
 )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default where the help does not tell it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = "(default" in action.help or action.default in (None, False)
+        return action.help if told else super()._get_help_string(action)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "run_downstream.py",
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_arguments(parser)
@@ -68,18 +92,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
+    add("--num_heads", type=int, help="attention heads, for files that don't say how many they have")
+
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="linear", help="how the encoders are judged")
     add("--fractions", nargs="+", type=float, default=[1.0], help="shares of the training images to use")
     add("--seeds", nargs="+", type=int, default=[43, 44, 45], help="of heads, order and folds")
     add("--folds", type=int, default=5, help="grouped folds of --split folds")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through")
-    add("--epochs", type=int, default=50, help="where training ends at the latest")
-    add("--batch_size", type=int, default=64, help="training images per step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--weight_decay", type=float, default=1e-5, help="weight decay")
-    add("--warmup", type=float, default=0.4, help="share of all steps in which the learning rate rises")
-    add("--patience", type=int, default=10, help="epochs without a lower validation loss before stopping")
+    add("--recipe", choices=tuple(RECIPES), default="published",
+        help="finetune: as published, or layer_decay: AdamW with layer-wise decay, mean of patches")  # fmt: skip
+    for name, helped in RECIPE_HELP.items():
+        default = getattr(RECIPES["published"], name)
+        values = ", ".join(f"{getattr(recipe, name)} {title}" for title, recipe in RECIPES.items())
+        add(f"--{name}", type=type(default), default=None, help=f"{helped} (default: {values})")
 
     add = parser.add_argument_group("output and machine").add_argument
     add(
@@ -105,41 +131,54 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_args(args)
+    with StopSignals(args.max_minutes) as signals:
+        ranks = distributed.start(args.device)
+        status = run(args, ranks, signals)
+        distributed.stop()
+    return status
+
+
+def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals) -> int:
+    """Read, judge and report; returns the exit status (util/stop.py)."""
+    if ranks.world_size > 1 and args.method != "finetune":
+        raise UserError(f"--method {args.method} runs in one process; start it without torchrun")
     images = read_from_args(args, need_images=not args.dry_run)
-    for line in [*images.notes, *check_classes(images), split_table(images)]:
-        print(line)
-    output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_split(images, output_dir / "split.csv")
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from None
-    if args.dry_run:
-        print(f"wrote {output_dir / 'split.csv'}")
-        return 0
-    if not args.weights:
+    told = [*images.notes, *([] if args.method == "evaluate" else check_classes(images)), split_table(images)]
+    ranks.say("\n".join(told))
+    if not args.weights and not args.dry_run:
         raise UserError("--weights: name at least one encoder: NAME=FILE, imagenet, random or pixels")
-    mend = "wait for it, or choose another --output_dir"
-    with (
-        file_lock(output_dir / "lock", what=f"output_dir {output_dir}", mend=mend),
-        StopSignals(args.max_minutes) as signals,
-    ):
-        check_same_study(output_dir, images, args.method)
-        candidates = read_candidates(args.weights, imagenet=args.imagenet, tap=args.tap)
-        for candidate in candidates:
-            print(describe(candidate))
+    with hold_output(args.output_dir, ranks=ranks):
+        output_dir = Path(args.output_dir)
+        distributed.on_main(ranks, lambda: start_output(output_dir, images, args))
+        if args.dry_run:
+            ranks.say(f"wrote {output_dir / 'split.csv'}")
+            return 0
         try:
-            outcomes = judge(args, images, candidates, signals)
+            outcomes = judge(args, images, ranks, signals)
         except Stopped:
-            print("stopped; the same command goes on from here")
-            return exit_status(signals.request)
-        report(args, images, outcomes)
+            ranks.say("stopped; the same command goes on from here")
+            return exit_status(max(ranks.gather(signals.request)))
+        distributed.on_main(ranks, lambda: report(args, images, outcomes))
     return 0
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is read."""
-    for name in ("views", "epochs", "batch_size", "patience", "encode_batch", "bootstrap", "min_positives"):
+    for name in RECIPE_HELP:
+        if getattr(args, name) is None:
+            setattr(
+                args, name, getattr(RECIPES[args.recipe if args.method == "finetune" else "published"], name)
+            )
+    for name in (
+        "views",
+        "epochs",
+        "batch_size",
+        "patience",
+        "encode_batch",
+        "bootstrap",
+        "min_positives",
+        "folds",
+    ):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("num_workers", "weight_decay"):
@@ -162,23 +201,34 @@ def check_args(args: argparse.Namespace) -> None:
                 raise UserError(f"--{name}: {value} is named twice")
     if args.max_minutes is not None and not args.max_minutes >= 0:
         raise UserError(f"--max_minutes {args.max_minutes}: must not be negative")
-    if args.device not in ("cuda", "cpu"):
-        raise UserError(f"--device {args.device}: use cuda or cpu (CUDA_VISIBLE_DEVICES chooses GPUs)")
+    if not 0 < args.layer_decay <= 1:
+        raise UserError(f"--layer_decay {args.layer_decay}: must be above 0, at most 1")
+    if not 0 <= args.drop_path < 1:
+        raise UserError(f"--drop_path {args.drop_path}: must be at least 0 and below 1")
+    if args.pool not in ("token", "avg"):
+        raise UserError(f"--pool {args.pool}: expected token or avg")
 
 
-def check_same_study(output_dir: Path, images: LabelledImages, method: str) -> None:
-    """One output_dir holds one data set and method: `UserError` where it has results of another."""
+def start_output(output_dir: Path, images: LabelledImages, args: argparse.Namespace) -> None:
+    """Write split.csv and study.json. `UserError` where `output_dir` has results of another data set or method."""
     path = output_dir / "study.json"
-    study = {"dataset": images.name, "method": method}
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    study = {"dataset": images.name, "method": args.method}
+    if path.exists() and not args.dry_run:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path}: damaged; move it away") from None
         if found != study:
             raise UserError(
                 f"--output_dir {output_dir}: holds results of {found.get('dataset')}, {found.get('method')}, not of "
-                f"{images.name}, {method}; choose another"
+                f"{images.name}, {args.method}; choose another"
             )
-    with atomic_write(path, "w") as file:
-        json.dump(study, file)
+    try:
+        write_split(images, output_dir / "split.csv")
+        if not args.dry_run:
+            write_text(json.dumps(study), path)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from None
 
 
 def describe(candidate: Candidate) -> str:
@@ -191,7 +241,7 @@ def describe(candidate: Candidate) -> str:
             "vit_base_patch16_224" if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
         )
         return f"{candidate.name}: random weights, {shape}"
-    lines = [f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}"
+    lines = [f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
              + (f", prefix {backbone.prefix}" if backbone.prefix else "")]  # fmt: skip
     for title, names in (
         ("matched", list(backbone.state)),
@@ -203,49 +253,88 @@ def describe(candidate: Candidate) -> str:
 
 
 def judge(
-    args: argparse.Namespace, images: LabelledImages, candidates: list[Candidate], signals: StopSignals
+    args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks, signals: StopSignals
 ) -> list[Outcome]:
     """Scores of the test images by every encoder, fraction and seed. Raises `Stopped`, `UserError`."""
-    device = torch.device("cuda" if args.device == "cuda" and torch.cuda.is_available() else "cpu")
-    if device.type != args.device:
-        print("warning: no CUDA device is available, working on the CPU instead (--device cpu)", flush=True)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     output_dir = Path(args.output_dir)
-    reading = reading_from_args(args)
-    for note in deep_note(images.files, reading):
-        print(note)
-    plane = None
-    if args.use_cache:
-        place = args.cache_dir or output_dir / "cache"
-        plane = open_squares(images, place, reading=reading, num_workers=args.num_workers)
-    views = Views(images, plane=plane, reading=reading)
-    frozen = Frozen(
-        images=images, views=views, views_key=[asdict(reading), images.strong_augmentation], files_key=files_digest(images),
-        study_key=study_digest(images), fractions=args.fractions, seeds=args.seeds, n_folds=args.folds,
-        n_views=args.views, features_dir=Path(args.features_dir or output_dir / "features"),
-        heads=HeadOptions(args.epochs, args.batch_size, args.lr, args.weight_decay, args.warmup, args.patience),
-        jobs=Jobs(output_dir / "jobs"), device=device, dtype=getattr(torch, dtype), batch_size=args.encode_batch,
-        num_workers=args.num_workers, signals=signals,
-    )  # fmt: skip
+    dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    common = dict(
+        task=images.task,
+        dataset=images.name,
+        method=args.method,
+        min_count=args.min_positives,
+        draws=args.bootstrap,
+    )
+    if args.method == "evaluate":
+        tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
+        views, outcomes = open_views(args, images, ranks), []
+        for name, model in tuned.items():
+            labels, rows, scores = evaluate(
+                name, model, images, views, dtype=dtype, batch_size=args.encode_batch,
+                num_workers=args.num_workers, ranks=ranks, signals=signals,
+            )  # fmt: skip
+            columns = [images.label_names.index(label) for label in labels]
+            outcomes.append(
+                Outcome(
+                    **common, weights=name, fraction=model.fraction, seed=model.seed, label_names=labels,
+                    ids=[images.ids[row] for row in rows], subjects=images.subjects[rows],
+                    targets=images.labels[np.ix_(rows, columns)], scores=scores,
+                )
+            )  # fmt: skip
+        return outcomes
+    candidates = read_candidates(args.weights, imagenet=args.imagenet, tap=args.tap, num_heads=args.num_heads)
+    ranks.say("\n".join(map(describe, candidates)))
+    views = open_views(args, images, ranks)
+    jobs = Jobs(output_dir / "jobs")
+    views_key = [asdict(views.reading), images.strong_augmentation]
+    files_key, study_key = files_digest(images), study_digest(images)
+    settings = {name: getattr(args, name) for name in RECIPE_HELP}
     outcomes = []
     for candidate in candidates:
         # timm's configuration of the ImageNet weights says 0.5, whatever ours were pretrained with.
         mean, std = normalisation("half" if candidate.kind == IMAGENET else args.normalisation)
-        if args.method == "linear":
-            found = {("", *place): value for place, value in linear(frozen, candidate, mean, std).items()}
+        if args.method == "finetune":
+            tuning = Tuning(
+                images=images, open_views=lambda seed: Views(images, seed=seed, plane=views.plane, reading=views.reading),
+                recipe=replace(RECIPES[args.recipe], **settings), mean=mean, std=std, dtype=dtype,
+                test_batch=args.encode_batch, num_workers=args.num_workers, ranks=ranks, signals=signals,
+            )  # fmt: skip
+            found = finetune_all(
+                tuning, candidate, fractions=args.fractions, seeds=args.seeds, n_folds=args.folds, jobs=jobs,
+                runs=output_dir / "runs", key=[files_key, views_key, study_key],
+            )  # fmt: skip
         else:
-            found = probe(frozen, candidate, mean, std)
+            heads = HeadOptions(**{field.name: settings[field.name] for field in fields(HeadOptions)})
+            frozen = Frozen(
+                images=images, views=views, views_key=views_key, files_key=files_key, study_key=study_key,
+                fractions=args.fractions, seeds=args.seeds, n_folds=args.folds, n_views=args.views, heads=heads,
+                features_dir=Path(args.features_dir or output_dir / "features"), jobs=jobs, device=ranks.device,
+                dtype=dtype, batch_size=args.encode_batch, num_workers=args.num_workers, signals=signals,
+            )  # fmt: skip
+            found = (linear if args.method == "linear" else probe)(frozen, candidate, mean, std)
         for (kind, fraction, seed), (rows, scores) in found.items():
             outcomes.append(
                 Outcome(
-                    weights=f"{candidate.name}, {kind}" if kind else candidate.name, dataset=images.name,
-                    method=args.method, fraction=fraction, seed=seed, task=images.task,
-                    label_names=images.label_names, ids=[images.ids[row] for row in rows],
+                    **common, weights=f"{candidate.name}, {kind}" if kind else candidate.name, fraction=fraction,
+                    seed=seed, label_names=images.label_names, ids=[images.ids[row] for row in rows],
                     subjects=images.subjects[rows], targets=images.labels[rows], scores=scores,
-                    min_count=args.min_positives, draws=args.bootstrap,
                 )
             )  # fmt: skip
     return outcomes
+
+
+def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks) -> Views:
+    """The images' views, from the cache of decoded images unless --no_cache; rank 0 builds it."""
+    reading = reading_from_args(args)
+    for note in deep_note(images.files, reading):
+        ranks.say(note)
+    plane = None
+    if args.use_cache:
+        place = args.cache_dir or Path(args.output_dir) / "cache"
+        open_plane = partial(open_squares, images, place, reading=reading, num_workers=args.num_workers)
+        distributed.on_main(ranks, lambda: open_plane() and None)
+        plane = open_plane()
+    return Views(images, plane=plane, reading=reading)
 
 
 def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outcome]) -> None:

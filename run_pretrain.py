@@ -14,19 +14,19 @@ import models_cxrmim
 from datasets.sampler import TrainBatches
 from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
 from util import distributed
+from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
 from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
-from util.masking import masked_count
+from util.masking import MASKINGS, masked_count
 from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
 from util.resume import describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
-MODELS = tuple(f"cxrmim_vit_{size}_patch16" for size in ("tiny", "small", "base", "large"))
 # With another value of one of these a checkpoint does not fit.
 SHAPE_FLAGS = (
     "model", "input_size", "id_list", "scale_list", "hog_nbins", "decoder_depth", "decoder_num_heads",
@@ -52,7 +52,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", default=["../data/reflacx-1.0.0/"], help="processed tree, or several")
     add("--preload", action="store_true", help="read the stored foreground instead of the Otsu of the crop")
-    add("--input_size", type=int, default=224, help="side of the input in pixels, divisible by 32")
+    add("--input_size", type=int, default=224,
+        help="side of the input in pixels, a multiple of the coarsest HOG cell (32 px as published)")  # fmt: skip
     add("--min_crop_ratio", type=float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
     add(
@@ -68,7 +69,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--check_data", action="store_true", help="read every file of the data, list the bad ones, and exit")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="cxrmim_vit_base_patch16", choices=MODELS, help="encoder size")
+    add(
+        "--model",
+        default="cxrmim_vit_base_patch16",
+        choices=tuple(models_cxrmim.ENCODERS),
+        help="encoder size",
+    )
     add("--pretrained", default=None, metavar="PATH|none",
         help=f"initial weights; for the base model {BASE_WEIGHTS} unless given, else none")  # fmt: skip
     add("--id_list", type=int, nargs="+", default=[1, 3, 9, 11], help="0-based encoder blocks to decode")
@@ -81,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--masking",
         default="attention",
-        choices=models_cxrmim.MASKINGS,
+        choices=tuple(MASKINGS),
         help="what chooses the masked patches",
     )
     add("--mask_ratio", type=float, default=0.75, help="share of masked patches")
@@ -259,7 +265,7 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
         sums=meters.sums,
         ranks=training.ranks,
         dataset_size=training.dataset_size,
-    )
+    ) | {"model_config": training.core.config}
 
     def write() -> None:
         training.log.flush()
@@ -284,6 +290,7 @@ def go_on(
         state, vars(args), shape_flags=SHAPE_FLAGS, world_size=ranks.world_size, dataset_size=dataset_size
     ):
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+    check_same_model(state.get("model_config", {}), core.config, path)
     core.load_state_dict(state["model"])
     restore_optimizer(optimizer, scaler, state)
     meters.sums.copy_(own_sums(state, ranks))
@@ -322,16 +329,16 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= lowest:
             raise UserError(f"--{name} {value}: must be at least {lowest}")
-    if args.input_size % 32:
-        raise UserError(f"--input_size {args.input_size}: must be divisible by 32")
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
     if not 0 <= args.clinical_ratio <= 1:
         raise UserError(f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]")
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start_epoch {args.start_epoch}: must be below --epochs {args.epochs}")
+    with torch.device("meta"):  # no memory, no numbers: do sizes, blocks, scales and heads fit together?
+        n_patches = build_model(args).num_patches
     try:
-        masked_count((args.input_size // 16) ** 2, args.mask_ratio)
+        masked_count(n_patches, args.mask_ratio)
     except ValueError as error:
         raise UserError(f"--mask_ratio: {error}") from None
     if args.resume and not Path(args.resume).is_file():
@@ -387,7 +394,7 @@ def build_loader(
 
 def build_model(args: argparse.Namespace) -> models_cxrmim.CXRMIM:
     try:
-        return getattr(models_cxrmim, args.model)(
+        return models_cxrmim.ENCODERS[args.model](
             img_size=args.input_size,
             decoder_depth=args.decoder_depth,
             decoder_num_heads=args.decoder_num_heads,

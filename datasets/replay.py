@@ -115,12 +115,17 @@ def training_batch(
     indices = batches.batch(epoch, step)
     batch = default_collate([dataset[(epoch, index)] for index in indices])
     generator = mask_generator(args.get("seed", 0), epoch, step, rank, model.cls_token.device)
-    mask = draw_mask(model, batch, args, generator)
+    mask = draw_mask(model, batch, args, generator, epoch, step)
     return Shown(batch, mask, [dataset.sample_name(index) for index in indices])
 
 
-def chosen_samples(model: nn.Module, dataset, args: Mapping[str, Any], indices: Sequence[int]) -> Shown:
+def chosen_samples(
+    model: nn.Module, dataset, args: Mapping[str, Any], indices: Sequence[int], epoch: int = 0
+) -> Shown:
     """Samples of a data set with augment=False, each with a mask that depends on (seed, index) only.
+
+    Args:
+        epoch: whose masks a rule that changes with the epoch is asked for; of step 0.
 
     Raises:
         UserError: an index outside the data set.
@@ -133,7 +138,7 @@ def chosen_samples(model: nn.Module, dataset, args: Mapping[str, Any], indices: 
     for i, index in enumerate(indices):
         one = {key: value[i : i + 1] for key, value in batch.items()}
         generator = mask_generator(args.get("seed", 0), 0, index, 0, model.cls_token.device)
-        masks.append(draw_mask(model, one, args, generator))
+        masks.append(draw_mask(model, one, args, generator, epoch))
     return Shown(batch, torch.cat(masks), [dataset.sample_name(index) for index in indices])
 
 
@@ -188,11 +193,16 @@ def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def draw_mask(
-    model: nn.Module, batch: Mapping[str, Tensor], args: Mapping[str, Any], generator: torch.Generator
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    args: Mapping[str, Any],
+    generator: torch.Generator,
+    epoch: int = 0,
+    step: int = 0,
 ) -> Tensor:
     """Masks as training draws them from the stored options: [B, L]."""
     ratios = args.get("mask_ratio", 0.75), args.get("clinical_ratio", 0.5)
     try:
-        return model.draw_mask(model.prepare_batch(batch), *ratios, generator)
+        return model.draw_mask(model.prepare_batch(batch), *ratios, generator, epoch=epoch, step=step)
     except ValueError as error:
         raise UserError(f"--mask_ratio: {error}") from None

@@ -27,13 +27,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tap", default="last", help="whose LayerNorm becomes norm: last, or its place from 0"
     )
+    parser.add_argument(
+        "--num_heads",
+        type=int,
+        help="attention heads of the encoder, for a file that doesn't say (default: as told)",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     backbone = export_backbone(
-        args.checkpoint, args.out, fmt=args.format, tap=args.tap, img_size=args.img_size
+        args.checkpoint,
+        args.out,
+        fmt=args.format,
+        tap=args.tap,
+        img_size=args.img_size,
+        num_heads=args.num_heads,
     )
     print(usage(backbone, args.out, args.format))
     return 0

@@ -12,11 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
-from models_cxrmim import CXRMIM, MASKINGS
+from models_cxrmim import CXRMIM
 from util.cli import check_device
 from util.errors import UserError, run_cli
+from util.masking import MASKINGS
 from util.pictures import check_picture_path, contact_sheet, page_path, reconstruction_figure, save_figure
 from util.weights import build_model, read_state_dict
+
+# Options whose default is what the checkpoint stores.
+STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "id_list", "scale_list", "num_heads",
+          "decoder_num_heads")  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -40,6 +45,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mask_ratio", type=float, help="share of masked patches")
     add("--clinical_ratio", type=float, help="share of masked ones among the attended patches")
     add("--seed", type=int, help="of the masks, and of the crops of --epoch and --step")
+    add("--id_list", type=int, nargs="+", help="for a file that doesn't say: blocks that it decodes")
+    add("--scale_list", type=float, nargs="+", help="for a file that doesn't say: scale of each")
+    add("--num_heads", type=int, help="for a file that doesn't say: attention heads of the encoder")
+    add("--decoder_num_heads", type=int, help="for a file that doesn't say: attention heads of the decoders")
     add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images on a page")
     add("--per_page", type=int, help="images on a page (default: 4, with --sheet 64)")
     add("--device", default="cpu", help="replaying masks of a run on CUDA needs cuda")
@@ -63,11 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     check_device(args.device)
 
     state, info = read_state_dict(args.checkpoint)
-    options = info.args
-    for name in ("masking", "mask_ratio", "clinical_ratio", "seed"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    model = build_model(CXRMIM, state, options, info.path).to(args.device)
+    given = {name: value for name, value in vars(args).items() if name in STORED and value is not None}
+    options = {**info.args, **given}
+    model = build_model(CXRMIM, state, info, given).to(args.device)
 
     if args.image:
         shown = single_image(model, options, args.image, heatmap=args.heatmap, fixations=args.fixations)
@@ -82,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.index:
                 shown = shown.take(args.index)
         else:
-            shown = chosen_samples(model, dataset, options, args.index or range(min(4, len(dataset))))
+            indices = args.index or range(min(4, len(dataset)))
+            shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
 
     draw = contact_sheet if args.sheet else reconstruction_figure
     per_page = args.per_page or (64 if args.sheet else 4)

@@ -32,7 +32,7 @@ def backbone(tmp_path_factory):
         "vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0
     )
     path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
-    torch.save({"state_dict": model.state_dict()}, path)
+    torch.save({"state_dict": model.state_dict(), "metadata": {"num_heads": "1"}}, path)
     return path
 
 

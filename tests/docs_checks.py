@@ -19,8 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "bash", "sh", "console")
-SHOWN = r"(?:\w+=\S+ )*(?:python3?|bash|sbatch|torchrun) [^\s`]*"  # how a command in running text begins
-PREFIXES = {"exec", "nohup", "time", "env"}
+# How a command begins in running text, or in a block that may be a program's output.
+SHOWN = r"(?:\w+=(?:\"[^\"]*\"|'[^']*'|\S*) )*(?:python3?|bash|sbatch|torchrun) [^\s`]*"
+PREFIXES = {"exec", "nohup", "time", "env", "do", "then", "else"}
 # Variables that a library or Python reads, not a script of ours.
 FOREIGN = {
     "OMP_NUM_THREADS",
@@ -62,21 +63,22 @@ def commands(text: str) -> list[Command]:
     for block in FENCE.finditer(text):
         first = text.count("\n", 0, block.start()) + 2
         if block.group(2) in SHELL:
-            found += _block_commands(block.group(3).split("\n"), first)
+            found += _block_commands(block.group(3).split("\n"), first, sure=block.group(2) != "")
     prose = without_code(text)
     for span in re.finditer(rf"`({SHOWN}[^`]*)`", prose):
         found.append(Command(prose.count("\n", 0, span.start()) + 1, " ".join(span.group(1).split())))
     return sorted(found, key=lambda command: command.line)
 
 
-def _block_commands(lines: list[str], first: int) -> list[Command]:
+def _block_commands(lines: list[str], first: int, *, sure: bool) -> list[Command]:
+    """`sure`: every line is a command; else those that look like one."""
     found, i = [], 0
     while i < len(lines):
         start, line = i, lines[i].strip()
         while line.endswith("\\") and i + 1 < len(lines):
             i += 1
             line = f"{line[:-1]} {lines[i].strip()}"
-        if re.match(rf"\$? ?{SHOWN}", line):
+        if line and not line.startswith("#") and (sure or re.match(rf"(?:\$ )?{SHOWN}", line)):
             while _open_quotes(line) and i + 1 < len(lines):
                 i += 1
                 line = f"{line}\n{lines[i]}"

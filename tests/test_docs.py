@@ -96,9 +96,22 @@ def test_pictures_are_shown_and_small():
         assert picture.stat().st_size < MAX_PICTURE, picture.name
 
 
-def test_readme_shows_the_two_commands():
-    shown = [command.text.split("#")[0].strip() for command in commands(README)]
-    assert {"bash scripts/demo.sh", "bash scripts/test.sh"} <= set(shown)
+def test_readme_shows_the_two_commands_and_ci_runs_them():
+    two = {"bash scripts/demo.sh", "bash scripts/test.sh"}
+    assert two <= {command.text.split("#")[0].strip() for command in commands(README)}
+    workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    steps = re.findall(r"run: (bash .+)", workflow)
+    assert "bash .ci/run" in steps
+    steps += (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert two <= set(steps)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_a_page_is_linked_from_another(page):
+    others = [ROOT / other for other in PAGES if other != page]
+    linked = {(other.parent / target.partition("#")[0]).resolve() for other in others
+              for _, target in links(other.read_text(encoding="utf-8"))}  # fmt: skip
+    assert (ROOT / page).resolve() in linked
 
 
 # ---- the checks see what they are for ------------------------------------------------------------------
@@ -139,6 +152,8 @@ def house(tmp_path):
         ("python run_that.py --size 3", "no program run_that.py"),
         ("cd there && OMP_NUM_THREADS=1 python run_it.py --size 3 2>&1 | tee log", None),
         ("X=1; python run_it.py --sise 3", "required: --size"),
+        ("for n in 1 2; do python run_it.py --size three; done", "invalid int value"),
+        ("ls -l there", None),
         ("torchrun --standalone --nproc_per_node 2 run_it.py --size 3", None),
         ("torchrun --standalone --nproc_per_node 2 run_it.py --size 3 --kin a", "unrecognized arguments: --kin a"),
         ("torchrun --no_such 2 run_it.py --size 3", "torchrun: "),
@@ -151,6 +166,7 @@ def house(tmp_path):
         ("bash scripts/missing.sh", "no script scripts/missing.sh"),
         ("SEEDS=1 bash scripts/plain.sh", None),
         ("SEED=1 bash scripts/plain.sh", "reads no variable SEED"),
+        ('SEEDS="0 1" KIND=a bash scripts/plain.sh', "reads no variable KIND"),
         ("bash scripts/plain.sh out", "takes no arguments"),
         ("bash scripts/place.sh out", None),
         ("bash scripts/place.sh --out here", "has no --out"),
@@ -170,6 +186,7 @@ See [here](page.md#its-part-two), [there](page.md#no-such-part), [gone](gone.md)
 ```bash
 python run_it.py \\
   --size 3 --bad_flag   # a comment
+SEEDS="0 1" SEED=1 bash scripts/plain.sh
 python - <<'END'
 print(i
 END
@@ -180,14 +197,15 @@ Or `bash scripts/nothing.sh`; the code is in `util/nothing.py` and `datasets.not
     (house / "tests").mkdir()
     assert page_faults(house / "planted.md", house) == [
         "4: run_it.py: unrecognized arguments: --bad_flag",
-        "6: Python code does not compile: '(' was never closed (<unknown>, line 1)",
-        "10: no script scripts/nothing.sh",
+        "6: scripts/plain.sh reads no variable SEED",
+        "7: Python code does not compile: '(' was never closed (<unknown>, line 1)",
+        "11: no script scripts/nothing.sh",
         "2: no heading for page.md#no-such-part",
         "2: dead link gone.md",
         "2: dead link gone.png",
-        "10: no file util/nothing.py",
-        "10: no module datasets.nothing",
-        "10: no test test_nothing",
+        "11: no file util/nothing.py",
+        "11: no module datasets.nothing",
+        "11: no test test_nothing",
     ]
 
 

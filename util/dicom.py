@@ -21,9 +21,9 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut, apply_windowing
 
+from util.contrast import CONTRASTS, MIMIC_CXR_JPG
 from util.errors import UserError
 
-CONTRASTS = ("mimic-cxr-jpg", "window", "minmax")
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 # What it logs about damaged files, tracebacks among it, is in our errors; a program's own handlers get it.
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
@@ -84,7 +84,7 @@ def _read(path: Path, contrast: str) -> np.ndarray:
     ds = _open_gray(path)
     photometric = ds.PhotometricInterpretation
     stored = _stored_values(ds, path)
-    if contrast == "mimic-cxr-jpg":
+    if contrast == MIMIC_CXR_JPG:
         return _as_mimic_cxr_jpg(stored, photometric == "MONOCHROME1")
     padding = _padding(ds, stored)
     inside = stored if padding is None else stored[~padding]
@@ -102,7 +102,7 @@ def _read(path: Path, contrast: str) -> np.ndarray:
     if photometric == "MONOCHROME1" or _air_is_bright(shade, ds):
         shade = 1.0 - shade
     table = np.floor(shade * 255.0 + 0.5).astype(np.uint8)
-    gray = table[inside - np.int64(lowest)]
+    gray = table[inside.astype(np.int64) - lowest]
     if len(values) > 1 and gray.min() == gray.max():
         raise UserError(
             f"{path}: DICOM whose rescaling or window makes all pixels the same gray; --dicom_contrast "

@@ -131,10 +131,11 @@ def on_main(ranks: Ranks, work: Callable[[], object]) -> object:
     return result
 
 
-def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
+def parallel(model: nn.Module, ranks: Ranks, *, sync_buffers: bool = False) -> nn.Module:
     """The model as several ranks train it together; in a single process the model itself.
 
-    Its buffers must be constants, alike on all ranks: they are not synchronised.
+    Its buffers must be constants, alike on all ranks, unless `sync_buffers`: each training step then starts
+    from rank 0's (as batch norm's running statistics need).
     """
     if ranks.world_size == 1:
         return model
@@ -142,8 +143,15 @@ def parallel(model: nn.Module, ranks: Ranks) -> nn.Module:
         model,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
+        broadcast_buffers=sync_buffers,
     )
+
+
+def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give all ranks rank 0's buffers: before a model with `sync_buffers` is evaluated or saved."""
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def stop() -> None:

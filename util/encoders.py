@@ -62,8 +62,30 @@ class Candidate:
         return 224 if self.backbone is None else int(self.backbone.timm_args.get("img_size", 224))
 
 
+def named_files(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, path) of NAME=FILE, or of FILE, which then gives the name. Raises `UserError` for a name twice."""
+    found = []
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if equals and not (name and path):
+            raise UserError(f"--weights {text}: expected NAME=FILE, imagenet, random or pixels")
+        if not equals:
+            name, path = Path(text).stem, text
+        if not name.isprintable() or name != name.strip():
+            raise UserError(f"--weights {name!r}: a name of printable characters without blanks around it")
+        if name in (other for other, _ in found):
+            raise UserError(f"--weights: {name} is named twice; give each NAME=FILE a name of its own")
+        found.append((name, path))
+    return found
+
+
 def read_candidates(
-    texts: Sequence[str], *, imagenet: str | Path, tap: str = "last", img_size: int | None = None
+    texts: Sequence[str],
+    *,
+    imagenet: str | Path,
+    tap: str = "last",
+    img_size: int | None = 224,
+    num_heads: int | None = None,
 ) -> list[Candidate]:
     """What `--weights` names, each NAME=FILE, FILE, imagenet, random or pixels; read, and reported in print.
 
@@ -73,30 +95,19 @@ def read_candidates(
         UserError: a name twice, a file that can't be read, or less than a whole encoder in it.
     """
     candidates = []
-    for text in texts:
-        name, equals, path = text.partition("=")
-        if equals and not (name and path):
-            raise UserError(f"--weights {text}: expected NAME=FILE, imagenet, random or pixels")
-        kind = name if not equals and name in (RANDOM, IMAGENET, PIXELS) else "file"
-        if kind == IMAGENET:
-            path = str(imagenet)
-            if not Path(path).exists():
-                raise UserError(
-                    f"--weights imagenet: {path} is not there; scripts/fetch_weights.py makes it, or name it by --imagenet"
-                )
-        elif kind == "file" and not equals:
-            path = text
-            name = Path(text).stem
+    for text, (name, path) in zip(texts, named_files(texts), strict=True):
+        kind = text if text in (RANDOM, IMAGENET, PIXELS) else "file"
         backbone = None
-        if kind in ("file", IMAGENET):
-            backbone = read_backbone(path, tap=tap if kind == "file" else "last", img_size=img_size)
+        if kind == IMAGENET:
+            if not Path(imagenet).exists():
+                raise UserError(
+                    f"--weights imagenet: {imagenet} is not there; scripts/fetch_weights.py makes it, or name it "
+                    "by --imagenet"
+                )
+            backbone = read_backbone(imagenet, img_size=img_size)
+        elif kind == "file":
+            backbone = read_backbone(path, tap=tap, img_size=img_size, num_heads=num_heads)
         candidates.append(Candidate(name, kind, backbone))
-    names = [candidate.name for candidate in candidates]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--weights: {name} is named twice; give each NAME=FILE a name of its own")
-        if not name.isprintable() or name != name.strip():
-            raise UserError(f"--weights {name!r}: a name of printable characters without blanks around it")
     template = next((candidate.backbone for candidate in candidates if candidate.kind == "file"), None)
     template = template or next((c.backbone for c in candidates if c.backbone is not None), None)
     return [Candidate(c.name, c.kind, template) if c.kind == RANDOM else c for c in candidates]
@@ -107,5 +118,5 @@ def digest_of(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

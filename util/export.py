@@ -19,10 +19,11 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from util.architecture import VIT_SIZES, attention_heads
 from util.errors import UserError
 from util.files import atomic_write
 from util.foreign_weights import find_encoder
-from util.weights import HEAD_DIM, WeightsInfo, read_state_dict, resample_pos_embed, summarize_keys
+from util.weights import WeightsInfo, read_state_dict, resample_pos_embed, summarize_keys
 
 FORMATS = ("timm", "safetensors", "cxr-eval", "hf")
 TIMM_NAMES = {  # (width, depth) -> timm's name
@@ -42,6 +43,8 @@ class Backbone:
     Attributes:
         state: cls_token, pos_embed, patch_embed.*, blocks.*, norm.*: what a timm ViT without head has.
         timm_name, timm_args: what `timm.create_model` needs to make its model, beside num_classes.
+        num_heads, patch_size: of the encoder, whether or not `timm_name` implies them.
+        heads_from: where `num_heads` is known from.
         tap: which tap's LayerNorm `norm` is, None if the file had a single norm.
         block: the 0-based block which that tap reads, None if unknown.
         source: the file it comes from.
@@ -52,6 +55,9 @@ class Backbone:
     state: dict[str, Tensor]
     timm_name: str
     timm_args: dict[str, int | float]
+    num_heads: int
+    patch_size: int
+    heads_from: str
     tap: int | None
     block: int | None
     source: WeightsInfo
@@ -64,7 +70,11 @@ class Backbone:
 
 
 def read_backbone(
-    path: str | os.PathLike, *, tap: str | int = "last", img_size: int | None = None
+    path: str | os.PathLike,
+    *,
+    tap: str | int = "last",
+    img_size: int | None = None,
+    num_heads: int | None = None,
 ) -> Backbone:
     """The encoder of any file that `read_state_dict` takes.
 
@@ -74,9 +84,10 @@ def read_backbone(
     Args:
         tap: "last" or its place in --id_list, from 0.
         img_size: side of the input in pixels, a multiple of the patch size; None: as trained.
+        num_heads: attention heads, for a file that doesn't say how many its encoder has.
 
     Raises:
-        UserError: the file has no complete ViT encoder, or no such tap.
+        UserError: the file has no complete ViT encoder, no such tap, or its heads can't be known.
     """
     state, info = read_state_dict(path)
     try:
@@ -103,18 +114,23 @@ def read_backbone(
         ) from None
     except (ValueError, IndexError) as error:  # tensors of other ranks, or no square grid of patches
         raise UserError(f"{info.path}: not a ViT that takes square images ({error})") from None
+    heads, heads_from = attention_heads(state, info, num_heads)
     depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
     side = round(patches**0.5) * patch_size
     name = TIMM_NAMES.get((width, depth))
     args: dict[str, int | float] = {} if side == 224 else {"img_size": side}
     if name is None:
         name = TIMM_NAMES[768, 12]
-        args |= {"embed_dim": width, "depth": depth, "num_heads": max(1, width // HEAD_DIM)}
+        args |= {"embed_dim": width, "depth": depth, "num_heads": heads}
+    elif heads != VIT_SIZES[width, depth][1]:
+        args["num_heads"] = heads
     if patch_size != 16:
         args["patch_size"] = patch_size
     if mlp_width != 4 * width:
         args["mlp_ratio"] = mlp_width / width
-    return Backbone(encoder, name, args, index, block, info, found.prefix, found.ignored)
+    return Backbone(
+        encoder, name, args, heads, patch_size, heads_from, index, block, info, found.prefix, found.ignored
+    )
 
 
 def _find_tap(
@@ -133,7 +149,7 @@ def _find_tap(
         tap = count - 1
     if not str(tap).isdigit() or int(tap) >= count:
         raise UserError(f"--tap {tap}: {info.path} has taps 0 to {count - 1}, or last")
-    id_list = info.args.get("id_list", ())
+    id_list = info.config.get("id_list", info.args.get("id_list", ()))
     return int(tap), int(id_list[int(tap)]) if len(id_list) == count else None
 
 
@@ -179,6 +195,7 @@ def export_backbone(
     fmt: str = "timm",
     tap: str | int = "last",
     img_size: int | None = None,
+    num_heads: int | None = None,
 ) -> Backbone:
     """Write the encoder of a checkpoint for other programs; whole or not at all.
 
@@ -186,13 +203,14 @@ def export_backbone(
     `timm.create_model(name, num_classes=0, checkpoint_path=...)` loads strictly; "safetensors" is the
     same for safetensors; "cxr-eval" has them under "model", as that client reads them; "hf" makes the
     folder that `timm.create_model("local-dir:OUT")` and `push_to_hf_hub` work with. All carry metadata: the
-    source's name, SHA-256, epoch and arguments, the tap, and the normalisation of the input.
+    source's name, SHA-256, epoch and arguments, heads and patch size, the tap, and the normalisation of
+    the input.
 
     Raises:
         UserError: bad checkpoint, tap or size, or the place can't be written to.
     """
     out = Path(out)
-    backbone = read_backbone(checkpoint, tap=tap, img_size=img_size)
+    backbone = read_backbone(checkpoint, tap=tap, img_size=img_size, num_heads=num_heads)
     model = build_backbone(backbone)  # proves that timm loads it
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder to write {out.name} into")
@@ -227,6 +245,8 @@ def describe(backbone: Backbone) -> dict[str, str]:
         "source_kind": info.kind,
         "timm_model": backbone.timm_name,
         "timm_args": json.dumps(backbone.timm_args),
+        "num_heads": str(backbone.num_heads),
+        "patch_size": str(backbone.patch_size),
         "mean": json.dumps(IMAGENET_DEFAULT_MEAN),
         "std": json.dumps(IMAGENET_DEFAULT_STD),
         "args": json.dumps(info.args, default=str),
@@ -269,7 +289,10 @@ def usage(backbone: Backbone, out: str | os.PathLike, fmt: str) -> str:
     call = f'timm.create_model("{backbone.timm_name}", num_classes=0{extra}, checkpoint_path="{out}")'
     if fmt == "hf":
         call = f'timm.create_model("local-dir:{out}", pretrained=True)'
-    lines = [f"wrote {out}: {len(backbone.state)} tensors, {summarize_keys(backbone.state)}"]
+    lines = [
+        f"wrote {out}: {len(backbone.state)} tensors, {summarize_keys(backbone.state)}",
+        f"attention heads: {backbone.num_heads} ({backbone.heads_from})",
+    ]
     if fmt == "cxr-eval":
         lines.append(f"cxr-eval reads it where its path contains {', '.join(CXR_EVAL_NAMES[:-1])} or "
                      f"{CXR_EVAL_NAMES[-1]}")  # fmt: skip

@@ -5,15 +5,57 @@ device of its input, random only through the `generator` given. One convention t
 mask [B, L], row-major over the patch grid, 1 = masked (to be reconstructed), 0 = visible; every
 image of a batch has the same number of masked patches, `masked_count(L, mask_ratio)`.
 
+`MASKINGS` is the one list of rules: name -> function of a `MaskRequest` (docs/extend.md).
+
 Source: CXR-MIM (Zhao et al., IPMI 2025), attention-controlled masking; block-wise masking as a
 baseline after BEiT (Bao et al., ICLR 2022).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """All that a masking rule may look at. A rule returns float [B, L], 1 = masked, with exactly
+    `n_masked` masked patches in each image; it draws from `generator` only.
+
+    Attributes:
+        batch: "img" float [B, 3, H, W] normalised, "attention" float [B, H, W] in 0..1, and maybe
+            "foreground", for which see `foreground_of`.
+        patch_size: p in pixels.
+        mask_ratio, clinical_ratio: as on the command line.
+        epoch, step: where training is, both from 0; a step is one forward pass of that epoch.
+        generator: of this step's masks, on the device of the batch; None: torch's own.
+    """
+
+    batch: Mapping[str, Tensor]
+    patch_size: int
+    mask_ratio: float = 0.75
+    clinical_ratio: float = 0.5
+    epoch: int = 0
+    step: int = 0
+    generator: torch.Generator | None = None
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(h, w) of the patch grid, L = h * w."""
+        height, width = self.batch["attention"].shape[-2:]
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def n_masked(self) -> int:
+        return masked_count(self.grid_size[0] * self.grid_size[1], self.mask_ratio)
+
+
+MaskingRule = Callable[[MaskRequest], Tensor]
 
 
 def masked_count(n_patches: int, mask_ratio: float) -> int:
@@ -194,3 +236,64 @@ def _mask_lowest(order: Tensor, n_masked: int) -> Tensor:
     """Float mask [B, L] with 1 at the `n_masked` places of each row that come first in `order`."""
     chosen = order.argsort(dim=1, stable=True)[:, :n_masked]
     return torch.zeros_like(order).scatter_(1, chosen, 1.0)
+
+
+def foreground_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """A batch's "foreground"; where it has none, the Otsu foreground of its "attention"."""
+    return batch["foreground"] if "foreground" in batch else otsu_foreground(batch["attention"])
+
+
+def _by_attention(ask: MaskRequest) -> Tensor:
+    return attention_controlled_mask(
+        foreground_of(ask.batch), ask.patch_size, ask.mask_ratio, ask.clinical_ratio, ask.generator
+    )
+
+
+def _at_random(ask: MaskRequest) -> Tensor:
+    attention, (height, width) = ask.batch["attention"], ask.grid_size
+    return random_mask(len(attention), height * width, ask.mask_ratio, ask.generator, attention.device)
+
+
+def _in_blocks(ask: MaskRequest) -> Tensor:
+    attention = ask.batch["attention"]
+    return block_mask(len(attention), ask.grid_size, ask.mask_ratio, ask.generator, attention.device)
+
+
+MASKINGS: dict[str, MaskingRule] = {"attention": _by_attention, "random": _at_random, "block": _in_blocks}
+
+
+def draw_mask(masking: str, ask: MaskRequest) -> Tensor:
+    """Masks [B, L] of the rule named `masking`, checked.
+
+    Raises:
+        ValueError: no such rule, or, on the CPU, a rule that gave another shape or another number of
+            masked patches than asked for. On a GPU a wrong number is a device-side assertion, since
+            reading it would make every step wait.
+    """
+    if masking not in MASKINGS:
+        raise ValueError(f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
+    mask = MASKINGS[masking](ask)
+    (height, width), batch_size = ask.grid_size, len(ask.batch["attention"])
+    if mask.shape != (batch_size, height * width):
+        raise ValueError(
+            f"masking {masking!r} gave a mask of shape {list(mask.shape)}, not [{batch_size}, {height * width}]"
+        )
+    fits = ((mask == 1).sum(1) == ask.n_masked).all() & ((mask == 0) | (mask == 1)).all()
+    if mask.device.type == "cpu":
+        if not fits:
+            raise ValueError(
+                f"masking {masking!r} gave {mask.sum(1).tolist()} masked patches, not {ask.n_masked} (each 0 or 1)"
+            )
+    else:
+        torch._assert_async(fits, f"masking {masking!r}: not {ask.n_masked} masked patches in each image")
+    return mask
+
+
+def mask_cells(mask: Tensor, scale: float) -> Tensor:
+    """A mask on the grid of cells of a scale: [B, 1, h, w] -> float [B, 1, h*scale, w*scale].
+
+    Repeated where a patch has `scale` cells per side, averaged where a cell spans 1/scale patches.
+    """
+    if scale >= 1:
+        return mask.repeat_interleave(round(scale), 2).repeat_interleave(round(scale), 3)
+    return F.avg_pool2d(mask, round(1 / scale))

@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 from util.files import atomic_write
-from util.masking import otsu_foreground, significant_patches
+from util.masking import foreground_of, mask_cells, significant_patches
 
 # Colours told apart by every common kind of colour vision (Okabe and Ito 2008).
 SIGNIFICANT = "#E69F00"  # orange
@@ -85,19 +84,13 @@ def reconstruct(model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> 
     for scale, target, prediction in zip(model.scale_list, targets, predictions, strict=True):
         shape = (-1, int(height * scale), int(width * scale))
         cell_error = (prediction.float() - target).square().mean(2).view(shape)[:, None]
-        if scale >= 1:
-            error += F.avg_pool2d(cell_error, int(scale)) if scale > 1 else cell_error
-            touched = grid_mask.repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
-        else:
-            step = int(1 / scale)
-            error += cell_error.repeat_interleave(step, 2).repeat_interleave(step, 3)
-            touched = F.max_pool2d(grid_mask, step)
+        # Cells back to patches: the inverse of bringing a mask to the cells.
+        error += mask_cells(cell_error, 1 / scale)
         by_channel = (*shape, 3, model.hog.nbins)
         shown_targets.append(target.float().view(by_channel).mean(3).cpu().numpy())
         shown_predictions.append(prediction.float().view(by_channel).mean(3).cpu().numpy())
-        predicted.append((touched[:, 0] > 0).cpu().numpy())
-    foreground = batch["foreground"] if "foreground" in batch else otsu_foreground(batch["attention"])
-    significant = significant_patches(foreground, model.patch_size).view(-1, height, width)
+        predicted.append((mask_cells(grid_mask, scale)[:, 0] > 0).cpu().numpy())
+    significant = significant_patches(foreground_of(batch), model.patch_size).view(-1, height, width)
     return Reconstruction(
         gray=gray_image(model, batch),
         attention=batch["attention"].float().cpu().numpy(),
@@ -316,9 +309,8 @@ def contact_sheet(
     batch = model.prepare_batch(batch)
     gray = gray_image(model, batch)
     attention = batch["attention"].float().cpu().numpy()
-    foreground = batch["foreground"] if "foreground" in batch else otsu_foreground(batch["attention"])
     shape = (len(gray), *model.grid_size)
-    significant = significant_patches(foreground, model.patch_size).view(shape).cpu().numpy()
+    significant = significant_patches(foreground_of(batch), model.patch_size).view(shape).cpu().numpy()
     masked = (mask.view(shape) > 0).cpu().numpy()
 
     columns = min(columns, len(gray))

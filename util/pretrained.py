@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,12 +23,19 @@ from util.weights import read_state_dict
 # 2021). timm 0.5 to 0.8 gave these for the bare name vit_base_patch16_224; since 0.9 the bare name means
 # others (augreg2), so the tag is spelt out.
 TAG = "augreg_in21k_ft_in1k"
+FOLDER = Path(__file__).resolve().parents[1] / "preTrain"
 SIZES = ("tiny", "small", "base", "large")
 
 
 def weights_name(size: str) -> str:
     """The file that pretraining looks for: vit_base_p16_224_timm.pth for "base"."""
     return f"vit_{size}_p16_224_timm.pth"
+
+
+def stored_weights(timm_name: str) -> Path:
+    """Where scripts/fetch_weights.py keeps the weights of a timm model, whether they are there or not."""
+    size = re.fullmatch(rf"vit_({'|'.join(SIZES)})_patch16_224", timm_name)
+    return FOLDER / (weights_name(size.group(1)) if size else f"{timm_name}_timm.pth")
 
 
 def fetch_weights(size: str, out: str | os.PathLike, *, file: str | os.PathLike | None = None) -> str:

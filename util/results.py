@@ -187,6 +187,48 @@ def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary_table(means: pd.DataFrame) -> str:
+    """One table of several runs: a row per weights and share of labels, a column per data set and method.
+
+    Args:
+        means: rows of the mean over labels of `results_table` of any runs, with its value in the column `value`
+            and "auc" or "accuracy" in `measure`.
+
+    Returns:
+        Markdown; percent, mean ± standard deviation over seeds, published numbers in rows of their own.
+    """
+    runs = list(dict.fromkeys(zip(means["dataset"], means["method"], means["measure"], strict=True)))
+    lines = [
+        "# Downstream results",
+        "",
+        "Percent on the test images: AUC (its mean over labels), or accuracy where a column says so; mean ± standard "
+        "deviation over seeds.",
+        "",
+        _row(
+            [
+                "weights",
+                "labels used",
+                *(" ".join([d, m, *(["(accuracy)"] if a != "auc" else [])]) for d, m, a in runs),
+            ]
+        ),
+        _row(["---"] * (len(runs) + 2)),
+    ]
+    for (weights, fraction), group in means.groupby(["weights", "fraction"], sort=False):
+        cells = []
+        for dataset, method, _ in runs:
+            own = group.loc[(group["dataset"] == dataset) & (group["method"] == method), "value"]
+            cells.append(_spread(100 * own.to_numpy(float)) if len(own) else "")
+        lines.append(_row([weights, f"{100 * fraction:g}%", *cells]))
+    for name in dict.fromkeys(
+        name for dataset, method, _ in runs for name, _ in PUBLISHED.get((dataset, method), ())
+    ):
+        values = [dict(PUBLISHED.get((dataset, method), ())).get(name) for dataset, method, _ in runs]
+        lines.append(
+            _row([f"*{name} (published)*", "100%", *("" if v is None else f"*{v:.2f}*" for v in values)])
+        )
+    return "\n".join(lines) + "\n"
+
+
 def write_text(text: str, path: str | os.PathLike) -> None:
     """Write a text file, whole or not at all."""
     with atomic_write(Path(path), "w") as file:

@@ -13,6 +13,7 @@ from util.curves import COLORS, LINE_STYLES
 from util.results import MEAN
 
 MARKERS = "os^vDPX<>"
+MEASURE_WORDS = {"auc": "area under the ROC curve, mean over labels", "accuracy": "accuracy"}
 
 
 def plain(name: str) -> str:
@@ -30,6 +31,34 @@ def results_figure(table: pd.DataFrame, title: Sequence[str]) -> Figure:
     return figure
 
 
+def summary_figure(means: pd.DataFrame) -> Figure:
+    """One panel per data set and method of `util.results.summary_table`'s input: the mean over labels against the
+    share of labels, or, of a single share, marks side by side; bands and bars are +- one standard deviation over
+    seeds."""
+    runs = list(dict.fromkeys(zip(means["dataset"], means["method"], means["measure"], strict=True)))
+    names = list(dict.fromkeys(means["weights"]))
+    columns = min(3, len(runs))
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.4), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (dataset, method, measure) in zip(panels, runs, strict=False):
+        own = means[(means["dataset"] == dataset) & (means["method"] == method)]
+        _mean_over_fractions(axes, own, "value", names)
+        sizes = sorted({int(n) for n in own["n"]})
+        axes.set_title(
+            plain(f"{dataset}, {method}: {' / '.join(f'{n:,}' for n in sizes)} test images"), fontsize=8.5
+        )
+        axes.set_ylabel(MEASURE_WORDS[measure], fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25, lw=0.5)
+    for axes in panels[len(runs) :]:
+        axes.set_axis_off()
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(3, len(names)), fontsize=8, frameon=False)
+    return figure
+
+
 def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
     """The mean over labels against the share of training images; bands are +- one standard deviation over
     seeds."""
@@ -38,23 +67,38 @@ def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
     axes = figure.subplots()
     mean = table[table["label"] == MEAN]
     names = list(dict.fromkeys(mean["weights"]))
+    _mean_over_fractions(axes, mean, measure, names)
+    axes.set_ylabel(MEASURE_WORDS[measure], fontsize=8)
+    _finish(figure, axes, len(names))
+    return figure
+
+
+def _mean_over_fractions(axes, mean: pd.DataFrame, column: str, names: Sequence[str]) -> None:
+    """A line per weights, in the colours of `names`, with a band of one standard deviation over seeds; of a single
+    share of labels a mark per weights with a bar, side by side."""
+    single = mean["fraction"].nunique() == 1
     for i, name in enumerate(names):
-        by_fraction = mean[mean["weights"] == name].groupby("fraction")[measure]
+        by_fraction = mean[mean["weights"] == name].groupby("fraction")[column]
         centre, spread = by_fraction.mean(), by_fraction.std(ddof=1).fillna(0)
+        style = dict(label=plain(name), color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.4,
+                     ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)])  # fmt: skip
+        if single:
+            axes.errorbar([i] * len(centre), centre, yerr=spread, capsize=3, **style)
+            continue
         x = 100 * centre.index.to_numpy()
-        color = COLORS[i % len(COLORS)]
-        axes.plot(x, centre, label=plain(name), color=color, marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.4,
-                  ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)])  # fmt: skip
-        axes.fill_between(x, centre - spread, centre + spread, color=color, alpha=0.18, lw=0)
-    ticks = sorted(100 * table["fraction"].unique())
+        axes.plot(x, centre, **style)
+        axes.fill_between(x, centre - spread, centre + spread, color=style["color"], alpha=0.18, lw=0)
+    ticks = sorted(100 * mean["fraction"].unique())
+    share = "share of the training images that have labels"
+    if single:
+        axes.set_xticks([])
+        axes.set_xlim(-0.7, len(names) - 0.3)
+        axes.set_xlabel(f"{share}: {ticks[0]:g}%", fontsize=8)
+        return
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("share of the training images that have labels", fontsize=8)
-    word = "accuracy" if measure == "accuracy" else "area under the ROC curve, mean over labels"
-    axes.set_ylabel(word, fontsize=8)
-    _finish(figure, axes, len(names))
-    return figure
+    axes.set_xlabel(f"{share}, log scale", fontsize=8)
 
 
 def _per_label(table: pd.DataFrame, measure: str) -> Figure:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from util.masking import otsu_foreground, significant_patches
@@ -88,13 +89,13 @@ def patch_iou(prediction: Map, target: Map, patch_size: int = 16) -> Tensor:
     store them. 1 where neither map has a significant patch. H and W are multiples of `patch_size`; at
     224 x 224 there are 14 x 14 patches.
     """
-    first, second = (_significant(values, patch_size) for values in (prediction, target))  # [..., L]
+    first, second = (gaze_patches(values, patch_size) for values in (prediction, target))  # [..., L]
     union = (first | second).sum(-1).double()
     return torch.where(union > 0, (first & second).sum(-1) / union.clamp(min=1), 1.0)
 
 
-def _significant(values: Map, patch_size: int) -> Tensor:
-    """Significant patches of maps [..., H, W]: bool [..., L]."""
+def gaze_patches(values: Map, patch_size: int) -> Tensor:
+    """Significant patches of maps [..., H, W] >= 0, as trees store them: bool [..., L]; see `patch_iou`."""
     values = torch.as_tensor(values).double()
     maps = values.reshape(-1, *values.shape[-2:])
     levels = to_levels(maps)
@@ -110,6 +111,13 @@ def to_levels(maps: Tensor) -> Tensor:
     peak = maps.amax((-2, -1), keepdim=True)
     scaled = maps * (255.0 / torch.where(peak > 0, peak, 1.0))
     return (scaled + 0.5).floor().to(torch.uint8)
+
+
+def resize_density(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Densities [B, G, G] on another grid, bilinear: [B, height, width] of sum 1, in their dtype."""
+    if tuple(maps.shape[-2:]) != tuple(size):
+        maps = F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    return maps / maps.sum((-2, -1), keepdim=True)
 
 
 def fixation_pixels(x: Map, y: Map, size: tuple[int, int]) -> Tensor:

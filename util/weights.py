@@ -13,7 +13,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from util.architecture import FREE_CONFIG, config_of_older_file, notes_on_config
 from util.errors import UserError
 
-HEAD_DIM = 64  # channels of one attention head in every ViT of the four sizes
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 WRAPPER_KEYS = ("model", "state_dict", "teacher", "student")  # where checkpoints keep the tensors
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
@@ -53,6 +53,8 @@ class WeightsInfo:
         args: the training arguments stored in it as a plain dict, {} where there are none.
         epoch: last finished epoch stored in it, or None.
         world_size: number of processes it was trained with.
+        config: arguments of the model's constructor (`CXRMIM.config`), {} where the file has none:
+            one of another program, or of this one before it kept them.
         metadata: further text entries, as exports of this program carry them.
     """
 
@@ -61,6 +63,7 @@ class WeightsInfo:
     args: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
     world_size: int = 1
+    config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,23 +76,21 @@ class LoadReport:
         matched: names copied from the file into the model.
         missing: names of the model that the file lacks: they keep their values.
         ignored: names of the file that the model has no place for.
-        resampled: a note where the position embedding was resampled, else "".
+        notes: lines on what else was done or should be known.
     """
 
     path: Path
     matched: list[str]
     missing: list[str]
     ignored: list[str]
-    resampled: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"Initial weights from {self.path}:"]
         for title in ("matched", "missing", "ignored"):
             keys = getattr(self, title)
             lines.append(f"  {title:8s}{len(keys):4d}  {summarize_keys(keys)}".rstrip())
-        if self.resampled:
-            lines.append(f"  {self.resampled}")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
 def summarize_keys(keys: Iterable[str]) -> str:
@@ -161,13 +162,14 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
     args = more.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    epoch, world_size = more.get("epoch"), more.get("world_size")
+    epoch, world_size, config = more.get("epoch"), more.get("world_size"), more.get("model_config")
     return state, WeightsInfo(
         path=path,
         kind=_kind(state),
         args=dict(args) if isinstance(args, Mapping) else {},
         epoch=int(epoch) if isinstance(epoch, (int, np.integer)) else None,
         world_size=world_size if isinstance(world_size, int) else 1,
+        config=dict(config) if isinstance(config, Mapping) else {},
         metadata={str(key): str(value) for key, value in dict(metadata or {}).items()},
     )
 
@@ -254,8 +256,9 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
         path: whatever `read_state_dict` takes.
 
     Raises:
-        UserError: a tensor has another shape than the model's, the file has no transformer block that
-            the model has, or lacks some of its blocks.
+        UserError: a tensor has another shape than the model's, the encoder was trained with another
+            number of heads, the file has no transformer block that the model has, or lacks some of its
+            blocks.
     """
     state, info = read_state_dict(path)
     own = model.state_dict()
@@ -266,7 +269,7 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
             f"{_shorten(summarize_keys(state))}); expected timm ViT names such as blocks.0.norm1.weight"
         )
 
-    resampled = ""
+    notes = notes_on_config(info, model.config)
     taken: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, tensor in state.items():
@@ -285,7 +288,7 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
                 raise UserError(
                     f"{info.path}: pos_embed of shape {_shape(tensor)} cannot be resampled: {error}"
                 ) from None
-            resampled = (
+            notes.append(
                 f"pos_embed resampled from {state[name].shape[1] - 1} patches to "
                 f"{grid[0]} x {grid[1]} (bicubic)"
             )
@@ -303,83 +306,52 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
         for name, tensor in taken.items():
             own[name].copy_(tensor)
     missing = [name for name in own if name not in taken]
-    return LoadReport(info.path, list(taken), missing, ignored, resampled)
+    return LoadReport(info.path, list(taken), missing, ignored, tuple(notes))
 
 
 def build_model(
-    model_class: type[nn.Module],
+    constructor: Callable[..., nn.Module],
     state: Mapping[str, Tensor],
-    args: Mapping[str, Any],
-    path: str | os.PathLike,
+    info: WeightsInfo,
+    args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build the CXRMIM that a CXR-MIM checkpoint was trained as, and load all its weights.
 
-    Sizes are read off the tensors; what tensors don't tell (id_list, attention heads of the decoder,
-    masking, gaze weighting) comes from the stored arguments, else it is the published default. The
-    encoder's heads are 64 channels wide, as in all ViT of these sizes.
+    The constructor's arguments are those stored in the file. Where it has none (published checkpoints,
+    and those of this program from before it stored them), sizes are read off the tensors, and what
+    tensors don't tell (id_list, scale_list, attention heads) comes from the stored command line.
 
     Args:
-        model_class: `models_cxrmim.CXRMIM`.
-        state, args: as `read_state_dict` returns them (`WeightsInfo.args`).
-        path: named in errors.
+        constructor: `models_cxrmim.CXRMIM`, or whatever takes its arguments.
+        state, info: as `read_state_dict` returns them.
+        args: command-line options that go before the stored ones.
 
     Returns:
         The model on the CPU in eval mode.
 
     Raises:
-        UserError: not a complete CXR-MIM checkpoint, or its arguments and tensors disagree.
+        UserError: not a complete CXR-MIM checkpoint, it does not say all that is needed and `args` don't
+            either, or arguments and tensors disagree.
     """
+    path = info.path
     if _kind(state) != "cxr-mim" or not any(name.startswith("decoder.0.") for name in state):
         raise UserError(
             f"{path}: not a CXR-MIM checkpoint with decoders (its keys: "
             f"{_shorten(summarize_keys(state))}); pass a checkpoint-*.pth of pretraining"
         )
+    args = {**info.args, **(args or {})}
+    free = {name: args[name] for name in FREE_CONFIG if args.get(name) is not None}
     try:
-        depth, taps = (len(_numbers(state, group)) for group in ("blocks", "norm"))
-        embed_dim, in_chans, patch_size = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
-        scales = [_scale(state, f"decoder.{k}.pred.") for k in range(taps)]
-        last = max(_numbers(state, "decoder.0.pred"))
-        model = model_class(
-            img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=max(1, embed_dim // HEAD_DIM),
-            decoder_embed_dim=state["decoder.0.mask_token"].shape[-1],
-            decoder_depth=len(_numbers(state, "decoder.0.blocks")),
-            decoder_num_heads=int(args.get("decoder_num_heads", 8)),
-            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-            hog_nbins=state[f"decoder.0.pred.{last}.weight"].shape[0] // 3,
-            id_list=args.get("id_list", (1, 3, 9, 11)),
-            scale_list=scales,
-            gaze_weighted=bool(args.get("gaze_weighted", False)),
-            gaze_temperature=float(args.get("gaze_temperature", 0.1)),
-            masking=args.get("masking", "attention"),
-        )
+        config = info.config or config_of_older_file(state, info, args)
+        model = constructor(**config | free)
         model.load_state_dict(state)
     except KeyError as error:
         raise UserError(f"{path}: an incomplete CXR-MIM checkpoint, it lacks {error}") from None
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path}: its tensors and arguments don't fit together: {' '.join(str(error).split())[:300]}"
         ) from None
     return model.eval()
-
-
-def _numbers(state: Mapping[str, Tensor], group: str) -> set[int]:
-    """The N of all names `group.N.*`."""
-    matches = (re.match(rf"{re.escape(group)}\.(\d+)\.", name) for name in state)
-    return {int(match.group(1)) for match in matches if match}
-
-
-def _scale(state: Mapping[str, Tensor], prefix: str) -> float:
-    """Which scale a decoder's head has, by its layers (see ScaleDecoder)."""
-    if f"{prefix}4.weight" in state:
-        return 4.0
-    if f"{prefix}0.weight" in state:
-        return 2.0 if f"{prefix}1.weight" in state else 1.0
-    return 0.5
 
 
 def _shape_message(path: Path, name: str, found: Tensor, wanted: Tensor) -> str:

@@ -11,12 +11,20 @@ from typing import NamedTuple
 
 from datasets.downstream.chexpert import read_chexpert
 from datasets.downstream.choices import Choices, add_choices, choices_from_args
+from datasets.downstream.covidx import read_covidx
+from datasets.downstream.csv import read_csv
 from datasets.downstream.labelled import LabelledImages
 from datasets.downstream.nih import read_nih
+from datasets.downstream.padchest import read_padchest
 from datasets.downstream.rsna import read_rsna
+from datasets.downstream.siim import read_siim
+from datasets.downstream.tree import read_tree
+from datasets.downstream.vindr import read_vindr
 from util.errors import UserError
 
 TABLE_CHOICES = frozenset({"images", "csv", "labels", "where", "skip_missing"})
+CELL_CHOICES = frozenset({"uncertain", "empty"})
+CSV_CHOICES = frozenset({"image_column", "label_columns", "separator", "subject_column", "split_column"})
 ANY_CHOICES = frozenset({"split", "split_seed", "need_images"})
 
 
@@ -30,7 +38,13 @@ class Source(NamedTuple):
 DATASETS: dict[str, Source] = {
     "rsna": Source(read_rsna),
     "nih": Source(read_nih),
-    "chexpert": Source(read_chexpert, TABLE_CHOICES | {"uncertain", "empty"}),
+    "chexpert": Source(read_chexpert, TABLE_CHOICES | CELL_CHOICES),
+    "siim": Source(read_siim),
+    "covidx": Source(read_covidx, frozenset({"images", "where", "skip_missing"})),
+    "vindr": Source(read_vindr),
+    "padchest": Source(read_padchest),
+    "csv": Source(read_csv, TABLE_CHOICES | CELL_CHOICES | CSV_CHOICES),
+    "tree": Source(read_tree, frozenset({"labels", "min_certainty"})),
 }
 
 

@@ -23,7 +23,7 @@ FINDINGS = (
 )  # fmt: skip
 VIEW, FRONTAL = "Frontal/Lateral", "Frontal"
 VALID_IMAGES = 5000
-_PATH = re.compile(r"(?:.*/)?(?P<id>[^/]+/(?P<patient>patient\d+)/[^/]+/[^/]+)")
+_PATH = re.compile(r"(?:^|.*?/)(?P<id>(?:(?:train|valid|test)/)?(?P<patient>patient\d+)/[^/]+/[^/]+)$")
 
 
 def read_chexpert(paths: list[Path], choices: Choices) -> LabelledImages:

@@ -41,22 +41,17 @@ class Folder:
 
     def tables(self, *patterns: str) -> list[Path]:
         """Files whose name fits a pattern (letter case and ".gz" aside), those nearest to the root only."""
-        wanted = {pattern.lower() for pattern in patterns} | {f"{pattern.lower()}.gz" for pattern in patterns}
-
-        def fitting(names: Iterable[str]) -> list[str]:
-            return [
-                name for name in names if any(fnmatch.fnmatch(name.rpartition("/")[2].lower(), p) for p in wanted)
-            ]  # fmt: skip
-
         # A table in the root itself is found without walking through the images.
-        found = fitting(
-            sorted(e.name for e in _entries(self.root) if not e.name.startswith(".") and e.is_file())
-        )
-        if not found:
-            found = fitting(self.files)
-            depth = min((name.count("/") for name in found), default=0)
-            found = [name for name in found if name.count("/") == depth]
-        return [self.root / name for name in found]
+        if found := self.nearby(*patterns):
+            return found
+        found = _fitting(self.files, patterns)
+        depth = min((name.count("/") for name in found), default=0)
+        return [self.root / name for name in found if name.count("/") == depth]
+
+    def nearby(self, *patterns: str) -> list[Path]:
+        """Files of the root itself whose name fits a pattern."""
+        names = sorted(entry.name for entry in _entries(self.root) if entry.is_file())
+        return [self.root / name for name in _fitting(names, patterns)]
 
     def table(self, *patterns: str) -> Path:
         """The one file whose name fits. `UserError` where there is none, or several."""
@@ -143,6 +138,16 @@ def missing_message(folder: Folder, lacking: Sequence[str], total: int) -> str:
         f"{folder.root}: {len(lacking)} of {total} images are not there, e.g. {lacking[0]!r} ({there}); "
         "name their folder by --images, or pass --skip_missing to go on without them"
     )
+
+
+def _fitting(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    wanted = [form for pattern in patterns for form in (pattern.lower(), f"{pattern.lower()}.gz")]
+    last = ((name, name.rpartition("/")[2].lower()) for name in names)
+    return [
+        name
+        for name, end in last
+        if end[:1] != "." and any(fnmatch.fnmatchcase(end, form) for form in wanted)
+    ]
 
 
 def _match(names: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[int, list[str]]:

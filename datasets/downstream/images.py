@@ -245,9 +245,9 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, 1, H, W] -> float [B, 3, H, W], scaled to 0..1, repeated and normalised."""
-    mean_, std_ = (torch.tensor(values, device=gray.device).view(1, -1, 1, 1) for values in (mean, std))
-    return (gray.float() / 255 - mean_) / std_
+    """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
+    centre, spread = (torch.tensor(values, device=gray.device).view(1, -1, 1, 1) for values in (mean, std))
+    return (gray.float() / 255 - centre) / spread
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,17 +22,29 @@ PUBLISHED_UNCERTAIN = {"Atelectasis": 1.0, "Edema": 1.0, "Pleural Effusion": 1.0
 
 def read_rows(path: Path, columns: Sequence[str], choices: Choices) -> pd.DataFrame:
     """The rows of a table that --where keeps, as text, by their line in the file."""
-    conditions: dict[str, list[str]] = {}
+    columns = list(dict.fromkeys([*columns, *conditions(choices)]))
+    table = read_table(path, columns, text=columns)
+    if table.empty:
+        raise UserError(f"{path}: no rows")
+    return keep_where(table, path, choices)
+
+
+def conditions(choices: Choices) -> dict[str, list[str]]:
+    """--where as the allowed values of each column."""
+    found: dict[str, list[str]] = {}
     for condition in choices.where:
         column, equals, value = condition.partition("=")
         if not equals:
             raise UserError(f"--where {condition!r}: expected COLUMN=VALUE")
-        conditions.setdefault(column.strip(), []).append(value.strip())
-    columns = list(dict.fromkeys([*columns, *conditions]))
-    table = read_table(path, columns, text=columns)
-    if table.empty:
-        raise UserError(f"{path}: no rows")
-    for column, values in conditions.items():
+        found.setdefault(column.strip(), []).append(value.strip())
+    return found
+
+
+def keep_where(table: pd.DataFrame, path: Path, choices: Choices) -> pd.DataFrame:
+    """The rows that --where keeps; `UserError` where none is left, or a column lacks."""
+    for column, values in conditions(choices).items():
+        if column not in table:
+            raise UserError(f"--where {column}: {path} has {', '.join(map(str, table.columns))}")
         kept = table[table[column].map(lambda cell, values=values: any(_same(cell, v) for v in values))]
         if kept.empty:
             found = ", ".join(map(repr, sorted(set(table[column]))[:5]))
@@ -82,7 +94,9 @@ def one_hot(rows: Sequence[set[str]], names: Sequence[str]) -> np.ndarray:
     return np.array([[name in row for name in names] for row in rows], np.float32).reshape(-1, len(names))
 
 
-def join_same(table: pd.DataFrame, column: str, others: Sequence[str], path: Path, notes: list[str]):
+def join_same(
+    table: pd.DataFrame, column: str, others: Sequence[str], path: Path, notes: list[str]
+) -> pd.DataFrame:
     """One row per id where an id's rows say the same in `others`; `UserError` with the lines where not."""
     repeated = table[table[column].duplicated(keep=False)]
     if repeated.empty:

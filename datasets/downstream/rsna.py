@@ -10,7 +10,7 @@ from datasets.downstream.choices import Choices
 from datasets.downstream.folder import Folder
 from datasets.downstream.labelled import LabelledImages
 from datasets.downstream.rows import check_ids, label_values, labelled_images, read_rows
-from datasets.downstream.splits import choose_parts, split_70_15_15
+from datasets.downstream.splits import by_row, choose_parts, split_70_15_15
 
 TABLE = "*stage_2_train_labels*.csv"
 
@@ -27,9 +27,7 @@ def read_rsna(paths: list[Path], choices: Choices) -> LabelledImages:
     table = table.assign(Target=label_values(table, ["Target"], path, empty="ignore")[:, 0])
     target = table.groupby("patientId", sort=True)["Target"].max()
     subjects = target.index.to_numpy(str)
-    order, official = split_70_15_15(len(target))
-    by_row = np.empty(len(target), official.dtype)
-    by_row[order] = official
+    order, parts = split_70_15_15(len(target))
     notes: list[str] = []
     return labelled_images(
         "rsna",
@@ -37,7 +35,7 @@ def read_rsna(paths: list[Path], choices: Choices) -> LabelledImages:
         choices,
         ids=list(target.index),
         subjects=subjects,
-        parts=choose_parts(choices, "rsna", subjects, by_row, notes),
+        parts=choose_parts(choices, "rsna", subjects, by_row(order, parts), notes),
         labels=(["Pneumonia"], target.to_numpy(np.float32)[:, None]),
         notes=notes,
         order=order,

@@ -24,6 +24,13 @@ def split_70_15_15(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([train, valid, test]), parts
 
 
+def by_row(order: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The part of each row, from `split_70_15_15`'s places and their parts: str [N]."""
+    found = np.empty_like(parts)
+    found[order] = parts
+    return found
+
+
 def choose_parts(
     choices: Choices, name: str, subjects: np.ndarray, official: np.ndarray | None, notes: list[str]
 ) -> np.ndarray:

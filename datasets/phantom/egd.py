@@ -15,6 +15,7 @@ from datasets.phantom.study import (
     check_options,
     draw_lesions,
     image_suffix,
+    mark_simulated,
     new_image,
     write_csv,
     write_image,
@@ -80,6 +81,7 @@ def make_egd(
     write_csv(
         pd.concat(gaze, ignore_index=True)[columns or list(gaze[0].columns)], study.raw / "fixations.csv"
     )
+    mark_simulated(study.raw)
     return study
 
 

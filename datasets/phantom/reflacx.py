@@ -23,6 +23,7 @@ from datasets.phantom.study import (
     draw_lesions,
     fixed_number,
     image_suffix,
+    mark_simulated,
     new_image,
     write_csv,
     write_image,
@@ -128,6 +129,7 @@ def make_study(
         plant_fault(study, row, fault)
     for phase, phase_rows in rows.items():
         _write_metadata(study.raw, phase, phase_rows)
+    mark_simulated(study.raw)
     return study
 
 

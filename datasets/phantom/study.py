@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from datasets.phantom.chest import LESION_KINDS, Frame, Lesion, chest_box, draw_lesion
+from datasets.raw.readings import SIMULATED_FILE
 
 
 @dataclass
@@ -42,6 +43,12 @@ class PhantomStudy:
     seed: int = 0
     dwell_ratio: float = 6.0
     faults: dict[str, str] = field(default_factory=dict)
+
+
+def mark_simulated(raw: Path) -> None:
+    """Leave the mark by which preparation and pictures know that nobody looked at these images."""
+    text = "Simulated gaze: made up by scripts/make_phantom.py, no radiologist looked at these images.\n"
+    (raw / SIMULATED_FILE).write_text(text, encoding="utf-8")
 
 
 def check_options(n_images: int, image_format: str, lesion_kinds: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ class EgdReading(Reading):
     sigma: float
 
     def fixations_origin(self) -> str:
-        rows = self.rows.to_csv(index=False).encode()
+        rows = self.rows.to_csv().encode()
         return f"{self.sigma} {hashlib.blake2b(rows, digest_size=10).hexdigest()}"
 
     def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:

@@ -20,6 +20,8 @@ import pandas as pd
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS, RECTANGLE
 
+# In the root of a raw data set whose gaze is made up; see `is_simulated`.
+SIMULATED_FILE = "SIMULATED_GAZE.txt"
 ELLIPSE_COLUMNS = (*RECTANGLE, "certainty")
 MAX_BAD = 0.1  # of a reading's fixations; more of them bad, and the reading is unusable
 
@@ -30,8 +32,8 @@ class Fixations:
 
     `table`: one row each, the columns of `util.gaze.FIXATION_COLUMNS` (float64), finite but for the
     rectangle, sigmas and durations positive; its index is their lines in the file. `left_out`: how
-    many rows are not in it, by reason. `bad`: of these the damaged ones, as lines of text that name
-    file, line and column; the others were left out by a rule.
+    many rows are not in it, by reason. `bad`: of these the damaged ones, as texts that name line and
+    column; the others were left out by a rule.
     """
 
     table: pd.DataFrame
@@ -77,10 +79,10 @@ def usable_fixations(
         if i < n_kinds_of_bad:
             bad += [(line, damaged.get(line, reason)) for line in gone]
         left[gone] = False
-    lines = [f"{path}: line {line}, {text}" for line, text in sorted(bad)]
+    lines = [f"line {line}, {text}" for line, text in sorted(bad)]
     if len(bad) > max_bad * len(fixations):
         raise UserError(
-            f"{lines[0]}; {len(bad)} of {len(fixations)} fixations are bad, more than --max_bad_fixations "
+            f"{path}: {lines[0]}; {len(bad)} of {len(fixations)} fixations are bad, more than --max_bad_fixations "
             f"{max_bad:g} allows"
         )
     return Fixations(fixations[left], dict(left_out), tuple(lines))
@@ -141,6 +143,15 @@ class Reading(ABC):
     def load_chest_box(self) -> tuple[float, float, float, float] | None:
         """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None where there is none."""
         return None
+
+
+def is_simulated(root: Path) -> bool:
+    """Whether the raw data set at `root` says that its gaze is made up, as scripts/make_phantom.py marks it.
+
+    Preparation carries the mark into the entries of the index as `"simulated": true`, and every picture
+    prints it.
+    """
+    return (root / SIMULATED_FILE).is_file()
 
 
 @dataclass(frozen=True)

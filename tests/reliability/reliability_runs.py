@@ -165,7 +165,7 @@ def wait_until_gone(find: Callable[[], list[int]], seconds: float) -> None:
 
 def shrink_model() -> None:
     """Two narrow blocks behind the name of the tiny model: a checkpoint is 1 MB, and a run a second."""
-    run_pretrain.models_cxrmim.cxrmim_vit_tiny_patch16 = partial(
+    run_pretrain.models_cxrmim.ENCODERS["cxrmim_vit_tiny_patch16"] = partial(
         run_pretrain.models_cxrmim.CXRMIM, embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32
     )
 

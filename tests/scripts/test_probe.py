@@ -233,7 +233,7 @@ def test_features_of_a_tap_are_the_encoders(folder, tmp_path):
     model = CXRMIM(
         img_size=SIDE, embed_dim=64, depth=3, num_heads=1, id_list=(0, 1), scale_list=(1.0, 0.5)
     ).eval()
-    torch.save({"model": model.state_dict(), "args": {"id_list": [0, 1]}}, tmp_path / "c.pth")
+    torch.save({"model": model.state_dict(), "model_config": model.config}, tmp_path / "c.pth")
     images = read_csv_labels(folder / "labels.csv", folder)
     gray = torch.stack([Squares(images.paths, SIDE)[i] for i in range(4)])
     batch = model.prepare_batch({"img": gray, "attention": torch.zeros(4, SIDE, SIDE)})

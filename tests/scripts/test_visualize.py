@@ -63,7 +63,13 @@ def tree(tmp_path_factory) -> Path:
 def checkpoint(model, tree, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run") / "checkpoint-3.pth"
     torch.save(
-        {"model": model.state_dict(), "args": ARGS | {"data_path": str(tree)}, "epoch": 3, "world_size": 1},
+        {
+            "model": model.state_dict(),
+            "model_config": model.config,
+            "args": ARGS | {"data_path": str(tree)},
+            "epoch": 3,
+            "world_size": 1,
+        },
         path,
     )
     return path

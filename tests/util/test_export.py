@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def shake(model: CXRMIM, seed: int = 0) -> CXRMIM:
 
 def save(model: CXRMIM, path: Path, **args) -> Path:
     stored = {"id_list": list(model.id_list)} | args
-    torch.save({"model": model.state_dict(), "args": stored, "epoch": 7}, path)
+    content = {"model": model.state_dict(), "model_config": model.config, "args": stored, "epoch": 7}
+    torch.save(content, path)
     return path
 
 
@@ -183,7 +185,7 @@ def test_published_names_and_namespace(small, tmp_path):
     state = model.state_dict() | {f"hog_enc.{k}.conv.weight": torch.zeros(2, 1, 3, 3) for k in range(2)}
     args = argparse.Namespace(id_list=[0, 2], hog_bias=True, output_dir=None)
     torch.save({"model": state, "args": args, "epoch": 399, "scaler": {}}, tmp_path / "published.pth")
-    ours, theirs = read_backbone(checkpoint), read_backbone(tmp_path / "published.pth")
+    ours, theirs = read_backbone(checkpoint), read_backbone(tmp_path / "published.pth", num_heads=1)
     assert all(torch.equal(ours.state[name], theirs.state[name]) for name in ours.state)
     assert theirs.block == 2
 
@@ -193,10 +195,53 @@ def test_mae_file_exports(small, tmp_path):
     backbone = read_backbone(small[1])
     mae = backbone.state | {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 64)}
     torch.save({"model": mae}, tmp_path / "mae.pth")
-    again = read_backbone(tmp_path / "mae.pth")
+    again = read_backbone(tmp_path / "mae.pth", num_heads=1)
     assert again.state.keys() == backbone.state.keys() and again.tap is None
     with pytest.raises(UserError, match="--tap 0.*single norm"):
         read_backbone(tmp_path / "mae.pth", tap="0")
+
+
+@pytest.mark.parametrize("heads", [1, 4, 16])
+def test_heads_that_are_not_64_wide_are_exported_and_read_again(heads, tmp_path):
+    """No tensor's shape tells the heads: the checkpoint does, then the export, and an export of that."""
+    model = shake(CXRMIM(**SMALL | {"num_heads": heads}))
+    names = [save(model, tmp_path / "checkpoint-7.pth"), tmp_path / "b.pth", tmp_path / "c.safetensors"]
+    for source, out in itertools.pairwise(names):
+        main([str(source), str(out), *(["--format", "safetensors"] if out.suffix != ".pth" else [])])
+    img = torch.randn(1, 3, 64, 64)
+    for name in names:
+        backbone = read_backbone(name)
+        assert (backbone.num_heads, backbone.patch_size) == (heads, 16)
+        with torch.no_grad():
+            found = build_backbone(backbone).eval().forward_features(img)
+        assert (found - encode(model, img)[-1]).abs().max() < 1e-5
+
+
+def test_a_named_size_with_other_heads_keeps_them(tmp_path):
+    """timm's name alone would say 3 heads."""
+    model = shake(CXRMIM(img_size=32, embed_dim=192, depth=12, num_heads=6, id_list=(11,), scale_list=(0.5,)))
+    save(model, tmp_path / "c.pth")
+    backbone = read_backbone(tmp_path / "c.pth")
+    assert backbone.timm_args == {"img_size": 32, "num_heads": 6}
+    img = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert (
+            build_backbone(backbone).eval().forward_features(img) - encode(model, img)[-1]
+        ).abs().max() < 1e-5
+
+
+def test_files_that_do_not_say_have_the_heads_of_their_named_size_or_none(tmp_path):
+    """A file of a known size, from before checkpoints said it, or of another program."""
+    state = CXRMIM(
+        img_size=32, embed_dim=192, depth=12, num_heads=3, id_list=(11,), scale_list=(0.5,)
+    ).state_dict()
+    for args, heads in (({"model": "cxrmim_vit_tiny_patch16"}, 3), ({}, 3), ({"model": "my_encoder"}, None)):
+        torch.save({"model": state, "args": args}, tmp_path / "c.pth")
+        if heads is None:
+            with pytest.raises(UserError, match="does not say.*my_encoder.*--num_heads"):
+                read_backbone(tmp_path / "c.pth")
+        else:
+            assert read_backbone(tmp_path / "c.pth").num_heads == heads
 
 
 def test_mean_pooling_head_takes_the_norm(small):
@@ -208,7 +253,8 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     model, checkpoint = small
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     scaled = read_backbone(checkpoint).state | {"blocks.0.ls1.gamma": torch.ones(64)}
-    torch.save(scaled, tmp_path / "scaled.pth")
+    torch.save({"model": scaled, "metadata": {"num_heads": "1"}}, tmp_path / "scaled.pth")
+    torch.save(read_backbone(checkpoint).state, tmp_path / "mute.pth")
     flat = read_backbone(checkpoint).state | {"patch_embed.proj.weight": torch.zeros(64, 768)}
     torch.save(flat, tmp_path / "flat.pth")
     pooled = {name.replace("norm.", "fc_norm.") if name[:5] == "norm." else name: tensor
@@ -221,6 +267,12 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     before = sorted(path.name for path in tmp_path.rglob("*"))
     for argv, reason in [
         ([str(tmp_path / "resnet.pth"), "x.pth"], "resnet.pth: no complete ViT"),
+        ([str(tmp_path / "mute.pth"), "x.pth"], r"mute.pth.*heads.*width 64, 3 blocks.*--num_heads"),
+        ([str(tmp_path / "mute.pth"), "x.pth", "--num_heads", "3"], "--num_heads 3.*does not divide.*64"),
+        (
+            [str(checkpoint), "x.pth", "--num_heads", "2"],
+            r"--num_heads 2.*checkpoint-7.pth says that it has 1",
+        ),
         ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: not an encoder.*ls1"),
         ([str(tmp_path / "pooled.pth"), "x.pth"], "pooled.pth: no complete ViT.*'norm.weight' is missing"),
         ([str(tmp_path / "flat.pth"), "x.pth"], "flat.pth: not a ViT"),

@@ -6,8 +6,12 @@ from hypothesis import strategies as st
 from skimage.filters import threshold_otsu
 
 from util.masking import (
+    MASKINGS,
+    MaskRequest,
     attention_controlled_mask,
     block_mask,
+    draw_mask,
+    mask_cells,
     mask_generator,
     masked_count,
     otsu_foreground,
@@ -188,3 +192,32 @@ def test_masked_count_is_the_published_one():
     for ratio in (0.0, 0.001, 1.0, -0.5):
         with pytest.raises(ValueError, match="mask_ratio"):
             masked_count(196, ratio)
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (lambda ask: torch.ones(2, 16), r"gave \[16.0, 16.0\] masked patches, not 12"),
+        (
+            lambda ask: torch.cat([torch.ones(2, 11), torch.full((2, 2), 0.5), torch.zeros(2, 3)], 1),
+            "each 0 or 1",
+        ),
+        (lambda ask: random_mask(2, 4), r"shape \[2, 4\], not \[2, 16\]"),
+    ],
+)
+def test_a_rule_that_masks_other_than_asked_is_an_error(monkeypatch, rule, reason):
+    monkeypatch.setitem(MASKINGS, "planted", rule)
+    ask = MaskRequest({"attention": torch.rand(2, 64, 64)}, patch_size=16)
+    with pytest.raises(ValueError, match=f"'planted'.*{reason}"):
+        draw_mask("planted", ask)
+    with pytest.raises(ValueError, match="'gone' is not one of attention, random, block, planted"):
+        draw_mask("gone", ask)
+
+
+def test_a_mask_on_the_cells_of_a_scale_keeps_its_mean():
+    mask = torch.rand(3, 1, 4, 6).round()
+    for scale in (4.0, 2.0, 1.0, 0.5):
+        cells = mask_cells(mask, scale)
+        assert cells.shape == (3, 1, 4 * scale, 6 * scale)
+        assert torch.equal(mask_cells(cells, 1 / scale), mask) or scale < 1
+        assert torch.allclose(cells.mean((1, 2, 3)), mask.mean((1, 2, 3)))

@@ -204,6 +204,15 @@ def test_levels_are_those_that_trees_store():
     assert not saliency.to_levels(torch.zeros(2, 3, 3)).any()
 
 
+def test_density_on_another_grid():
+    p = saliency.density(random_maps(3)[0])[None]
+    large = saliency.resize_density(p, (50, 31))
+    assert large.shape == (1, 50, 31) and float(large.sum()) == pytest.approx(1)
+    assert torch.allclose(saliency.resize_density(p, (12, 9)), p, atol=1e-15)
+    flat = saliency.resize_density(torch.full((2, 4, 4), 0.7), (9, 5))
+    assert torch.allclose(flat, torch.full((2, 9, 5), 1 / 45))
+
+
 def test_fixation_pixels():
     x, y = np.array([0.0, 0.999, 1.0, 0.5]), np.array([0.0, 1.0, 0.26, 0.5])
     pixels = saliency.fixation_pixels(x, y, (4, 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import zipfile
@@ -16,6 +17,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from models_cxrmim import CXRMIM, cxrmim_vit_base_patch16, cxrmim_vit_tiny_patch16
+from util.architecture import check_same_model
 from util.errors import UserError
 from util.weights import build_model, load_initial_weights, read_state_dict, summarize_keys
 
@@ -279,14 +281,18 @@ def test_file_that_matches_no_block(tmp_path):
         {"embed_dim": 128, "num_heads": 2, "depth": 3, "id_list": (0, 1, 2), "scale_list": (1.0, 0.5, 4.0)},
     ],
 )
-def test_build_model_reads_its_sizes_off_the_tensors(change):
+@pytest.mark.parametrize("stored", ["model_config", "args"])
+def test_build_model_gives_the_model_that_was_saved(change, stored, tmp_path):
+    """From the stored arguments of the constructor; for a file without them, from shapes and command line."""
     options = SMALL | change
-    donor = CXRMIM(**options).eval()
+    donor = CXRMIM(**options, masking="random").eval()
     state = donor.state_dict() | {"hog_enc.0.conv.weight": torch.zeros(2, 1, 3, 3)}
-    model = build_model(CXRMIM, state, {"id_list": list(options["id_list"]), "masking": "block"}, "c.pth")
-    assert (
-        model.scale_list == donor.scale_list and model.id_list == donor.id_list and model.masking == "block"
-    )
+    told = {name: list(options[name]) for name in ("id_list", "scale_list")}
+    told |= {"num_heads": options["num_heads"], "decoder_num_heads": 8}
+    content = {"model": state, stored: donor.config if stored == "model_config" else told}
+    path = save(content, tmp_path / "c.pth")
+    model = build_model(CXRMIM, *read_state_dict(path), {"masking": "block"})
+    assert model.config == donor.config | {"masking": "block"}
     img = torch.randn(1, 3, options["img_size"], options["img_size"])
     mask = torch.zeros(1, model.num_patches)
     mask[:, ::2] = 1
@@ -298,12 +304,62 @@ def test_build_model_reads_its_sizes_off_the_tensors(change):
         assert torch.equal(a, b)
 
 
-def test_build_model_refuses(vit):
+def test_build_model_refuses(vit, tmp_path):
+    def build(content, **args):
+        return build_model(CXRMIM, *read_state_dict(save(content, tmp_path / "c.pth")), args)
+
     with pytest.raises(UserError, match="not a CXR-MIM checkpoint"):
-        build_model(CXRMIM, vit, {}, "vit.pth")
-    state = CXRMIM(**SMALL).state_dict()
-    with pytest.raises(UserError, match="arguments don't fit.*id_list"):
-        build_model(CXRMIM, state, {"id_list": [0, 9]}, "c.pth")
+        build(vit)
+    state, config = CXRMIM(**SMALL).state_dict(), CXRMIM(**SMALL).config
+    whole = {"num_heads": 1, "decoder_num_heads": 8, "scale_list": [2.0, 0.5], "id_list": [0, 1]}
+    build(state, **whole)
+    for lacking in whole:
+        with pytest.raises(UserError, match=f"c.pth.*does not say.*--{lacking}"):
+            build(state, **{key: value for key, value in whole.items() if key != lacking})
+    for wrong, reason in [
+        ({"id_list": [0, 9]}, "arguments don't fit.*id_list"),
+        ({"scale_list": [2.0, 3.0]}, r"scale_list \[3.0\] not among"),
+        ({"scale_list": [2.0, 1.0]}, "don't fit together.*decoder.1.pred"),
+        ({"num_heads": 3}, "--num_heads 3"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            build(state, **whole | wrong)
+    for wrong, reason in [
+        ({"masking": "gone"}, "masking 'gone' is not one of attention, random, block"),
+        ({"of_a_newer_program": 1}, "of_a_newer_program"),
+        ({"num_heads": "many"}, "don't fit"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            build({"model": state, "model_config": config | wrong})
+    assert (
+        build({"model": state, "model_config": config | {"masking": "gone"}}, masking="block").masking
+        == "block"
+    )
     del state["cls_token"]
     with pytest.raises(UserError, match="cls_token"):
-        build_model(CXRMIM, state, {"id_list": [0, 1]}, "c.pth")
+        build(state, **whole)
+
+
+def test_config_rebuilds_the_model_and_holds_every_argument():
+    options = SMALL | {"id_list": [1, 0], "scale_list": [1, 4], "gaze_weighted": True}
+    config = CXRMIM(**options).config
+    assert set(config) == set(inspect.signature(CXRMIM.__init__).parameters) - {"self"}
+    assert config["scale_list"] == (1.0, 4.0) and config["gaze_weighted"] is True
+    assert CXRMIM(**config).config == config
+
+
+def test_weights_of_an_encoder_with_other_heads_are_refused(tmp_path):
+    donor = CXRMIM(**SMALL | {"num_heads": 4})
+    path = save({"model": donor.state_dict(), "model_config": donor.config}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="c.pth: its encoder has 4 attention heads, the model 1"):
+        load_initial_weights(CXRMIM(**SMALL), path)
+    other = CXRMIM(**SMALL | {"num_heads": 4, "decoder_num_heads": 4, "id_list": (1, 0)})
+    report = str(load_initial_weights(other, path))
+    assert "decoder_num_heads 8, this model has 4" in report and "id_list 0 1, this model has 1 0" in report
+    for change, differs in (({"num_heads": 2}, "num_heads 4 there, 2 here"), ({"masking": "block"}, "")):
+        own = CXRMIM(**SMALL | {"num_heads": 4} | change).config
+        if differs:
+            with pytest.raises(UserError, match=differs):
+                check_same_model(donor.config, own, path)
+        else:
+            check_same_model(donor.config, own, path)

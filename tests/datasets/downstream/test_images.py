@@ -238,6 +238,7 @@ def test_normalisation():
     gray = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
     assert torch.equal(normalise(gray, *normalisation("half"))[0, 0, 0], torch.tensor([-1.0, 1.0]))
     assert normalise(gray, *normalisation("imagenet")).shape == (1, 3, 1, 2)
+    assert normalisation("imagenet")[0][0] == 0.485
     with pytest.raises(UserError, match="--normalisation"):
         normalisation("none")
     assert pad_to_square(np.ones((256, 1), np.uint8))[:, 127].all()

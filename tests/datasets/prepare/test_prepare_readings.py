@@ -514,3 +514,15 @@ def test_reading_is_an_interface():
     with pytest.raises(TypeError, match="load_fixations"):
         Reading(id="a", study_id="s", subject_id="p", image_id="i", image_size=None, labels={}, split=None,
                 phase=None, source="x", fixations_path=Path("x"))  # fmt: skip
+
+
+def test_made_up_gaze_says_so_in_every_entry(study, tmp_path):
+    """The mark of the raw study goes into the index, and into nothing without it."""
+    raw = tmp_path / "raw"
+    shutil.copytree(study.raw, raw)
+    for marked in (True, False):
+        out = tmp_path / f"tree-{marked}"
+        prepare(raw, study.images, out, size=0, workers=1)
+        entries = json.loads((out / "reflacx.json").read_text())
+        assert entries and all(entry.get("simulated", False) == marked for entry in entries)
+        (raw / "SIMULATED_GAZE.txt").unlink(missing_ok=True)

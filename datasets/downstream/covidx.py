@@ -1,0 +1,85 @@
+"""COVIDx: classes, judged by accuracy; train.txt, of whose patients a fifth validate, and test.txt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import train_test_split
+
+from datasets.downstream.choices import PUBLISHED, Choices
+from datasets.downstream.folder import Folder
+from datasets.downstream.labelled import MULTICLASS, TEST, TRAIN, VALID, LabelledImages
+from datasets.downstream.rows import join_same, keep_where, labelled_images, one_hot
+from datasets.downstream.splits import choose_parts, draw_subjects
+from util.errors import UserError
+
+COLUMNS = ("patient", "filename", "class", "source")
+VALID_SHARE = 0.2
+
+
+def read_covidx(paths: list[Path], choices: Choices) -> LabelledImages:
+    """Lines "patient filename class source" of train.txt and test.txt, images in train/ and test/.
+
+    Patients are told apart within their source, whose numbers another source may use again. As published a
+    fifth of train.txt validates, drawn by image; here by patient unless --split published asks for the former.
+    """
+    folder = Folder(paths[0])
+    notes: list[str] = []
+    tables = [_read(folder.table(f"{part}.txt"), part, notes) for part in (TRAIN, TEST)]
+    table = keep_where(pd.concat(tables, ignore_index=True), folder.root, choices)
+    if table["id"].duplicated().any():
+        raise UserError(f"{folder.root}: {table['id'][table['id'].duplicated()].iloc[0]} is there twice")
+    subjects = (table["source"] + " " + table["patient"]).to_numpy(str)
+    official = table["part"].to_numpy(str)
+    train = np.flatnonzero(official == TRAIN)
+    if choices.split == PUBLISHED:
+        kept, drawn = train_test_split(np.arange(len(train)), test_size=VALID_SHARE, random_state=0)
+        official[train[drawn]] = VALID
+        order = np.concatenate([train[kept], train[drawn], np.flatnonzero(official == TEST)])
+        shared = len(set(subjects[train[kept]]) & set(subjects[train[drawn]]))
+        notes.append(
+            f"warning: covidx: --split published draws by image: {shared} patients are in train and in valid"
+        )
+    else:
+        order = None
+        count = max(1, round(VALID_SHARE * len(train)))
+        official[train[draw_subjects(subjects[train], count, choices.split_seed)]] = VALID
+    classes = sorted(set(table["class"]))
+    return labelled_images(
+        "covidx",
+        folder,
+        choices,
+        ids=list(table["id"]),
+        subjects=subjects,
+        parts=choose_parts(choices, "covidx", subjects, official, notes),
+        labels=(classes, one_hot([{name} for name in table["class"]], classes)),
+        notes=notes,
+        task=MULTICLASS,
+        shared_subjects=choices.split == PUBLISHED,
+        order=order,
+    )
+
+
+def _read(path: Path, part: str, notes: list[str]) -> pd.DataFrame:
+    """Rows of one list: `COLUMNS`, part, and the id, the file's path from the root."""
+    rows, lines = [], []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    for line, content in enumerate(text.splitlines(), start=1):
+        words = content.split()
+        if not words:
+            continue
+        if len(words) < len(COLUMNS):
+            raise UserError(f"{path}: line {line}: expected '{' '.join(COLUMNS)}', found {content.strip()!r}")
+        # Only a file's name can have blanks.
+        rows.append([words[0], " ".join(words[1:-2]), *words[-2:]])
+        lines.append(line)
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    table = pd.DataFrame(rows, index=lines, columns=list(COLUMNS), dtype=str)
+    table = join_same(table, "filename", ["patient", "class", "source"], path, notes)
+    return table.assign(part=part, id=f"{part}/" + table["filename"])

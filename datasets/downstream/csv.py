@@ -1,0 +1,107 @@
+"""Anybody's images: a table with one column per label, or one column of names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from datasets.downstream.choices import IGNORE, Choices
+from datasets.downstream.folder import Folder
+from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
+from datasets.downstream.rows import (
+    check_ids,
+    join_same,
+    label_values,
+    labelled_images,
+    one_hot,
+    own_subjects_note,
+    read_rows,
+)
+from datasets.downstream.splits import choose_parts
+from util.errors import UserError
+from util.tables import read_table
+
+SUBJECT, SPLIT = "subject_id", "split"  # taken where the table has them
+PART_NAMES = {
+    "train": TRAIN, "training": TRAIN, "valid": VALID, "validate": VALID, "validation": VALID, "val": VALID,
+    "dev": VALID, "test": TEST, "testing": TEST,
+}  # fmt: skip
+NO_FINDING = ("", "no finding", "normal")
+LISTS = ("train.txt", "test.txt", "val.txt", "*_list.txt", "valid.csv", "test.csv", "*split*.csv")
+
+
+def read_csv(paths: list[Path], choices: Choices) -> LabelledImages:
+    """One row per image: its path, file name or id, labels, and where there are such columns its subject and
+    split."""
+    folder = Folder(paths[0])
+    path = choices.csv or folder.table("*.csv")
+    header = read_table(path, [choices.image_column]).columns
+    subject, split = (
+        name or (default if default in header else None)
+        for name, default in ((choices.subject_column, SUBJECT), (choices.split_column, SPLIT))
+    )
+    extra = [name for name in (subject, split) if name]
+    table = read_rows(path, [choices.image_column, *choices.label_columns, *extra], choices)
+    check_ids(table, choices.image_column, path)
+    notes: list[str] = []
+    table = join_same(table, choices.image_column, [*choices.label_columns, *extra], path, notes)
+    ids = list(table[choices.image_column])
+    if subject:
+        check_ids(table, subject, path)
+    subjects = table[subject if subject else choices.image_column].to_numpy(str)
+    reason = f"each has its own {subject!r}" if subject else "name the subjects by --subject_column"
+    notes += own_subjects_note("csv", subjects, reason)
+    official = None
+    if split:
+        words = table[split].str.lower()
+        if (bad := ~words.isin(PART_NAMES.keys()).to_numpy()).any():
+            line, cell = table.index[bad][0], table[split][bad].iloc[0]
+            raise UserError(f"{path}: line {line}, column {split!r}: {cell!r} is not train, valid or test")
+        official = words.map(PART_NAMES).to_numpy(str)
+    elif unused := [str(found) for found in Folder(path.parent).nearby(*LISTS) if found != path]:
+        notes.append(
+            f"warning: csv: {', '.join(unused)} may be official lists of a split, which are not used; name a "
+            "column by --split_column, or use the data set's own name with --dataset"
+        )
+    return labelled_images(
+        "csv",
+        folder,
+        choices,
+        ids=ids,
+        subjects=subjects,
+        parts=choose_parts(choices, "csv", subjects, official, notes),
+        labels=_labels(table, path, choices),
+        notes=notes,
+    )
+
+
+def _labels(table: pd.DataFrame, path: Path, choices: Choices) -> tuple[list[str], np.ndarray]:
+    columns = list(choices.label_columns)
+    cells = table[columns[0]]
+    numeric = pd.to_numeric(cells, errors="coerce").notna()
+    if len(columns) > 1 or (numeric | (cells == "")).all():
+        empty = choices.empty or IGNORE
+        return columns, label_values(table, columns, path, uncertain=choices.uncertain, empty=empty)
+    rows = [{part.strip() for part in cell.split(choices.separator)} for cell in cells]
+    rows = [{name for name in row if name.lower() not in NO_FINDING} for row in rows]
+    for line, row in zip(table.index, rows, strict=True):
+        for name in row:
+            if _is_number(name):
+                raise UserError(
+                    f"{path}: line {line}, column {columns[0]!r}: {name!r} is a number where names of findings "
+                    "stand in other lines; give one column per label by --label_columns"
+                )
+    names = sorted(set().union(*rows))
+    if not names:
+        raise UserError(f"{path}: column {columns[0]!r} names no finding in any row")
+    return names, one_hot(rows, names)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

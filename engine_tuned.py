@@ -1,0 +1,119 @@
+"""Fine-tuned models on test images: logits, on one process or several, and a best.pth judged on other data."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.downstream.images import CENTRE, normalise
+from datasets.downstream.labelled import MULTICLASS, TEST, LabelledImages
+from engine_downstream import Stopped, probabilities
+from util.distributed import Ranks
+from util.errors import UserError
+from util.progress import Steps
+from util.stop import StopSignals, ignore_stop_signals
+from util.tuned import Tuned
+
+
+class TestViews(Dataset):
+    """Centre crops of some images."""
+
+    def __init__(self, views: Dataset, rows: np.ndarray):
+        self.views, self.rows = views, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.views[int(self.rows[place]), CENTRE]
+
+
+@torch.no_grad()
+def predict(
+    model: VisionTransformer,
+    views: Dataset,
+    rows: np.ndarray,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    batch_size: int,
+    num_workers: int,
+    ranks: Ranks,
+    progress: Steps | None = None,
+    signals: StopSignals | None = None,
+) -> Tensor:
+    """Logits of images in their centre crop, float32 [len(rows), C] on the CPU; the ranks share the work, and
+    all get the whole."""
+    device = ranks.device
+    model.eval()
+    own = rows[ranks.rank :: ranks.world_size]
+    loader = DataLoader(
+        TestViews(views, own),
+        batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+    )
+    logits = [torch.empty(0, model.num_classes)]
+    for gray in loader:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found = model(normalise(gray.to(device, non_blocking=True), mean, std))
+        logits.append(found.float().cpu())
+        if progress is not None:
+            progress.add(len(gray))
+        if signals is not None and signals.request:
+            raise Stopped
+    gathered = ranks.gather(torch.cat(logits).numpy())
+    whole = np.empty((len(rows), model.num_classes), np.float32)
+    for rank, part in enumerate(gathered):
+        whole[rank :: ranks.world_size] = part
+    return torch.from_numpy(whole)
+
+
+def evaluate(
+    name: str,
+    tuned: Tuned,
+    images: LabelledImages,
+    views: Dataset,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    num_workers: int,
+    ranks: Ranks,
+    signals: StopSignals,
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Judge a fine-tuned model on the test images of any data set, by the labels that both have.
+
+    Returns:
+        The shared labels in the images' order, the test rows, and their scores [n, shared].
+
+    Raises:
+        UserError: no label in common, another task, or no test image.
+    """
+    shared = [label for label in images.label_names if label in tuned.labels]
+    if (
+        tuned.task != images.task
+        or not shared
+        or (tuned.task == MULTICLASS and set(tuned.labels) != set(shared))
+    ):
+        raise UserError(
+            f"{name} tells {', '.join(tuned.labels)} ({tuned.task}), and {images.name} has "
+            f"{', '.join(images.label_names)} ({images.task}): no labels in common to judge it by"
+        )
+    rows = images.indices(TEST)
+    if not len(rows):
+        raise UserError(f"{images.name}: no test images; --split test makes all of them test images")
+    for title, names, others in (("model", tuned.labels, shared), ("data", images.label_names, shared)):
+        if left := [label for label in names if label not in others]:
+            ranks.say(f"{name}: not judged, only the {title} has {', '.join(left)}")
+    with Steps(f"{name}: testing", len(rows), "images", enabled=ranks.is_main) as progress:
+        logits = predict(
+            tuned.model.to(ranks.device), views, rows, mean=tuned.mean, std=tuned.std, dtype=dtype,
+            batch_size=batch_size, num_workers=num_workers, ranks=ranks, progress=progress, signals=signals,
+        )  # fmt: skip
+    scores = probabilities(logits, tuned.task).astype(np.float32)
+    return shared, rows, scores[:, [tuned.labels.index(label) for label in shared]]

@@ -1,0 +1,259 @@
+"""From a radiograph to where radiologists look: an encoder of timm's, a decoder, the centre prior, a softmax.
+
+    log p = log_softmax( network(image) + log_prior )
+
+over the pixels of a map of a quarter of the input's side. `log_prior` is the logarithm of the training readings'
+mean map, fixed; the network's last layer starts at zero, so that training starts from the centre prior and learns what
+departs from it (the centre bias of saliency models; Kümmerer et al., "DeepGaze", 2015, use it likewise).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+from util.weights import resample_pos_embed, summarize_keys
+
+DECODERS = ("topdown", "unet", "dpt")
+STRIDE = (
+    4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
+)
+PRIOR_FLOOR = 1e-3  # share of a flat map in the prior, so that its logarithm is finite
+
+
+class GazeNet(nn.Module):
+    """Predicts a gaze density.
+
+    Args:
+        backbone: a timm name, or the same with `backbone_args` for an encoder of another size.
+        decoder: "topdown" is ours; "unet" and "dpt" (for ViTs) are segmentation-models-pytorch's.
+        input_size: side of the square that the whole image is resized to, a multiple of 32.
+        width: channels of the top-down decoder.
+        backbone_args: further arguments of `timm.create_model`.
+
+    Raises:
+        UserError: no such backbone, or one that the decoder can't take.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        decoder: str = "topdown",
+        input_size: int = 224,
+        width: int = 64,
+        backbone_args: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.config = {
+            "backbone": backbone, "decoder": decoder, "input_size": input_size, "width": width,
+            "backbone_args": dict(backbone_args or {}),
+        }  # fmt: skip
+        self.input_size = input_size
+        self.map_size = input_size // STRIDE
+        if input_size % 32:
+            raise UserError(f"--input_size {input_size}: must be divisible by 32")
+        if decoder == "topdown":
+            self.network = TopDown(backbone, input_size, width, dict(backbone_args or {}))
+        else:
+            self.network = SmpDecoder(backbone, decoder, input_size, dict(backbone_args or {}))
+        self.register_buffer("log_prior", torch.zeros(self.map_size, self.map_size))
+        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None], persistent=False)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """timm's features-only model."""
+        return self.network.encoder
+
+    def set_prior(self, prior: Tensor) -> None:
+        """Take the centre prior, a density [G, G]."""
+        flat = torch.full_like(prior, 1 / prior.numel())
+        self.log_prior.copy_(((1 - PRIOR_FLOOR) * prior + PRIOR_FLOOR * flat).log())
+
+    def forward(self, img: Tensor) -> Tensor:
+        """Logarithm of the predicted density.
+
+        Args:
+            img: gray, uint8 0..255, [B, 1, S, S].
+
+        Returns:
+            float32 [B, G, G], G = S / 4; its exponential sums to 1 over the map.
+        """
+        logits = self.network((img.float() / 255 - self.mean) / self.std)  # [B, G, G]
+        logits = logits.float() + self.log_prior
+        return logits.flatten(1).log_softmax(1).view_as(logits)
+
+
+class TopDown(nn.Module):
+    """The encoder's feature maps, from the coarsest to the finest, each added to what came from above
+    (after Lin et al., "Feature Pyramid Networks", CVPR 2017).
+
+    Maps of the input's stride 4 and coarser are used; a ViT has four of stride 16, and gets two upsampling
+    steps behind them.
+    """
+
+    def __init__(self, backbone: str, input_size: int, width: int, args: dict[str, Any]):
+        super().__init__()
+        self.size = input_size // STRIDE
+        self.encoder = build_encoder(backbone, input_size, args)
+        reductions = self.encoder.feature_info.reduction()
+        self.used = [i for i, stride in enumerate(reductions) if stride >= STRIDE][::-1]  # coarsest first
+        channels = self.encoder.feature_info.channels()
+        self.lateral = nn.ModuleList(nn.Conv2d(channels[i], width, 1) for i in self.used)
+        self.mix = nn.ModuleList(_mix(width) for _ in self.used)
+        finest = reductions[self.used[-1]]
+        self.up = nn.ModuleList(_mix(width) for _ in range((finest // STRIDE).bit_length() - 1))
+        self.out = nn.Conv2d(width, 1, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.encoder(x)
+        y = None
+        for i, lateral, mix in zip(self.used, self.lateral, self.mix, strict=True):
+            found = features[i]
+            if found.shape[1] != lateral.in_channels:  # Swin and its kin: channels last
+                found = found.permute(0, 3, 1, 2)
+            here = lateral(found)
+            y = mix(here if y is None else here + _resize(y, here.shape[-2:]))
+        for mix in self.up:
+            y = mix(_resize(y, (2 * y.shape[-2], 2 * y.shape[-1])))
+        return self.out(_resize(y, (self.size, self.size)))[:, 0]
+
+
+class SmpDecoder(nn.Module):
+    """A decoder of segmentation-models-pytorch on the same encoders; its map of the input's size is averaged to
+    a quarter of the side."""
+
+    def __init__(self, backbone: str, decoder: str, input_size: int, args: dict[str, Any]):
+        super().__init__()
+        try:
+            import segmentation_models_pytorch as smp
+        except ImportError:
+            raise UserError(
+                f"--decoder {decoder}: needs segmentation-models-pytorch; `pip install -r requirements.txt`, "
+                "or take --decoder topdown"
+            ) from None
+        options = {"encoder_weights": None, "in_channels": 3, "classes": 1}
+        try:
+            if decoder == "dpt":
+                self.net = smp.DPT(f"tu-{backbone}", dynamic_img_size=True, **args, **options)
+            else:
+                self.net = smp.Unet(f"tu-{backbone}", **args, **options)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+            message = " ".join(str(error).split())[:200]
+            raise UserError(f"--decoder {decoder}: can't take --backbone {backbone}: {message}") from None
+        *_, last = (m for m in self.net.segmentation_head.modules() if isinstance(m, nn.Conv2d))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.net.encoder.model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.net(x), STRIDE)[:, 0]
+
+
+def build_encoder(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn.Module:
+    """timm's features-only model with random weights; of a plain ViT four blocks are taken, evenly spaced.
+
+    Raises:
+        UserError: timm has none of this name, or can't give its feature maps.
+    """
+    try:
+        probe = _features_only(backbone, {**args, "img_size": input_size, "out_indices": (0,)})
+        strides = [info["reduction"] for info in probe.feature_info.info]
+        options = {**args, "img_size": input_size}
+        if len(set(strides)) == 1:
+            last, step = len(strides) - 1, max(1, len(strides) // 4)
+            options["out_indices"] = [last - k * step for k in range(min(4, len(strides)))][::-1]
+        encoder = _features_only(backbone, options)
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"--backbone {backbone}: timm can't make feature maps of it: {message}") from None
+    return encoder
+
+
+def _features_only(backbone: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
+    except TypeError:  # a convolutional network takes any size, and no img_size
+        del options["img_size"]
+        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
+
+
+def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) -> str:
+    """Put an encoder's weights, under timm's names, into a features-only model; returns a line about it.
+
+    timm gives the same tensors other names there ("model." before a ViT's, "stages_0" for "stages.0"). Every
+    tensor of the model must be in the file; what the file has beyond that (the head) is told. A ViT's position
+    embedding is resampled to the input's size.
+
+    Raises:
+        UserError: a tensor is missing or of another shape: weights of another model.
+    """
+    own = encoder.state_dict()
+    found, ignored = {}, []
+    for name, tensor in state.items():
+        places = (name, f"model.{name}", re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name))
+        place = next((place for place in places if place in own), None)
+        if place is None:
+            ignored.append(name)
+            continue
+        if name == "pos_embed" and tensor.shape != own[place].shape and tensor.ndim == 3:
+            side = round((own[place].shape[1] - 1) ** 0.5)
+            tensor = resample_pos_embed(tensor, (side, side))
+        if tensor.shape != own[place].shape:
+            raise UserError(
+                f"{path}: {name} has shape {list(tensor.shape)}, the backbone needs {list(own[place].shape)}; "
+                "these are weights of another model"
+            )
+        found[place] = tensor
+    missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"{path}: not the weights of this backbone: it lacks {len(missing)} of {len(own)} tensors "
+            f"({summarize_keys(missing)[:80]})"
+        )
+    encoder.load_state_dict(found, strict=False)
+    rest = f", not used: {summarize_keys(ignored)[:80]}" if ignored else ""
+    return f"encoder weights from {path}: {len(found)} tensors{rest}"
+
+
+def load_gaze_net(path: str | os.PathLike) -> GazeNet:
+    """The model of a checkpoint of run_gaze.py, on the CPU in eval mode.
+
+    Raises:
+        UserError: a file that can't be read, or a checkpoint of something else.
+    """
+    state = load_checkpoint(path)
+    config, weights = state.get("config"), state["model"]
+    if not isinstance(config, dict) or "log_prior" not in weights:
+        raise UserError(f"{path}: not a gaze predictor; pass best.pth of run_gaze.py")
+    model = GazeNet(**config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: its tensors and its options don't fit: {str(error)[:200]}") from None
+    return model.eval()
+
+
+def _mix(width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU())
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

@@ -1,0 +1,360 @@
+"""Train a gaze predictor: from images and the gaze of their readers to a heatmap for any image. See docs/gaze.md."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from datasets.gaze_maps import TEST, TRAIN, VALIDATE, GazeSamples, GazeStudy
+from datasets.sampler import TrainBatches
+from engine_gaze import Best, Sums, centre_prior, describe_run, train_one_epoch, validate, write_judgement
+from engine_pretrain import Training
+from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
+from util import distributed
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.errors import UserError, run_cli
+from util.export import read_backbone
+from util.finite import FiniteWatch, make_scaler
+from util.logging import Progress, RunLog
+from util.lr_sched import parameter_groups
+from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
+from util.pretrained import stored_weights
+from util.resume import describe_mismatch, own_sums, restore_optimizer, run_state
+from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
+from util.weights import read_state_dict
+
+SHAPE_FLAGS = ("backbone", "decoder", "decoder_width", "input_size")
+BEST = "best.pth"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "run_gaze.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )  # fmt: skip
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", nargs="+", required=True, help="processed tree, or several")
+    add("--input_size", type=int, default=224, help="side of the input in pixels, divisible by 32")
+    add("--num_workers", type=int, default=4, help="data loading processes per rank")
+    add("--cache_dir", default=None, help="where decoded images are cached (None: inside the data tree)")
+    add("--cache_size", type=int, default=512, help="short side of cached images in pixels")
+    add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", default="resnet50", help="timm's name of the encoder")
+    add("--weights", default=None, metavar="PATH|none",
+        help="weights of the encoder: of timm's --backbone, or a checkpoint or export of pretraining, which is then "
+        "the encoder (None: those in preTrain/, if they are there)")  # fmt: skip
+    add("--decoder", choices=DECODERS, default="topdown", help="topdown is ours, the others are of smp")
+    add("--decoder_width", type=int, default=64, help="channels of the top-down decoder, divisible by 8")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", type=int, default=16, help="images per rank and step")
+    add("--epochs", type=int, default=20, help="where training ends, unless it is stopped early")
+    add("--patience", type=int, default=6, help="stop after so many epochs without a better validation KLD")
+    add("--lr", type=float, default=1e-3, help="learning rate")
+    add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    add("--warmup_epochs", type=int, default=1, help="linear warm-up from 0, then a half-cycle cosine")
+    add("--weight_decay", type=float, default=0.05, help="none on biases, norms and other 1-D parameters")
+    add(
+        "--cc_weight", type=float, default=0.0, help="weight of (1 - CC) beside the KL divergence in the loss"
+    )
+    add("--clip_grad", type=float, default=None, help="clip the gradient to this norm")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+        help="autocast type (None: float16 on CUDA, float32 on CPU)")  # fmt: skip
+    add("--skip_nonfinite", type=int, default=0, metavar="N",
+        help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
+    add("--seed", type=int, default=0, help="of initial weights and sample order")
+
+    add = parser.add_argument_group("output and resuming").add_argument
+    add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
+    add("--log_dir", default=None, help="TensorBoard events (None: output_dir)")
+    add("--save_every", type=int, default=1, help="epochs between checkpoints")
+    add("--keep", type=int, default=2, help="keep the last N checkpoints")
+    add("--print_every", type=int, default=20, help="steps between progress lines")
+    add("--resume", default="", metavar="PATH", help="checkpoint to go on from")
+    add("--no_auto_resume", action="store_false", dest="auto_resume",
+        help="start afresh, where the default goes on from the newest checkpoint in output_dir")  # fmt: skip
+    add(
+        "--max_minutes",
+        type=float,
+        default=None,
+        help="stop after so long, with a checkpoint, exit status 75",
+    )
+    add("--judge", default=None, metavar="PATH", help="don't train: judge this best.pth on the test images")
+
+    add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
+    add("--device", default="cuda", help="cuda or cpu")
+    add("--world_size", type=int, default=1, help="number of processes")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="index of the process on its node")
+    add("--dist_url", default="env://", help="where the processes meet")
+    parser.set_defaults(accum_iter=1)  # util.resume compares effective batches
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
+    check_args(args)
+    with StopSignals(args.max_minutes) as signals:
+        return run(args, signals)
+
+
+def run(args: argparse.Namespace, signals: StopSignals) -> int:
+    """Train as `args` say, to the end or to a request to stop, and judge; returns the exit status (util/stop.py)."""
+    ranks = distributed.start(
+        args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
+    )
+    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
+    torch.manual_seed(args.seed)
+    with hold_output(args.output_dir, args.log_dir, ranks=ranks):
+        request = GO_ON if args.judge else train(args, ranks, signals)
+        if request == GO_ON:
+            distributed.on_main(ranks, lambda: judge(args, ranks))
+    distributed.stop()
+    return exit_status(request)
+
+
+def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals) -> int:
+    """Train to the end, early or not (0), or to a request to stop, which is returned."""
+    resumed = distributed.on_main(
+        ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume, auto_resume=args.auto_resume)
+    )
+    core, told = build_model(args, fresh=resumed is None)
+    study = GazeStudy(args.data_path, cache_size=args.cache_size)
+    if args.use_cache:
+        study.add_cache(args.cache_dir, args.output_dir)
+    samples = {
+        part: GazeSamples(study, study.part(part), core.input_size, core.map_size)
+        for part in (TRAIN, VALIDATE, TEST)
+    }
+    core.to(ranks.device)
+    optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, fused=True)
+    scaler = make_scaler(args.dtype, ranks.device)
+    sums, best, epoch, step = Sums.zeros(ranks.device), Best(), 0, 0
+    if resumed is not None:
+        best, epoch, step = go_on(resumed, args, core, optimizer, scaler, sums, len(samples[TRAIN]), ranks)
+    else:
+        core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
+        for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
+            centre_prior(samples[part], args.num_workers)
+    loader = build_loader(args, samples[TRAIN], ranks, epoch, step)
+    steps = loader.batch_sampler.steps_per_epoch
+    ranks.say(describe_run(args, core, study, steps, told, ranks))
+
+    log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
+    log.start(vars(args), ranks.world_size)
+    progress = Progress(
+        args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
+    )
+    watch = FiniteWatch(
+        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
+        sample_names=lambda epoch, step: [
+            samples[TRAIN].sample_name(i) for i in loader.batch_sampler.batch(epoch, step)
+        ],
+    )  # fmt: skip
+    training = Training(
+        distributed.parallel(core, ranks, sync_buffers=True), core, optimizer, scaler, iter(loader),
+        len(samples[TRAIN]), steps, watch, ranks, log, progress,
+    )  # fmt: skip
+    request = GO_ON
+    while epoch < args.epochs and request == GO_ON and not best.is_stale(epoch, args.patience):
+        began = time.perf_counter()
+        step, request = train_one_epoch(training, epoch, step, sums, args)
+        if step == steps:
+            best = finish_epoch(training, args, epoch, sums, best, samples[VALIDATE], began)
+            sums, epoch, step = Sums.zeros(ranks.device), epoch + 1, 0
+        over = best.is_stale(epoch, args.patience)
+        if (
+            request != GO_ON
+            or over
+            or (step == 0 and is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs))
+        ):
+            save(training, args, epoch - 1, step, sums, best)
+    progress.close()
+    log.close()
+    if request != GO_ON and (epoch < args.epochs and not best.is_stale(epoch, args.patience)):
+        ranks.say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
+        return request
+    if epoch < args.epochs:
+        ranks.say(f"stopped early: {args.patience} epochs without a better validation KLD")
+    ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
+    return GO_ON
+
+
+def finish_epoch(
+    training: Training,
+    args: argparse.Namespace,
+    epoch: int,
+    sums: Sums,
+    best: Best,
+    samples: GazeSamples,
+    began: float,
+) -> Best:
+    """Validate, keep the model if it is the best so far, and write the epoch's line; returns the best."""
+    ranks = training.ranks
+    distributed.broadcast_buffers(training.core, ranks)
+    scores = validate(
+        training.core, samples, ranks, batch_size=args.batch_size, dtype=args.dtype, workers=args.num_workers
+    )
+    best, is_better = best.after(epoch, scores)
+    means = [sum(values) / len(values) for values in zip(*ranks.gather(sums.means(0)), strict=True)]
+    record = {
+        "epoch": epoch, "train_loss": means[0], "train_cc": means[1], **scores,
+        "train_lr": training.optimizer.param_groups[0]["lr"], "time_s": round(time.perf_counter() - began, 2),
+    }  # fmt: skip
+    ranks.say(
+        f"epoch {epoch + 1}/{args.epochs}  validation KLD {scores['val_kld']:.4f}  CC {scores['val_cc']:.4f}"
+        f"{'  best so far' if is_better else ''}"
+    )
+    training.log.scalars(scores, epoch + 1)
+    state = gaze_state(training, args, epoch, 0, sums, best)
+
+    def write() -> None:
+        if is_better:  # the weights alone: an optimiser's state is three times as large
+            save_checkpoint(state | {"optimizer": {}, "scaler": {}}, Path(args.output_dir) / BEST)
+        training.log.epoch(record)
+
+    distributed.on_main(ranks, write)
+    return best
+
+
+def gaze_state(
+    training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best
+) -> dict[str, Any]:
+    """What a checkpoint holds; `config` is what `models_gaze.rebuild` needs."""
+    state = run_state(
+        training.core, training.optimizer, training.scaler, epoch=epoch, step=step, args=vars(args),
+        sums=sums.sums, ranks=training.ranks, dataset_size=training.dataset_size,
+    )  # fmt: skip
+    return state | {"config": training.core.config, "best": asdict(best)}
+
+
+def save(training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best) -> None:
+    """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
+    state = gaze_state(training, args, epoch, step, sums, best)
+
+    def write() -> None:
+        training.log.flush()
+        save_and_prune(state, args.output_dir, save_every=args.save_every, keep=args.keep)
+
+    distributed.on_main(training.ranks, write)
+
+
+def go_on(
+    path: Path, args: argparse.Namespace, core: GazeNet, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, sums: Sums, dataset_size: int, ranks: distributed.Ranks,
+) -> tuple[Best, int, int]:  # fmt: skip
+    """Put back all that a checkpoint holds; returns the best so far, and the epoch and step to go on with."""
+    state = load_checkpoint(path)
+    if "config" not in state or "best" not in state:
+        raise UserError(f"{path}: a checkpoint of another program; pass one of run_gaze.py")
+    if not state["optimizer"]:
+        raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
+    if table := describe_mismatch(
+        state, vars(args), shape_flags=SHAPE_FLAGS, world_size=ranks.world_size, dataset_size=dataset_size
+    ):
+        ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+    core.load_state_dict(state["model"])
+    restore_optimizer(optimizer, scaler, state)
+    sums.sums.copy_(own_sums(state, ranks))
+    epoch, step = state["epoch"] + 1, state["step"]
+    ranks.say(f"resumed from {path}: epoch {epoch + 1}, step {step}")
+    if ranks.is_main and args.resume:
+        for aside in set_aside_newer(args.output_dir, epoch=epoch - 1, step=step):
+            print(f"warning: set aside as {aside}, since it is further than --resume {path}", flush=True)
+    return Best(**state["best"]), epoch, step
+
+
+def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]:
+    """The model, with initial weights where it is `fresh`, and a line about these."""
+    weights = args.weights
+    if weights is None:
+        stored = stored_weights(args.backbone)
+        weights = stored if stored.exists() else None
+        told = f"encoder weights random: {stored} is not there (scripts/fetch_weights.py makes it)"
+    elif weights.lower() == "none":
+        weights, told = None, "encoder weights random (--weights none)"
+    if weights is None:
+        return GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width), told
+    state, info = read_state_dict(weights)
+    if info.kind in ("cxr-mim", "vit") and "blocks.0.attn.qkv.weight" in state:
+        own = read_backbone(weights, img_size=args.input_size)
+        backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
+        model = GazeNet(own.timm_name, args.decoder, args.input_size, args.decoder_width, backbone_args)
+        state = own.state
+    else:
+        model = GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width)
+    return model, load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
+
+
+def build_loader(
+    args: argparse.Namespace, samples: GazeSamples, ranks: distributed.Ranks, epoch: int, step: int
+) -> DataLoader:
+    """This rank's batches from a place to the end of training."""
+    try:
+        sampler = TrainBatches(
+            len(samples), args.batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=args.seed,
+            epochs=args.epochs, start_epoch=epoch, start_step=step,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=ranks.device.type == "cuda",
+        prefetch_factor=4 if args.num_workers else None,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    """Judge the best model on the test images; for rank 0."""
+    path = Path(args.judge or Path(args.output_dir) / BEST)
+    model = load_gaze_net(path).to(ranks.device)
+    study = GazeStudy(args.data_path, cache_size=args.cache_size)
+    if args.use_cache:
+        study.add_cache(args.cache_dir, args.output_dir)
+    for tree in study.trees_without_fixations():
+        print(f"note: {tree}: no fixations.csv, so its readings have no NSS and no AUC (prepare it again)")
+    print(write_judgement(model, study, Path(args.output_dir), ranks.device))
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse values that can't work, by the flag's name, before anything is loaded."""
+    for name in ("batch_size", "epochs", "patience", "input_size", "decoder_width", "save_every", "keep",
+                 "print_every", "cache_size"):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in (
+        "num_workers",
+        "warmup_epochs",
+        "weight_decay",
+        "lr",
+        "min_lr",
+        "cc_weight",
+        "skip_nonfinite",
+        "seed",
+    ):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    for name in ("clip_grad", "max_minutes"):
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise UserError(f"--{name} {value}: must not be negative")
+    if args.input_size % 32:
+        raise UserError(f"--input_size {args.input_size}: must be divisible by 32")
+    if args.decoder_width % 8:
+        raise UserError(f"--decoder_width {args.decoder_width}: must be divisible by 8")
+    for flag in ("resume", "judge"):
+        if (path := getattr(args, flag)) and not Path(path).is_file():
+            raise UserError(f"--{flag} {path}: no such file")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Heatmaps by a gaze predictor of run_gaze.py: fill a prepared tree in place, or write them for loose files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets.prepare.predicted import Predictor, fill_tree, predict_files
+from models_gaze import GazeNet, load_gaze_net
+from util.cli import check_device
+from util.cpus import available_cpus
+from util.encoders import digest_of
+from util.errors import UserError, run_cli
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__
+        + " Damaged images are listed and left out; the exit status is 1 then. An interrupted run "
+        "goes on where it stopped; a second run changes nothing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="best.pth of run_gaze.py")
+    add(
+        "--tree", type=Path, help="tree of images alone, made by scripts/prepare_mimic.py; is filled in place"
+    )
+    add("--real", type=Path, nargs="+", default=[],
+        help="processed trees with real gaze: their images keep it (several readings: the mean map)")  # fmt: skip
+    add("--images", type=Path, help="instead of --tree: a directory of PNG, JPG and DICOM files, any depth")
+    add(
+        "--out", type=Path, help="where the heatmaps of --images go, 8-bit PNG of the images' sizes and names"
+    )
+    add("--shard", metavar="i/n", help="make a share: i from 0 to n - 1, in any order or at once; afterwards the same "
+        "command without --shard writes the index")  # fmt: skip
+    add(
+        "--batch_size",
+        type=int,
+        default=32,
+        help="images at a time; the last digit of a map may depend on it",
+    )
+    add("--workers", type=int, default=available_cpus(), help="processes that decode, and threads that write")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda or cuda:N")
+    add("--overwrite", action="store_true", help="replace what another predictor made")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
+    check_args(args)
+    model = load_gaze_net(args.weights).to(check_device(args.device))
+    options = {"part": parse_shard(args.shard), "batch_size": args.batch_size, "workers": args.workers}
+    options["overwrite"] = args.overwrite
+    if args.tree is not None:
+        report = fill_tree(args.tree, as_predictor(model), real=args.real, **options)
+    else:
+        report = predict_files(args.images, args.out, as_predictor(model), **options)
+    print(report)
+    if report.faults:
+        print(f"{len(report.faults)} images left out for damaged input, listed above", file=sys.stderr)
+        return 1
+    print(f"shard {args.shard} is done" if args.shard else f"{args.tree or args.out} is ready")
+    return 0
+
+
+def as_predictor(model: GazeNet) -> Predictor:
+    device = model.log_prior.device
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+    @torch.inference_mode()
+    def maps(images: torch.Tensor) -> torch.Tensor:
+        return model(images.to(device)).exp().cpu()
+
+    return Predictor(maps, model.input_size, digest_of(model)[:16])
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if (args.tree is None) == (args.images is None):
+        raise UserError("pass either --tree, or --images and --out")
+    if (args.images is None) != (args.out is None):
+        raise UserError("--images and --out belong together")
+    if args.real and args.tree is None:
+        raise UserError("--real: only with --tree")
+    for name in ("batch_size", "workers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """(i, n) of "i/n"."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UserError(f"--shard {text}: expected i/n with i from 0 to n - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,68 @@
+"""One table and one picture from the results.csv of several downstream runs.
+
+python scripts/summarize_results.py output_dir/reproduce/downstream/*/results.csv --out output_dir/reproduce
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.errors import UserError, run_cli
+from util.pictures import save_figure
+from util.results import MEAN, summary_table, write_text
+from util.results_figure import summary_figure
+from util.tables import read_table
+
+COLUMNS = ("weights", "dataset", "method", "fraction", "seed", "label", "low", "high", "n")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "summarize_results.py", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("results", nargs="+", help="results.csv of run_downstream.py")
+    parser.add_argument("--out", required=True, help="directory of table.md and results.png")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
+    results = pd.concat([read_means(Path(path)) for path in args.results], ignore_index=True)
+    key = ["dataset", "method", "weights", "fraction", "seed"]
+    if (twice := results[results.duplicated(key)]).size:
+        raise UserError(
+            f"{twice['file'].iloc[0]}: {', '.join(map(str, twice[key].iloc[0]))} stands in another file too"
+        )
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(summary_table(results), out / "table.md")
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be written: {error.strerror}") from None
+    save_figure(summary_figure(results), out / "results.png")
+    print(f"wrote {out / 'table.md'} and {out / 'results.png'}")
+    return 0
+
+
+def read_means(path: Path) -> pd.DataFrame:
+    """The rows of the mean over labels, with the measure's name and its value in columns of their own."""
+    table = read_table(path, COLUMNS, text=("weights", "dataset", "method", "label"))
+    measures = [name for name in ("auc", "accuracy") if name in table]
+    if len(measures) != 1:
+        raise UserError(
+            f"{path}: has neither a column 'auc' nor 'accuracy'; give a results.csv of run_downstream.py"
+        )
+    table = table[table["label"] == MEAN]
+    if table.empty:
+        raise UserError(f"{path}: has no row of the label {MEAN!r}; give a results.csv of run_downstream.py")
+    return table.assign(measure=measures[0], value=table[measures[0]], file=str(path))
+
+
+if __name__ == "__main__":
+    run_cli(main)

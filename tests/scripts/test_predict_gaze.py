@@ -1,0 +1,118 @@
+"""The command: from a run_gaze.py checkpoint to a tree that pretraining takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import predict_gaze
+import pytest
+import torch
+
+from datasets.prepare.mimic import prepare_mimic
+from models_gaze import GazeNet
+from run_gaze import Best
+from util.checkpoint import FORMAT, save_checkpoint
+from util.errors import UserError
+from util.images import read_gray
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small predictor with random weights in every layer."""
+    torch.manual_seed(0)
+    model = GazeNet("test_resnet", input_size=64, width=16)
+    torch.nn.init.normal_(model.network.out.weight)
+    path = tmp_path_factory.mktemp("gaze") / "best.pth"
+    state = {"model": model.state_dict(), "config": model.config, "best": vars(Best()), "args": {}, "optimizer": {},
+             "scaler": {}, "epoch": 0, "step": 0, "meters": {}, "world_size": 1, "dataset_size": 1, "format": FORMAT}  # fmt: skip
+    save_checkpoint(state, path)
+    return path
+
+
+def run(*arguments) -> int:
+    return predict_gaze.main([*map(str, arguments), "--device", "cpu", "--workers", "1", "--batch_size", "4"])
+
+
+def test_shards_of_the_command_give_the_same_bytes(study, weights, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    prepare_mimic(study.images, None, whole, views=("all",), size=64)
+    parts = shutil.copytree(whole, tmp_path / "parts")
+    assert run("--weights", weights, "--tree", whole) == 0
+    assert f"{whole} is ready" in capsys.readouterr().out
+    for number in (1, 0, 2):
+        assert run("--weights", weights, "--tree", parts, "--shard", f"{number}/3") == 0
+    assert run("--weights", weights, "--tree", parts) == 0
+    names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
+    assert len([name for name in names if name.parts[0] == "attention"]) == 12
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
+    assert len({(whole / name).read_bytes() for name in names if name.parts[0] == "attention"}) == 12
+
+
+def test_loose_dicom_files(study, weights, tmp_path):
+    assert run("--weights", weights, "--images", study.images, "--out", tmp_path / "out") == 0
+    entries = json.loads((tmp_path / "out" / "heatmaps.json").read_text())
+    assert len(entries) == 12
+    heatmap = read_gray(tmp_path / "out" / entries[0]["heatmap"])
+    assert heatmap.shape == read_gray(study.images / entries[0]["image"]).shape and heatmap.max() == 255
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "pass either --tree, or --images and --out"),
+        ("--tree a --images b --out c", "pass either"),
+        ("--images b", "--images and --out belong together"),
+        ("--images b --out c --real d", "--real: only with --tree"),
+        ("--tree a --shard 2/2", "--shard 2/2"),
+        ("--tree a --shard one", "--shard one"),
+        ("--tree a --shard 0/2 --overwrite", "can't start a tree afresh|no images.json"),
+        ("--tree a", "a: no images.json|no images.json in it"),
+    ],
+)
+def test_bad_options_are_one_line(weights, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=message) as caught:
+        run("--weights", weights, *flags.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_something_else_are_refused(backbone, tmp_path):
+    with pytest.raises(UserError, match="not a checkpoint"):
+        run("--weights", backbone, "--tree", tmp_path)
+    with pytest.raises(UserError, match="no such"):
+        run("--weights", tmp_path / "none.pth", "--tree", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        ({}, []),
+        ({"ID": "0", "MIN": "0", "MAX": "3", "COUNT": "4"}, ["--shard", "0/4"]),
+        ({"ID": "8", "MIN": "5", "MAX": "8", "COUNT": "4"}, ["--shard", "3/4"]),
+        ({"ID": "8", "MIN": "2", "MAX": "8", "COUNT": "4"}, None),
+    ],
+)
+def test_slurm_script_gives_each_task_its_share(tmp_path, array, expected):
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    env = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    done = subprocess.run(
+        ["bash", "scripts/slurm_predict_gaze.sh", "my best.pth", "a tree", "--batch_size", "8"],
+        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, **env, "PYTHON": str(echo)}, check=False,
+    )  # fmt: skip
+    if expected is None:
+        assert done.returncode == 1 and "consecutive" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    script, *flags = done.stdout.splitlines()
+    assert script == "scripts/predict_gaze.py"
+    assert flags == ["--weights", "my best.pth", "--tree", "a tree", *expected, "--batch_size", "8"]

@@ -1,0 +1,171 @@
+"""Fine-tuning: the published step, exact resume, several processes, best.pth judged on other data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
+
+from engine_finetune import RECIPES, Recipe, build, build_optimizer
+from run_downstream import main
+from util.encoders import Candidate, read_candidates
+from util.errors import UserError
+from util.export import read_backbone
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tune(root: Path, out: Path, weights: object, *options: object) -> list[str]:
+    fixed = ["--weights", f"ours={weights}", "--method", "finetune", "--seeds", "43", "--lr", "1e-3"]
+    return command(root, out, *fixed, "--epochs", "3", *options)
+
+
+def log(out: Path) -> list[dict]:
+    (path,) = out.glob("runs/*/log.txt")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tuned(rsna, encoder, tmp_path_factory) -> Path:  # noqa: F811
+    """The output of an undisturbed run."""
+    out = tmp_path_factory.mktemp("tuned")
+    assert main(tune(rsna, out, encoder)) == 0
+    return out
+
+
+def test_best_pth_is_the_epoch_with_the_lowest_validation_loss(tuned):
+    entries = log(tuned)
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]
+    check_aucs(tuned)
+    (path,) = tuned.glob("runs/ours-1-43-*/best.pth")
+    assert not list(tuned.glob("runs/*/checkpoint*"))
+    facts = torch.load(path, weights_only=True)["metadata"]
+    best = min(entries, key=lambda entry: entry["valid_loss"])
+    assert int(facts["epoch"]) == best["epoch"]
+    assert float(facts["valid_loss"]) == pytest.approx(best["valid_loss"])
+    # timm loads it strictly with the stored arguments
+    arguments = json.loads(facts["timm_args"])
+    model = timm.create_model(facts["timm_model"], checkpoint_path=str(path), **arguments)
+    assert model.head.out_features == 1 and json.loads(facts["labels"]) == ["Pneumonia"]
+
+
+def test_a_killed_run_goes_on_exactly(rsna, encoder, tuned, tmp_path):  # noqa: F811
+    """Stopped by SIGTERM inside an epoch, it ends with the same numbers, to the last digit."""
+    code = (
+        "import sys, os, signal, engine_finetune\n"
+        "from run_downstream import main\n"
+        "whole = engine_finetune.global_loss\n"
+        "steps = []\n"
+        "def stop_at_8(*args):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) == 8: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return whole(*args)\n"
+        "engine_finetune.global_loss = stop_at_8\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    argv = tune(rsna, tmp_path, encoder)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert len(log(tmp_path)) == 1 and len(list(tmp_path.glob("runs/*/checkpoint.pth"))) == 1
+    assert main(argv) == 0
+    assert log(tmp_path) == log(tuned)
+    for name in ("results.csv", "predictions.csv"):
+        assert (tmp_path / name).read_text() == (tuned / name).read_text()
+
+
+def test_two_processes_do_what_one_does(rsna, encoder, tuned, tmp_path):  # noqa: F811
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*argv, "run_downstream.py", *tune(rsna, tmp_path, encoder)], cwd=ROOT, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    scores = [pd.read_csv(out / "predictions.csv")["score"] for out in (tuned, tmp_path)]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    assert result.stdout.count("wrote results.csv") == 1
+
+
+def test_evaluate_judges_best_pth_on_another_folder(rsna, encoder, tuned, tmp_path):  # noqa: F811
+    (best,) = tuned.glob("runs/*/best.pth")
+    options = ["--method", "evaluate", "--weights", f"ours={best}"]
+    assert main(command(rsna, tmp_path / "same", *options)) == 0
+    same = pd.read_csv(tmp_path / "same" / "predictions.csv")
+    whole = pd.read_csv(tuned / "predictions.csv")
+    np.testing.assert_allclose(same["score"], whole["score"], atol=1e-6)
+    assert main(command(rsna, tmp_path / "all", *options, "--split", "test")) == 0
+    assert (check_aucs(tmp_path / "all")["n"] == 120).all()
+    with pytest.raises(UserError, match=r"not a best\.pth"):
+        main(command(rsna, tmp_path / "x", "--method", "evaluate", "--weights", encoder))
+
+
+def test_published_recipe_is_adam_with_one_rate(encoder):  # noqa: F811
+    """One step of the published optimiser, written out."""
+    (candidate,) = read_candidates([str(encoder)], imagenet="")
+    model, plain = (build(candidate, Recipe(), 2, seed=5) for _ in range(2))
+    torch.manual_seed(5)
+    head = torch.nn.Linear(64, 2)
+    assert torch.equal(model.head.weight, head.weight) and torch.equal(model.head.bias, head.bias)
+    images, labels = torch.randn(4, 3, 224, 224), torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])
+    optimizer = build_optimizer(model, Recipe())
+    reference = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=1e-5)
+    for net, step in ((model, optimizer), (plain, reference)):
+        F.binary_cross_entropy_with_logits(net(images), labels).backward()
+        step.step()
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+    tokens = plain.forward_features(images)
+    torch.testing.assert_close(plain(images), plain.head(tokens[:, 0]))
+
+
+def test_layer_decay_moves_early_layers_less(backbone):
+    candidate = Candidate("x", "file", read_backbone(backbone))
+    recipe = RECIPES["layer_decay"]
+    model = build(candidate, recipe, 2, seed=0)
+    scale = {
+        id(p): group["lr_scale"]
+        for group in build_optimizer(model, recipe).param_groups
+        for p in group["params"]
+    }
+    assert len(scale) == len(list(model.parameters()))
+    assert scale[id(model.head.weight)] == 1
+    first, second = (scale[id(block.attn.qkv.weight)] for block in model.blocks)
+    assert scale[id(model.patch_embed.proj.weight)] < first == pytest.approx(0.75 * second)
+
+
+def test_the_layer_decay_recipe_runs_and_other_options_are_another_run(rsna, encoder, tmp_path, capsys):  # noqa: F811
+    options = ["--recipe", "layer_decay", "--fractions", "0.5"]
+    assert main(tune(rsna, tmp_path, encoder, *options)) == 0
+    assert main(tune(rsna, tmp_path, encoder, *options)) == 0  # nothing is left to do
+    assert capsys.readouterr().out.count("best epoch") == 1
+    assert main(tune(rsna, tmp_path, encoder, *options, "--layer_decay", "0.9")) == 0
+    assert len(list(tmp_path.glob("runs/*/best.pth"))) == 2
+
+
+def test_bad_input_is_one_line(rsna, encoder, tmp_path):  # noqa: F811
+    for options, reason in [
+        (["--pool", "max"], "--pool max"),
+        (["--layer_decay", "2"], "--layer_decay 2"),
+        (["--drop_path", "-1"], "--drop_path -1"),
+        (["--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
+        (["--weights", "pixels"], "--weights pixels: there is no encoder to fine-tune"),
+        (["--lr", "1e30"], "lr"),
+    ]:
+        with pytest.raises(UserError, match=reason) as caught:
+            main(tune(rsna, tmp_path / "out", encoder, *options))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out" / "results.csv").exists()

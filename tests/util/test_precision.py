@@ -1,0 +1,103 @@
+"""util/precision.py: fewer casts, the same bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import models_cxrmim
+from models_cxrmim import CXRMIM
+from util.precision import run_cast_once
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "img": torch.randint(256, (3, 1, 64, 64), dtype=torch.uint8, generator=generator),
+        "attention": torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=generator),
+    }
+
+
+def make_model():
+    torch.manual_seed(1)
+    return CXRMIM(
+        img_size=64, embed_dim=64, depth=3, num_heads=2, decoder_embed_dim=32, id_list=(0, 1, 2), scale_list=(4, 1, 0.5),
+        gaze_weighted=True,
+    )  # fmt: skip
+
+
+def step(model, batch, dtype):
+    """Losses, gradients and counts of operations of one step."""
+    core = getattr(model, "module", model)
+    prepared = core.prepare_batch(batch)
+    mask = core.draw_mask(prepared, generator=torch.Generator().manual_seed(2))
+    with Operations() as operations:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses = model(prepared, mask=mask, n_visible=4, per_scale=True)
+        losses.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in core.named_parameters() if p.grad is not None}
+    return losses.detach(), gradients, operations.counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_has_the_same_bits_and_fewer_casts(batch, dtype, monkeypatch):
+    losses, gradients, counts = step(make_model(), batch, dtype)
+    monkeypatch.setattr(models_cxrmim, "run_cast_once", lambda module, *args: module(*args))
+    plain_losses, plain_gradients, plain_counts = step(make_model(), batch, dtype)
+    assert torch.equal(losses, plain_losses) and gradients.keys() == plain_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, plain_gradients[name]), name
+    if dtype == torch.float32:
+        assert counts == plain_counts
+    else:
+        # Each weight and bias of a matrix was cast to and its gradient fro by operations of their own.
+        linear = sum(
+            isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+            for part in (*make_model().blocks, *make_model().decoder)
+            for m in part.modules()
+        )
+        assert plain_counts["_to_copy"] - counts["_to_copy"] == 4 * linear
+        assert counts["_foreach_copy_"] == 2 * (3 + 3)  # blocks and decoders, forward and backward
+
+
+def test_several_ranks_see_each_gradient(batch, tmp_path):
+    """DistributedDataParallel's hooks stand on the parameters, behind the cast."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(make_model())
+        losses, gradients, _ = step(model, batch, torch.bfloat16)
+    finally:
+        torch.distributed.destroy_process_group()
+    alone_losses, alone_gradients, _ = step(make_model(), batch, torch.bfloat16)
+    assert torch.equal(losses, alone_losses)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in alone_gradients.items())
+
+
+def test_frozen_parts_and_no_gradient():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    module[0].requires_grad_(False)
+    x = torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            assert torch.equal(run_cast_once(module, x), module(x))
+        run_cast_once(module, x).sum().backward()
+    assert module[0].weight.grad is None and module[2].weight.grad.dtype == torch.float32

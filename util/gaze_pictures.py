@@ -1,0 +1,91 @@
+"""Pictures of predicted gaze beside that of the readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from util.pictures import gaze_overlay
+from util.saliency import gaze_patches
+
+READERS_ONLY, PREDICTION_ONLY, BOTH = "#3b7dd8", "#e8862e", "#38a169"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of the picture.
+
+    Attributes:
+        name: above the radiograph.
+        gray: [S, S] in 0..1.
+        readings: stored heatmaps, uint8 [R, S, S].
+        prediction: density [S, S].
+        note: its score.
+    """
+
+    name: str
+    gray: np.ndarray
+    readings: Tensor
+    prediction: Tensor
+    note: str
+
+
+def examples_figure(groups: Sequence[tuple[str, Sequence[Example]]], *, patch_size: int = 16) -> Figure:
+    """Each example in a row: radiograph, each reader's gaze, prediction, and whose patches are significant.
+
+    Args:
+        groups: a heading and its examples, e.g. ("best", [...]).
+    """
+    rows = [(heading, example) for heading, examples in groups for example in examples]
+    most = max(len(example.readings) for _, example in rows)
+    columns = most + 3
+    figure = Figure(figsize=(1.75 * columns + 0.4, 1.95 * len(rows) + 0.7), layout="constrained")
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for line, (heading, example) in zip(panels, rows):
+        shown = [(f"{_fit(example.name, 24)}\n{heading}: {example.note}", example.gray)]
+        for number, levels in enumerate(example.readings):
+            overlay = gaze_overlay(example.gray, levels.numpy() / max(1, int(levels.max())))
+            shown.append((f"reader {number + 1}" if len(example.readings) > 1 else "reader", overlay))
+        predicted = (example.prediction / example.prediction.max()).numpy()
+        prediction = ("prediction", gaze_overlay(example.gray, predicted))
+        patches = ("significant patches", _patch_picture(example, patch_size))
+        for axes, (title, picture) in zip([*line[: len(shown)], *line[-2:]], [*shown, prediction, patches]):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(title, fontsize=7, pad=2)
+    handles = [
+        Patch(fc=READERS_ONLY, label="readers' mean only"),
+        Patch(fc=PREDICTION_ONLY, label="prediction only"),
+        Patch(fc=BOTH, label="both"),
+    ]
+    figure.legend(handles=handles, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _patch_picture(example: Example, patch_size: int) -> np.ndarray:
+    """Radiograph with coloured patches, RGB [S, S, 3]."""
+    mean = (example.readings.double() / example.readings.double().sum((-2, -1), keepdim=True)).mean(0)
+    side = example.gray.shape[0] // patch_size
+    readers, predicted = (
+        gaze_patches(torch.as_tensor(values), patch_size).view(side, side).numpy()
+        for values in (mean, example.prediction)
+    )
+    picture = np.repeat(example.gray[..., None], 3, 2)
+    for where, colour in (
+        (readers & ~predicted, READERS_ONLY), (predicted & ~readers, PREDICTION_ONLY), (readers & predicted, BOTH),
+    ):  # fmt: skip
+        pixels = where.repeat(patch_size, 0).repeat(patch_size, 1)
+        picture[pixels] = 0.5 * picture[pixels] + 0.5 * np.array(to_rgb(colour))
+    return picture
+
+
+def _fit(text: str, limit: int) -> str:
+    return text if len(text) <= limit else "..." + text[3 - limit :]

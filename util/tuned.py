@@ -1,0 +1,100 @@
+"""best.pth: a fine-tuned model with its labels, for timm, for other programs, and to be judged on other data."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from util.encoders import DEFAULT_NAME, Candidate
+from util.errors import UserError
+from util.files import atomic_write
+from util.weights import read_state_dict
+
+BEST = "best.pth"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned model as best.pth has it.
+
+    Attributes:
+        labels: what its outputs are.
+        mean, std: of its input.
+        dataset, fraction, seed: what it was trained on, with which share of the labels and seed.
+    """
+
+    model: VisionTransformer
+    labels: list[str]
+    task: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dataset: str
+    fraction: float
+    seed: int
+
+
+def write_tuned(
+    path: Path,
+    state: Mapping[str, Tensor],
+    candidate: Candidate,
+    model: VisionTransformer,
+    *,
+    pool: str,
+    labels: Sequence[str],
+    **facts: Any,
+) -> None:
+    """Write `state` and what `read_tuned` and `timm.create_model(timm_model, **timm_args, checkpoint_path=...)`
+    need; whole or not at all.
+
+    Args:
+        facts: the other fields of `Tuned`, and more to be kept.
+    """
+    backbone = candidate.backbone
+    arguments = {} if backbone is None else dict(backbone.timm_args)
+    arguments |= {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
+    metadata = {
+        "timm_model": DEFAULT_NAME if backbone is None else backbone.timm_name,
+        "timm_args": json.dumps(arguments),
+        "labels": json.dumps(list(labels)),
+        "weights": candidate.name,
+    } | {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": dict(state), "metadata": metadata}, buffer)
+    try:
+        with atomic_write(path) as file:
+            file.write(buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}; make room") from None
+
+
+def read_tuned(path: str | os.PathLike) -> Tuned:
+    """The model of a best.pth, on the CPU.
+
+    Raises:
+        UserError: another kind of file, or one that is damaged.
+    """
+    state, info = read_state_dict(path)
+    facts = info.metadata
+    try:
+        model = timm.create_model(facts["timm_model"], **json.loads(facts["timm_args"]))
+        model.load_state_dict(state)
+        mean, std = (tuple(json.loads(facts[name])) for name in ("mean", "std"))
+        return Tuned(model, json.loads(facts["labels"]), facts["task"], mean, std, facts["dataset"],
+                     float(facts["fraction"]), int(facts["seed"]))  # fmt: skip
+    except KeyError as error:
+        raise UserError(
+            f"{info.path}: not a {BEST} of --method finetune ({error} is not in its metadata); "
+            "only those can be judged without training"
+        ) from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{info.path}: damaged: {' '.join(str(error).split())[:200]}") from None
