@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Make up a study: chest images with lesions and simulated gaze in the raw layout of REFLACX or EGD-CXR."""
+"""Make up chest images with lesions, in the layout of a data set: with simulated gaze as REFLACX or EGD-CXR, or
+with labels as the RSNA challenge, ChestX-ray14 or CheXpert."""
 
 from __future__ import annotations
 
@@ -10,11 +11,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.phantom.chest import LESION_KINDS
+from datasets.phantom.chexpert import make_chexpert
 from datasets.phantom.egd import make_egd
 from datasets.phantom.faults import FAULTS
+from datasets.phantom.labelled import Chests
+from datasets.phantom.nih import make_nih
 from datasets.phantom.real import add_real_radiograph
 from datasets.phantom.reflacx import make_study
+from datasets.phantom.rsna import make_rsna
+from datasets.phantom.study import PhantomStudy
 from util.errors import UserError, run_cli
+
+LAYOUTS = ("reflacx", "egd", "rsna", "nih", "chexpert")
+# Options that only some layouts have; None where they are not given.
+ONLY_FOR = {
+    "format": ("reflacx", "egd", "rsna"),
+    "shared_images": ("reflacx",),
+    "readers": ("reflacx",),
+    "dwell_ratio": ("reflacx", "egd"),
+    "faults": ("reflacx",),
+    "real_radiograph": ("reflacx",),
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -22,14 +39,19 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--out", required=True, help="directory to write reflacx/ (or egd-cxr/) and mimic/ into"
+        "--out",
+        required=True,
+        help="directory to write into: reflacx/ or egd-cxr/ and mimic/, or rsna/, nih/ or chexpert/",
     )
+    parser.add_argument("--layout", choices=LAYOUTS, default="reflacx", help="of which data set")
     parser.add_argument("--n_images", type=int, default=24, help="number of images")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same study")
     parser.add_argument("--width", type=int, default=420, help="width of the images, px")
     parser.add_argument("--height", type=int, default=512, help="height of the images, px")
     parser.add_argument(
-        "--format", choices=("jpg", "dcm", "mixed"), default="jpg", help="kind of image files"
+        "--format",
+        choices=("jpg", "dcm", "mixed"),
+        help="kind of image files; without it jpg, for rsna dcm (nih has png, chexpert jpg)",
     )
     parser.add_argument(
         "--shared_images",
@@ -37,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=None,
         help="images read by several readers, in phases 1 and 2; a quarter if not given",
     )
-    parser.add_argument("--readers", type=int, default=3, help="readers of each shared image")
+    parser.add_argument("--readers", type=int, help="readers of each shared image; 3 if not given")
     parser.add_argument(
         "--lesion_kinds",
         nargs="+",
@@ -53,51 +75,65 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dwell_ratio",
         type=float,
-        default=6.0,
-        help="gaze density inside abnormal ellipses over that outside",
+        help="gaze density inside abnormal ellipses over that outside; 6 if not given",
     )
     parser.add_argument(
-        "--faults", nargs="*", choices=FAULTS, default=[], help="damage to plant, a reading each"
+        "--faults", nargs="*", choices=FAULTS, help="damage to plant, a reading each; none if not given"
     )
     parser.add_argument(
         "--real_radiograph",
         action="store_true",
+        default=None,
         help="add the one real film that pip's pydicom-data brings, with a simulated reading",
     )
-    parser.add_argument("--egd", action="store_true", help="EGD-CXR's layout instead: one reading per image")
+    parser.add_argument("--egd", action="store_true", help="the same as --layout egd")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    options = {
-        "root": args.out,
-        "n_images": args.n_images,
-        "seed": args.seed,
-        "size": (args.height, args.width),
-        "image_format": args.format,
-        "lesion_kinds": args.lesion_kinds,
-        "lesion_size": args.lesion_size,
-        "lesion_contrast": args.lesion_contrast,
-        "normal_fraction": args.normal_fraction,
-        "dwell_ratio": args.dwell_ratio,
-    }
+    layout = args.layout
+    if args.egd:
+        if layout not in ("reflacx", "egd"):
+            raise UserError(f"--egd and --layout {layout}: give one of them")
+        layout = "egd"
+    for option, layouts in ONLY_FOR.items():
+        if getattr(args, option) is not None and layout not in layouts:
+            raise UserError(f"--{option} has no effect on --layout {layout}; leave it out")
     try:
-        if args.egd:
-            study = make_egd(**options)
-        else:
-            study = make_study(
-                **options, shared_images=args.shared_images, readers=args.readers, faults=args.faults
-            )
+        study = make(layout, args)
         if args.real_radiograph:
             add_real_radiograph(study)
     except ValueError as error:
         raise UserError(f"cannot make this study: {error}") from error
-    n_readings = sum(len(image.reading_ids) for image in study.truth)
-    print(f"{len(study.truth)} images in {study.images}\n{n_readings} simulated readings in {study.raw}")
+    print(f"{len(study.truth)} images in {study.images}")
+    if n_readings := sum(len(image.reading_ids) for image in study.truth):
+        print(f"{n_readings} simulated readings in {study.raw}")
     for fault, reading in study.faults.items():
         print(f"planted: {fault} in {reading}")
     return 0
+
+
+def make(layout: str, args: argparse.Namespace) -> PhantomStudy:
+    """Write the study of a layout. Raises ValueError for options out of range."""
+    lesions = {
+        "lesion_kinds": args.lesion_kinds,
+        "lesion_size": args.lesion_size,
+        "lesion_contrast": args.lesion_contrast,
+        "normal_fraction": args.normal_fraction,
+    }
+    size = (args.height, args.width)
+    if layout in ("reflacx", "egd"):
+        given = {"dwell_ratio": args.dwell_ratio, "image_format": args.format}
+        if layout == "reflacx":
+            given |= {name: getattr(args, name) for name in ("shared_images", "readers", "faults")}
+        given = {name: value for name, value in given.items() if value is not None}
+        function = make_egd if layout == "egd" else make_study
+        return function(args.out, args.n_images, args.seed, size, **lesions, **given)
+    chests = Chests(args.n_images, args.seed, size, **lesions)
+    if layout == "rsna":
+        return make_rsna(args.out, chests, image_format=args.format or "dcm")
+    return (make_nih if layout == "nih" else make_chexpert)(args.out, chests)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class HOGPyramid(nn.Module):
         gx, gy = sobel(img.float().flatten(0, 1))  # [B*C, H, W]
         pooled = {finest: self._histogram(gx, gy, finest)}  # [B*C, nbins, H/c, W/c]
         for cell in sorted(set(self.cell_sizes) - {finest}):
-            fine = max((done for done in pooled if cell % done == 0), default=None)
+            divisors = [done for done in pooled if cell % done == 0]
+            fine = max(divisors) if divisors else None
             pooled[cell] = (
                 self._histogram(gx, gy, cell) if fine is None else F.avg_pool2d(pooled[fine], cell // fine)
             )

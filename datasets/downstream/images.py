@@ -21,6 +21,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import util.dicom
 from datasets.cache import Plane, PlaneKind, open_plane
 from datasets.downstream.labelled import LabelledImages
 from datasets.tree import SampleError
@@ -34,7 +35,7 @@ NORMALISATIONS = {  # mean and std of the three channels
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # published downstream evaluation
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # as the encoder was pretrained
 }
-CONTRASTS = ("maximum", "window")
+CONTRASTS = ("maximum", *util.dicom.CONTRASTS)
 JITTER, JITTER_CHANCE, BLUR_CHANCE, FLIP_CHANCE = 0.4, 0.8, 0.5, 0.5
 BLUR_SIGMA = (0.1, 2.0)
 LOOKED_AT = 64  # files whose headers are read to say what is done with 16 bits
@@ -45,7 +46,8 @@ class Reading:
     """How files become 8-bit gray.
 
     Attributes:
-        dicom_contrast: maximum (published: stored values by their maximum) or window (VOI LUT or window).
+        dicom_contrast: maximum (published: stored values by their maximum), or one of `util.dicom`'s: window,
+            minmax, mimic-cxr-jpg (equalised).
         intensity_max: what becomes 255 in 16-bit PNGs, 0 staying 0; None = each file's own range.
     """
 
@@ -54,7 +56,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.dicom_contrast not in CONTRASTS:
-            raise UserError(f"--dicom_contrast {self.dicom_contrast}: expected {' or '.join(CONTRASTS)}")
+            raise UserError(f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(CONTRASTS)}")
         if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
             raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
 
@@ -65,7 +67,9 @@ class Reading:
     def read(self, path: Path) -> np.ndarray:
         """uint8 [H, W]. Raises `UserError` naming the file."""
         if is_dicom(path):
-            return read_dicom_by_maximum(path) if self.dicom_contrast == "maximum" else read_dicom(path)
+            if self.dicom_contrast == "maximum":
+                return read_dicom_by_maximum(path)
+            return read_dicom(path, self.dicom_contrast)
         gray = read_intensities(path)
         if gray.dtype == np.uint8:
             return gray
@@ -225,8 +229,11 @@ def _fitted_picture(
 def deep_note(files: Sequence[Path], reading: Reading) -> list[str]:
     """What is done with 16-bit files, if some are among those looked at: at most one line."""
     for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)):
-        with open(files[place], "rb") as file:
-            head = file.read(26)
+        try:
+            with open(files[place], "rb") as file:
+                head = file.read(26)
+        except OSError:
+            continue  # whoever reads the picture reports it
         if head.startswith(b"\x89PNG") and head[24:25] == b"\x10":
             how = (
                 "each by its own smallest and largest value; --intensity_max scales all by the same"
@@ -253,7 +260,10 @@ def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `Reading` and of the cache, read back by `reading_from_args`."""
     add = parser.add_argument_group("image files").add_argument
-    helped = "maximum: stored values by their maximum (published); window: the file's VOI LUT or window"
+    helped = (
+        "maximum: stored values by their maximum (published); window: the file's VOI LUT or window; minmax: its "
+        "smallest and largest value; mimic-cxr-jpg: these, histogram equalised, as MIMIC-CXR-JPG was made"
+    )
     add("--dicom_contrast", choices=CONTRASTS, default=CONTRASTS[0], help=helped)
     helped = "what becomes white in 16-bit PNGs (default: each file's own smallest to largest value)"
     add("--intensity_max", type=float, help=helped)

@@ -10,7 +10,7 @@ from datasets.downstream.choices import Choices
 from datasets.downstream.folder import Folder
 from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
 from datasets.downstream.rows import check_ids, join_same, labelled_images, one_hot, read_rows
-from datasets.downstream.splits import choose_parts, draw_subjects
+from datasets.downstream.splits import choose_parts
 from util.errors import UserError
 
 TABLE = "Data_Entry_2017*.csv"
@@ -87,6 +87,7 @@ def _official(
     if (parts == "-").all():
         raise UserError(f"{found[LISTS[0]][0]}: names no image of the table, e.g. {ids[0]!r}")
     train = np.flatnonzero(parts == TRAIN)
-    count = max(1, round(VALID_SHARE * len(train)))
-    parts[train[draw_subjects(subjects[train], count, seed)]] = VALID
+    patients = np.unique(subjects[train])
+    drawn = np.random.default_rng(seed).permutation(patients)[: max(1, round(VALID_SHARE * len(patients)))]
+    parts[train[np.isin(subjects[train], drawn)]] = VALID
     return parts

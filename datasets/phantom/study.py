@@ -115,6 +115,8 @@ def write_image(image: PhantomImage, gray: np.ndarray, *, inverted: bool) -> Non
     image.path.parent.mkdir(parents=True, exist_ok=True)
     if image.path.suffix == ".jpg":
         Image.fromarray(gray).save(image.path, quality=92)
+    elif image.path.suffix == ".png":
+        Image.fromarray(gray).save(image.path)
     else:
         _write_dicom(image, gray, inverted)
 

@@ -204,13 +204,19 @@ def test_16_bits_by_the_files_own_range_or_one_for_all(tmp_path):
 
 
 def test_dicom_by_maximum_is_the_published_rule(tmp_path):
-    stored = np.arange(64 * 64).reshape(64, 64) % 1000
+    stored = np.arange(64 * 64).reshape(64, 64) % 1000 + 50
     for photometric in ("MONOCHROME2", "MONOCHROME1"):
         write_dicom(tmp_path / "a.dcm", stored, photometric)
-        expected = np.rint(stored * (255 / 999)).astype(np.uint8)
+        expected = np.rint(stored * (255 / 1049)).astype(np.uint8)
         expected = 255 - expected if photometric == "MONOCHROME1" else expected
         assert np.array_equal(Reading().read(tmp_path / "a.dcm"), expected)
-    assert not np.array_equal(Reading("window").read(tmp_path / "a.dcm"), expected)
+    others = [Reading(name).read(tmp_path / "a.dcm") for name in ("window", "minmax", "mimic-cxr-jpg")]
+    assert not any(np.array_equal(other, expected) for other in others)
+    with pytest.raises(UserError, match="--dicom_contrast lung"):
+        Reading("lung")
+    (tmp_path / "cut.dcm").write_bytes((tmp_path / "a.dcm").read_bytes()[:2000])
+    with pytest.raises(UserError, match="cut.dcm"):
+        Reading().read(tmp_path / "cut.dcm")
     write_dicom(tmp_path / "black.dcm", np.zeros((8, 8), int))
     assert not Reading().read(tmp_path / "black.dcm").any()
 
