@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datasets.downstream.images import normalise
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL
 from util.errors import UserError
 from util.features import FeatureFile
+from util.loading import SampleLoader
 from util.lr_sched import learning_rate
 from util.progress import Steps
 from util.stop import StopSignals, ignore_stop_signals
@@ -95,7 +96,7 @@ def encode(
     keys = [(view, image) for view, images, _ in lacking for image in images.tolist()]
     if not keys:
         return 0
-    loader = DataLoader(
+    loader = SampleLoader(
         Keyed(views, keys),
         batch_size,
         num_workers=num_workers,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datasets.downstream.images import Views, normalise
 from datasets.downstream.labelled import MULTICLASS, LabelledImages
@@ -37,6 +37,7 @@ from util.encoders import PIXELS, RANDOM, Candidate, digest_of
 from util.errors import UserError
 from util.finite import FiniteWatch, make_scaler, poison, update_was_skipped
 from util.jobs import Jobs, digest
+from util.loading import SampleLoader
 from util.logging import RunLog
 from util.progress import Steps
 from util.resume import own_sums, restore_optimizer, run_state
@@ -203,7 +204,7 @@ def finetune(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{error}; lower it, or raise --fractions") from None
-    loader = DataLoader(
+    loader = SampleLoader(
         data,
         batch_sampler=sampler,
         num_workers=tuning.num_workers,

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from datasets.replay import chosen_samples, training_dataset
 from util.distributed import Ranks
+from util.errors import UserError
 from util.finite import FiniteWatch, poison, update_was_skipped
 from util.logging import Progress, RunLog
 from util.lr_sched import learning_rate
@@ -59,8 +61,8 @@ class Training:
         model: what is called, wrapped for several ranks; `core` is the bare CXRMIM in it.
         scaler: scales the loss under float16; with any dtype it skips, on the device, an update whose
             gradient is not finite.
-        batches: iterator over the batches of all epochs.
-        dataset_size: samples of the whole data set.
+        batches: iterator over this rank's batches of all epochs.
+        dataset_size: samples of the whole data set; `samples` is the digest of their names and order.
         steps_per_epoch: of this rank.
         watch: finds non-finite numbers and requests to stop.
         waited: seconds spent waiting for data since the start.
@@ -77,6 +79,7 @@ class Training:
     ranks: Ranks
     log: RunLog
     progress: Progress
+    samples: str | None = None
     waited: float = field(default=0.0)
 
 
@@ -183,17 +186,18 @@ def report(training: Training, epoch: int, step: int, meters: Meters, lr: float,
     )
 
 
-def describe_run(args, core, dataset, sampler, effective_batch, ranks) -> str:
+def describe_run(training: Training, dataset: Dataset, args, epoch: int) -> str:
     """What a user checks before leaving a run alone for hours, with a loud warning where gaze is void."""
+    core, world_size = training.core, training.ranks.world_size
     n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
-    sample = [dataset[(sampler.start_epoch, i)] for i in range(min(32, len(dataset)))]
+    sample = [dataset[(epoch, i)] for i in range(min(32, len(dataset)))]
     foreground = torch.stack([item["foreground"] for item in sample])
     n_significant = significant_patches(foreground, core.patch_size).sum(1).float().mean().item()
     lines = [
-        f"model            {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on {ranks.device}",
-        f"images           {len(dataset)}, {sampler.steps_per_epoch} steps per epoch",
-        f"effective batch  {effective_batch} = {args.batch_size} x {args.accum_iter} accumulated "
-        f"x {ranks.world_size} processes",
+        f"model            {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on {training.ranks.device}",
+        f"images           {len(dataset)}, {training.steps_per_epoch} steps per epoch",
+        f"effective batch  {args.batch_size * args.accum_iter * world_size} = {args.batch_size} x "
+        f"{args.accum_iter} accumulated x {world_size} processes",
         f"learning rate    {args.lr:.3e} (absolute)",
         f"masking          {args.masking}, {masked_count(core.num_patches, args.mask_ratio)} of {core.num_patches} "
         f"patches; {n_significant:.1f} significant on average in the first {len(sample)} images",
@@ -211,8 +215,12 @@ def picture(training: Training, args, epoch: int) -> None:
     from util.pictures import reconstruction_figure  # here, since matplotlib takes a second to load
 
     core = training.core
-    dataset = training_dataset(vars(args), None, core.img_size, augment=False)
-    shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))), epoch - 1)
+    try:
+        dataset = training_dataset(vars(args), None, core.img_size, augment=False)
+        shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))), epoch - 1)
+    except (OSError, UserError) as error:  # a file that is gone meanwhile: training reads the cache
+        print(f"warning: no picture after epoch {epoch}: {error}", flush=True)
+        return
     figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names)
     training.log.figure("reconstruction", figure, epoch)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import datasets
 import models_cxrmim
@@ -18,11 +19,12 @@ from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
+from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
-from util.resume import describe_mismatch, own_sums, restore_optimizer, run_state
+from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.weights import load_initial_weights
 
@@ -163,64 +165,13 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     ranks = distributed.start(
         args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
     )
-    effective_batch = settle_options(args, ranks)
+    settle_options(args, ranks)
     with hold_output(args.output_dir, args.log_dir, ranks=ranks):
-        core = build_model(args).to(ranks.device)
-        resumed = distributed.on_main(
-            ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume, auto_resume=args.auto_resume)
-        )
-        if resumed is None and (path := initial_weights(args)):
-            ranks.say(load_initial_weights(core, path))
-        dataset = build_data(
-            args
-        )  # last of what can fail, since a cache may be built first, which takes minutes
-        optimizer = torch.optim.AdamW(
-            parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
-        )
-        scaler = make_scaler(args.dtype, ranks.device)
-        meters = Meters.zeros(len(core.scale_list), ranks.device)
-        epoch, step = args.start_epoch, 0
-        if resumed is not None:
-            epoch, step = go_on(resumed, args, core, optimizer, scaler, meters, len(dataset), ranks)
-        loader = build_loader(args, dataset, ranks, epoch, step)
-        sampler = loader.batch_sampler
-        ranks.say(describe_run(args, core, dataset, sampler, effective_batch, ranks))
-
-        watch = FiniteWatch(
-            ranks.device,
-            signals,
-            group=ranks.control,
-            half=args.dtype == "float16",
-            skip_nonfinite=args.skip_nonfinite,
-            sample_names=lambda epoch, step: [dataset.sample_name(i) for i in sampler.batch(epoch, step)],
-        )
-        steps = sampler.steps_per_epoch
-        log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
-        log.start(vars(args), ranks.world_size)
-        progress = Progress(
-            args.epochs * steps,
-            epoch * steps + step,
-            args.batch_size * ranks.world_size,
-            enabled=ranks.is_main,
-        )
-        if args.compile:
-            core.compile()
-        training = Training(
-            model=distributed.parallel(core, ranks),
-            core=core,
-            optimizer=optimizer,
-            scaler=scaler,
-            batches=iter(loader),
-            dataset_size=len(dataset),
-            steps_per_epoch=steps,
-            watch=watch,
-            ranks=ranks,
-            log=log,
-            progress=progress,
-        )
+        with signals.at_once():  # so far there is nothing to save
+            training, epoch, step, meters = set_up(args, ranks, signals)
         epoch, step, request = train(training, args, epoch, step, meters)
-        progress.close()
-        log.close()
+        training.progress.close()
+        training.log.close()
     distributed.stop()
     if epoch < args.epochs:
         ranks.say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
@@ -228,27 +179,83 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     return 0
 
 
+def set_up(
+    args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
+) -> tuple[Training, int, int, Meters]:
+    """Model, data, optimiser and logs, as they are at the start or as a checkpoint left them; and the place
+    to train from: epoch, step, and the sums over the epoch so far."""
+    core = build_model(args).to(ranks.device)
+    resumed = distributed.on_main(
+        ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume, auto_resume=args.auto_resume)
+    )
+    if resumed is None and (path := initial_weights(args)):
+        ranks.say(load_initial_weights(core, path))
+    dataset = build_data(args)  # after what fails sooner: a cache may be built first, which takes minutes
+    samples = dataset.identity()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+    )
+    scaler = make_scaler(args.dtype, ranks.device)
+    watch = FiniteWatch(
+        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
+        sample_names=lambda epoch, step: [dataset.sample_name(i) for i in loader.batch_sampler.batch(epoch, step)],
+    )  # fmt: skip
+    meters = Meters.zeros(len(core.scale_list), ranks.device)
+    epoch, step = args.start_epoch, 0
+    if resumed is not None:
+        state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(dataset), samples), ranks)
+        core.load_state_dict(state["model"])
+        restore_optimizer(optimizer, scaler, state, watch)
+        meters.sums.copy_(own_sums(state, ranks))
+        epoch, step = state["epoch"] + 1, state["step"]
+    loader = build_loader(args, dataset, ranks, epoch, step)
+    steps = loader.batch_sampler.steps_per_epoch
+    log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
+    log.start(vars(args), ranks.world_size)
+    progress = Progress(
+        args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
+    )
+    if args.compile:
+        core.compile()
+    model = distributed.parallel(core, ranks)
+    training = Training(
+        model,
+        core,
+        optimizer,
+        scaler,
+        iter(loader),
+        len(dataset),
+        steps,
+        watch,
+        ranks,
+        log,
+        progress,
+        samples,
+    )
+    if ranks.is_main:
+        print(describe_run(training, dataset, args, epoch), flush=True)
+    return training, epoch, step, meters
+
+
 def train(
     training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters
 ) -> tuple[int, int, int]:
-    """Train from a place to the end or to a request to stop, saving on the way; returns the place and the request."""
-    request = GO_ON
+    """Train from a place to the end or to a request to stop, saving on the way.
+
+    Returns the place reached, epoch and step, and the request.
+    """
+    ranks, request = training.ranks, GO_ON
     while epoch < args.epochs and request == GO_ON:
         began = time.perf_counter()
         step, request = train_one_epoch(training, epoch, step, meters, args)
         if step == training.steps_per_epoch:  # the line first: a run killed before the checkpoint replaces it
-            record = epoch_record(training, epoch, meters, time.perf_counter() - began)
-            distributed.on_main(training.ranks, lambda record=record: training.log.epoch(record))
-            meters, epoch, step = (
-                Meters.zeros(len(training.core.scale_list), training.ranks.device),
-                epoch + 1,
-                0,
-            )
-            if training.ranks.is_main and args.image_every and epoch % args.image_every == 0:
+            training.log.epoch(epoch_record(training, epoch, meters, time.perf_counter() - began))
+            meters.sums.zero_()
+            epoch, step = epoch + 1, 0
+            if ranks.is_main and args.image_every and epoch % args.image_every == 0:
                 picture(training, args, epoch)
-        if request != GO_ON or (
-            step == 0 and is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
-        ):
+        due = step == 0 and is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
+        if due or request != GO_ON:
             save(training, args, epoch - 1, step, meters)
     return epoch, step, request
 
@@ -256,16 +263,9 @@ def train(
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
     """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
     state = run_state(
-        training.core,
-        training.optimizer,
-        training.scaler,
-        epoch=epoch,
-        step=step,
-        args=vars(args),
-        sums=meters.sums,
-        ranks=training.ranks,
-        dataset_size=training.dataset_size,
-    ) | {"model_config": training.core.config}
+        training.core, training.optimizer, training.scaler, epoch=epoch, step=step, args=vars(args), sums=meters.sums,
+        ranks=training.ranks, dataset_size=training.dataset_size, samples=training.samples, watch=training.watch,
+    ) | {"model_config": training.core.config}  # fmt: skip
 
     def write() -> None:
         training.log.flush()
@@ -274,45 +274,33 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
     distributed.on_main(training.ranks, write)
 
 
-def go_on(
+def load_to_go_on(
     path: Path,
     args: argparse.Namespace,
     core: models_cxrmim.CXRMIM,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    meters: Meters,
-    dataset_size: int,
+    setting: Setting,
     ranks: distributed.Ranks,
-) -> tuple[int, int]:
-    """Put back all that a checkpoint holds; returns the epoch and the step to go on with."""
+) -> dict:
+    """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
     state = load_checkpoint(path)
-    if table := describe_mismatch(
-        state, vars(args), shape_flags=SHAPE_FLAGS, world_size=ranks.world_size, dataset_size=dataset_size
-    ):
+    if table := describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting)):
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     check_same_model(state.get("model_config", {}), core.config, path)
-    core.load_state_dict(state["model"])
-    restore_optimizer(optimizer, scaler, state)
-    meters.sums.copy_(own_sums(state, ranks))
-    epoch, step = state["epoch"] + 1, state["step"]
-    ranks.say(f"resumed from {path}: epoch {epoch + 1}, step {step}")
+    ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")
     if ranks.is_main and args.resume:
-        for aside in set_aside_newer(args.output_dir, epoch=epoch - 1, step=step):
-            print(f"warning: set aside as {aside}, since it is further than --resume {path}", flush=True)
-    return epoch, step
+        for aside in set_aside_newer(args.output_dir, epoch=state["epoch"], step=state["step"]):
+            ranks.say(f"warning: set aside as {aside}, since it is further than --resume {path}")
+    return state
 
 
-def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
-    """Fill in the defaults that depend on the device and on the number of processes, and seed the weights;
-    returns the effective batch."""
+def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    """Fill in the defaults that depend on the device and on the number of processes, and seed the weights."""
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
     if args.tf32:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    effective_batch = args.batch_size * args.accum_iter * ranks.world_size
     if args.lr is None:
-        args.lr = absolute_lr(args.blr, effective_batch)
-    return effective_batch
+        args.lr = absolute_lr(args.blr, args.batch_size * args.accum_iter * ranks.world_size)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -373,7 +361,7 @@ def build_data(args: argparse.Namespace):
 
 def build_loader(
     args: argparse.Namespace, dataset: Dataset, ranks: distributed.Ranks, epoch: int, step: int
-) -> DataLoader:
+) -> SampleLoader:
     """This rank's batches from a place to the end of training."""
     try:
         sampler = TrainBatches(
@@ -382,7 +370,7 @@ def build_loader(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    return DataLoader(
+    return SampleLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=args.num_workers,

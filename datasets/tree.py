@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from abc import abstractmethod
@@ -32,18 +34,12 @@ from util.images import read_gray
 from util.masking import otsu_foreground
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+FILES_IN_IDENTITY = 64
 ITEMS_AT_ONCE = 4096  # bounds the memory that waiting tasks take
 
 
 class SampleError(UserError):
-    """A sample that can't be read.
-
-    A DataLoader hands an error of a worker on as `type(error)(text of the whole traceback)`; this
-    class then takes its own line out of that text, so the message is one line wherever it comes from.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+    """A sample that can't be read; from the workers of `util.loading.SampleLoader` it comes as it is."""
 
 
 class EntryFiles(NamedTuple):
@@ -150,6 +146,18 @@ class GazeTree(Dataset):
         entry = self.entries[index]
         return f"{entry['image_path']} ({entry.get('reflacx_id', entry.get('study_id', index))})"
 
+    def identity(self) -> str:
+        """Digest of the samples' names and order, and of the sizes of some of their files: another data set, or
+        one in another order, has another. The place of the tree is not part of it."""
+        digest = hashlib.sha256(f"{self.index_file} {len(self)}\n".encode())
+        for index in range(len(self)):
+            digest.update(f"{self.sample_name(index)}\n".encode("utf-8", "surrogatepass"))
+        # Made-up trees may share their names; a stat for each of 377,000 files would take long.
+        for index in range(0, len(self), max(1, len(self) // FILES_IN_IDENTITY)):
+            with contextlib.suppress(OSError):  # reading the sample tells
+                digest.update(f"{self.files(index).image.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of `dataset[i]`; no effect on `dataset[(epoch, i)]`."""
         self.epoch = epoch
@@ -225,6 +233,9 @@ class ConcatTrees(Dataset):
     def sample_name(self, index: int) -> str:
         tree, inner = self.locate(index)
         return tree.sample_name(inner)
+
+    def identity(self) -> str:
+        return hashlib.sha256("\n".join(tree.identity() for tree in self.trees).encode()).hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
         for tree in self.trees:

@@ -23,8 +23,6 @@ BELOW = {
 MOVING = {"util/probe.py", "util/finetune.py"}
 # Still to be split.
 LONG = {
-    "scripts/benchmark.py",
-    "datasets/analysis/measure.py",
     "util/probe.py",
 }
 

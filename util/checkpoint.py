@@ -8,7 +8,8 @@ renamed (`util.files.atomic_write`), so a crash leaves the old file or the new o
 
 Keys: "model", "optimizer", "scaler", "epoch" (the last finished epoch, -1 before the first),
 "step" (micro-steps done in epoch + 1, 0 between epochs), "args", "meters", "world_size", "dataset_size",
-"format"; in pretraining also "model_config", the arguments that rebuild the model (`util.architecture`),
+"format"; newer ones also "samples" and "threads" (`util.resume.Setting`) and "watch" (`util.finite`), in pretraining also
+"model_config", the arguments that rebuild the model (`util.architecture`),
 which older files lack. `util.output` names, lists and keeps the files, `util.resume` goes on from one.
 """
 
@@ -166,7 +167,7 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        return value.detach().cpu()  # a GPU's tensors would open only where there is one
     if isinstance(value, Mapping):
         return {_plain(key, f"{where} key"): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -139,12 +141,34 @@ def parallel(model: nn.Module, ranks: Ranks, *, sync_buffers: bool = False) -> n
     """
     if ranks.world_size == 1:
         return model
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(partial(_in_layout_of, parameter))
     return DistributedDataParallel(
         model,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=sync_buffers,
+        **{_SYNCHRONISE_BUFFERS: sync_buffers},
     )
+
+
+# Renamed in torch 2.14.
+_SYNCHRONISE_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+
+def _in_layout_of(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient, with its parameter's strides along sides of length 1, where any serve.
+
+    Some kernels (1 x 1 convolutions in bfloat16, sums over a batch of 1) leave others there, and
+    DistributedDataParallel compares them strictly: a warning, and a copy that nothing needs.
+    """
+    if gradient.stride() != parameter.stride() and gradient.is_contiguous() and parameter.is_contiguous():
+        return gradient.as_strided(parameter.shape, parameter.stride())
+    return gradient
 
 
 def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:

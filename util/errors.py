@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from util.console import make_output_unfailing
+
 
 class UserError(Exception):
     """Bad input that the user can mend.
@@ -17,7 +19,8 @@ class UserError(Exception):
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main` as a command: exit with its status; with 1 and one line for a `UserError`; with 130
-    when interrupted."""
+    when interrupted. An output that dies or fills up changes none of it (`util.console`)."""
+    make_output_unfailing()
     try:
         sys.exit(main() or 0)
     except UserError as error:

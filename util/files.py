@@ -19,9 +19,10 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     The data is flushed and fsynced before the rename and the directory after it, so that after a
     crash or a power cut `path` holds either the old content or the new. On an exception the
     temporary file is removed and `path` is left as it was. The file gets the usual permissions
-    (0666 less the umask), not mkstemp's 0600.
+    (0666 less the umask), not mkstemp's 0600. Where `path` is a symbolic link, what it points to is
+    replaced and the link stays.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     descriptor, temporary = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent)
     try:
         umask = os.umask(0)

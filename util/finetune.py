@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.downstream.labels import (
@@ -35,6 +35,7 @@ from datasets.transforms import crop_resize_flip, random_crop_box, sample_rng
 from util.errors import UserError
 from util.export import Backbone, build_backbone, describe
 from util.files import atomic_write
+from util.loading import SampleLoader
 from util.probe import bootstrap_weights, interval, weighted_auc
 
 VALIDATION_PARTS = 5  # one of so many parts of the training subjects validates, where the data name none
@@ -149,7 +150,7 @@ def known_bce(logits: Tensor, labels: Tensor) -> Tensor:
 def predict(model: nn.Module, paths: list[Path], size: int, options: Options) -> np.ndarray:
     """Logits [N, F] of whole images."""
     model.eval()
-    loader = DataLoader(Squares(paths, size), options.batch_size, num_workers=options.num_workers)
+    loader = SampleLoader(Squares(paths, size), options.batch_size, num_workers=options.num_workers)
     logits = [model(_prepare(gray, options.device)).float().cpu() for gray in loader]
     return torch.cat(logits).numpy()
 
@@ -223,7 +224,7 @@ def finetune(backbone: Backbone, images: LabelledImages, out: Path, options: Opt
         warmup_lr_init=options.min_lr,
         t_in_epochs=False,
     )
-    batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=options.num_workers))
+    batches = iter(SampleLoader(data, batch_sampler=sampler, num_workers=options.num_workers))
     dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
     validation = [images.paths[row] for row in parts.validate]
     labels = images.labels[:, columns]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +115,14 @@ class FiniteWatch:
         self._unjudged: deque[_Step] = deque()
         self._overflows = 0
         self.skipped = 0  # non-finite steps tolerated so far
+
+    def state_dict(self) -> dict[str, int]:
+        """What a run that goes on from here must know."""
+        return {"skipped": self.skipped, "overflows": self._overflows}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Put it back; empty for a checkpoint of a program that didn't save it."""
+        self.skipped, self._overflows = state.get("skipped", 0), state.get("overflows", 0)
 
     def step(
         self, epoch: int, steps: range, *, lr: float, losses: torch.Tensor, skipped: torch.Tensor

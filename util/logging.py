@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -32,11 +35,17 @@ class RunLog:
     - args.json: one entry per start, with arguments, versions and the git commit.
     - TensorBoard events in `log_dir`, x-axis epoch * 1000; what a resumed run does again is purged.
 
+    A place that can't be written is an error at the start. Later, a disk that runs full for instance, it is a
+    warning: training matters more. Lines of log.txt then wait for the next epoch; points are lost.
+
     Args:
         output_dir: made if missing.
         log_dir: of the TensorBoard events; None for output_dir.
         start_epoch: fractional epoch at which this start goes on.
         enabled: false on all ranks but one.
+
+    Raises:
+        UserError: a directory or a file in it can't be read or written.
     """
 
     def __init__(
@@ -47,20 +56,31 @@ class RunLog:
         enabled: bool = True,
     ):
         self.path = Path(output_dir) / "log.txt"
+        self.log_dir = Path(log_dir or output_dir)
         self.enabled = enabled
         self.writer = None
-        if enabled:
+        self._unwritten: list[str] = []  # lines of log.txt
+        self._warned: set[Path] = set()  # about what fails now
+        if not enabled:
+            return
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._drop_lines_from(int(start_epoch))
+            with open(self.path, "a"):
+                pass
             # The points at start_epoch itself were written before the checkpoint and are not done again.
-            self.writer = SummaryWriter(log_dir or output_dir, purge_step=epoch_1000x(start_epoch) + 1)
+            self._open_writer(purge_step=epoch_1000x(start_epoch) + 1)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.log_dir}: can't be written: {error.strerror or error}"
+            ) from None
 
     def _drop_lines_from(self, epoch: int) -> None:
         """Keep the whole lines of epochs before `epoch`."""
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["epoch"] < epoch:
                     kept.append(line + "\n")
@@ -69,12 +89,24 @@ class RunLog:
         with atomic_write(self.path, "w") as file:
             file.writelines(kept)
 
+    def _open_writer(self, purge_step: int | None = None) -> None:
+        threading.excepthook = _no_traceback_of_tensorboard
+        self.writer = SummaryWriter(self.log_dir, purge_step=purge_step)
+        self.writer.flush()
+
     def start(self, args: dict, world_size: int) -> None:
-        """Add this start to args.json."""
+        """Add this start to args.json. Raises UserError where that can't be read or written."""
         if not self.enabled:
             return
         path = self.path.parent / "args.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            if not isinstance(starts, list):
+                raise ValueError("not a list")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: can't be read as the list of a run's starts ({error}); move it away"
+            ) from None
         starts.append(
             {
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -85,39 +117,92 @@ class RunLog:
                 "git": git_commit(),
             }
         )
-        with atomic_write(path, "w") as file:
-            json.dump(starts, file, indent=2)
+        try:
+            with atomic_write(path, "w") as file:
+                json.dump(starts, file, indent=2)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
     def epoch(self, record: dict) -> None:
-        """Append an epoch's record to log.txt, durably. Raises UserError if it can't be written."""
-        if self.enabled:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise UserError(f"{self.path}: can't be written: {error.strerror}; make room") from error
+        """Append an epoch's record to log.txt, durably."""
+        if not self.enabled:
+            return
+        self._unwritten.append(json.dumps(record) + "\n")
+        self._write_lines()
+        if self.writer is None:
+            self._to_tensorboard(self._open_writer)
+
+    def _write_lines(self) -> None:
+        size = None
+        try:
+            with open(self.path, "ab") as file:
+                size = file.tell()
+                file.write("".join(self._unwritten).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)  # no half line
+            self._warn(self.path, error, f"the lines of {len(self._unwritten)} epoch(s) wait")
+        else:
+            self._unwritten.clear()
+            self._warned.discard(self.path)
+
+    def _to_tensorboard(self, write: Callable[[], None]) -> None:
+        """Do what writes events. Where it fails the writer is given up, for a new one at the next epoch."""
+        try:
+            write()
+        except Exception as error:  # whatever TensorBoard's own thread met, in its words
+            broken, self.writer = self.writer, None
+            with contextlib.suppress(Exception):
+                broken.close()
+            self._warn(self.log_dir, error, "points are missing in TensorBoard from here on")
+        else:
+            self._warned.discard(self.log_dir)
+
+    def _warn(self, path: Path, error: Exception, consequence: str) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
+            reason = getattr(error, "strerror", None) or error
+            print(f"warning: {path}: can't be written: {reason}; training goes on, {consequence}", flush=True)
 
     def flush(self) -> None:
-        """Bring the TensorBoard events so far to disk, so that no checkpoint is ahead of them."""
+        """Bring what was recorded so far to disk, so that no checkpoint is ahead of it."""
+        if self._unwritten:
+            self._write_lines()
         if self.writer:
-            self.writer.flush()
+            self._to_tensorboard(self.writer.flush)
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
         """Write values to TensorBoard at a fractional epoch."""
-        if self.writer:
+
+        def write() -> None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, epoch_1000x(epoch))
+
+        if self.writer:
+            self._to_tensorboard(write)
 
     def figure(self, name: str, figure, epoch: float) -> None:
         """Write a matplotlib figure to TensorBoard."""
         if self.writer:
-            self.writer.add_figure(name, figure, epoch_1000x(epoch))
+            self._to_tensorboard(lambda: self.writer.add_figure(name, figure, epoch_1000x(epoch)))
 
     def close(self) -> None:
+        """Write what is left; says which epochs log.txt will lack."""
+        self.flush()
         if self.writer:
-            self.writer.close()
+            self._to_tensorboard(self.writer.close)
+        if self._unwritten:
+            epochs = ", ".join(str(json.loads(line)["epoch"]) for line in self._unwritten)
+            print(f"warning: {self.path}: lacks the lines of the epochs {epochs}", flush=True)
+
+
+def _no_traceback_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """`threading.excepthook`: the error of TensorBoard's writer comes up again in the main thread."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 class Progress:

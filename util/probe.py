@@ -24,7 +24,6 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.downstream.labels import ANY_FINDING, TEST, LabelledImages, Squares, normalize
@@ -32,6 +31,7 @@ from util.curves import COLORS
 from util.errors import UserError
 from util.export import Backbone, build_backbone, sha256
 from util.files import atomic_write
+from util.loading import SampleLoader
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, chosen on training images
 PIXEL_SIDE = 64  # of the raw-pixel baseline
@@ -60,7 +60,7 @@ def extract_features(
     """Features of a timm ViT after its norm: cls token [N, D] and mean of the patch tokens [N, D]."""
     model = model.to(device).eval()
     cls, mean = [], []
-    loader = DataLoader(Squares(paths, size), batch_size, num_workers=workers)
+    loader = SampleLoader(Squares(paths, size), batch_size, num_workers=workers)
     for gray in tqdm(loader, "features", disable=None):
         images = normalize(gray.to(device, non_blocking=True), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         tokens = model.forward_features(images)  # [B, 1+L, D]
@@ -112,7 +112,7 @@ def backbone_features(
 
 def pixel_features(images: LabelledImages, *, workers: int = 2) -> Features:
     """Gray values at `PIXEL_SIDE` px, reduced by PCA when fitted: the baseline without a network."""
-    loader = DataLoader(Squares(images.paths, PIXEL_SIDE), 64, num_workers=workers)
+    loader = SampleLoader(Squares(images.paths, PIXEL_SIDE), 64, num_workers=workers)
     return Features("pixels, PCA", torch.cat(list(loader)).flatten(1).float().numpy() / 255, pca=True)
 
 

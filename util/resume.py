@@ -8,6 +8,7 @@ loads its weights from `state["model"]`, and puts the rest back with `restore_op
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,44 @@ from torch import Tensor, nn
 from util.checkpoint import FORMAT
 from util.distributed import Ranks
 from util.errors import UserError
+from util.finite import FiniteWatch
 
 # Flags, of any task, that change neither the numbers nor the order of the samples.
 HARMLESS_FLAGS = frozenset(
     "output_dir log_dir device resume auto_resume start_epoch num_workers pin_mem print_every image_every "
     "save_every keep max_minutes skip_nonfinite check_data pretrained world_size local_rank dist_url "
-    "use_cache cache_dir cache_size".split()
+    "cache_dir".split()
 )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On what a run's numbers depend beside its flags.
+
+    Attributes:
+        world_size: number of processes.
+        dataset_size: number of samples.
+        samples: digest of the samples' names and order; None where it isn't known.
+        threads: of this process's arithmetic on the CPU, which change the last bits of sums; None on a GPU.
+    """
+
+    world_size: int
+    dataset_size: int
+    samples: str | None = None
+    threads: int | None = None
+
+    @classmethod
+    def of(cls, ranks: Ranks, dataset_size: int, samples: str | None) -> Setting:
+        """This process's setting."""
+        threads = torch.get_num_threads() if ranks.device.type == "cpu" else None
+        return cls(ranks.world_size, dataset_size, samples, threads)
+
+    @classmethod
+    def in_checkpoint(cls, state: Mapping[str, Any]) -> Setting:
+        """That of the run that wrote a checkpoint; an older program's tells neither samples nor threads."""
+        return cls(
+            int(state["world_size"]), state["dataset_size"], state.get("samples"), state.get("threads")
+        )
 
 
 def run_state(
@@ -36,6 +68,8 @@ def run_state(
     sums: Tensor,
     ranks: Ranks,
     dataset_size: int,
+    samples: str | None = None,
+    watch: FiniteWatch | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds (`util.checkpoint`). All ranks call this, since each has sums of its own.
 
@@ -45,26 +79,31 @@ def run_state(
         step: micro-steps done in the next.
         args: the command line's options.
         sums: this rank's sums over the epoch so far, of one shape on all ranks.
-        dataset_size: samples of the whole data set.
+        dataset_size, samples: number of samples, and the digest of their names and order where it is known.
+        watch: counts what was left out so far.
     """
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
+        "watch": {} if watch is None else watch.state_dict(),
         "epoch": epoch,
         "step": step,
         "args": dict(args),
         "meters": {"sums": ranks.gather(sums.tolist())},
-        "world_size": ranks.world_size,
-        "dataset_size": dataset_size,
+        **asdict(Setting.of(ranks, dataset_size, samples)),
         "format": FORMAT,
     }
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: Mapping[str, Any],
+    watch: FiniteWatch | None = None,
 ) -> None:
-    """Put back the moments and the loss scale, but not the hyper-parameters, which this command sets.
+    """Put back moments, loss scale and the count of what was left out, but not the optimiser's
+    hyper-parameters, which this command sets.
 
     A scale is put back from float16 to float16 only: elsewhere it stays 1 (`util.finite.make_scaler`), and
     under float16 a scale of 1 would stay too low for long.
@@ -75,6 +114,8 @@ def restore_optimizer(
         group["weight_decay"] = decay
     if state["args"]["dtype"] == "float16":
         scaler.load_state_dict(state["scaler"])
+    if watch is not None:
+        watch.load_state_dict(state.get("watch", {}))
 
 
 def own_sums(state: Mapping[str, Any], ranks: Ranks) -> Tensor:
@@ -90,6 +131,8 @@ def describe_mismatch(
     shape_flags: Collection[str],
     world_size: int,
     dataset_size: int,
+    samples: str | None = None,
+    threads: int | None = None,
 ) -> str:
     """Compare a checkpoint with the flags of the run that would go on from it.
 
@@ -103,10 +146,10 @@ def describe_mismatch(
     Args:
         args: the flags of the run that would go on.
         shape_flags: those of the task that shape the weights: with another value the checkpoint does not fit.
-        world_size: its processes.
-        dataset_size: samples of its data.
+        world_size, dataset_size, samples, threads: its `Setting`.
     """
-    old, old_world = checkpoint["args"], int(checkpoint["world_size"])
+    old, before = checkpoint["args"], Setting.in_checkpoint(checkpoint)
+    setting = Setting(world_size, dataset_size, samples, threads)
     changed = {
         key: (old[key], args[key])
         for key in old
@@ -119,22 +162,22 @@ def describe_mismatch(
             f"the checkpoint is of another model: {differs}; to go on pass {flags}, or choose "
             "another --output_dir to start anew"
         )
+    other_samples = None not in (before.samples, setting.samples) and before.samples != setting.samples
     if checkpoint["step"]:
         _require_same_epoch(checkpoint, args, changed, world_size)
-        if checkpoint["dataset_size"] != dataset_size:
-            raise UserError(
-                f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of "
-                f"{checkpoint['dataset_size']} samples, and --data_path has {dataset_size} now: "
-                "bring back those, or --resume a checkpoint from the end of an epoch"
-            )
-    rows = [(f"--{key}", _flag_value(before), _flag_value(after)) for key, (before, after) in changed.items()]
-    if old_world != world_size:
-        rows.append(("processes", str(old_world), str(world_size)))
-    before, after = _effective_batch(old, old_world), _effective_batch(args, world_size)
-    if before != after:
-        rows.append(("effective batch", str(before), str(after)))
-    if checkpoint["dataset_size"] != dataset_size:
-        rows.append(("samples", str(checkpoint["dataset_size"]), str(dataset_size)))
+        _require_same_samples(checkpoint, before, setting, other_samples)
+    rows = [(f"--{key}", _flag_value(was), _flag_value(now)) for key, (was, now) in changed.items()]
+    if before.world_size != world_size:
+        rows.append(("processes", str(before.world_size), str(world_size)))
+    batches = _effective_batch(old, before.world_size), _effective_batch(args, world_size)
+    if batches[0] != batches[1]:
+        rows.append(("effective batch", *map(str, batches)))
+    if before.dataset_size != setting.dataset_size:
+        rows.append(("samples", str(before.dataset_size), str(setting.dataset_size)))
+    elif other_samples:
+        rows.append(("names or order of samples", before.samples[:8], setting.samples[:8]))
+    if None not in (before.threads, setting.threads) and before.threads != setting.threads:
+        rows.append(("threads", str(before.threads), str(setting.threads)))
     if not rows:
         return ""
     rows.insert(0, ("changed", "checkpoint", "now"))
@@ -142,6 +185,22 @@ def describe_mismatch(
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _require_same_samples(
+    checkpoint: Mapping[str, Any], before: Setting, setting: Setting, other_samples: bool
+) -> None:
+    where = (
+        f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of {before.dataset_size} samples"
+    )
+    mend = "bring back those, or --resume a checkpoint from the end of an epoch"
+    if before.dataset_size != setting.dataset_size:
+        raise UserError(f"{where}, and --data_path has {setting.dataset_size} now: {mend}")
+    if other_samples:
+        paths = _flag_value(checkpoint["args"].get("data_path", "what it was"))
+        raise UserError(
+            f"{where}, and --data_path holds others now, or those in another order (--data_path was {paths}): {mend}"
+        )
 
 
 def _require_same_epoch(

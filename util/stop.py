@@ -1,32 +1,40 @@
 """Stopping a run in an orderly way: by signal or time limit, at a step that all ranks agree upon.
 
-Exit statuses of run_pretrain.py: 0 finished; 1 an error; 143 stopped by SIGTERM; 130 by SIGINT;
-75 (EX_TEMPFAIL) by SIGUSR1, SIGUSR2 or --max_minutes: unfinished, run the same command again.
-All three left a checkpoint from which `--auto_resume`, the default, goes on.
+Exit statuses of a run: 0 finished; 1 an error; 143 stopped by SIGTERM; 130 by SIGINT; 129 by SIGHUP, a closed
+terminal; 75 (EX_TEMPFAIL) by SIGUSR1, SIGUSR2 or --max_minutes: unfinished, run the same command again.
+All of them left a checkpoint from which `--auto_resume`, the default, goes on, unless they came before the
+first step.
+
+A task runs in `with StopSignals(args.max_minutes) as signals`, what comes before its first step in
+`with signals.at_once()`, and asks `signals.request` after each step (`util.finite.FiniteWatch` does).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from util.console import write_now
+
 # What a rank asks for; where ranks differ, the largest wins.
-GO_ON, PAUSE, TERMINATE, INTERRUPT = range(4)
-_EXIT_STATUS = {GO_ON: 0, PAUSE: 75, TERMINATE: 143, INTERRUPT: 130}
+GO_ON, PAUSE, HANG_UP, TERMINATE, INTERRUPT = range(5)
+_EXIT_STATUS = {GO_ON: 0, PAUSE: 75, HANG_UP: 129, TERMINATE: 143, INTERRUPT: 130}
 _REQUESTS = {
     signal.SIGTERM: TERMINATE,
     signal.SIGINT: INTERRUPT,
     signal.SIGUSR1: PAUSE,
     signal.SIGUSR2: PAUSE,
+    signal.SIGHUP: HANG_UP,
 }
 
 # A terminal or a scheduler signals a whole group, and torchrun passes its own copy on: copies that
@@ -40,10 +48,11 @@ def exit_status(request: int) -> int:
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and a time limit into a request to stop.
+    """Turns SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and a time limit into a request to stop.
 
-    The first signal is noted in `request`, for the training loop to see after its step. A second one, at
-    least half a second later, ends the process at once, as if nothing had been installed. As a context
+    The first signal is noted in `request`, for the training loop to see after its step; inside `at_once`
+    it ends the process there. A second one, at least half a second later, ends the process at once, as if
+    nothing had been installed. A SIGHUP that was ignored before, as under nohup, stays so. As a context
     manager it puts the earlier handlers back.
 
     Args:
@@ -54,7 +63,12 @@ class StopSignals:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._request = GO_ON
         self._noted_at = 0.0
-        self._earlier = {signum: signal.signal(signum, self._note) for signum in _REQUESTS}
+        self._at_once = False
+        self._earlier = {
+            signum: signal.signal(signum, self._note)
+            for signum in _REQUESTS
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
+        }
 
     def __enter__(self) -> StopSignals:
         return self
@@ -63,21 +77,36 @@ class StopSignals:
         for signum, handler in self._earlier.items():
             signal.signal(signum, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While there is nothing to save yet: a signal raises SystemExit, with its own status, where it comes.
+
+        What runs inside, the building of a cache for instance, cleans up after itself as after any error.
+        """
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+        if self._request != GO_ON:  # its SystemExit was swallowed, as one is in a destructor
+            raise SystemExit(exit_status(self._request))
+
     @property
     def request(self) -> int:
-        """What was asked for so far: GO_ON, PAUSE, TERMINATE or INTERRUPT."""
+        """What was asked for so far: GO_ON, PAUSE, HANG_UP, TERMINATE or INTERRUPT."""
         if self._request == GO_ON and self._deadline is not None and time.monotonic() >= self._deadline:
             return PAUSE
         return self._request
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        name = signal.Signals(signum).name
         if self._request == GO_ON:
             self._request, self._noted_at = _REQUESTS[signal.Signals(signum)], now
-            # A print could meet the print that it interrupted; a write to the descriptor can't.
-            name = signal.Signals(signum).name
-            text = f"{name}: saving a checkpoint after this step, then stopping; again: at once\n"
-            os.write(sys.__stderr__.fileno(), text.encode())
+            if self._at_once:
+                write_now(f"{name}: stopping; there is nothing to save yet\n")
+                raise SystemExit(exit_status(self._request))
+            write_now(f"{name}: saving a checkpoint after this step, then stopping; again: at once\n")
         elif now - self._noted_at >= _SAME_REQUEST_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

@@ -91,7 +91,14 @@ def _read(path: Path, labels: list[str], choices: Choices, notes: list[str]) -> 
             f"{path}: line {line}, column 'Path': {cell!r} is not .../patientNNNNN/studyN/file; "
             "read other tables with --dataset csv"
         )
-    values = label_values(frontal, labels, path, uncertain=choices.uncertain, empty=choices.empty or ZEROS)
+    values = label_values(
+        frontal,
+        labels,
+        path,
+        notes,
+        uncertain=choices.uncertain or PUBLISHED,
+        empty=choices.empty or ZEROS,
+    )
     return pd.concat(
         [frontal[["Path"]], parts, pd.DataFrame(values, frontal.index, labels)], axis=1
     ).reset_index(drop=True)  # fmt: skip

@@ -24,8 +24,9 @@ class Choices:
         split: auto = the official or published split, by subject where there is none; published = to the
             row, whatever it shares; subject = 70 / 15 / 15% by subject; folds = no parts; test = all.
         split_seed: of the draws by subject.
-        uncertain: what -1 counts as; published = as the CheXpert run had it.
-        empty: what an empty cell counts as; None = published for CheXpert (zeros), else ignore.
+        uncertain: what -1 counts as; published = as the CheXpert run had it. None = published for CheXpert,
+            else ignore.
+        empty: what an empty cell counts as; None = zeros for CheXpert, as published, else ignore.
         skip_missing: go on without images that are not there.
         need_images: False = tables only (--dry_run).
         image_column, label_columns, separator, subject_column, split_column: of a csv.
@@ -38,7 +39,7 @@ class Choices:
     where: tuple[str, ...] = ()
     split: str = AUTO
     split_seed: int = 0
-    uncertain: str = PUBLISHED
+    uncertain: str | None = None
     empty: str | None = None
     skip_missing: bool = False
     need_images: bool = True
@@ -58,7 +59,7 @@ class Choices:
                 object.__setattr__(self, name, Path(value))
         for name, allowed in (
             ("split", SPLITS),
-            ("uncertain", (PUBLISHED, *CELL_RULES)),
+            ("uncertain", (None, PUBLISHED, *CELL_RULES)),
             ("empty", (None, *CELL_RULES)),
         ):
             if (value := getattr(self, name)) not in allowed:
@@ -88,8 +89,11 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     )
     add("--split", choices=SPLITS, default=AUTO, help=helped)
     add("--split_seed", type=int, default=0, help="of the draws by subject")
-    helped = "what -1 counts as; ignore: neither in the loss nor in the AUC; published: as for CheXpert"
-    add("--uncertain", choices=(PUBLISHED, *CELL_RULES), default=PUBLISHED, help=helped)
+    helped = (
+        "what -1 counts as: ignore: neither in the loss nor in the AUC; published: 1 for Atelectasis, Edema and "
+        "Pleural Effusion, else 0 (default: published for chexpert, ignore for others)"
+    )
+    add("--uncertain", choices=(PUBLISHED, *CELL_RULES), help=helped)
     helped = "what an empty cell counts as (default: zeros for chexpert, as published; ignore for others)"
     add("--empty", choices=CELL_RULES, help=helped)
     add("--skip_missing", action="store_true", help="go on without images that are not there, and count them")

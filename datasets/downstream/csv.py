@@ -72,18 +72,20 @@ def read_csv(paths: list[Path], choices: Choices) -> LabelledImages:
         ids=ids,
         subjects=subjects,
         parts=choose_parts(choices, "csv", subjects, official, notes),
-        labels=_labels(table, path, choices),
+        labels=_labels(table, path, choices, notes),
         notes=notes,
     )
 
 
-def _labels(table: pd.DataFrame, path: Path, choices: Choices) -> tuple[list[str], np.ndarray]:
+def _labels(
+    table: pd.DataFrame, path: Path, choices: Choices, notes: list[str]
+) -> tuple[list[str], np.ndarray]:
     columns = list(choices.label_columns)
     cells = table[columns[0]]
     numeric = pd.to_numeric(cells, errors="coerce").notna()
     if len(columns) > 1 or (numeric | (cells == "")).all():
-        empty = choices.empty or IGNORE
-        return columns, label_values(table, columns, path, uncertain=choices.uncertain, empty=empty)
+        rules = {"uncertain": choices.uncertain or IGNORE, "empty": choices.empty or IGNORE}
+        return columns, label_values(table, columns, path, notes, **rules)
     rows = [{part.strip() for part in cell.split(choices.separator)} for cell in cells]
     rows = [{name for name in row if name.lower() not in NO_FINDING} for row in rows]
     for line, row in zip(table.index, rows, strict=True):

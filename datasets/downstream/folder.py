@@ -13,6 +13,8 @@ from util.errors import UserError
 # In the order of preference where an image is there as several: an 8-bit picture is read faster.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 
+LOOKED_AT = 65536  # bytes at either end by which two files of one name are compared
+
 
 class Folder:
     """Files below a directory; hidden ones (`.cache`, `._x.png` of a Mac's archive) are not there."""
@@ -76,13 +78,13 @@ class Folder:
             UserError: two different files could be meant.
         """
         direct = {i: self.root / name for i, name in enumerate(names) if _is_elsewhere(name)}
-        wanted = [_without_suffix(name.replace("\\", "/").removeprefix("./")) for name in names]
+        paths = [name.replace("\\", "/").removeprefix("./") for name in names]
+        wanted = [_without_suffix(path) for path in paths]
+        key = _without_suffix
+        if len(set(wanted)) < len(set(paths)):  # 1.png and 1.jpg are two images here
+            wanted, key = paths, str
         stems = {name.rpartition("/")[2] for name in wanted}
-        files = [
-            (_without_suffix(file), file)
-            for file in self.files
-            if _without_suffix(file).rpartition("/")[2] in stems
-        ]
+        files = [(key(file), file) for file in self.files if key(file).rpartition("/")[2] in stems]
         best: dict[int, list[str]] = {}
         stripped = wanted
         while True:
@@ -122,7 +124,7 @@ class Folder:
         first = min(map(rank, files))
         chosen = [file for file in files if rank(file) == first]
         # The same picture copied to two places is no question; a mask of the same name would be.
-        if len(chosen) > 1 and len({os.path.getsize(self.root / file) for file in chosen}) > 1:
+        if len({_look(self.root / file) for file in chosen} if len(chosen) > 1 else ()) > 1:
             raise UserError(
                 f"{self.root}: image {name!r} could be {chosen[0]} or {chosen[1]}; name the folder of the "
                 "images by --images"
@@ -170,6 +172,18 @@ def _entries(directory: Path) -> list[os.DirEntry]:
             return list(entries)
     except OSError as error:
         raise UserError(f"{directory}: cannot be listed ({error.strerror})") from None
+
+
+def _look(path: Path) -> tuple[int, bytes]:
+    """What tells two files apart without reading them whole: size, beginning and end."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(LOOKED_AT)
+            file.seek(max(0, size - LOOKED_AT))
+            return size, head + file.read()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
 
 
 def _without_suffix(name: str) -> str:

@@ -229,8 +229,11 @@ def _fitted_picture(
 def deep_note(files: Sequence[Path], reading: Reading) -> list[str]:
     """What is done with 16-bit files, if some are among those looked at: at most one line."""
     for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)):
-        with open(files[place], "rb") as file:
-            head = file.read(26)
+        try:
+            with open(files[place], "rb") as file:
+                head = file.read(26)
+        except OSError:
+            continue  # whoever reads the picture reports it
         if head.startswith(b"\x89PNG") and head[24:25] == b"\x10":
             how = (
                 "each by its own smallest and largest value; --intensity_max scales all by the same"

@@ -61,31 +61,49 @@ def check_ids(table: pd.DataFrame, column: str, path: Path) -> None:
 
 
 def label_values(
-    table: pd.DataFrame, columns: Sequence[str], path: Path, *, uncertain: str = PUBLISHED, empty: str
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    path: Path,
+    notes: list[str],
+    *,
+    uncertain: str | None = None,
+    empty: str | None = None,
 ) -> np.ndarray:
     """Labels of a table with one column each: float32 [N, C] of 1, 0 and NaN.
 
-    Cells are 1, 0, -1 (uncertain) or empty, or true, false, yes, no.
+    Cells are 1 or 0, or true, false, yes, no; -1 (uncertain) or empty where a rule says what these count as,
+    which `notes` then repeat with their number.
 
     Raises:
         UserError: file, line and column of the first cell that is none of these.
     """
     labels = np.empty((len(table), len(columns)), np.float32)
+    allowed = (0, 1) if uncertain is None else (0, 1, -1)
+    counts = np.zeros(2, int)
     for i, column in enumerate(columns):
         cells = table[column].str.lower().replace(WORDS)
         values = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64, copy=True)
         blank = (table[column] == "").to_numpy()
-        bad = np.flatnonzero(~np.isin(values, (0, 1, -1)) & ~blank)
+        bad = np.flatnonzero(~np.isin(values, allowed) & ~(blank & (empty is not None)))
         if len(bad):
             cell = table[column].iloc[bad[0]]
+            more = (uncertain and ", -1 (uncertain)", empty and ", an empty cell")
             raise UserError(
-                f"{path}: line {table.index[bad[0]]}, column {column!r}: {cell!r} is no label; expected 1, 0, "
-                "-1 (uncertain) or an empty cell"
+                f"{path}: line {table.index[bad[0]]}, column {column!r}: {cell!r} is no label; expected 1, 0"
+                f"{''.join(part for part in more if part)}"
             )
-        minus = PUBLISHED_UNCERTAIN.get(column, 0.0) if uncertain == PUBLISHED else VALUE_OF[uncertain]
-        values[values == -1] = minus
-        values[blank] = VALUE_OF[empty]
+        minus = values == -1
+        counts += minus.sum(), blank.sum()
+        if uncertain is not None:
+            values[minus] = (
+                PUBLISHED_UNCERTAIN.get(column, 0.0) if uncertain == PUBLISHED else VALUE_OF[uncertain]
+            )
+        if empty is not None:
+            values[blank] = VALUE_OF[empty]
         labels[:, i] = values
+    for count, what, rule in zip(counts, ("uncertain (-1)", "empty"), (uncertain, empty), strict=True):
+        if count:
+            notes.append(f"{path.name}: {count} cells are {what}; rule: {rule}")
     return labels
 
 

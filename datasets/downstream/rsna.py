@@ -24,11 +24,11 @@ def read_rsna(paths: list[Path], choices: Choices) -> LabelledImages:
     path = choices.csv or folder.table(TABLE)
     table = read_rows(path, ["patientId", "Target"], choices)
     check_ids(table, "patientId", path)
-    table = table.assign(Target=label_values(table, ["Target"], path, empty="ignore")[:, 0])
+    notes: list[str] = []
+    table = table.assign(Target=label_values(table, ["Target"], path, notes)[:, 0])
     target = table.groupby("patientId", sort=True)["Target"].max()
     subjects = target.index.to_numpy(str)
     order, parts = split_70_15_15(len(target))
-    notes: list[str] = []
     return labelled_images(
         "rsna",
         folder,

@@ -2,38 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from reliability_runs import MODEL, run, run_ranks
-
-from util.images import write_gray
-
-N_SAMPLES = 13
-
-
-def make_tree(root: Path, n: int = N_SAMPLES) -> Path:
-    """A processed REFLACX tree of noise pictures, each with one attended spot."""
-    generator = np.random.default_rng(0)
-    entries = []
-    for i in range(n):
-        size = 40 + i % 3
-        image = generator.integers(0, 256, (size, size), dtype=np.uint8)
-        y, x = np.mgrid[:size, :size] - generator.integers(8, size - 8, (2, 1, 1))
-        attention = np.round(255 * np.exp(-(x**2 + y**2) / 100)).astype(np.uint8)
-        entry = {"image_path": f"files/{i}.png", "study_id": i, "reflacx_id": f"P300R{i:06d}"}
-        for path, array in (
-            (entry["image_path"], image),
-            (f"attention/{i}/P300R{i:06d}.png", attention),
-            (f"foreground/{i}/P300R{i:06d}.png", (attention > 100) * np.uint8(255)),
-        ):
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            write_gray(root / path, array)
-        entries.append(entry)
-    (root / "reflacx.json").write_text(json.dumps(entries))
-    return root
+from reliability_runs import MODEL, make_tree, run, run_ranks
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ torchrun: `reliability_runs.py FAULT_NAME [ARGUMENT ...] -- FLAGS`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import torch
 
 if __name__ == "__main__":
@@ -28,8 +30,10 @@ if __name__ == "__main__":
 
 import engine_pretrain
 import run_pretrain
+from datasets import cache
 from util import checkpoint, output
 from util.errors import run_cli
+from util.images import write_gray
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -38,6 +42,29 @@ MODEL = (
     "--pretrained none --warmup_epochs 1 --blr 0.05 --save_every 1 --print_every 2"
 ).split()
 TIMES = ("time_s",)
+N_SAMPLES = 13
+
+
+def make_tree(root: Path, n: int = N_SAMPLES) -> Path:
+    """A processed REFLACX tree of noise pictures, each with one attended spot."""
+    generator = np.random.default_rng(0)
+    entries = []
+    for i in range(n):
+        size = 40 + i % 3
+        image = generator.integers(0, 256, (size, size), dtype=np.uint8)
+        y, x = np.mgrid[:size, :size] - generator.integers(8, size - 8, (2, 1, 1))
+        attention = np.round(255 * np.exp(-(x**2 + y**2) / 100)).astype(np.uint8)
+        entry = {"image_path": f"files/{i}.png", "study_id": i, "reflacx_id": f"P300R{i:06d}"}
+        for path, array in (
+            (entry["image_path"], image),
+            (f"attention/{i}/P300R{i:06d}.png", attention),
+            (f"foreground/{i}/P300R{i:06d}.png", (attention > 100) * np.uint8(255)),
+        ):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            write_gray(root / path, array)
+        entries.append(entry)
+    (root / "reflacx.json").write_text(json.dumps(entries))
+    return root
 
 
 def start_process(target: Callable, *args) -> multiprocessing.Process:
@@ -322,6 +349,59 @@ def limit_file_size(n_bytes: int, epoch: int, step: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = (n_bytes, resource.RLIM_INFINITY)
     at_step(epoch, step, partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+
+
+def together(*faults: Callable[[], None]) -> None:
+    """Several faults in one process."""
+    for fault in faults:
+        fault()
+
+
+def pause_in_build() -> None:
+    """Wait for a signal in the building of the cache, while a plane is half-written."""
+    original = cache.read_gray
+
+    def patched(file):
+        print("paused", flush=True)
+        time.sleep(3)  # in one of several threads; a signal goes to the main thread, which waits for it
+        return original(file)
+
+    cache.read_gray = patched
+
+
+def dead_output() -> None:
+    """Nobody reads what is printed any more, as after Ctrl-C at `run | tee log`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+
+
+def full_output() -> None:
+    """What is printed goes to a full disk."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(full, descriptor)
+
+
+def unread_output() -> None:
+    """What is printed goes to a pipe that is full and that nobody reads, as under a stopped pager."""
+    _, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(1 << 16))
+    os.set_blocking(writer, True)
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+
+
+def obey_permissions() -> None:
+    """Have read-only directories bind this process too, though it may run as root."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    none = (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(header, none) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def say_hash_at_end() -> None:

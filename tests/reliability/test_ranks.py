@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import build_dataset
 from datasets.sampler import TrainBatches
 from models_cxrmim import CXRMIM
+from util.distributed import Ranks, parallel
 
 BATCH = 4
 
@@ -68,3 +70,42 @@ def test_two_ranks_have_the_gradient_of_one_with_the_double_batch(tree, tmp_path
         assert torch.equal(first["gradients"][name], second["gradients"][name])
         noise = 1e-6 * gradient.abs().max().item()  # of summing in another order, where a sum is near zero
         torch.testing.assert_close(first["gradients"][name], gradient, rtol=1e-5, atol=noise)
+
+
+def parallel_steps(rank: int, folder: str) -> None:
+    """Three steps as training takes them; save what ranks exchanged in the last, and all warnings."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/steps", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)  # ranks start alike all the same
+    model = CXRMIM(
+        img_size=64, embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, id_list=(0, 1, 1, 1)
+    )
+    model = parallel(model, Ranks(rank, 2, rank, torch.device("cpu"), dist.group.WORLD))
+    generator = torch.Generator().manual_seed(rank)
+    batch = {
+        "img": torch.randint(0, 256, (1, 1, 64, 64), dtype=torch.uint8, generator=generator),
+        "attention": torch.randint(0, 256, (1, 64, 64), dtype=torch.uint8, generator=generator),
+    }
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        # Behind the first steps, in which gradients are sorted into buckets.
+        for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+            with torch.profiler.profile() as profile:
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    loss = model(batch)
+                loss.backward()
+            model.zero_grad(set_to_none=True)
+    names = [event.key for event in profile.key_averages() if event.key.startswith("gloo:")]
+    torch.save({"names": names, "told": [str(one.message) for one in told]}, f"{folder}/steps-{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_ranks_exchange_gradients_alone_and_in_the_layout_of_the_parameters(tmp_path):
+    processes = [start_process(parallel_steps, rank, str(tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"steps-{rank}.pth")
+        assert seen["names"] == ["gloo:all_reduce"], seen
+        assert not [text for text in seen["told"] if "strides" in text or "buffers" in text]

@@ -19,7 +19,6 @@ from util.checkpoint import FORMAT, save_checkpoint
 from util.errors import UserError
 from util.images import read_gray
 
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

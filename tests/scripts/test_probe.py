@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from torch.utils.data import DataLoader
 
 from datasets.downstream.labels import (
     ANY_FINDING,
@@ -31,6 +30,7 @@ from models_cxrmim import CXRMIM
 from scripts.linear_probe import main
 from util.errors import UserError
 from util.export import read_backbone
+from util.loading import SampleLoader
 from util.probe import (
     Features,
     backbone_features,
@@ -358,7 +358,7 @@ def test_bad_input_is_named(backbone, folder, tmp_path):
 
 def test_an_unreadable_image_is_one_line_from_a_loader_worker_too(tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    loader = DataLoader(Squares([tmp_path / "text.png"], 32), num_workers=1)
+    loader = SampleLoader(Squares([tmp_path / "text.png"], 32), num_workers=1)
     with pytest.raises(UserError) as caught:
         next(iter(loader))
     assert str(caught.value) == f"{tmp_path / 'text.png'}: not a PNG or JPG image"

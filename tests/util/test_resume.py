@@ -10,10 +10,14 @@ from util import resume
 from util.errors import UserError
 
 
-def describe_mismatch(state: dict, args: dict, *, world_size: int, dataset_size: int = 100) -> str:
+def describe_mismatch(
+    state: dict, args: dict, *, world_size: int, dataset_size: int = 100, samples: str | None = None,
+    threads: int | None = None,
+) -> str:  # fmt: skip
     return resume.describe_mismatch(
-        state, args, shape_flags=SHAPE_FLAGS, world_size=world_size, dataset_size=dataset_size
-    )
+        state, args, shape_flags=SHAPE_FLAGS, world_size=world_size, dataset_size=dataset_size, samples=samples,
+        threads=threads,
+    )  # fmt: skip
 
 
 def test_unchanged_flags_say_nothing():
@@ -64,3 +68,23 @@ def test_inside_an_epoch_the_samples_left_must_be_the_same():
     with pytest.raises(UserError, match="of 100 samples, and --data_path has 101 now"):
         describe_mismatch(state, ARGS, world_size=1, dataset_size=101)
     assert "samples" in describe_mismatch({**state, "step": 0}, ARGS, world_size=1, dataset_size=101)
+
+
+def test_other_samples_can_not_go_on_inside_an_epoch():
+    state = {**make_state(3, 4, data_path=["A", "B"]), "samples": "a" * 64}
+    assert describe_mismatch(state, ARGS, world_size=1, samples="a" * 64) == ""
+    with pytest.raises(UserError, match=r"middle of epoch 4 .* others now.* \(--data_path was A B\)"):
+        describe_mismatch(state, ARGS, world_size=1, samples="b" * 64)
+    table = describe_mismatch({**state, "step": 0}, ARGS, world_size=1, samples="b" * 64)
+    assert table.splitlines()[1].split() == ["names", "or", "order", "of", "samples", "aaaaaaaa", "bbbbbbbb"]
+    # An older program's checkpoint doesn't tell.
+    assert describe_mismatch(make_state(3, 4), ARGS, world_size=1, samples="b" * 64) == ""
+
+
+def test_another_number_of_threads_is_told():
+    state = {**make_state(3), "threads": 2}
+    table = describe_mismatch(state, ARGS, world_size=1, threads=1)
+    assert table.splitlines()[1].split() == ["threads", "2", "1"]
+    for now in (2, None):  # on a GPU they change nothing
+        assert describe_mismatch(state, ARGS, world_size=1, threads=now) == ""
+    assert describe_mismatch(make_state(3), ARGS, world_size=1, threads=1) == ""

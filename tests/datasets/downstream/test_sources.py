@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import prepare_reflacx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from datasets.downstream.labelled import (
     write_split,
 )
 from datasets.downstream.splits import split_by_subject
+from datasets.phantom.reflacx import make_study
 from util.errors import UserError
 
 
@@ -169,6 +171,11 @@ def test_an_image_that_could_be_two_files_is_asked_about(rsna):
     assert "images/p07.png" in message and "masks/p07.png" in message and "--images" in message
     assert len(read_dataset("rsna", rsna, images=rsna / "images")) == 40
     (rsna / "masks/p07.png").write_bytes((rsna / "images/p07.png").read_bytes())  # a copy is no question
+    same_size = bytearray((rsna / "images/p07.png").read_bytes())
+    same_size[0] ^= 1
+    (rsna / "masks/p07.png").write_bytes(same_size)
+    assert "masks/p07.png" in refused("rsna", rsna)
+    (rsna / "masks/p07.png").write_bytes((rsna / "images/p07.png").read_bytes())
     touch(rsna, "dicom/p08.dcm")
     images = read_dataset("rsna", rsna)
     assert images.files[images.ids.index("p08")].suffix == ".png"
@@ -202,6 +209,14 @@ def test_a_path_is_never_matched_by_its_name_alone(tmp_path):
     absolute = [f"{tmp_path}/{row}" for row in rows]
     write(path, "path,labels", *absolute)
     assert read_dataset("csv", tmp_path, split="folds").files == images.files
+
+
+def test_names_that_differ_in_their_suffix_alone_are_two_images(tmp_path):
+    write(tmp_path / "labels.csv", "path,labels", "1.png,1", "1.jpg,0", "b\\2.png,1", "./3.png,0")
+    touch(tmp_path, "x/1.png", "x/1.jpg", "b/2.png", "3.png")
+    images = read_dataset("csv", tmp_path, split="folds")
+    found = [file.relative_to(tmp_path).as_posix() for file in images.files]
+    assert found == ["x/1.png", "x/1.jpg", "b/2.png", "3.png"]
 
 
 def test_a_circle_of_links_ends(rsna):
@@ -344,7 +359,8 @@ def test_numbers_are_never_names_of_findings(table):
     message = refused("csv", table.parent, need_images=False)
     assert "line 3, column 'labels': '1.0' is a number" in message
     write(table, "path,labels", *(f"{i}.png,{[1.0, 0.0, -1.0, ''][i % 4]}" for i in range(9)))
-    images = read_dataset("csv", table.parent, need_images=False, uncertain="ignore")
+    images = read_dataset("csv", table.parent, need_images=False)
+    assert any("2 cells are uncertain (-1); rule: ignore" in note for note in images.notes)
     assert images.label_names == ["labels"]
     assert np.isnan(images.labels).sum() == 4
     write(table, "path,labels", *(f"{i}.png," for i in range(9)))
@@ -530,3 +546,34 @@ def test_labelled_images_refuse_what_no_reader_may_give():
         made_up([[2]], "t")
     with pytest.raises(ValueError, match="exactly one class"):
         made_up([[1, 1]], "t", "multiclass")
+
+
+@pytest.mark.parametrize("cell", ["", "-1", "2", "x"])
+def test_rsna_takes_no_other_target(rsna, cell):
+    path = rsna / "stage_2_train_labels.csv"
+    path.write_text(path.read_text().replace("p03,,,,,1", f"p03,,,,,{cell}"))
+    assert f"line 5, column 'Target': {cell!r} is no label" in refused("rsna", rsna, need_images=False)
+
+
+def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
+    study = make_study(tmp_path, 40, size=(64, 52), shared_images=4)
+    where = {"--raw": study.raw, "--images": study.images, "--out": tmp_path / "tree"}
+    options = [str(word) for pair in where.items() for word in pair]
+    assert prepare_reflacx.main([*options, "--sigma", "20"]) == 0
+    images = read_dataset("tree", tmp_path / "tree")
+    truth = {image.path.stem: image for image in study.truth}
+    assert images.label_names[0] == "Any finding" and len(images) == 40
+    for file, subject, part, labels in zip(
+        images.files, images.subjects, images.parts, images.labels, strict=True
+    ):
+        image = truth[file.stem]
+        assert subject == image.subject_id
+        assert part == {"train": TRAIN, "validate": VALID, "test": TEST}[image.split]
+        if file.stem not in {other.path.stem for other in study.truth[:4]}:  # one reader, always sure enough
+            assert bool(labels[0]) == bool(image.lesions)
+    folds = read_dataset("tree", [tmp_path / "tree"], split="folds", labels=["Any finding"])
+    assert set(folds.parts) == {""} and folds.label_names == ["Any finding"]
+    strict = read_dataset("tree", tmp_path / "tree", min_certainty=5)
+    assert np.nansum(strict.labels) < np.nansum(images.labels)
+    assert "--labels Cough" in refused("tree", tmp_path / "tree", labels=["Cough"])
+    assert "--csv has no effect" in refused("tree", tmp_path / "tree", csv=tmp_path / "a.csv")

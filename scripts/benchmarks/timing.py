@@ -1,0 +1,137 @@
+"""What is measured with: sizes of a run, turns of two functions, the rows of the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Row:
+    """One line of the table. Times are seconds, `ratio` is baseline / ours unless the name says otherwise."""
+
+    name: str
+    unit: str
+    baseline: float | None
+    ours: float
+    ratio: float | None = None
+    ratio_quartiles: tuple[float, float] | None = None
+    repeats: int = 1
+    bar: str | None = None
+    met: bool | None = None
+    note: str = ""
+
+
+@dataclass
+class Settings:
+    """Sizes of a run; `--quick` shrinks them all."""
+
+    image_size: tuple[int, int] = (3056, 2544)  # height, width
+    n_images: int = 8
+    model: str = "cxrmim_vit_base_patch16"
+    batch_size: int = 8
+    repeats: int = 5
+    sample_repeats: int = 12
+    cache_size: int = 512
+    epochs: int = 8
+    loader_batches: int = 60
+    workers: tuple[int, ...] = (0, 1, 2, 4)
+    device: str = "cpu"
+    compile: bool = False
+
+
+@dataclass
+class Report:
+    machine: dict
+    settings: dict
+    rows: list[Row] = field(default_factory=list)
+    equality: dict[str, float] = field(default_factory=dict)
+
+    def compare(
+        self,
+        name: str,
+        baseline: list[float],
+        ours: list[float],
+        *,
+        at_least: float | None = None,
+        note: str = "",
+    ) -> None:
+        """Add a row of paired times in seconds."""
+        ratios = np.array(baseline) / np.array(ours)
+        median = float(np.median(ratios))
+        self.add(
+            Row(
+                name,
+                "s",
+                float(np.median(baseline)),
+                float(np.median(ours)),
+                median,
+                (float(np.percentile(ratios, 25)), float(np.percentile(ratios, 75))),
+                len(ratios),
+                None if at_least is None else f">= {at_least:g}",
+                None if at_least is None else median >= at_least,
+                note,
+            )
+        )
+
+    def value(
+        self,
+        name: str,
+        unit: str,
+        ours: float,
+        *,
+        below: float | None = None,
+        baseline: float | None = None,
+        note: str = "",
+    ) -> None:
+        """Add a row of one value, with a baseline where there is one."""
+        self.add(
+            Row(
+                name,
+                unit,
+                baseline,
+                ours,
+                ratio=baseline / ours if baseline is not None and ours > 0 else None,
+                bar=None if below is None else f"< {below:g}",
+                met=None if below is None else ours < below,
+                note=note,
+            )
+        )
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(format_row(row), flush=True)
+
+
+def format_row(row: Row) -> str:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    spread = f" ({row.ratio_quartiles[0]:.3g}..{row.ratio_quartiles[1]:.3g})" if row.ratio_quartiles else ""
+    ratio = f"{row.ratio:.3g}x{spread}" if row.ratio is not None else ""
+    bar = f"{row.bar} {'met' if row.met else 'MISSED'}" if row.bar else ""
+    cells = (f"{row.name:44}", f"{number(row.baseline):>9}", f"{number(row.ours):>9}", f"{row.unit:10}")
+    return "  ".join((*cells, f"{ratio:24}", f"{bar:14}", row.note)).rstrip()
+
+
+def alternate(baseline: Callable[[], object], ours: Callable[[], object], repeats: int, device: str = "cpu"):
+    """Times of two functions called in turns, after one call each to warm up: two lists of seconds."""
+    times = ([], [])
+    for turn in range(repeats + 1):
+        for function, into in zip((baseline, ours), times):
+            seconds = timed(function, device)
+            if turn:
+                into.append(seconds)
+    return times
+
+
+def timed(function: Callable[[], object], device: str = "cpu") -> float:
+    began = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

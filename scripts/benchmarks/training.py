@@ -1,0 +1,79 @@
+"""A real run of run_pretrain.py, watched from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+import run_pretrain
+from datasets import build_dataset
+from scripts.benchmarks.loading import restart_gap
+from scripts.benchmarks.timing import Report, Settings
+
+
+class TimedBatches:
+    """Passes batches on and notes how long each was waited for."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.waits: list[float] = []
+
+    def __next__(self):
+        began = time.perf_counter()
+        batch = next(self.batches)
+        self.waits.append(time.perf_counter() - began)
+        return batch
+
+
+def measure_training(report: Report, tree: Path, output: Path, settings: Settings) -> None:
+    """A real run of run_pretrain.py, watched from outside: data wait, and the gap between epochs."""
+    epochs: list[tuple[float, float, TimedBatches]] = []  # began, ended, batches
+    original = run_pretrain.train_one_epoch
+
+    def watched(training, *args):
+        if not isinstance(training.batches, TimedBatches):
+            training.batches = TimedBatches(training.batches)
+        began = time.perf_counter()
+        result = original(training, *args)
+        epochs.append((began, time.perf_counter(), training.batches))
+        return result
+
+    workers = 2 if settings.device == "cpu" else settings.workers[-1]
+    batch_size = min(settings.batch_size, settings.n_images)
+    run_pretrain.train_one_epoch = watched
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            run_pretrain.main(
+                [
+                    *("--data_path", str(tree), str(tree), "--preload", "--gaze_weighted"),
+                    *("--model", settings.model, "--pretrained", "none", "--device", settings.device),
+                    *("--batch_size", str(batch_size)),
+                    *("--epochs", str(settings.epochs), "--warmup_epochs", "1"),
+                    *("--num_workers", str(workers)),
+                    *("--cache_size", str(settings.cache_size), "--output_dir", str(output)),
+                ]
+            )
+    finally:
+        run_pretrain.train_one_epoch = original
+    waits = epochs[0][2].waits
+    steps = len(waits) // len(epochs)
+    seconds = sum(ended - began for began, ended, _ in epochs) - waits[0]
+    share = sum(waits[1:]) / seconds
+    note = f"{len(waits)} steps in {len(epochs)} epochs, {workers} workers; first batch {waits[0]:.2f} s"
+    report.value("data wait in a real training", "share", share, below=0.03, note=note)
+    gaps = [
+        after[0] - before[1] + waits[(i + 1) * steps] for i, (before, after) in enumerate(pairwise(epochs))
+    ]
+    report.value(
+        "gap between two epochs",
+        "s",
+        float(np.median(gaps)),
+        below=0.2,
+        baseline=restart_gap(build_dataset(tree, cache_size=settings.cache_size), batch_size, workers),
+        note=f"largest {max(gaps):.3f} s; baseline: workers started anew",
+    )
