@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import SOURCES
 from datasets.raw.egd import DEFAULT_SIGMA
+from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
 
@@ -64,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=DEFAULT_SIGMA,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
     )
+    add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     return parser  # fmt: skip
 
