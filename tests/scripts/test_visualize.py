@@ -179,7 +179,7 @@ def test_reconstruction_of_a_coarse_scale(model):
     assert found.significant[0].sum() == 4 and found.significant[0, :2, :2].all()
 
 
-@pytest.mark.parametrize("draw, panels", [(reconstruction_figure, 16), (contact_sheet, 4)])
+@pytest.mark.parametrize("draw, panels", [(reconstruction_figure, 20), (contact_sheet, 4)])
 def test_figures_are_deterministic_and_leave_nothing_behind(model, draw, panels, tmp_path):
     mask = torch.zeros(2, 16)
     mask[:, ::2] = 1
