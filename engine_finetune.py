@@ -15,9 +15,9 @@ import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from datasets.downstream.images import Views, normalise
+from datasets.downstream.images import Views
 from datasets.downstream.labelled import MULTICLASS, LabelledImages
 from datasets.downstream.partition import Rows, partitions
 from datasets.sampler import TrainBatches
@@ -25,6 +25,7 @@ from engine_downstream import (
     HeadOptions,
     Stopped,
     known_loss,
+    network_input,
     new_head,
     probabilities,
     schedule,
@@ -37,6 +38,7 @@ from util.encoders import PIXELS, RANDOM, Candidate, digest_of
 from util.errors import UserError
 from util.finite import FiniteWatch, make_scaler, poison, update_was_skipped
 from util.jobs import Jobs, digest
+from util.loading import SampleLoader
 from util.logging import RunLog
 from util.progress import Steps
 from util.resume import own_sums, restore_optimizer, run_state
@@ -203,7 +205,7 @@ def finetune(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{error}; lower it, or raise --fractions") from None
-    loader = DataLoader(
+    loader = SampleLoader(
         data,
         batch_sampler=sampler,
         num_workers=tuning.num_workers,
@@ -239,7 +241,7 @@ def finetune(
     with Steps(what, total, "steps", done=done, enabled=ranks.is_main) as progress:
         while place.epoch < recipe.epochs and place.epoch - max(place.best_epoch, 0) <= recipe.patience:
             request = _train_epoch(
-                tuning, model, optimizer, scaler, batches, steps, place, sums, seed, watch, progress
+                tuning, model, core, optimizer, scaler, batches, steps, place, sums, seed, watch, progress
             )
             if request != GO_ON:
                 save()
@@ -283,7 +285,7 @@ def finetune(
 
 
 def _train_epoch(
-    tuning: Tuning, model, optimizer, scaler, batches, steps: int, place: Place, sums: Tensor, seed: int,
+    tuning: Tuning, model, core, optimizer, scaler, batches, steps: int, place: Place, sums: Tensor, seed: int,
     watch: FiniteWatch, progress: Steps,
 ) -> int:  # fmt: skip
     """Train from `place` to the end of its epoch, or to a step at which all ranks agree to stop; returns the
@@ -301,7 +303,7 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         with torch.autocast(device.type, tuning.dtype, enabled=tuning.dtype != torch.float32):
-            logits = model(normalise(gray.to(device, non_blocking=True), tuning.mean, tuning.std))
+            logits = model(network_input(gray.to(device, non_blocking=True), core, tuning.mean, tuning.std))
         loss = global_loss(logits, labels.to(device, non_blocking=True), tuning.images.task, ranks)
         scaler.scale(poison(loss)).backward()
         scaler.step(optimizer)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from datasets.gaze_maps import TEST, GazeImage, GazeSamples, GazeStudy, resize_whole
 from engine_pretrain import Training, set_learning_rate, update
@@ -22,6 +22,7 @@ from util import saliency
 from util.distributed import Ranks
 from util.files import atomic_write
 from util.finite import poison
+from util.loading import SampleLoader
 from util.stop import GO_ON, ignore_stop_signals
 
 JUDGED_AT = 224  # side of the grid on which every map is judged: 14 x 14 patches of 16 px
@@ -134,7 +135,7 @@ def validate(
     """
     model.eval()
     mine = range(ranks.rank, len(samples), ranks.world_size)
-    loader = DataLoader(
+    loader = SampleLoader(
         Subset(samples, mine), batch_size=batch_size, num_workers=workers, worker_init_fn=ignore_stop_signals
     )
     kind = getattr(torch, dtype)
@@ -153,7 +154,7 @@ def validate(
 
 def centre_prior(samples: GazeSamples, workers: int) -> Tensor:
     """Mean of the training images' targets: float64 [G, G], of sum 1. Reads every heatmap once."""
-    loader = DataLoader(samples, batch_size=32, num_workers=workers, worker_init_fn=ignore_stop_signals)
+    loader = SampleLoader(samples, batch_size=32, num_workers=workers, worker_init_fn=ignore_stop_signals)
     total = sum(batch["target"].double().sum(0) for batch in loader)
     return total / total.sum()
 
@@ -216,11 +217,10 @@ def _pixels_of_fixations(
     study: GazeStudy, images: Sequence[GazeImage]
 ) -> dict[tuple[int, int], tuple[str, Tensor]]:
     """Subject and pixels, int64 [n, 2], of the fixations of each reading that has some, by (image, reading)."""
-    by_tree: list[Mapping[str, np.ndarray]] = study.fixations()
     found = {}
     for number, image in enumerate(images):
         for place in range(len(image.entries)):
-            values = by_tree[image.tree].get(study.reading_id(image, place))
+            values = study.fixations(image, place)
             if values is not None:
                 pixels = saliency.fixation_pixels(values[:, 0], values[:, 1], (JUDGED_AT, JUDGED_AT))
                 found[number, place] = (image.subject, pixels)

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from datasets.downstream.images import CENTRE, normalise
+from datasets.downstream.images import CENTRE
 from datasets.downstream.labelled import MULTICLASS, TEST, LabelledImages
-from engine_downstream import Stopped, probabilities
+from engine_downstream import Stopped, network_input, probabilities
 from util.distributed import Ranks
 from util.errors import UserError
+from util.loading import SampleLoader
 from util.progress import Steps
 from util.stop import StopSignals, ignore_stop_signals
 from util.tuned import Tuned
@@ -51,7 +52,7 @@ def predict(
     device = ranks.device
     model.eval()
     own = rows[ranks.rank :: ranks.world_size]
-    loader = DataLoader(
+    loader = SampleLoader(
         TestViews(views, own),
         batch_size,
         num_workers=num_workers,
@@ -61,7 +62,7 @@ def predict(
     logits = [torch.empty(0, model.num_classes)]
     for gray in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = model(normalise(gray.to(device, non_blocking=True), mean, std))
+            found = model(network_input(gray.to(device, non_blocking=True), model, mean, std))
         logits.append(found.float().cpu())
         if progress is not None:
             progress.add(len(gray))

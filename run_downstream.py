@@ -24,6 +24,7 @@ from datasets.downstream.images import (
 )
 from datasets.downstream.labelled import LabelledImages, check_classes, split_table, write_split
 from datasets.downstream.partition import in_folds
+from datasets.downstream.tree import ANY_FINDING
 from engine_downstream import HeadOptions, Stopped
 from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
@@ -92,6 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
+    add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
     add("--num_heads", type=int, help="attention heads, for files that don't say how many they have")
 
     add = parser.add_argument_group("method").add_argument
@@ -264,6 +266,7 @@ def judge(
         method=args.method,
         min_count=args.min_positives,
         draws=args.bootstrap,
+        not_in_mean=(ANY_FINDING,) if args.dataset == "tree" else (),
     )
     if args.method == "evaluate":
         tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
@@ -282,7 +285,9 @@ def judge(
                 )
             )  # fmt: skip
         return outcomes
-    candidates = read_candidates(args.weights, imagenet=args.imagenet, tap=args.tap, num_heads=args.num_heads)
+    candidates = read_candidates(
+        args.weights, imagenet=args.imagenet, tap=args.tap, img_size=args.img_size, num_heads=args.num_heads
+    )
     ranks.say("\n".join(map(describe, candidates)))
     views = open_views(args, images, ranks)
     jobs = Jobs(output_dir / "jobs")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from datasets.gaze_maps import TEST, TRAIN, VALIDATE, GazeSamples, GazeStudy
 from datasets.sampler import TrainBatches
@@ -21,6 +20,7 @@ from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
+from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
@@ -182,6 +182,10 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         return request
     if epoch < args.epochs:
         ranks.say(f"stopped early: {args.patience} epochs without a better validation KLD")
+    if best.epoch < 0:
+        raise UserError(
+            f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32"
+        )
     ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
     return GO_ON
 
@@ -259,6 +263,8 @@ def go_on(
         state, vars(args), shape_flags=SHAPE_FLAGS, world_size=ranks.world_size, dataset_size=dataset_size
     ):
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+    if state["config"] != core.config:
+        raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")
     core.load_state_dict(state["model"])
     restore_optimizer(optimizer, scaler, state)
     sums.sums.copy_(own_sums(state, ranks))
@@ -294,7 +300,7 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
 
 def build_loader(
     args: argparse.Namespace, samples: GazeSamples, ranks: distributed.Ranks, epoch: int, step: int
-) -> DataLoader:
+) -> SampleLoader:
     """This rank's batches from a place to the end of training."""
     try:
         sampler = TrainBatches(
@@ -303,7 +309,7 @@ def build_loader(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    return DataLoader(
+    return SampleLoader(
         samples,
         batch_sampler=sampler,
         num_workers=args.num_workers,
@@ -320,8 +326,10 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     study = GazeStudy(args.data_path, cache_size=args.cache_size)
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
-    for tree in study.trees_without_fixations():
-        print(f"note: {tree}: no fixations.csv, so its readings have no NSS and no AUC (prepare it again)")
+    for tree, lacking in study.readings_without_fixations().items():
+        print(
+            f"note: {tree}: {lacking} have no fixations in fixations.csv, so no NSS and no AUC (prepare it again)"
+        )
     print(write_judgement(model, study, Path(args.output_dir), ranks.device))
 
 
@@ -347,8 +355,8 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise UserError(f"--{name} {value}: must not be negative")
-    if args.input_size % 32:
-        raise UserError(f"--input_size {args.input_size}: must be divisible by 32")
+    if args.input_size % 32 or args.input_size < 64:
+        raise UserError(f"--input_size {args.input_size}: must be divisible by 32, and at least 64")
     if args.decoder_width % 8:
         raise UserError(f"--decoder_width {args.decoder_width}: must be divisible by 8")
     for flag in ("resume", "judge"):

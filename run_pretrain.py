@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import datasets
 import models_cxrmim
@@ -19,6 +19,7 @@ from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
+from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
@@ -360,7 +361,7 @@ def build_data(args: argparse.Namespace):
 
 def build_loader(
     args: argparse.Namespace, dataset: Dataset, ranks: distributed.Ranks, epoch: int, step: int
-) -> DataLoader:
+) -> SampleLoader:
     """This rank's batches from a place to the end of training."""
     try:
         sampler = TrainBatches(
@@ -369,7 +370,7 @@ def build_loader(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    return DataLoader(
+    return SampleLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=args.num_workers,

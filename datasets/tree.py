@@ -39,14 +39,7 @@ ITEMS_AT_ONCE = 4096  # bounds the memory that waiting tasks take
 
 
 class SampleError(UserError):
-    """A sample that can't be read.
-
-    A DataLoader hands an error of a worker on as `type(error)(text of the whole traceback)`; this
-    class then takes its own line out of that text, so the message is one line wherever it comes from.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+    """A sample that can't be read; from the workers of `util.loading.SampleLoader` it comes as it is."""
 
 
 class EntryFiles(NamedTuple):

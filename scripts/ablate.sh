@@ -62,7 +62,10 @@ done > "$OUT/runs.txt"
 xargs -P "$JOBS" -L 1 bash -c 'pretrain "$@"' _ < "$OUT/runs.txt"
 
 names=$(cut -d ' ' -f 1 "$OUT/runs.txt")
-"$PYTHON" scripts/linear_probe.py $(printf "$OUT/runs/%s/backbone.pth " $names) --names $names \
-  --data_path "$OUT/probe/tree" --split kfold --baselines random pixels --num_workers 0 --out "$OUT" > "$OUT/probe.txt"
+# shellcheck disable=SC2046,SC2086  # names without blanks
+"$PYTHON" run_downstream.py --dataset tree --data_path "$OUT/probe/tree" --split folds --method probe --seeds 0 \
+  --weights $(printf "%s=$OUT/runs/%s/backbone.pth " $(printf '%s %s ' $(printf '%s\n' $names | sed 's/.*/& &/'))) \
+  random pixels --min_positives 10 --normalisation imagenet --device cpu --num_workers 0 \
+  --output_dir "$OUT/downstream" > "$OUT/probe.txt"
 "$PYTHON" scripts/plot_log.py $(printf "$OUT/runs/%s " $names) --out "$OUT/loss.png" > /dev/null
-"$PYTHON" scripts/ablate_table.py "$OUT/probe.csv" --out "$OUT/table.csv"
+"$PYTHON" scripts/ablate_table.py "$OUT/downstream/results.csv" --out "$OUT/table.csv"

@@ -15,13 +15,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pydicom
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, apply_windowing
 
 from util.errors import UserError
+
+if TYPE_CHECKING:  # imported where it is used: who has no DICOM files needs no pydicom
+    import pydicom
 
 CONTRASTS = ("mimic-cxr-jpg", "window", "minmax")
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
@@ -188,6 +189,11 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 def _open(path: Path, **options) -> pydicom.Dataset:
     try:
+        import pydicom
+        from pydicom.errors import InvalidDicomError
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: to read DICOM, pip install {error.name}") from None
+    try:
         return pydicom.dcmread(path, **options)
     except FileNotFoundError:
         raise UserError(f"{path}: file is missing") from None
@@ -244,6 +250,8 @@ def _shade(values: np.ndarray, ds: pydicom.Dataset, contrast: str) -> np.ndarray
             del ds[name]
     if ("RescaleSlope" in ds) != ("RescaleIntercept" in ds) and "ModalityLUTSequence" not in ds:
         raise ValueError("of RescaleSlope and RescaleIntercept only one has a value")
+    from pydicom.pixels import apply_modality_lut, apply_windowing
+
     values = apply_modality_lut(values, ds)
     voi_lut = ds.get("VOILUTSequence") if contrast == "window" else None
     if voi_lut and voi_lut[0].get("LUTData") is not None and voi_lut[0].get("LUTDescriptor") is not None:

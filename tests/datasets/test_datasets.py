@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from trees import make_mimic, make_reflacx, save, smooth
 
 from datasets import Mimic, Reflacx, SampleError, build_dataset, check_data
 from datasets.sampler import TrainBatches
 from util.errors import UserError
 from util.images import read_gray
+from util.loading import SampleLoader
 from util.masking import otsu_foreground
 
 
@@ -100,7 +100,7 @@ def test_workers_and_batches_do_not_matter(tree):
 
     def run(workers: int, batch_size: int):
         batches = TrainBatches(len(dataset), batch_size, seed=3, epochs=2)
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+        loader = SampleLoader(dataset, batch_sampler=batches, num_workers=workers)
         keys = [key for batch in batches for key in batch]
         images = torch.cat([batch["img"] for batch in loader])
         return dict(zip(keys, images))
@@ -305,7 +305,7 @@ def test_size_error_names_both_sizes(tree):
 def test_error_of_a_worker_is_one_line(tree):
     file = Reflacx(tree).files(3).image
     file.write_bytes(file.read_bytes()[:100])
-    loader = DataLoader(Reflacx(tree, 32), batch_size=2, num_workers=2)
+    loader = SampleLoader(Reflacx(tree, 32), batch_size=2, num_workers=2)
     batches = iter(loader)
     message = ""
     try:

@@ -1,0 +1,78 @@
+"""What runs on a GPU node needs torch and the usual packages alone, no network and no .venv."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HIDDEN = ("pydicom", "segmentation_models_pytorch", "torchxrayvision", "hypothesis", "cv2", "pysaliency", "xdist",
+          "pytest_timeout")  # fmt: skip
+# In place of the finder of installed packages, one that does not see these.
+HIDE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {HIDDEN} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+PROGRAMS = ("run_pretrain", "run_gaze", "run_downstream", "scripts.benchmark", "scripts.predict_gaze")
+PARSE = f"""
+import importlib.util
+for name in {HIDDEN}:
+    assert importlib.util.find_spec(name) is None, name
+for name in {PROGRAMS}:
+    importlib.import_module(name).get_args_parser().format_help()
+print("all there")
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A plain copy of the tree, without .git and .venv, whose interpreter does not see the packages."""
+    copy = tmp_path_factory.mktemp("copy") / "cxr mim"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "output_dir", ".*_cache")
+    )
+    (copy.parent / "hide").mkdir()
+    (copy.parent / "hide" / "sitecustomize.py").write_text(HIDE)
+    return copy
+
+
+def run(copy, *command, timeout=240):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    # pytest loads the plugins of installed packages past the finder.
+    env |= {
+        "PYTHONPATH": str(copy.parent / "hide"),
+        "OMP_NUM_THREADS": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *command], cwd=copy, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_cuda_tests_are_collected(copy):
+    done = run(copy, "-m", "pytest", "-m", "cuda", "--collect-only", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in (
+        "test_golden.py::test_gradients",
+        "test_no_step_waits_for_the_device",
+        "bit_equal_on_one_gpu",
+    ):
+        assert name in done.stdout
+    assert "error" not in done.stdout.splitlines()[-1]
+
+
+def test_programs_start(copy):
+    done = run(copy, "-c", PARSE)
+    assert done.stdout.endswith("all there\n"), done.stderr

@@ -1,0 +1,53 @@
+"""A DataLoader whose errors come out as they went in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from util.errors import UserError
+
+
+class SampleLoader(DataLoader):
+    """torch's DataLoader, but a `UserError` of a data set reaches the caller as it was raised, from a worker too.
+
+    DataLoader itself raises `type(error)(text of the worker's traceback)` instead: not the error, and a page where
+    a line was meant. Here workers hand the error over in the place of its batch.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *args: Any, collate_fn: Callable[[list], Any] | None = None, **options: Any
+    ):
+        collate = partial(_collate, collate_fn or default_collate)
+        super().__init__(_Caught(dataset), *args, collate_fn=collate, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        return _raising(super().__iter__())
+
+
+class _Caught(Dataset):
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error.with_traceback(None)
+
+
+def _collate(collate: Callable[[list], Any], samples: list) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
