@@ -109,9 +109,10 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         place.xaxis.get_major_locator().set_params(integer=True)
         place.spines[["top", "right"]].set_visible(False)
     if parts := [place for place, key in zip(axes, panels, strict=False) if key != "train_loss"]:
-        limits = [place.get_ylim() for place in parts]
+        losses = [entry[key] for log in runs.values() for entry in log for key in keys if key in entry]
+        margin = 0.05 * (max(losses) - min(losses)) or 0.05 * abs(max(losses)) or 1.0
         for place in parts:
-            place.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+            place.set_ylim(min(losses) - margin, max(losses) + margin)
     counts = {len(log) for log in runs.values()}
     epochs = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     figure.suptitle(
