@@ -30,6 +30,7 @@ from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
+from util.cli import finite_float
 from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.jobs import Jobs, digest
@@ -98,7 +99,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="linear", help="how the encoders are judged")
-    add("--fractions", nargs="+", type=float, default=[1.0], help="shares of the training images to use")
+    add(
+        "--fractions",
+        nargs="+",
+        type=finite_float,
+        default=[1.0],
+        help="shares of the training images to use",
+    )
     add("--seeds", nargs="+", type=int, default=[43, 44, 45], help="of heads, order and folds")
     add("--folds", type=int, default=5, help="grouped folds of --split folds")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through")
@@ -126,7 +133,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="cuda or cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: bfloat16 on CUDA, float32 on CPU)")  # fmt: skip
-    add("--max_minutes", type=float, help="stop after so long, exit status 75; the same command goes on")
+    add(
+        "--max_minutes",
+        type=finite_float,
+        help="stop after so long, exit status 75; the same command goes on",
+    )
     return parser
 
 

@@ -17,6 +17,7 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
+from util.cli import finite_float
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
@@ -57,14 +58,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16, help="images per rank and step")
     add("--epochs", type=int, default=20, help="where training ends, unless it is stopped early")
     add("--patience", type=int, default=6, help="stop after so many epochs without a better validation KLD")
-    add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    add("--lr", type=finite_float, default=1e-3, help="learning rate")
+    add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=1, help="linear warm-up from 0, then a half-cycle cosine")
-    add("--weight_decay", type=float, default=0.05, help="none on biases, norms and other 1-D parameters")
     add(
-        "--cc_weight", type=float, default=0.0, help="weight of (1 - CC) beside the KL divergence in the loss"
+        "--weight_decay",
+        type=finite_float,
+        default=0.05,
+        help="none on biases, norms and other 1-D parameters",
     )
-    add("--clip_grad", type=float, default=None, help="clip the gradient to this norm")
+    add(
+        "--cc_weight",
+        type=finite_float,
+        default=0.0,
+        help="weight of (1 - CC) beside the KL divergence in the loss",
+    )
+    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (None: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--skip_nonfinite", type=int, default=0, metavar="N",
@@ -82,7 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="start afresh, where the default goes on from the newest checkpoint in output_dir")  # fmt: skip
     add(
         "--max_minutes",
-        type=float,
+        type=finite_float,
         default=None,
         help="stop after so long, with a checkpoint, exit status 75",
     )

@@ -17,6 +17,7 @@ from engine_pretrain import Meters, Training, describe_run, epoch_record, pictur
 from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
+from util.cli import finite_float
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
 from util.loading import SampleLoader
@@ -56,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--preload", action="store_true", help="read the stored foreground instead of the Otsu of the crop")
     add("--input_size", type=int, default=224,
         help="side of the input in pixels, a multiple of the coarsest HOG cell (32 px as published)")  # fmt: skip
-    add("--min_crop_ratio", type=float, default=0.2, help="smallest area of a random crop")
+    add("--min_crop_ratio", type=finite_float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
     add(
         "--pin_mem",
@@ -80,7 +81,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--pretrained", default=None, metavar="PATH|none",
         help=f"initial weights; for the base model {BASE_WEIGHTS} unless given, else none")  # fmt: skip
     add("--id_list", type=int, nargs="+", default=[1, 3, 9, 11], help="0-based encoder blocks to decode")
-    add("--scale_list", type=float, nargs="+", default=[4.0, 2.0, 1.0, 0.5], help="target scale of each")
+    add(
+        "--scale_list",
+        type=finite_float,
+        nargs="+",
+        default=[4.0, 2.0, 1.0, 0.5],
+        help="target scale of each",
+    )
     add("--decoder_depth", type=int, default=1, help="transformer blocks in each decoder")
     add("--decoder_num_heads", type=int, default=8, help="attention heads in each decoder")
     add("--hog_nbins", type=int, default=9, help="orientation bins of the HOG targets")
@@ -92,23 +99,41 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=tuple(MASKINGS),
         help="what chooses the masked patches",
     )
-    add("--mask_ratio", type=float, default=0.75, help="share of masked patches")
-    add("--clinical_ratio", type=float, default=0.5, help="share of masked ones among the attended patches")
+    add("--mask_ratio", type=finite_float, default=0.75, help="share of masked patches")
+    add(
+        "--clinical_ratio",
+        type=finite_float,
+        default=0.5,
+        help="share of masked ones among the attended patches",
+    )
     add("--gaze_weighted", action="store_true", help="weight the loss by gaze")
-    add("--gaze_temperature", type=float, default=0.1, help="temperature of that weighting")
+    add("--gaze_temperature", type=finite_float, default=0.1, help="temperature of that weighting")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=32, help="images per rank and step")
     add("--epochs", type=int, default=400, help="where training ends")
     add("--accum_iter", type=int, default=1, help="steps per optimiser step")
-    add("--weight_decay", type=float, default=0.05, help="none on biases, norms and other 1-D parameters")
     add(
-        "--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)"
+        "--weight_decay",
+        type=finite_float,
+        default=0.05,
+        help="none on biases, norms and other 1-D parameters",
     )
-    add("--blr", type=float, default=1e-3, help="learning rate per 256 images")
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    add(
+        "--lr",
+        type=finite_float,
+        default=None,
+        help="absolute learning rate (default: blr x effective batch / 256)",
+    )
+    add("--blr", type=finite_float, default=1e-3, help="learning rate per 256 images")
+    add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=40, help="linear warm-up from 0, then a half-cycle cosine")
-    add("--clip_grad", type=float, default=None, help="clip the gradient to this norm (default: no clipping)")
+    add(
+        "--clip_grad",
+        type=finite_float,
+        default=None,
+        help="clip the gradient to this norm (default: no clipping)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--tf32", action="store_true", help="TF32 in float32 matrix products on CUDA")
@@ -137,7 +162,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="start afresh; output_dir must hold no checkpoint")  # fmt: skip
     add(
         "--max_minutes",
-        type=float,
+        type=finite_float,
         default=None,
         help="stop after so long, with a checkpoint, exit status 75",
     )

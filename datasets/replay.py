@@ -17,7 +17,14 @@ import datasets
 from datasets.sampler import TrainBatches
 from datasets.transforms import centre_box, crop_resize_flip
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS, REFLACX_COLUMNS, REFLACX_TIMES, fixation_heatmap
+from util.gaze import (
+    FIXATION_COLUMNS,
+    RECTANGLE,
+    REFLACX_COLUMNS,
+    REFLACX_TIMES,
+    fixation_heatmap,
+    heatmap_to_uint8,
+)
 from util.images import read_gray
 from util.masking import mask_generator
 from util.radiograph import read_radiograph
@@ -174,7 +181,7 @@ def single_image(
             density = fixation_heatmap(columns, gray.shape, gray.shape)
         except UserError as error:
             raise UserError(f"{fixations}: {error}") from None
-        attention = np.round(density / density.max() * 255).astype(np.uint8)
+        attention = heatmap_to_uint8(density)
     elif heatmap is not None:
         attention = read_gray(heatmap)
         if attention.shape != gray.shape:
@@ -196,7 +203,8 @@ def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     ours = "x" in read_table(path, ()).columns
     columns = FIXATION_COLUMNS if ours else (*REFLACX_COLUMNS.values(), *REFLACX_TIMES)
-    return numeric_columns(read_table(path, columns), columns, path)
+    # Where a fixation is not cut to the part in view, the rectangle is infinite.
+    return numeric_columns(read_table(path, columns), columns, path, infinite=RECTANGLE if ours else ())
 
 
 def draw_mask(

@@ -29,6 +29,7 @@ from PIL import Image
 
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
+from scripts.benchmarks.downstream import measure_downstream
 from scripts.benchmarks.loading import measure_loader, measure_samples, measure_shared_memory
 from scripts.benchmarks.step import measure_steps
 from scripts.benchmarks.targets import measure_hog
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings(
             (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 64, 2, 3, (0, 1), device
         )  # fmt: skip
+        settings.downstream = (40, 1, 4, 64)
     settings.compile = args.compile
     if args.batch_size:
         settings.batch_size = args.batch_size
@@ -83,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         measure_hog(report, settings)
         measure_steps(report, tree, settings)
         measure_training(report, tree, Path(name) / "output", settings)
+        measure_downstream(report, Path(name) / "downstream", settings)
     for name, value in report.equality.items():
         print(f"{name}: {value:.3g}")
     if args.json:
