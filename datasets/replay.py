@@ -127,7 +127,7 @@ def training_batch(
     batch = default_collate([dataset[(epoch, index)] for index in indices])
     generator = mask_generator(args.get("seed", 0), epoch, step, rank, model.cls_token.device)
     mask = draw_mask(model, batch, args, generator, epoch, step)
-    return Shown(batch, mask, [dataset.sample_name(index) for index in indices])
+    return Shown(batch, mask, [picture_name(dataset, index) for index in indices])
 
 
 def chosen_samples(
@@ -150,7 +150,14 @@ def chosen_samples(
         one = {key: value[i : i + 1] for key, value in batch.items()}
         generator = mask_generator(args.get("seed", 0), 0, index, 0, model.cls_token.device)
         masks.append(draw_mask(model, one, args, generator, epoch))
-    return Shown(batch, torch.cat(masks), [dataset.sample_name(index) for index in indices])
+    return Shown(batch, torch.cat(masks), [picture_name(dataset, index) for index in indices])
+
+
+def picture_name(dataset, index: int) -> str:
+    """A sample's name for a picture: with its split, and with a mark where its gaze is made up."""
+    entry = dataset.entries[index]
+    parts = [dataset.sample_name(index), *([str(entry["split"])] if entry.get("split") else [])]
+    return ", ".join(parts + (["SIMULATED GAZE"] if entry.get("simulated") else []))
 
 
 def single_image(

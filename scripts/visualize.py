@@ -57,6 +57,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _listed(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     out = check_picture_path(args.out)
@@ -93,13 +97,19 @@ def main(argv: list[str] | None = None) -> int:
             indices = args.index or range(min(4, len(dataset)))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
 
+    data = args.image or " ".join(
+        args.data_path or [str(path) for path in _listed(info.args.get("data_path"))]
+    )
+    where = f"training step {args.step} of epoch {args.epoch}" if args.epoch is not None else "whole images"
+    trained = "" if info.epoch is None else f" after {info.epoch + 1} epochs"
+    title = f"{Path(args.checkpoint).resolve().parent.name}/{info.path.name}{trained}, {data}, {where}"
     draw = contact_sheet if args.sheet else reconstruction_figure
     per_page = args.per_page or (64 if args.sheet else 4)
     starts = range(0, len(shown.names), per_page)
     for page, start in enumerate(starts):
         some = shown.take(range(start, min(start + per_page, len(shown.names))))
         path = page_path(out, page, len(starts))
-        save_figure(draw(model, some.batch, some.mask, names=some.names), path)
+        save_figure(draw(model, some.batch, some.mask, names=some.names, title=title), path)
         print(f"wrote {path}: {', '.join(some.names)}")
     return 0
 
