@@ -44,7 +44,7 @@ from datasets.prepare.work import run_tasks
 from datasets.raw.egd import DEFAULT_SIGMA
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
-from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading
+from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.files import atomic_write
@@ -185,6 +185,8 @@ def analyze(
         raise UserError(
             f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1"
         )
+    if n_bootstrap < 1 or n_examples < 0:
+        raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least 1 and 0")
     if size < 1:
         raise UserError(f"--size {size} is not positive")
     raw = raw.resolve()
@@ -250,7 +252,8 @@ def analyze(
         )
         table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
     options = {
-        "source": source, "split": split, "size": size, "size_thresholds": size_thresholds,
+        "source": source, "raw": str(raw), "simulated": is_simulated(SOURCES[source][0](raw)), "split": split,
+        "size": size, "size_thresholds": size_thresholds,
         "min_certainty": min_certainty, "n_bootstrap": n_bootstrap,
     }  # fmt: skip
     ellipses = pd.DataFrame(ellipse_rows)
