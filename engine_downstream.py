@@ -51,9 +51,17 @@ class Encoder:
     def __call__(self, gray: Tensor) -> Tensor:
         """Cls token and mean of the patch tokens, [B, 2 D], of gray images uint8 [B, 1, H, W]."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = self.model.forward_features(normalise(gray, self.mean, self.std))
+            tokens = self.model.forward_features(network_input(gray, self.model, self.mean, self.std))
         tokens = tokens.float()
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+
+
+def network_input(gray: Tensor, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, 1, H, W] -> float [B, 3, S, S], normalised; S is the side that a timm ViT was built for."""
+    size = tuple(model.patch_embed.img_size)
+    if tuple(gray.shape[-2:]) != size:
+        gray = F.interpolate(gray.float(), size, mode="bilinear", antialias=True)
+    return normalise(gray, mean, std)
 
 
 class Keyed(Dataset):

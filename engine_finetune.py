@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.downstream.images import Views, normalise
+from datasets.downstream.images import Views
 from datasets.downstream.labelled import MULTICLASS, LabelledImages
 from datasets.downstream.partition import Rows, partitions
 from datasets.sampler import TrainBatches
@@ -25,6 +25,7 @@ from engine_downstream import (
     HeadOptions,
     Stopped,
     known_loss,
+    network_input,
     new_head,
     probabilities,
     schedule,
@@ -240,7 +241,7 @@ def finetune(
     with Steps(what, total, "steps", done=done, enabled=ranks.is_main) as progress:
         while place.epoch < recipe.epochs and place.epoch - max(place.best_epoch, 0) <= recipe.patience:
             request = _train_epoch(
-                tuning, model, optimizer, scaler, batches, steps, place, sums, seed, watch, progress
+                tuning, model, core, optimizer, scaler, batches, steps, place, sums, seed, watch, progress
             )
             if request != GO_ON:
                 save()
@@ -284,7 +285,7 @@ def finetune(
 
 
 def _train_epoch(
-    tuning: Tuning, model, optimizer, scaler, batches, steps: int, place: Place, sums: Tensor, seed: int,
+    tuning: Tuning, model, core, optimizer, scaler, batches, steps: int, place: Place, sums: Tensor, seed: int,
     watch: FiniteWatch, progress: Steps,
 ) -> int:  # fmt: skip
     """Train from `place` to the end of its epoch, or to a step at which all ranks agree to stop; returns the
@@ -302,7 +303,7 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         with torch.autocast(device.type, tuning.dtype, enabled=tuning.dtype != torch.float32):
-            logits = model(normalise(gray.to(device, non_blocking=True), tuning.mean, tuning.std))
+            logits = model(network_input(gray.to(device, non_blocking=True), core, tuning.mean, tuning.std))
         loss = global_loss(logits, labels.to(device, non_blocking=True), tuning.images.task, ranks)
         scaler.scale(poison(loss)).backward()
         scaler.step(optimizer)

@@ -217,11 +217,10 @@ def _pixels_of_fixations(
     study: GazeStudy, images: Sequence[GazeImage]
 ) -> dict[tuple[int, int], tuple[str, Tensor]]:
     """Subject and pixels, int64 [n, 2], of the fixations of each reading that has some, by (image, reading)."""
-    by_tree: list[Mapping[str, np.ndarray]] = study.fixations()
     found = {}
     for number, image in enumerate(images):
         for place in range(len(image.entries)):
-            values = by_tree[image.tree].get(study.reading_id(image, place))
+            values = study.fixations(image, place)
             if values is not None:
                 pixels = saliency.fixation_pixels(values[:, 0], values[:, 1], (JUDGED_AT, JUDGED_AT))
                 found[number, place] = (image.subject, pixels)

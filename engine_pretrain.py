@@ -221,7 +221,8 @@ def picture(training: Training, args, epoch: int) -> None:
     except (OSError, UserError) as error:  # a file that is gone meanwhile: training reads the cache
         print(f"warning: no picture after epoch {epoch}: {error}", flush=True)
         return
-    figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names)
+    title = f"{args.output_dir}, {' '.join(map(str, args.data_path))}, epoch {epoch} of {args.epochs}"
+    figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names, title=title)
     training.log.figure("reconstruction", figure, epoch)
 
 

@@ -8,9 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.downstream.images import CENTRE, normalise
+from datasets.downstream.images import CENTRE
 from datasets.downstream.labelled import MULTICLASS, TEST, LabelledImages
-from engine_downstream import Stopped, probabilities
+from engine_downstream import Stopped, network_input, probabilities
 from util.distributed import Ranks
 from util.errors import UserError
 from util.loading import SampleLoader
@@ -62,7 +62,7 @@ def predict(
     logits = [torch.empty(0, model.num_classes)]
     for gray in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = model(normalise(gray.to(device, non_blocking=True), mean, std))
+            found = model(network_input(gray.to(device, non_blocking=True), model, mean, std))
         logits.append(found.float().cpu())
         if progress is not None:
             progress.add(len(gray))

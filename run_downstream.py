@@ -24,11 +24,13 @@ from datasets.downstream.images import (
 )
 from datasets.downstream.labelled import LabelledImages, check_classes, split_table, write_split
 from datasets.downstream.partition import in_folds
+from datasets.downstream.tree import ANY_FINDING
 from engine_downstream import HeadOptions, Stopped
 from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
+from util.cli import finite_float
 from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.jobs import Jobs, digest
@@ -92,11 +94,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
+    add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
     add("--num_heads", type=int, help="attention heads, for files that don't say how many they have")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="linear", help="how the encoders are judged")
-    add("--fractions", nargs="+", type=float, default=[1.0], help="shares of the training images to use")
+    add(
+        "--fractions",
+        nargs="+",
+        type=finite_float,
+        default=[1.0],
+        help="shares of the training images to use",
+    )
     add("--seeds", nargs="+", type=int, default=[43, 44, 45], help="of heads, order and folds")
     add("--folds", type=int, default=5, help="grouped folds of --split folds")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through")
@@ -124,7 +133,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="cuda or cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: bfloat16 on CUDA, float32 on CPU)")  # fmt: skip
-    add("--max_minutes", type=float, help="stop after so long, exit status 75; the same command goes on")
+    add(
+        "--max_minutes",
+        type=finite_float,
+        help="stop after so long, exit status 75; the same command goes on",
+    )
     return parser
 
 
@@ -264,6 +277,7 @@ def judge(
         method=args.method,
         min_count=args.min_positives,
         draws=args.bootstrap,
+        not_in_mean=(ANY_FINDING,) if args.dataset == "tree" else (),
     )
     if args.method == "evaluate":
         tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
@@ -282,7 +296,9 @@ def judge(
                 )
             )  # fmt: skip
         return outcomes
-    candidates = read_candidates(args.weights, imagenet=args.imagenet, tap=args.tap, num_heads=args.num_heads)
+    candidates = read_candidates(
+        args.weights, imagenet=args.imagenet, tap=args.tap, img_size=args.img_size, num_heads=args.num_heads
+    )
     ranks.say("\n".join(map(describe, candidates)))
     views = open_views(args, images, ranks)
     jobs = Jobs(output_dir / "jobs")

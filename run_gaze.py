@@ -17,6 +17,7 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
+from util.cli import finite_float
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
@@ -57,14 +58,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16, help="images per rank and step")
     add("--epochs", type=int, default=20, help="where training ends, unless it is stopped early")
     add("--patience", type=int, default=6, help="stop after so many epochs without a better validation KLD")
-    add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    add("--lr", type=finite_float, default=1e-3, help="learning rate")
+    add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=1, help="linear warm-up from 0, then a half-cycle cosine")
-    add("--weight_decay", type=float, default=0.05, help="none on biases, norms and other 1-D parameters")
     add(
-        "--cc_weight", type=float, default=0.0, help="weight of (1 - CC) beside the KL divergence in the loss"
+        "--weight_decay",
+        type=finite_float,
+        default=0.05,
+        help="none on biases, norms and other 1-D parameters",
     )
-    add("--clip_grad", type=float, default=None, help="clip the gradient to this norm")
+    add(
+        "--cc_weight",
+        type=finite_float,
+        default=0.0,
+        help="weight of (1 - CC) beside the KL divergence in the loss",
+    )
+    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (None: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--skip_nonfinite", type=int, default=0, metavar="N",
@@ -82,7 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="start afresh, where the default goes on from the newest checkpoint in output_dir")  # fmt: skip
     add(
         "--max_minutes",
-        type=float,
+        type=finite_float,
         default=None,
         help="stop after so long, with a checkpoint, exit status 75",
     )
@@ -182,6 +191,10 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         return request
     if epoch < args.epochs:
         ranks.say(f"stopped early: {args.patience} epochs without a better validation KLD")
+    if best.epoch < 0:
+        raise UserError(
+            f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32"
+        )
     ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
     return GO_ON
 
@@ -259,6 +272,8 @@ def go_on(
         state, vars(args), shape_flags=SHAPE_FLAGS, world_size=ranks.world_size, dataset_size=dataset_size
     ):
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+    if state["config"] != core.config:
+        raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")
     core.load_state_dict(state["model"])
     restore_optimizer(optimizer, scaler, state)
     sums.sums.copy_(own_sums(state, ranks))
@@ -320,8 +335,10 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     study = GazeStudy(args.data_path, cache_size=args.cache_size)
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
-    for tree in study.trees_without_fixations():
-        print(f"note: {tree}: no fixations.csv, so its readings have no NSS and no AUC (prepare it again)")
+    for tree, lacking in study.readings_without_fixations().items():
+        print(
+            f"note: {tree}: {lacking} have no fixations in fixations.csv, so no NSS and no AUC (prepare it again)"
+        )
     print(write_judgement(model, study, Path(args.output_dir), ranks.device))
 
 
@@ -347,8 +364,8 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise UserError(f"--{name} {value}: must not be negative")
-    if args.input_size % 32:
-        raise UserError(f"--input_size {args.input_size}: must be divisible by 32")
+    if args.input_size % 32 or args.input_size < 64:
+        raise UserError(f"--input_size {args.input_size}: must be divisible by 32, and at least 64")
     if args.decoder_width % 8:
         raise UserError(f"--decoder_width {args.decoder_width}: must be divisible by 8")
     for flag in ("resume", "judge"):

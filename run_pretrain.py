@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from engine_pretrain import Meters, Training, describe_run, epoch_record, pictur
 from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
+from util.cli import finite_float
+from util.download import local_file
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
 from util.loading import SampleLoader
@@ -56,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--preload", action="store_true", help="read the stored foreground instead of the Otsu of the crop")
     add("--input_size", type=int, default=224,
         help="side of the input in pixels, a multiple of the coarsest HOG cell (32 px as published)")  # fmt: skip
-    add("--min_crop_ratio", type=float, default=0.2, help="smallest area of a random crop")
+    add("--min_crop_ratio", type=finite_float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
     add(
         "--pin_mem",
@@ -66,7 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="don't pin host memory")
     add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
-    add("--cache_size", type=int, default=512, help="short side of cached images in pixels")
+    add("--cache_size", type=int, default=512, help="short side of cached images in pixels; crops are cut from "
+        "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")  # fmt: skip
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
     add("--check_data", action="store_true", help="read every file of the data, list the bad ones, and exit")
 
@@ -80,7 +84,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--pretrained", default=None, metavar="PATH|none",
         help=f"initial weights; for the base model {BASE_WEIGHTS} unless given, else none")  # fmt: skip
     add("--id_list", type=int, nargs="+", default=[1, 3, 9, 11], help="0-based encoder blocks to decode")
-    add("--scale_list", type=float, nargs="+", default=[4.0, 2.0, 1.0, 0.5], help="target scale of each")
+    add(
+        "--scale_list",
+        type=finite_float,
+        nargs="+",
+        default=[4.0, 2.0, 1.0, 0.5],
+        help="target scale of each",
+    )
     add("--decoder_depth", type=int, default=1, help="transformer blocks in each decoder")
     add("--decoder_num_heads", type=int, default=8, help="attention heads in each decoder")
     add("--hog_nbins", type=int, default=9, help="orientation bins of the HOG targets")
@@ -92,23 +102,41 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=tuple(MASKINGS),
         help="what chooses the masked patches",
     )
-    add("--mask_ratio", type=float, default=0.75, help="share of masked patches")
-    add("--clinical_ratio", type=float, default=0.5, help="share of masked ones among the attended patches")
+    add("--mask_ratio", type=finite_float, default=0.75, help="share of masked patches")
+    add(
+        "--clinical_ratio",
+        type=finite_float,
+        default=0.5,
+        help="share of masked ones among the attended patches",
+    )
     add("--gaze_weighted", action="store_true", help="weight the loss by gaze")
-    add("--gaze_temperature", type=float, default=0.1, help="temperature of that weighting")
+    add("--gaze_temperature", type=finite_float, default=0.1, help="temperature of that weighting")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=32, help="images per rank and step")
     add("--epochs", type=int, default=400, help="where training ends")
     add("--accum_iter", type=int, default=1, help="steps per optimiser step")
-    add("--weight_decay", type=float, default=0.05, help="none on biases, norms and other 1-D parameters")
     add(
-        "--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)"
+        "--weight_decay",
+        type=finite_float,
+        default=0.05,
+        help="none on biases, norms and other 1-D parameters",
     )
-    add("--blr", type=float, default=1e-3, help="learning rate per 256 images")
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    add(
+        "--lr",
+        type=finite_float,
+        default=None,
+        help="absolute learning rate (default: blr x effective batch / 256)",
+    )
+    add("--blr", type=finite_float, default=1e-3, help="learning rate per 256 images")
+    add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=40, help="linear warm-up from 0, then a half-cycle cosine")
-    add("--clip_grad", type=float, default=None, help="clip the gradient to this norm (default: no clipping)")
+    add(
+        "--clip_grad",
+        type=finite_float,
+        default=None,
+        help="clip the gradient to this norm (default: no clipping)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--tf32", action="store_true", help="TF32 in float32 matrix products on CUDA")
@@ -130,14 +158,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_every", type=int, default=50,
         help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")  # fmt: skip
     add("--print_every", type=int, default=20, help="steps between progress lines")
-    add("--resume", default="", metavar="PATH", help="checkpoint to go on from")
+    add("--resume", default="", metavar="PATH", help="checkpoint to go on from, a file or an http(s) address")
     add("--auto_resume", action="store_true", default=True,
         help="go on from the newest checkpoint in output_dir (default)")  # fmt: skip
     add("--no_auto_resume", action="store_false", dest="auto_resume",
         help="start afresh; output_dir must hold no checkpoint")  # fmt: skip
     add(
         "--max_minutes",
-        type=float,
+        type=finite_float,
         default=None,
         help="stop after so long, with a checkpoint, exit status 75",
     )
@@ -153,6 +181,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
+    args.resume, args.pretrained = local_file(args.resume), local_file(args.pretrained)
     check_args(args)
     if args.check_data:
         return check_data(args)
@@ -319,6 +348,11 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must be at least {lowest}")
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
+    if args.cache_size < args.input_size:
+        raise UserError(
+            f"--cache_size {args.cache_size}: below --input_size {args.input_size}, so that even whole images would be "
+            f"enlarged; crops keep their detail from {math.ceil(args.input_size / args.min_crop_ratio**0.5)} on"
+        )
     if not 0 <= args.clinical_ratio <= 1:
         raise UserError(f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]")
     if args.start_epoch >= args.epochs:

@@ -14,7 +14,9 @@ originals once, on all CPUs; starting again costs one stat per file. Nothing is 
 worker at any size.
 
 A file's name holds a digest of everything its content depends on: names, sizes and modification times of
-the originals, `cache_size` and PREPROCESSING_VERSION. It is written aside and renamed when whole. One
+the originals, `cache_size` and PREPROCESSING_VERSION. It is written aside and renamed when whole. It holds
+a checksum of each picture, and of its table: all are checked when a run starts, in threads, and a file that is damaged
+is built anew after a line of warning. One
 process builds while others that need it wait on a lock, which the kernel releases when its holder dies.
 Files of older content are removed once no process has them open.
 """
@@ -30,6 +32,8 @@ import mmap
 import os
 import shutil
 import struct
+import sys
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,9 +52,10 @@ from util.locks import file_lock
 # To be raised with every change of what a cached picture holds.
 PREPROCESSING_VERSION = 1
 
-MAGIC = b"CXRMIM\0\1"
-HEADER = struct.Struct("<8sq")  # magic, number of pictures
-OFFSET, HEIGHT, WIDTH, NATIVE_HEIGHT, NATIVE_WIDTH = range(5)  # columns of the int64 table
+MAGIC = b"CXRMIM\0\2"
+HEADER = struct.Struct("<8sqq")  # magic, number of pictures, CRC-32 of the table
+OFFSET, HEIGHT, WIDTH, NATIVE_HEIGHT, NATIVE_WIDTH, CHECKSUM = range(6)  # columns of the int64 table
+PICTURES_AT_ONCE = 64  # whose checksums are one task
 LOCK_FILE = "lock"
 PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
 
@@ -119,15 +124,15 @@ class Plane:
                 raise FileNotFoundError(self.path)
             size = os.fstat(file.fileno()).st_size
             head = file.read(HEADER.size)
-            magic, count = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0)
+            magic, count, checksum = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0)
             if size:
                 data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)  # a handle of its own keeps the lock
         if magic != MAGIC or count < 1 or size < _pixels_start(count):
-            raise UserError(f"{self.path}: not a cache file of this program; delete it")
+            raise UserError(f"{self.path}: not a cache file of this version of the program")
         data = np.frombuffer(data, np.uint8)
-        table = data[HEADER.size : _pixels_start(count)].view(np.int64).reshape(count, 5)
-        if size != _pixels_end(table):
-            raise UserError(f"{self.path}: the cache file is damaged; delete it")
+        table = data[HEADER.size : _pixels_start(count)].view(np.int64).reshape(count, 6)
+        if zlib.crc32(table) != checksum or size != _pixels_end(table):
+            raise UserError(f"{self.path}: the cache file is damaged")
         self._table, self._bytes = table, data
 
     @property
@@ -146,7 +151,17 @@ class Plane:
 
     def native_sizes(self) -> np.ndarray:
         """(height, width) of the original files, int64 [n, 2]."""
-        return self.table[:, NATIVE_HEIGHT:]
+        return self.table[:, NATIVE_HEIGHT:CHECKSUM]
+
+    def damaged(self, num_workers: int | None = None) -> list[int]:
+        """Places of the pictures whose pixels are not those that were written; reads them all, in threads."""
+
+        def check(start: int) -> list[int]:
+            places = range(start, min(start + PICTURES_AT_ONCE, len(self)))
+            return [i for i in places if zlib.crc32(self[i]) != int(self.table[i, CHECKSUM])]
+
+        starts = range(0, len(self), PICTURES_AT_ONCE)
+        return [place for found in in_threads(check, starts, num_workers) for place in found]
 
 
 class TreeCache:
@@ -158,7 +173,7 @@ class TreeCache:
     def planes(self, index: int) -> tuple[list[np.ndarray], tuple[int, int]]:
         """Like `GazeTree.read_planes`: uint8 [h, w] of each plane and the image's native (height, width)."""
         gray, positions = self.by_plane[0]
-        native = gray.table[positions[index], NATIVE_HEIGHT:].tolist()
+        native = gray.table[positions[index], NATIVE_HEIGHT:CHECKSUM].tolist()
         return [plane[positions[index]] for plane, positions in self.by_plane], tuple(native)
 
 
@@ -224,11 +239,11 @@ def open_plane(
     stem = f"{kind.name}-{kind.size}-"
     file_name = f"{stem}{_digest(kind, files, root)}.u8"
     for directory in directories:
-        if (plane := _open_existing(directory / file_name)) is not None:
+        if (plane := _open_existing(directory / file_name, num_workers)) is not None:
             return plane
     directory = _first_writable(directories)
     with file_lock(directory / LOCK_FILE, what=f"the cache in {directory}", wait=True):
-        if (plane := _open_existing(directory / file_name)) is not None:
+        if (plane := _open_existing(directory / file_name, num_workers, quiet=True)) is not None:
             return plane  # another process has built it meanwhile
         for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of a builder that was killed
             leftover.unlink(missing_ok=True)
@@ -236,22 +251,36 @@ def open_plane(
         for other in directory.glob(f"{stem}*.u8"):
             if other.name != file_name:
                 _remove_unless_in_use(other)
-        return _open_existing(directory / file_name)
+        plane = Plane(directory / file_name)
+        plane.open()
+        return plane
 
 
-def _open_existing(path: Path) -> Plane | None:
+def _open_existing(path: Path, num_workers: int | None, *, quiet: bool = False) -> Plane | None:
+    """The plane, if it is there and whole. A cache is derived, so what is damaged, or of an earlier version of this
+    program, is built anew, after a line that says so."""
     plane = Plane(path)
     try:
         plane.open()
+        damaged = plane.damaged(num_workers)
+        if not damaged:
+            return plane
+        reason = (
+            f"{path}: {len(damaged)} of {len(plane)} cached pictures are damaged, the first is {damaged[0]}"
+        )
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None  # nothing there, or not for this user: the next place may do
-    return plane
+    except UserError as error:
+        reason = str(error)
+    if not quiet:
+        print(f"warning: {reason}; it is built anew from the originals", file=sys.stderr, flush=True)
+    return None
 
 
 def _build(path: Path, kind: PlaneKind, files: Sequence[Path], num_workers: int | None) -> None:
     """Write the whole plane; headers first, so that every picture has its place before it is decoded."""
     try:
-        table = np.zeros((len(files), 5), np.int64)
+        table = np.zeros((len(files), 6), np.int64)
         sizes = list(in_threads(kind.native_size, files, num_workers))
         table[:, NATIVE_HEIGHT], table[:, NATIVE_WIDTH] = np.transpose(sizes)
         for row in table:
@@ -263,16 +292,18 @@ def _build(path: Path, kind: PlaneKind, files: Sequence[Path], num_workers: int 
             raise OSError(errno.ENOSPC, "too little room")
 
         def copy(index: int) -> None:
-            offset, height, width, *native_size = table[index].tolist()
+            offset, height, width, *native_size = table[index, :CHECKSUM].tolist()
             picture = kind.picture(files[index], tuple(native_size), (height, width))
-            _write_at(file.fileno(), picture.tobytes(), offset)
+            pixels = picture.tobytes()
+            table[index, CHECKSUM] = zlib.crc32(pixels)
+            _write_at(file.fileno(), pixels, offset)
 
         with atomic_write(path) as file:
-            file.write(HEADER.pack(MAGIC, len(files)) + table.tobytes())
-            file.flush()
             copies = in_threads(copy, range(len(files)), num_workers)
             for _ in tqdm(copies, f"cache of {kind.name}", total=len(files), unit="image", disable=None):
                 pass
+            header = HEADER.pack(MAGIC, len(files), zlib.crc32(table))
+            _write_at(file.fileno(), header + table.tobytes(), 0)
     except UserError as error:
         raise UserError(f"{error}{kind.advice}") from None
     except OSError as error:
@@ -337,7 +368,7 @@ def _remove_unless_in_use(path: Path) -> None:
 
 
 def _pixels_start(count: int) -> int:
-    return HEADER.size + count * 5 * 8
+    return HEADER.size + count * 6 * 8
 
 
 def _pixels_end(table: np.ndarray) -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,6 +69,14 @@ class GazeStudy:
         self.trees: list[GazeTree] = [
             tree_type(root, cache_size=cache_size) for tree_type, root in map(detect_tree, data_path)
         ]
+        for number, tree in enumerate(self.trees):
+            if (
+                index := next((i for i, e in enumerate(tree.entries) if e.get("gaze") == "predicted"), None)
+            ) is not None:
+                raise UserError(
+                    f"{self._where(number, index)}: a predicted heatmap; a predictor learns from, and is judged on, "
+                    "real gaze alone"
+                )
         groups: dict[tuple[int, Path], list[int]] = {}
         for number, tree in enumerate(self.trees):
             for index in range(len(tree)):
@@ -169,17 +179,27 @@ class GazeStudy:
             [resize_whole(self.planes(image, i)[1], size)[0] for i in range(len(image.entries))]
         )
 
-    def fixations(self) -> list[dict[str, np.ndarray]]:
-        """For each tree its readings' fixations, float64 [n, 3]: x, y (fractions of the image), duration (s); no
-        readings for a tree without fixations.csv.
+    @cached_property
+    def _fixations(self) -> list[dict[str, np.ndarray]]:
+        return [read_fixations(tree.root / FIXATIONS) for tree in self.trees]
+
+    def fixations(self, image: GazeImage, place: int) -> np.ndarray | None:
+        """Fixations of a reading, float64 [n, 3]: x, y (fractions of the image), duration (s); None where its tree
+        keeps none.
 
         Raises:
             UserError: a table without a column, or a cell that is no number.
         """
-        return [read_fixations(tree.root / FIXATIONS) for tree in self.trees]
+        return self._fixations[image.tree].get(self.reading_id(image, place))
 
-    def trees_without_fixations(self) -> list[Path]:
-        return [tree.root for tree in self.trees if not (tree.root / FIXATIONS).exists()]
+    def readings_without_fixations(self) -> dict[Path, str]:
+        """ "3 of 12 test readings" for each tree that lacks fixations of some."""
+        lacking, total = Counter(), Counter()
+        for image in self.part(TEST):
+            for place in range(len(image.entries)):
+                total[image.tree] += 1
+                lacking[image.tree] += self.reading_id(image, place) not in self._fixations[image.tree]
+        return {self.trees[t].root: f"{n} of {total[t]} test readings" for t, n in lacking.items() if n}
 
     def describe(self) -> str:
         """Images, readings and subjects of each part, in columns."""

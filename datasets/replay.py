@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,15 @@ import datasets
 from datasets.sampler import TrainBatches
 from datasets.transforms import centre_box, crop_resize_flip
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS, REFLACX_COLUMNS, REFLACX_TIMES, fixation_heatmap
+from util.gaze import (
+    FIXATION_COLUMNS,
+    RECTANGLE,
+    REFLACX_COLUMNS,
+    REFLACX_TIMES,
+    check_rectangles,
+    fixation_heatmap,
+    heatmap_to_uint8,
+)
 from util.images import read_gray
 from util.masking import mask_generator
 from util.radiograph import read_radiograph
@@ -97,6 +106,8 @@ def training_batch(
     """
     if not 0 <= rank < world_size:
         raise UserError(f"--rank {rank}: the run had {world_size} processes, 0 to {world_size - 1}")
+    if epoch >= args.get("epochs", epoch + 1):
+        raise UserError(f"--epoch {epoch}: the run had {args['epochs']} epochs, 0 to {args['epochs'] - 1}")
     try:
         batches = TrainBatches(
             len(dataset),
@@ -116,7 +127,7 @@ def training_batch(
     batch = default_collate([dataset[(epoch, index)] for index in indices])
     generator = mask_generator(args.get("seed", 0), epoch, step, rank, model.cls_token.device)
     mask = draw_mask(model, batch, args, generator, epoch, step)
-    return Shown(batch, mask, [dataset.sample_name(index) for index in indices])
+    return Shown(batch, mask, [picture_name(dataset, index) for index in indices])
 
 
 def chosen_samples(
@@ -139,7 +150,14 @@ def chosen_samples(
         one = {key: value[i : i + 1] for key, value in batch.items()}
         generator = mask_generator(args.get("seed", 0), 0, index, 0, model.cls_token.device)
         masks.append(draw_mask(model, one, args, generator, epoch))
-    return Shown(batch, torch.cat(masks), [dataset.sample_name(index) for index in indices])
+    return Shown(batch, torch.cat(masks), [picture_name(dataset, index) for index in indices])
+
+
+def picture_name(dataset, index: int) -> str:
+    """A sample's name for a picture: with its split, and with a mark where its gaze is made up."""
+    entry = dataset.entries[index]
+    parts = [dataset.sample_name(index), *([str(entry["split"])] if entry.get("split") else [])]
+    return ", ".join(parts + (["SIMULATED GAZE"] if entry.get("simulated") else []))
 
 
 def single_image(
@@ -163,11 +181,13 @@ def single_image(
     gray = read_radiograph(image)
     if fixations is not None:
         columns = read_fixations(fixations)
+        if (doubt := check_rectangles(columns, gray.shape, fixations)) is not None:
+            print(f"warning: {doubt}", file=sys.stderr, flush=True)
         try:
             density = fixation_heatmap(columns, gray.shape, gray.shape)
         except UserError as error:
             raise UserError(f"{fixations}: {error}") from None
-        attention = np.round(density / density.max() * 255).astype(np.uint8)
+        attention = heatmap_to_uint8(density)
     elif heatmap is not None:
         attention = read_gray(heatmap)
         if attention.shape != gray.shape:
@@ -189,7 +209,8 @@ def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     ours = "x" in read_table(path, ()).columns
     columns = FIXATION_COLUMNS if ours else (*REFLACX_COLUMNS.values(), *REFLACX_TIMES)
-    return numeric_columns(read_table(path, columns), columns, path)
+    # Where a fixation is not cut to the part in view, the rectangle is infinite.
+    return numeric_columns(read_table(path, columns), columns, path, infinite=RECTANGLE if ours else ())
 
 
 def draw_mask(

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -202,8 +203,16 @@ class GazeTree(Dataset):
             check_same_size(file, plane.shape, files.image, planes[0].shape)
         return planes, planes[0].shape
 
+    @cached_property
+    def is_prepared(self) -> bool:
+        """Whether our preparation made and finished the tree, in the published layout."""
+        return (self.root / "prepare.origins").exists()
+
     def first_existing(self, *candidates: str) -> Path:
-        """The first of some paths below the root that exists, or else the first."""
+        """The first of some paths below the root that exists, or else the first; at once where the tree's record
+        vouches for the first."""
+        if self.is_prepared:
+            return self.root / candidates[0]
         paths = [self.root / candidate for candidate in candidates]
         return next((path for path in paths if path.exists()), paths[0])
 

@@ -24,11 +24,12 @@ if [ -e "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
 fi
 echo "$settings" > "$OUT/settings"
 
+read -r -a kinds <<< "$LESION_KINDS"
 study() { # NAME IMAGES SEED: a phantom study, prepared
   if [ ! -e "$OUT/$1/done" ]; then
     rm -rf "${OUT:?}/$1"
     "$PYTHON" scripts/make_phantom.py --out "$OUT/$1/raw" --n_images "$2" --seed "$3" --width 192 --height 192 \
-      --shared_images 0 --normal_fraction 0.4 --lesion_kinds $LESION_KINDS --lesion_size "$LESION_SIZE" \
+      --shared_images 0 --normal_fraction 0.4 --lesion_kinds "${kinds[@]}" --lesion_size "$LESION_SIZE" \
       --lesion_contrast "$LESION_CONTRAST" --dwell_ratio "$DWELL_RATIO"
     "$PYTHON" scripts/prepare_reflacx.py --raw "$OUT/$1/raw/reflacx" --images "$OUT/$1/raw/mimic" \
       --out "$OUT/$1/tree" --size 192 > "$OUT/$1/prepare.txt"
@@ -44,7 +45,7 @@ pretrain() { # NAME MASKING SEED [--gaze_weighted]
     mkdir -p "$run"
     "$PYTHON" run_pretrain.py --data_path "$OUT/pretrain/tree" --model cxrmim_vit_tiny_patch16 --device cpu \
       --input_size "$INPUT_SIZE" --batch_size 16 --epochs "$EPOCHS" --warmup_epochs $((EPOCHS / 10)) --lr 5e-4 \
-      --masking "$2" --seed "$3" ${4:-} --no_cache --num_workers 0 --save_every "$EPOCHS" --output_dir "$run" \
+      --masking "$2" --seed "$3" ${4:+"$4"} --no_cache --num_workers 0 --save_every "$EPOCHS" --output_dir "$run" \
       > "$run/out.txt" 2>&1 || { echo "error: $1 failed, see $run/out.txt" >&2; return 1; }
     "$PYTHON" scripts/export_backbone.py "$run/checkpoint-$((EPOCHS - 1)).pth" "$run/backbone.pth" > /dev/null
     rm -f "$run"/checkpoint-*.pth
@@ -61,8 +62,12 @@ for seed in $SEEDS; do
 done > "$OUT/runs.txt"
 xargs -P "$JOBS" -L 1 bash -c 'pretrain "$@"' _ < "$OUT/runs.txt"
 
-names=$(cut -d ' ' -f 1 "$OUT/runs.txt")
-"$PYTHON" scripts/linear_probe.py $(printf "$OUT/runs/%s/backbone.pth " $names) --names $names \
-  --data_path "$OUT/probe/tree" --split kfold --baselines random pixels --num_workers 0 --out "$OUT" > "$OUT/probe.txt"
-"$PYTHON" scripts/plot_log.py $(printf "$OUT/runs/%s " $names) --out "$OUT/loss.png" > /dev/null
-"$PYTHON" scripts/ablate_table.py "$OUT/probe.csv" --out "$OUT/table.csv"
+runs=() weights=()
+while read -r name _; do
+  runs+=("$OUT/runs/$name") weights+=("$name=$OUT/runs/$name/backbone.pth")
+done < "$OUT/runs.txt"
+"$PYTHON" run_downstream.py --dataset tree --data_path "$OUT/probe/tree" --split folds --method probe --seeds 0 \
+  --weights "${weights[@]}" random pixels --min_positives 10 --normalisation imagenet --device cpu --num_workers 0 \
+  --output_dir "$OUT/downstream" > "$OUT/probe.txt"
+"$PYTHON" scripts/plot_log.py "${runs[@]}" --out "$OUT/loss.png" > /dev/null
+"$PYTHON" scripts/ablate_table.py "$OUT/downstream/results.csv" --out "$OUT/table.csv"

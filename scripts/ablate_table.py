@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.ablation import format_seed_table, seed_table
 from util.errors import run_cli
 from util.files import atomic_write
-from util.probe import format_seed_table, seed_table
 from util.tables import read_table
 
 
@@ -18,9 +18,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("probe", help="probe.csv of linear_probe.py, with backbones named SETTING_sSEED")
+    parser.add_argument(
+        "results", help="results.csv of run_downstream.py --method probe, with weights named SETTING_sSEED"
+    )
     parser.add_argument(
         "--reference", default="random_unweighted", help="setting that the others are compared with"
+    )
+    parser.add_argument(
+        "--min_positives",
+        type=int,
+        default=10,
+        help="leave out labels with fewer test images with or without",
     )
     parser.add_argument("--out", default="table.csv", help="CSV to write")
     return parser
@@ -28,8 +36,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    columns = ("finding", "features", "auc")
-    table = seed_table(read_table(Path(args.probe), columns), args.reference)
+    results = read_table(Path(args.results), ("weights", "label", "auc", "n", "n_positive"))
+    # Labels too rare to tell settings apart are no columns of the table; the mean has no count.
+    fewest = results[["n_positive"]].assign(without=results["n"] - results["n_positive"]).min(axis=1)
+    table = seed_table(results[~(fewest < args.min_positives)], args.reference)
     with atomic_write(args.out, "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")
     print(format_seed_table(table))

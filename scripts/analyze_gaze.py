@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import SOURCES
 from datasets.raw.egd import DEFAULT_SIGMA
+from util.cli import finite_float
+from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
 
@@ -42,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=256, help="short side of the heatmaps, px")
     add(
         "--size_thresholds",
-        type=float,
+        type=finite_float,
         nargs=2,
         default=[0.01, 0.05],
         metavar=("MEDIUM", "LARGE"),
@@ -60,10 +62,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the bootstrap")
     add(
         "--sigma",
-        type=float,
+        type=finite_float,
         default=DEFAULT_SIGMA,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
     )
+    add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     return parser  # fmt: skip
 

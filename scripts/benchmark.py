@@ -29,6 +29,8 @@ from PIL import Image
 
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
+from scripts.benchmarks.downstream import measure_downstream
+from scripts.benchmarks.gaze import measure_prediction
 from scripts.benchmarks.loading import measure_loader, measure_samples, measure_shared_memory
 from scripts.benchmarks.step import measure_steps
 from scripts.benchmarks.targets import measure_hog
@@ -57,6 +59,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
 
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such directory to write into")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that PyTorch can use")
@@ -67,9 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings(
             (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 64, 2, 3, (0, 1), device
         )  # fmt: skip
+        settings.downstream, settings.input_size = (40, 1, 4, 64), 64
     settings.compile, settings.quick = args.compile or device == "cuda" or args.quick, args.quick
-    if args.quick:
-        settings.input_size = 64
     if args.batch_size:
         settings.batch_size = args.batch_size
 
@@ -89,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         measure_steps(report, tree, settings)
         measure_variants(report, tree, settings)
         measure_training(report, tree, Path(name) / "output", settings)
+        measure_prediction(report, Path(name), settings, args.quick)
+        measure_downstream(report, Path(name) / "downstream", settings)
     for name, value in report.equality.items():
         print(f"{name}: {value:.3g}")
     if args.json:

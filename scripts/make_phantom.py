@@ -20,6 +20,7 @@ from datasets.phantom.real import add_real_radiograph
 from datasets.phantom.reflacx import make_study
 from datasets.phantom.rsna import make_rsna
 from datasets.phantom.study import PhantomStudy
+from util.cli import finite_float
 from util.errors import UserError, run_cli
 
 LAYOUTS = ("reflacx", "egd", "rsna", "nih", "chexpert")
@@ -67,14 +68,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=list(LESION_KINDS),
         help="abnormalities to draw from",
     )
-    parser.add_argument("--lesion_size", type=float, default=1.0, help="multiplies the lesions' usual extent")
     parser.add_argument(
-        "--lesion_contrast", type=float, default=1.0, help="multiplies the lesions' usual contrast"
+        "--lesion_size", type=finite_float, default=1.0, help="multiplies the lesions' usual extent"
     )
-    parser.add_argument("--normal_fraction", type=float, default=0.2, help="share of images without a lesion")
+    parser.add_argument(
+        "--lesion_contrast", type=finite_float, default=1.0, help="multiplies the lesions' usual contrast"
+    )
+    parser.add_argument(
+        "--normal_fraction", type=finite_float, default=0.2, help="share of images without a lesion"
+    )
     parser.add_argument(
         "--dwell_ratio",
-        type=float,
+        type=finite_float,
         help="gaze density inside abnormal ellipses over that outside; 6 if not given",
     )
     parser.add_argument(

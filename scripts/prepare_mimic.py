@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
+from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
 
@@ -56,6 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="dicom_ids and subject_ids to leave out, one a line, such as those that an evaluation will use",
     )
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
+    add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
     add(

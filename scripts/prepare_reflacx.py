@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import DEFAULT_SIGMA
+from datasets.raw.readings import MAX_BAD
+from util.cli import finite_float
+from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
 
@@ -54,10 +57,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add(
         "--sigma",
-        type=float,
+        type=finite_float,
         default=DEFAULT_SIGMA,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
     )
+    add(
+        "--max_bad_fixations",
+        type=finite_float,
+        default=MAX_BAD,
+        metavar="SHARE",
+        help="bad fixations (not numbers, no angular resolution, negative duration) are left out and listed; with "
+        "more of them than this share a reading is unusable",
+    )
+    add(
+        "--screen_filter",
+        action="store_true",
+        help="REFLACX only: leave out fixations on the screen's button, or more than half a degree outside of the "
+        "image shown, as the data set's authors' example does",
+    )
+    add_dicom_contrast(parser)
     add(
         "--workers",
         type=int,

@@ -4,12 +4,19 @@
 # A second call goes on from the newest checkpoint in output_dir. Other nodes: scripts/slurm_pretrain.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+# Set PYTHON to use an environment of your own.
+if [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; then
+  PYTHON=${PYTHON:-python3}
+  [[ $PYTHON == */* && $PYTHON != /* ]] && PYTHON=$OLDPWD/$PYTHON # as seen from where this was called
+else
+  PYTHON=.venv/bin/python
+fi
 
 # One thread per process for the CPU's part: the loader's workers are processes of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-torchrun --standalone --nproc_per_node 1 run_pretrain.py \
+# exec, so that a signal to this script reaches torchrun, which hands it on.
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 1 run_pretrain.py \
   --data_path ../data/reflacx-1.0.0/ \
   --output_dir ./output_dir/cxrmim/ \
   --pretrained preTrain/vit_base_p16_224_timm.pth \

@@ -14,17 +14,33 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%A_%a.out
+#SBATCH --output=%x-%j.out
 # USR1 to this script, 120 s before the time limit: time for a step and a checkpoint.
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
 
 OUTPUT_DIR=${OUTPUT_DIR:-./output_dir/cxrmim}
-seed=0
+seed=(--seed 0)
+flags=()
+while (($#)); do
+    case $1 in
+        --output_dir) OUTPUT_DIR=${2:?--output_dir needs a directory}; shift ;;
+        --output_dir=*) OUTPUT_DIR=${1#*=} ;;
+        --seed | --seed=*) seed=(); flags+=("$1") ;;
+        *) flags+=("$1") ;;
+    esac
+    shift
+done
+# In an array each task is a run of its own.
 if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
-    seed=$SLURM_ARRAY_TASK_ID
-    OUTPUT_DIR=$OUTPUT_DIR-seed$seed
+    if ((${#seed[@]} == 0)); then
+        echo "error: the tasks of an array have their number as seed; leave --seed out" >&2
+        exit 1
+    fi
+    seed=(--seed "$SLURM_ARRAY_TASK_ID")
+    while [[ $OUTPUT_DIR == */ ]]; do OUTPUT_DIR=${OUTPUT_DIR%/}; done
+    OUTPUT_DIR=$OUTPUT_DIR-seed$SLURM_ARRAY_TASK_ID
 fi
 export OMP_NUM_THREADS=1
 # From Slurm 22.05 on, srun does not take --cpus-per-task from the job and would give a task one CPU.
@@ -38,23 +54,45 @@ host=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
 port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
 
 # torchrun dies of USR1, but its workers save and exit. So on each node torchrun ignores the signal, and
-# this shell, to which srun passes it on, gives it to torchrun's children, the ranks.
+# this shell, to which srun passes it on, gives it to torchrun's children, the ranks. (No pkill: containers
+# may lack it.) TERM, of scancel or a preemption, torchrun hands on itself. Either way the shell waits for
+# the ranks: when a task's shell ends, Slurm kills what is left of the task.
 read -r -d '' on_each_node <<'NODE'
 (trap '' USR1; exec "$@") &
 launcher=$!
-trap 'pkill -USR1 -P "$launcher"' USR1
+tell_ranks() {
+    local stat line fields
+    for stat in /proc/[0-9]*/stat; do
+        { read -r line < "$stat"; } 2> /dev/null || continue
+        read -r -a fields <<< "${line##*) }" # state, parent, ...
+        if [[ ${fields[1]} == "$launcher" ]]; then kill -USR1 "${line%% *}"; fi
+    done
+}
+trap tell_ranks USR1
+trap 'kill -TERM "$launcher"' TERM
 while wait "$launcher"; status=$?; kill -0 "$launcher" 2>/dev/null; do :; done
+# Where it ended while the signal was handled, its own status is still to be had.
+if ((status > 128)); then wait "$launcher" 2>/dev/null; own=$?; ((own == 127)) || status=$own; fi
 exit "$status"
 NODE
 
 requeue=no
 job=
+# shellcheck disable=SC2329 # called by trap
 pause() {
     echo "$(date): the time is nearly up; saving a checkpoint, then back into the queue"
     requeue=yes
-    kill -USR1 "$job"
+    [[ -z $job ]] || kill -USR1 "$job"
+}
+# scancel and preemption send TERM to all of the job, and KILL half a minute later. Slurm itself puts a
+# preempted job back into the queue; a cancelled one is to stay away.
+# shellcheck disable=SC2329 # called by trap
+terminate() {
+    echo "$(date): asked to end; saving a checkpoint"
+    [[ -z $job ]] || kill -TERM "$job"
 }
 trap pause USR1
+trap terminate TERM
 
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$on_each_node" on_each_node \
     "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$gpus" \
@@ -63,10 +101,11 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$on_each_node" on_each_no
     --mask_ratio 0.75 --clinical_ratio 0.5 --epochs 400 --warmup_epochs 10 --blr 3e-3 --weight_decay 0.05 \
     --num_workers 4 --preload --gaze_weighted --id_list 1 3 9 11 --scale_list 4.0 2.0 1.0 0.5 \
     --decoder_depth 1 --decoder_num_heads 8 --data_path "../data/reflacx-1.0.0/" \
-    --output_dir "$OUTPUT_DIR" --seed "$seed" "$@" &
+    --output_dir "$OUTPUT_DIR" "${seed[@]}" "${flags[@]}" &
 job=$!
 # A trapped signal interrupts wait; the job is still running then.
 while wait "$job"; status=$?; kill -0 "$job" 2>/dev/null; do :; done
+if ((status > 128)); then wait "$job" 2>/dev/null; own=$?; ((own == 127)) || status=$own; fi
 
 if [[ $status -ne 0 && $requeue == yes ]]; then
     # The same command goes on from the newest whole checkpoint.

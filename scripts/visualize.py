@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
 from models_cxrmim import CXRMIM
-from util.cli import check_device
+from util.cli import check_device, finite_float
+from util.download import local_file
 from util.errors import UserError, run_cli
 from util.masking import MASKINGS
 from util.pictures import check_picture_path, contact_sheet, page_path, reconstruction_figure, save_figure
@@ -42,11 +43,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--heatmap", help="its gaze heatmap, 8-bit gray, of the same size")
     add("--fixations", help="its fixations as CSV, with REFLACX's columns or x, y, duration, sigma_x, ...")
     add("--masking", choices=MASKINGS, help="what chooses the masked patches")
-    add("--mask_ratio", type=float, help="share of masked patches")
-    add("--clinical_ratio", type=float, help="share of masked ones among the attended patches")
+    add("--mask_ratio", type=finite_float, help="share of masked patches")
+    add("--clinical_ratio", type=finite_float, help="share of masked ones among the attended patches")
     add("--seed", type=int, help="of the masks, and of the crops of --epoch and --step")
     add("--id_list", type=int, nargs="+", help="for a file that doesn't say: blocks that it decodes")
-    add("--scale_list", type=float, nargs="+", help="for a file that doesn't say: scale of each")
+    add("--scale_list", type=finite_float, nargs="+", help="for a file that doesn't say: scale of each")
     add("--num_heads", type=int, help="for a file that doesn't say: attention heads of the encoder")
     add("--decoder_num_heads", type=int, help="for a file that doesn't say: attention heads of the decoders")
     add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images on a page")
@@ -54,6 +55,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="replaying masks of a run on CUDA needs cuda")
     add("--out", default="picture.png", help=".png, .pdf, .svg or .jpg; several pages are numbered")
     return parser
+
+
+def _listed(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--per_page {args.per_page}: must be at least 1")
     check_device(args.device)
 
-    state, info = read_state_dict(args.checkpoint)
+    state, info = read_state_dict(local_file(args.checkpoint))
     given = {name: value for name, value in vars(args).items() if name in STORED and value is not None}
     options = {**info.args, **given}
     model = build_model(CXRMIM, state, info, given).to(args.device)
@@ -92,13 +97,19 @@ def main(argv: list[str] | None = None) -> int:
             indices = args.index or range(min(4, len(dataset)))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
 
+    data = args.image or " ".join(
+        args.data_path or [str(path) for path in _listed(info.args.get("data_path"))]
+    )
+    where = f"training step {args.step} of epoch {args.epoch}" if args.epoch is not None else "whole images"
+    trained = "" if info.epoch is None else f" after {info.epoch + 1} epochs"
+    title = f"{Path(args.checkpoint).resolve().parent.name}/{info.path.name}{trained}, {data}, {where}"
     draw = contact_sheet if args.sheet else reconstruction_figure
     per_page = args.per_page or (64 if args.sheet else 4)
     starts = range(0, len(shown.names), per_page)
     for page, start in enumerate(starts):
         some = shown.take(range(start, min(start + per_page, len(shown.names))))
         path = page_path(out, page, len(starts))
-        save_figure(draw(model, some.batch, some.mask, names=some.names), path)
+        save_figure(draw(model, some.batch, some.mask, names=some.names, title=title), path)
         print(f"wrote {path}: {', '.join(some.names)}")
     return 0
 

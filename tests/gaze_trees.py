@@ -30,7 +30,7 @@ def make_gaze_tree(
         gray = 40 + 180 * disc(height, width, centre, 4) + rng.uniform(0, 20, (height, width))
         image = f"images/s{subject}/i{subject}.png"
         save(root / image, np.round(gray).clip(0, 255).astype(np.uint8))
-        for reader in range(2 if number % 3 == 0 else 1):
+        for reader in range(2 if number % 3 == 1 else 1):
             entry = {"image_path": image, "study_id": f"s{subject}", "reflacx_id": f"P{subject}R{reader}"}
             entry |= {"subject_id": subject, "split": SPLITS[number % len(SPLITS)] if splits else None}
             seen = centre + rng.normal(0, 1, 2)

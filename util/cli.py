@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import math
+
 import torch
 
 from util.errors import UserError
+
+
+def finite_float(text: str) -> float:
+    """The `type` of every number with a fraction: nan and inf pass comparisons that no use of them survives."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
 
 
 def check_device(device: str) -> str:

@@ -73,6 +73,8 @@ def _by_scale(key: str) -> tuple[float, str]:
 def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Loss curves of several runs side by side: a panel for the whole loss, and one for each scale.
 
+    The panels of the scales share their axis, so that they can be compared; it is linear.
+
     Args:
         runs: name -> entries of `read_log`.
     """
@@ -106,6 +108,16 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         place.grid(alpha=0.25, lw=0.5)
         place.xaxis.get_major_locator().set_params(integer=True)
         place.spines[["top", "right"]].set_visible(False)
+    if parts := [place for place, key in zip(axes, panels, strict=False) if key != "train_loss"]:
+        losses = [entry[key] for log in runs.values() for entry in log for key in keys if key in entry]
+        margin = 0.05 * (max(losses) - min(losses)) or 0.05 * abs(max(losses)) or 1.0
+        for place in parts:
+            place.set_ylim(min(losses) - margin, max(losses) + margin)
+    counts = {len(log) for log in runs.values()}
+    epochs = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    figure.suptitle(
+        f"Training loss of {', '.join(runs)}: {epochs} epochs (linear axes, one for all scales)", fontsize=9
+    )
     for place in axes[len(panels) :]:
         place.set_axis_off()
     handles = axes[0].get_legend_handles_labels()

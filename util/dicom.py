@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from util.contrast import CONTRASTS, MIMIC_CXR_JPG
 from util.errors import UserError
 
 if TYPE_CHECKING:  # imported where it is used: who has no DICOM files needs no pydicom
     import pydicom
 
-CONTRASTS = ("mimic-cxr-jpg", "window", "minmax")
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 # What it logs about damaged files, tracebacks among it, is in our errors; a program's own handlers get it.
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
@@ -85,7 +85,7 @@ def _read(path: Path, contrast: str) -> np.ndarray:
     ds = _open_gray(path)
     photometric = ds.PhotometricInterpretation
     stored = _stored_values(ds, path)
-    if contrast == "mimic-cxr-jpg":
+    if contrast == MIMIC_CXR_JPG:
         return _as_mimic_cxr_jpg(stored, photometric == "MONOCHROME1")
     padding = _padding(ds, stored)
     inside = stored if padding is None else stored[~padding]

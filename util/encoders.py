@@ -56,11 +56,6 @@ class Candidate:
             model.blocks = model.blocks[: self.backbone.block + 1]
         return model
 
-    @property
-    def image_side(self) -> int:
-        """Side of its input in pixels."""
-        return 224 if self.backbone is None else int(self.backbone.timm_args.get("img_size", 224))
-
 
 def named_files(texts: Sequence[str]) -> list[tuple[str, str]]:
     """(name, path) of NAME=FILE, or of FILE, which then gives the name. Raises `UserError` for a name twice."""
@@ -84,7 +79,7 @@ def read_candidates(
     *,
     imagenet: str | Path,
     tap: str = "last",
-    img_size: int | None = 224,
+    img_size: int | None = None,
     num_heads: int | None = None,
 ) -> list[Candidate]:
     """What `--weights` names, each NAME=FILE, FILE, imagenet, random or pixels; read, and reported in print.

@@ -28,6 +28,17 @@ REFLACX_COLUMNS = {
     "ymax": "ymax_shown_from_image",
 }
 REFLACX_TIMES = ("timestamp_start_fixation", "timestamp_end_fixation")
+REFLACX_SCREEN_COLUMNS = {
+    "xmin": "xmin_in_screen_coordinates",
+    "ymin": "ymin_in_screen_coordinates",
+    "xmax": "xmax_in_screen_coordinates",
+    "ymax": "ymax_in_screen_coordinates",
+}
+RECTANGLE = ("xmin", "ymin", "xmax", "ymax")
+# The filter of the REFLACX authors' example: how far a fixation may lie outside of the image shown,
+# and how near to the button that their readers clicked, in pixels of their screen.
+MAX_DEGREES_OUTSIDE = 0.5
+BUTTON_X, BUTTON_Y, BUTTON_MARGIN = (10.0, 650.0), (933.0, 1122.0), 50.0
 
 
 def fixation_columns(table: pd.DataFrame | Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
@@ -108,6 +119,30 @@ def _axis_factor(
     return density
 
 
+def check_rectangles(
+    fixations: Mapping[str, Sequence[float]], image_size: tuple[int, int], path: object
+) -> str | None:
+    """Whether the parts in view fit an image of (height, width) `image_size`: None if they do, a doubt where they
+    can't tell, `UserError` naming `path` where one reaches beyond it (by more than a pixel)."""
+    columns = fixation_columns(fixations)
+    edges = {name: columns[name][np.isfinite(columns[name])] for name in RECTANGLE}
+    if not all(values.size for values in edges.values()):
+        return f"{path}: has no parts in view, so it can't be checked that it is of an image of this size"
+    height, width = image_size
+    right, bottom = max(edges["xmax"]), max(edges["ymax"])
+    if min(*edges["xmin"], *edges["ymin"]) < -1 or right > width + 1 or bottom > height + 1:
+        raise UserError(
+            f"{path}: parts of an image of {right:g} x {bottom:g} px or more were in view, but this one has "
+            f"{width} x {height}; give the image at its original size"
+        )
+    if right < width - 1 or bottom < height - 1:
+        return (
+            f"{path}: nothing beyond {right:g} x {bottom:g} px was ever in view, and this image has {width} x {height}; "
+            "is it the same, at its original size?"
+        )
+    return None
+
+
 def inside_image(
     fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int]
 ) -> np.ndarray:
@@ -115,6 +150,28 @@ def inside_image(
     x, y = np.asarray(fixations["x"], dtype=np.float64), np.asarray(fixations["y"], dtype=np.float64)
     height, width = image_size
     return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
+
+
+def off_the_image_shown(fixations: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which fixations lie more than half a degree outside of the rectangle in view: bool [n]."""
+    far = np.zeros(len(fixations["x"]), bool)
+    for axis in "xy":
+        at, slack = fixations[axis], MAX_DEGREES_OUTSIDE * fixations[f"sigma_{axis}"]
+        far |= (at < fixations[f"{axis}min"] - slack) | (at > fixations[f"{axis}max"] + slack)
+    return far
+
+
+def on_the_button(fixations: Mapping[str, np.ndarray], screen: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which fixations lie on the button of REFLACX's screen or within `BUTTON_MARGIN` px above, below or
+    beside it: bool [n]. `screen` has the rectangle in view again, xmin ... ymax, px of the screen."""
+    near = np.ones(len(fixations["x"]), bool)
+    for axis, (low, high) in (("x", BUTTON_X), ("y", BUTTON_Y)):
+        start, end = fixations[f"{axis}min"], fixations[f"{axis}max"]
+        with np.errstate(divide="ignore", invalid="ignore"):  # an empty rectangle: nowhere, not near
+            share = (fixations[axis] - start) / (end - start)
+        at = screen[f"{axis}min"] + share * (screen[f"{axis}max"] - screen[f"{axis}min"])
+        near &= (at >= low - BUTTON_MARGIN) & (at <= high + BUTTON_MARGIN)
+    return near
 
 
 def merge_heatmaps(heatmaps: Sequence[np.ndarray]) -> np.ndarray:

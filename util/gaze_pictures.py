@@ -15,6 +15,7 @@ from torch import Tensor
 from util.pictures import gaze_overlay
 from util.saliency import gaze_patches
 
+PANEL, GAP, TITLE, FOOT = 1.7, 0.05, 0.32, 0.3  # inches
 READERS_ONLY, PREDICTION_ONLY, BOTH = "#3b7dd8", "#e8862e", "#38a169"
 
 
@@ -44,21 +45,23 @@ def examples_figure(groups: Sequence[tuple[str, Sequence[Example]]], *, patch_si
         groups: a heading and its examples, e.g. ("best", [...]).
     """
     rows = [(heading, example) for heading, examples in groups for example in examples]
-    most = max(len(example.readings) for _, example in rows)
-    columns = most + 3
-    figure = Figure(figsize=(1.75 * columns + 0.4, 1.95 * len(rows) + 0.7), layout="constrained")
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for line, (heading, example) in zip(panels, rows):
+    columns = max(len(example.readings) for _, example in rows) + 3
+    width, height = columns * (PANEL + GAP) + GAP, len(rows) * (PANEL + TITLE) + FOOT
+    figure = Figure(figsize=(width, height))
+    for line, (heading, example) in enumerate(rows):
         shown = [(f"{_fit(example.name, 24)}\n{heading}: {example.note}", example.gray)]
         for number, levels in enumerate(example.readings):
             overlay = gaze_overlay(example.gray, levels.numpy() / max(1, int(levels.max())))
             shown.append((f"reader {number + 1}" if len(example.readings) > 1 else "reader", overlay))
         predicted = (example.prediction / example.prediction.max()).numpy()
-        prediction = ("prediction", gaze_overlay(example.gray, predicted))
-        patches = ("significant patches", _patch_picture(example, patch_size))
-        for axes, (title, picture) in zip([*line[: len(shown)], *line[-2:]], [*shown, prediction, patches]):
+        last = [("prediction", gaze_overlay(example.gray, predicted))]
+        last.append(("significant patches", _patch_picture(example, patch_size)))
+        places = [*range(len(shown)), columns - 2, columns - 1]
+        bottom = height - (line + 1) * (PANEL + TITLE)
+        for column, (title, picture) in zip(places, [*shown, *last], strict=True):
+            left = GAP + column * (PANEL + GAP)
+            axes = figure.add_axes((left / width, bottom / height, PANEL / width, PANEL / height))
+            axes.set_axis_off()
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(title, fontsize=7, pad=2)
     handles = [
@@ -66,7 +69,7 @@ def examples_figure(groups: Sequence[tuple[str, Sequence[Example]]], *, patch_si
         Patch(fc=PREDICTION_ONLY, label="prediction only"),
         Patch(fc=BOTH, label="both"),
     ]
-    figure.legend(handles=handles, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="lower right", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ SIGNIFICANT = "#E69F00"  # orange
 MASKED = "#0072B2"  # blue
 GAZE_MAP = "inferno"  # perceptually uniform
 ERROR_MAP = "viridis"
+KEY = (
+    "significant: at least half of the patch is gaze foreground (Otsu). Glyphs: lines along the edges of a cell, "
+    "brighter where more of its gradient has that direction."
+)
 GLYPH_PIXELS = 896  # least side of a drawn HOG panel
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 
@@ -46,6 +51,8 @@ class Reconstruction:
         predicted: for each scale bool [B, h_k, w_k], cells that touch a masked patch.
         error: float [B, h, w], squared error of the patch's cells, averaged over cells and channels
             and summed over scales: the unweighted loss of the patch.
+        reference: float [B, h, w], the same of a constant prediction, the mean target of these images
+            at each scale: what a model that learnt nothing else would have.
         cell_sizes: px of each scale.
     """
 
@@ -57,6 +64,7 @@ class Reconstruction:
     predictions: list[np.ndarray]
     predicted: list[np.ndarray]
     error: np.ndarray
+    reference: np.ndarray
     cell_sizes: list[int]
 
 
@@ -79,13 +87,15 @@ def reconstruct(model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> 
 
     height, width = model.grid_size
     grid_mask = mask.view(-1, 1, height, width).float()
-    error = torch.zeros_like(grid_mask)
+    error, reference = torch.zeros_like(grid_mask), torch.zeros_like(grid_mask)
     shown_targets, shown_predictions, predicted = [], [], []
     for scale, target, prediction in zip(model.scale_list, targets, predictions, strict=True):
         shape = (-1, int(height * scale), int(width * scale))
         cell_error = (prediction.float() - target).square().mean(2).view(shape)[:, None]
         # Cells back to patches: the inverse of bringing a mask to the cells.
         error += mask_cells(cell_error, 1 / scale)
+        mean_error = (target - target.mean((0, 1))).square().mean(2).view(shape)[:, None]
+        reference += mask_cells(mean_error, 1 / scale)
         by_channel = (*shape, 3, model.hog.nbins)
         shown_targets.append(target.float().view(by_channel).mean(3).cpu().numpy())
         shown_predictions.append(prediction.float().view(by_channel).mean(3).cpu().numpy())
@@ -100,6 +110,7 @@ def reconstruct(model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> 
         predictions=shown_predictions,
         predicted=predicted,
         error=error[:, 0].cpu().numpy(),
+        reference=reference[:, 0].cpu().numpy(),
         cell_sizes=list(model.hog.cell_sizes),
     )
 
@@ -179,24 +190,30 @@ def mask_picture(gray: np.ndarray, significant: np.ndarray, masked: np.ndarray) 
 
 
 def prediction_picture(
-    target: np.ndarray, prediction: np.ndarray, predicted: np.ndarray, pixels: int = GLYPH_PIXELS
+    prediction: np.ndarray, predicted: np.ndarray, pixels: int = GLYPH_PIXELS
 ) -> np.ndarray:
-    """Glyphs of the prediction in cells that touch a masked patch; elsewhere the target, dim on blue.
+    """Glyphs of the prediction in cells that touch a masked patch; visible cells are hatched, without glyphs.
 
     Args:
-        target, prediction: [h, w, nbins].
+        prediction: [h, w, nbins].
         predicted: bool [h, w].
         pixels: least side of the result.
 
     Returns:
         RGB [H, W, 3] in 0..1.
     """
-    cell = _glyph_cell(target.shape[0], pixels)
-    shown = hog_glyphs(np.where(predicted[..., None], prediction, 0.45 * np.clip(target, 0, 1)), cell)[
-        ..., None
-    ]
-    ground = np.where(_enlarge(predicted, cell)[..., None], 0.0, 0.45 * np.array(to_rgb(MASKED)))
-    return shown + (1 - shown) * ground
+    cell = _glyph_cell(prediction.shape[0], pixels)
+    shown = hog_glyphs(np.where(predicted[..., None], prediction, 0), cell)
+    rows, columns = np.indices(shown.shape)
+    hatch = np.where((rows + columns) % 16 < 3, 0.45, 0.22)[..., None] * np.array(to_rgb(MASKED))
+    return np.where(_enlarge(predicted, cell)[..., None], shown[..., None], hatch)
+
+
+def _finest_masked(masked: np.ndarray, side: int) -> tuple[int, int]:
+    """Row and column of the square of side x side patches that holds most masked ones."""
+    height, width = masked.shape
+    places = [(row, column) for row in range(height - side + 1) for column in range(width - side + 1)]
+    return max(places, key=lambda place: masked[place[0] : place[0] + side, place[1] : place[1] + side].sum())
 
 
 def _glyph_cell(cells: int, pixels: int) -> int:
@@ -213,6 +230,7 @@ def reconstruction_figure(
     mask: Tensor,
     *,
     names: Sequence[str] | None = None,
+    title: str = "",
     panel_inches: float = 2.2,
 ) -> Figure:
     """Figure with one band per image, of two lines: radiograph, gaze, targets; mask, error, predictions.
@@ -221,26 +239,28 @@ def reconstruction_figure(
         model: unwrapped CXRMIM.
         batch: B images as the data sets give them, or prepared.
         mask: [B, L], 1 = masked.
-        names: one line of text per image.
+        names, title: a line of text per image; what is shown: run, data, epoch.
         panel_inches: side of a panel.
 
+    The last column enlarges the finest cells where most is masked: target above, prediction below.
+
     Returns:
-        A figure of about (2 + K) x 2B panels; save it with `save_figure`.
+        A figure of about (3 + K) x 2B panels; save it with `save_figure`.
     """
     found = reconstruct(model, batch, mask)
     count, scales = len(found.gray), len(found.cell_sizes)
-    columns = 2 + scales
-    gap, title, header, footer, left = 0.06, 0.24, 0.26, 0.62, 0.06
-    band = header + 2 * (title + panel_inches)
+    columns = 3 + scales
+    gap, caption, header, footer, left, top = 0.06, 0.24, 0.26, 0.8, 0.06, 0.34
+    band = header + 2 * (caption + panel_inches)
     width = left + columns * (panel_inches + gap)
-    height = count * band + footer
+    height = top + count * band + footer
     figure = Figure(figsize=(width, height), dpi=200)
     FigureCanvasAgg(figure)
     error_scale = Normalize(0, max(float(found.error[found.masked].max(initial=0)), 1e-12))
 
     def panel(row: int, line: int, column: int, text: str, picture: np.ndarray, **options):
         x = left + column * (panel_inches + gap)
-        y = height - row * band - header - line * (title + panel_inches) - title - panel_inches
+        y = height - top - row * band - header - line * (caption + panel_inches) - caption - panel_inches
         axes = figure.add_axes((x / width, y / height, panel_inches / width, panel_inches / height))
         axes.imshow(picture, **options)
         axes.set_title(text, fontsize=8, pad=2.5)
@@ -250,16 +270,22 @@ def reconstruction_figure(
             spine.set_linewidth(0.4)
         return axes
 
+    lines = [title, f"{count} image{'s' if count > 1 else ''}"]
+    figure.text(
+        left / width, 1 - 0.5 * top / height, ", ".join(filter(None, lines)), fontsize=10, va="center"
+    )
+    finest = int(np.argmin(found.cell_sizes))
     for i in range(count):
         gray, significant, masked = found.gray[i], found.significant[i], found.masked[i]
         counts = (
             f"{significant.sum()} of {masked.size} patches significant; "
-            f"masked: {masked.sum()}, of which significant: {(masked & significant).sum()}"
+            f"masked: {masked.sum()}, of which significant: {(masked & significant).sum()}; "
+            f"squared error {found.error[i][masked].mean():.3f}, of the mean target {found.reference[i][masked].mean():.3f}"
         )
         name = f"{names[i]}   " if names else ""
-        top = height - i * band - header * 0.72
-        figure.text(left / width, top / height, name, fontsize=8.5, weight="bold", va="center")
-        figure.text(1 - gap / width, top / height, counts, fontsize=8, va="center", ha="right")
+        line = height - top - i * band - header * 0.72
+        figure.text(left / width, line / height, name, fontsize=8.5, weight="bold", va="center")
+        figure.text(1 - gap / width, line / height, counts, fontsize=8, va="center", ha="right")
 
         panel(i, 0, 0, "radiograph", gray, cmap="gray", vmin=0, vmax=1)
         panel(i, 0, 1, "gaze heatmap", gaze_overlay(gray, found.attention[i]))
@@ -274,13 +300,21 @@ def reconstruction_figure(
             target, prediction = found.targets[k][i], found.predictions[k][i]
             glyphs = hog_glyphs(target, _glyph_cell(target.shape[0], GLYPH_PIXELS))
             panel(i, 0, 2 + k, f"HOG target, {cell} px cells", glyphs, cmap="gray", vmin=0, vmax=1)
-            shown = prediction_picture(target, prediction, found.predicted[k][i])
+            shown = prediction_picture(prediction, found.predicted[k][i])
             panel(i, 1, 2 + k, f"HOG prediction, {cell} px cells", shown)
+        side = min(4, *masked.shape)
+        place = _finest_masked(masked, side)
+        shown = [hog_glyphs(found.targets[finest][i], GLYPH_PIXELS // 32 + 4)[..., None].repeat(3, 2),
+                 prediction_picture(found.predictions[finest][i], found.predicted[finest][i])]  # fmt: skip
+        for line, (what, picture) in enumerate(zip(("target", "prediction"), shown, strict=True)):
+            step = picture.shape[0] // masked.shape[0]
+            rows, cols = (slice(start * step, (start + side) * step) for start in place)
+            panel(i, line, 2 + scales, f"{what}, {side} x {side} patches enlarged", picture[rows, cols])
 
-    visible = Patch(
-        fc=0.45 * np.array(to_rgb(MASKED)), label="in predictions: visible cells, the target dimmed"
-    )
-    _legend(figure, (left / width, 0.05 / height, 0.5, (footer - 0.15) / height), [visible])
+    visible = Patch(fc=0.22 * np.array(to_rgb(MASKED)), ec=0.45 * np.array(to_rgb(MASKED)), hatch="//////",
+                    label="in predictions: visible, not predicted")  # fmt: skip
+    _legend(figure, (left / width, 0.28 / height, 0.6, (footer - 0.4) / height), [visible])
+    figure.text(left / width, 0.1 / height, KEY, fontsize=7.5)
     axes = figure.add_axes(
         (1 - (2.2 * panel_inches) / width, (footer - 0.22) / height, 2 * panel_inches / width, 0.09 / height)
     )
@@ -299,6 +333,7 @@ def contact_sheet(
     mask: Tensor,
     *,
     names: Sequence[str] | None = None,
+    title: str = "",
     columns: int = 4,
     panel_inches: float = 1.5,
 ) -> Figure:
@@ -315,18 +350,28 @@ def contact_sheet(
 
     columns = min(columns, len(gray))
     rows = math.ceil(len(gray) / columns)
-    title, gap, footer = 0.32, 0.12, 0.4
+    per_line = int(panel_inches * 38)
+    wrapped = [textwrap.wrap(name, per_line) for name in names] if names else [[]] * len(gray)
+    caption, gap, footer, top = 0.16 + 0.085 * max(map(len, wrapped)), 0.12, 0.55, 0.34
     tile = 2 * panel_inches + 0.04 + gap
-    width, height = gap + columns * tile, rows * (panel_inches + title) + footer
+    width, height = gap + columns * tile, top + rows * (panel_inches + caption) + footer
     figure = Figure(figsize=(max(width, 4.5), height), dpi=200)
     FigureCanvasAgg(figure)
     width = figure.get_figwidth()
+    lines = [title, f"{len(gray)} image{'s' if len(gray) > 1 else ''}"]
+    figure.text(
+        gap / width,
+        1 - 0.5 * top / height,
+        ", ".join(filter(None, lines)),
+        fontsize=8,
+        va="center",
+        wrap=True,
+    )
     for i in range(len(gray)):
         row, column = divmod(i, columns)
-        y = height - row * (panel_inches + title) - title - panel_inches
+        y = height - top - row * (panel_inches + caption) - caption - panel_inches
         text = f"{significant[i].sum()} significant, {(significant[i] & masked[i]).sum()} of them masked"
-        if names:
-            text = f"{_fit(names[i], int(panel_inches * 28))}\n{text}"
+        text = "\n".join([*wrapped[i], text])
         pictures = (gaze_overlay(gray[i], attention[i]), mask_picture(gray[i], significant[i], masked[i]))
         for j, picture in enumerate(pictures):
             x = gap + column * tile + j * (panel_inches + 0.04)
@@ -336,12 +381,9 @@ def contact_sheet(
         _outline(axes, significant[i] & ~masked[i], gray.shape[1] // masked.shape[1])
         x = gap + column * tile
         figure.text(x / width, (y + panel_inches + 0.03) / height, text, fontsize=5.5, va="bottom")
-    _legend(figure, (gap / width, 0.03 / height, 1 - 2 * gap / width, (footer - 0.1) / height))
+    _legend(figure, (gap / width, 0.2 / height, 1 - 2 * gap / width, (footer - 0.25) / height))
+    figure.text(gap / width, 0.08 / height, KEY.partition(" Glyphs")[0], fontsize=6)
     return figure
-
-
-def _fit(text: str, limit: int) -> str:
-    return text if len(text) <= limit else "..." + text[3 - limit :]
 
 
 def _outline(axes, patches: np.ndarray, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Initial weights from timm's collection of pretrained Vision Transformers."""
+"""Initial weights from timm's collection of pretrained models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from urllib.request import getproxies
 import huggingface_hub
 import timm
 import torch
+from timm.models import get_pretrained_cfg
 
 from util.errors import UserError
 from util.export import sha256
@@ -25,6 +26,7 @@ from util.weights import read_state_dict
 TAG = "augreg_in21k_ft_in1k"
 FOLDER = Path(__file__).resolve().parents[1] / "preTrain"
 SIZES = ("tiny", "small", "base", "large")
+_VIT = re.compile(rf"(?:(?:cxrmim_)?vit_)?({'|'.join(SIZES)})(?:_patch16(?:_224)?(?:\.{TAG})?)?")
 
 
 def weights_name(size: str) -> str:
@@ -33,16 +35,35 @@ def weights_name(size: str) -> str:
 
 
 def stored_weights(timm_name: str) -> Path:
-    """Where scripts/fetch_weights.py keeps the weights of a timm model, whether they are there or not."""
-    size = re.fullmatch(rf"vit_({'|'.join(SIZES)})_patch16_224", timm_name)
+    """Where the weights of a timm model are kept, whether they are there or not."""
+    size = _VIT.fullmatch(timm_name)
     return FOLDER / (weights_name(size.group(1)) if size else f"{timm_name}_timm.pth")
 
 
-def fetch_weights(size: str, out: str | os.PathLike, *, file: str | os.PathLike | None = None) -> str:
+def tagged_name(text: str) -> str:
+    """timm's name, with its tag, of the pretrained model that `text` names: a size ("base"), this program's or
+    timm's name; of timm's name without tag the weights that timm prefers, but of the ViTs those of `TAG`.
+
+    Raises:
+        UserError: timm has no pretrained model of this name.
+    """
+    if size := _VIT.fullmatch(text):
+        return f"vit_{size.group(1)}_patch16_224.{TAG}"
+    config = get_pretrained_cfg(text) if timm.is_model(text.partition(".")[0]) else None
+    if config is None or not config.hf_hub_id:
+        sizes = ", ".join(SIZES)
+        raise UserError(
+            f"--model {text}: timm has no pretrained model of this name; expected one of timm's "
+            f"(timm.list_pretrained()), such as resnet50, or a size of ViT: {sizes}"
+        )
+    return f"{config.architecture}.{config.tag}"
+
+
+def fetch_weights(name: str, out: str | os.PathLike, *, file: str | os.PathLike | None = None) -> str:
     """Save timm's pretrained weights as a plain state dict at `out`, and their checksum beside it.
 
     Args:
-        size: one of `SIZES`.
+        name: of `tagged_name`.
         out: file to write; `out`.sha256 is written too, in the format of sha256sum.
         file: weights downloaded by hand (model.safetensors of timm's page, or a torch file); None: ask
             the Hugging Face hub, or its local cache.
@@ -54,19 +75,18 @@ def fetch_weights(size: str, out: str | os.PathLike, *, file: str | os.PathLike 
         UserError: no connection and nothing cached, with the manual steps; or a file of another model.
     """
     out = Path(out)
-    name = f"vit_{size}_patch16_224.{TAG}"
     overlay = {}
     if file is not None:
         read_state_dict(file)  # refuses what could run code, and names what is wrong with it
-        # Older timm keeps the original JAX file's own loader for these names; ours is a state dict.
+        # Older timm keeps the original JAX file's own loader for some names; ours is a state dict.
         overlay = {"file": str(file), "custom_load": False}
     elif not (_hub_is_reachable() or _is_cached(name)):
-        raise UserError(f"cannot reach {huggingface_hub.constants.ENDPOINT}; {manual_steps(size, out)}")
+        raise UserError(f"cannot reach {huggingface_hub.constants.ENDPOINT}; {manual_steps(name, out)}")
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except OSError as error:
         raise UserError(
-            f"download of {name} failed ({_first_line(error)}); {manual_steps(size, out)}"
+            f"download of {name} failed ({_first_line(error)}); {manual_steps(name, out)}"
         ) from None
     except RuntimeError as error:  # load_state_dict: keys or shapes don't fit
         raise UserError(f"{file or name}: not the weights of {name}: {_first_line(error)}") from None
@@ -81,12 +101,11 @@ def fetch_weights(size: str, out: str | os.PathLike, *, file: str | os.PathLike 
     return digest
 
 
-def manual_steps(size: str, out: str | os.PathLike) -> str:
+def manual_steps(name: str, out: str | os.PathLike) -> str:
     """What to do without a connection, in one line."""
-    url = f"https://huggingface.co/timm/vit_{size}_patch16_224.{TAG}"
     return (
-        f"where there is a connection, download model.safetensors from {url} , copy it here and run "
-        f"`python scripts/fetch_weights.py --model {size} --file model.safetensors --out {out}`"
+        f"where there is a connection, download model.safetensors from https://huggingface.co/timm/{name} , copy it "
+        f"here and run `python scripts/fetch_weights.py --model {name} --file model.safetensors --out {out}`"
     )
 
 

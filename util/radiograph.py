@@ -13,7 +13,7 @@ from util.images import image_size, read_gray
 
 def read_radiograph(path: str | os.PathLike, contrast: str = "window") -> np.ndarray:
     """The radiograph as uint8 [H, W], air dark and bone bright; the content tells DICOM from JPG and
-    PNG, not the name. `contrast` is what becomes of DICOM's deeper gray, one of `util.dicom.CONTRASTS`.
+    PNG, not the name. `contrast` is what becomes of DICOM's deeper gray, one of `util.contrast.CONTRASTS`.
     Raises `UserError` naming the file."""
     path = Path(path)
     return read_dicom(path, contrast) if is_dicom(path) else read_gray(path)

@@ -33,6 +33,9 @@ class Outcome:
         label_names: C.
         targets: float32 [N, C], NaN where unknown; of classes one-hot.
         scores: float32 [N, C] between 0 and 1.
+        min_count: fewest images with and without a label that counts in the mean.
+        draws: of the bootstrap.
+        not_in_mean: labels that hold others, e.g. "Any finding".
     """
 
     weights: str
@@ -48,6 +51,7 @@ class Outcome:
     scores: np.ndarray
     min_count: int = 1
     draws: int = 1000
+    not_in_mean: Sequence[str] = ()
 
     @property
     def measure(self) -> str:
@@ -63,7 +67,9 @@ class Outcome:
         """Which labels count in the mean: bool [C]; both kinds must be there `min_count` times."""
         if self.task == MULTICLASS:
             return self.counts[0] > 0
-        return (self.counts >= max(1, self.min_count)).all(0)
+        single = np.array([name not in self.not_in_mean for name in self.label_names])
+        enough = (self.counts >= max(1, self.min_count)).all(0)
+        return enough & single if (enough & single).any() else enough
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -136,10 +142,17 @@ def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> N
 
 def left_out(outcome: Outcome) -> str:
     """What the mean leaves out, as text; "" where it holds every label."""
-    names = [name for name, kept in zip(outcome.label_names, outcome.judged, strict=True) if not kept]
-    if not names or outcome.task == MULTICLASS:
+    if outcome.task == MULTICLASS:
         return ""
-    return f"the mean leaves out {', '.join(names)}: fewer than {max(1, outcome.min_count)} test images with or without"
+    out = [name for name, kept in zip(outcome.label_names, outcome.judged, strict=True) if not kept]
+    whole = [name for name in out if name in outcome.not_in_mean]
+    rare = [name for name in out if name not in whole]
+    texts = [f"{', '.join(whole)} (it holds the others)"] if whole else []
+    if rare:
+        texts.append(
+            f"{', '.join(rare)} (fewer than {max(1, outcome.min_count)} test images with or without it)"
+        )
+    return f"the mean leaves out {' and '.join(texts)}" if texts else ""
 
 
 def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:

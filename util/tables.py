@@ -9,7 +9,7 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -164,16 +164,28 @@ def to_numbers(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, np.ndar
     }
 
 
-def numeric_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> dict[str, np.ndarray]:
-    """The columns of a `read_table` as finite float64 arrays; `UserError` names file, line and column of
-    the first cell that is no finite number."""
+def bad_cells(
+    table: pd.DataFrame, numbers: Mapping[str, np.ndarray], infinite: Collection[str] = ()
+) -> dict[int, str]:
+    """Of each line of a `read_table` with a cell that is no finite number, its first such column and the
+    cell, as text; `numbers` are the columns to look at, of which `infinite` may be infinite."""
+    bad: dict[int, str] = {}
+    for column, values in numbers.items():
+        wrong = np.isnan(values) if column in infinite else ~np.isfinite(values)
+        for line, cell in table[column][wrong].items():
+            kind = "number" if column in infinite else "finite number"
+            bad.setdefault(line, f"column {column!r}: {str(cell)!r} is not a {kind}")
+    return dict(sorted(bad.items()))
+
+
+def numeric_columns(
+    table: pd.DataFrame, columns: Sequence[str], path: Path, *, infinite: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The columns of a `read_table` as float64 arrays, finite but for the columns `infinite`; `UserError`
+    names file, line and column of the first cell that is no such number."""
     arrays = to_numbers(table, columns)
-    for column, values in arrays.items():
-        bad = np.flatnonzero(~np.isfinite(values))
-        if bad.size:
-            cell = table[column].iloc[bad[0]]
-            line = table.index[bad[0]]
-            raise UserError(f"{path}: line {line}, column {column!r}: {str(cell)!r} is not a finite number")
+    for line, text in bad_cells(table, arrays, infinite).items():
+        raise UserError(f"{path}: line {line}, {text}")
     return arrays
 
 

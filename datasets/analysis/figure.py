@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 SIZE_COLOURS = ("#0072B2", "#56B4E9", "#E69F00")  # Okabe and Ito 2008
 CHEST_COLOUR = "#D55E00"
-LEGEND_BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "frameon": False, "fontsize": 8,
+LEGEND_BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.22), "frameon": False, "fontsize": 8,
                 "borderaxespad": 0}  # fmt: skip
 
 
@@ -32,6 +33,14 @@ def analysis_figure(analysis: Analysis) -> Figure:
     figure = Figure(figsize=(14, top + bottom), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(2, 1, height_ratios=(top, bottom)) if analysis.examples else (figure,)
+    made_up = (
+        " SIMULATED GAZE, no radiologist looked at these images." if analysis.options["simulated"] else ""
+    )
+    figure.suptitle(
+        f"{analysis.options['raw']} ({analysis.options['source']}), split {analysis.options['split']}: "
+        f"{len(analysis.readings):,} readings of {analysis.readings['image_id'].nunique():,} images.{made_up}",
+        fontsize=11,
+    )
     with matplotlib.rc_context({"font.size": 9}):
         if has_ellipses:
             axes = parts[0].subplots(1, 3, width_ratios=(1.35, 1.25, 1.0))
@@ -92,7 +101,7 @@ def _draw_ratios(axes, analysis: Analysis) -> None:
     axes.minorticks_off()
     axes.set_yticks(range(len(findings)), findings)
     interval = "" if np.isnan(overall.low) else f" [{overall.low:.2f}, {overall.high:.2f}]"
-    axes.set(ylim=(-0.6, len(findings) - 0.4), xlabel="gaze density on abnormalities / elsewhere",
+    axes.set(ylim=(-0.6, len(findings) - 0.4), xlabel="gaze density on abnormalities / elsewhere (log scale)",
              title=f"Mean ratio {overall['mean']:.2f}{interval}, {overall.readings:,} readings")  # fmt: skip
     axes.legend(
         **LEGEND_BELOW,
@@ -113,7 +122,11 @@ def _draw_patches(axes, analysis: Analysis) -> None:
     axes.hist(counts, bins=bins, color=SIGNIFICANT, edgecolor="white", linewidth=0.6)
     axes.axvline(counts.median(), color="black", linewidth=1.2, linestyle="--")
     title = f"Median {counts.median():.0f}, mean {counts.mean():.1f}; none in {(counts == 0).sum():,}"
-    axes.set(xlabel=f"significant patches of {N_PATCHES} at 224 px", ylabel="readings", title=title)
+    axes.set(
+        xlabel=f"significant patches of {N_PATCHES} at 224 px\n(at least half is gaze foreground)",
+        ylabel="readings",
+        title=title,
+    )
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -134,5 +147,5 @@ def _draw_examples(figure, examples: Sequence[Example]) -> None:
                                        edgecolor="#56B4E9", linewidth=1.3))  # fmt: skip
         ratio = "" if np.isnan(example.ratio) else f", ratio {example.ratio:.1f}"
         name = example.reading.id
-        pair[0].set_title(name if len(name) <= 24 else f"{name[:8]}...{name[-12:]}", fontsize=8)
+        pair[0].set_title("\n".join(textwrap.wrap(name, 24)), fontsize=8)
         pair[1].set_title(f"gaze{ratio}", fontsize=8)

@@ -44,7 +44,8 @@ from datasets.prepare.work import run_tasks
 from datasets.raw.egd import DEFAULT_SIGMA
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
-from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading
+from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
+from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.files import atomic_write
 from util.gaze import pixel_middles
@@ -161,6 +162,7 @@ def analyze(
     n_examples: int = 3,
     seed: int = 0,
     sigma: float = DEFAULT_SIGMA,
+    dicom_contrast: str = MIMIC_CXR_JPG,
     workers: int = 1,
 ) -> Analysis:
     """Analyse all usable readings of a raw gaze data set.
@@ -174,6 +176,7 @@ def analyze(
         min_certainty: ellipses below this certainty (1-5) are not used.
         n_examples: images to show, evenly spread over the density ratios.
         sigma: EGD-CXR's Gaussian, px of the original image.
+        dicom_contrast: of the examples, one of `util.contrast.CONTRASTS`.
 
     A damaged reading is left out and listed. Raises `UserError` where nothing can be analysed.
     """
@@ -182,6 +185,8 @@ def analyze(
         raise UserError(
             f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1"
         )
+    if n_bootstrap < 1 or n_examples < 0:
+        raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least 1 and 0")
     if size < 1:
         raise UserError(f"--size {size} is not positive")
     raw = raw.resolve()
@@ -247,7 +252,8 @@ def analyze(
         )
         table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
     options = {
-        "source": source, "split": split, "size": size, "size_thresholds": size_thresholds,
+        "source": source, "raw": str(raw), "simulated": is_simulated(SOURCES[source][0](raw)), "split": split,
+        "size": size, "size_thresholds": size_thresholds,
         "min_certainty": min_certainty, "n_bootstrap": n_bootstrap,
     }  # fmt: skip
     ellipses = pd.DataFrame(ellipse_rows)
@@ -257,7 +263,7 @@ def analyze(
         _patch_table(table["significant_patches"]), exclusions, notes,
     )  # fmt: skip
     by_id = {reading.id: reading for reading in readings}
-    analysis.examples, not_shown = _examples(table, by_id, paths, n_examples, min_certainty)
+    analysis.examples, not_shown = _examples(table, by_id, paths, n_examples, min_certainty, dicom_contrast)
     analysis.exclusions += not_shown
     return analysis
 
@@ -384,7 +390,12 @@ def _choose_examples(table: pd.DataFrame, available: set[str], n: int) -> list[t
 
 
 def _examples(
-    table: pd.DataFrame, readings: dict[str, Reading], paths: dict[str, Path], n: int, min_certainty: int
+    table: pd.DataFrame,
+    readings: dict[str, Reading],
+    paths: dict[str, Path],
+    n: int,
+    min_certainty: int,
+    dicom_contrast: str,
 ) -> tuple[list[Example], list[Exclusion]]:
     """Images to show, and those that can't be shown, in whose place others were chosen."""
     made: dict[str, Example] = {}
@@ -394,14 +405,14 @@ def _examples(
         chosen = _choose_examples(table, available, n)
         for name, ratio in chosen:
             if name not in made and name not in faults:
-                example = _example(readings[name], paths, ratio, min_certainty)
+                example = _example(readings[name], paths, ratio, min_certainty, dicom_contrast)
                 (faults if isinstance(example, Exclusion) else made)[name] = example
         if all(name in made for name, _ in chosen):
             return [made[name] for name, _ in chosen], list(faults.values())
 
 
 def _example(
-    reading: Reading, paths: dict[str, Path], ratio: float, min_certainty: int
+    reading: Reading, paths: dict[str, Path], ratio: float, min_certainty: int, dicom_contrast: str
 ) -> Example | Exclusion:
     path = paths[reading.image_id]
     try:
@@ -411,7 +422,7 @@ def _example(
         if isinstance(gaze, Exclusion):
             return gaze
         boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
-        gray = resize_gray(read_radiograph(path), out_size)
+        gray = resize_gray(read_radiograph(path, dicom_contrast), out_size)
     except UserError as error:
         return Exclusion(reading.id, "image unreadable", str(error), is_fault=True)
     return Example(reading, gray, size, gaze[1], boxes, ratio)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from util.cli import finite_float
 from util.errors import UserError
 
 AUTO, PUBLISHED, BY_SUBJECT, FOLDS, ALL_TEST = SPLITS = ("auto", "published", "subject", "folds", "test")
@@ -104,7 +105,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     add("--subject_column", help="csv: column of the subject (default: subject_id, if there is one)")
     add("--split_column", help="csv: column of train, valid, test (default: split, if there is one)")
     helped = "tree: a finding counts as present from this certainty (0-5) on"
-    add("--min_certainty", type=float, default=3, help=helped)
+    add("--min_certainty", type=finite_float, default=3, help=helped)
 
 
 def choices_from_args(args: argparse.Namespace, *, need_images: bool) -> Choices:

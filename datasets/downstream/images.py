@@ -25,6 +25,7 @@ import util.dicom
 from datasets.cache import Plane, PlaneKind, open_plane
 from datasets.downstream.labelled import LabelledImages
 from datasets.tree import SampleError
+from util.cli import finite_float
 from util.dicom import dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
 from util.images import image_size, read_intensities
@@ -266,7 +267,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dicom_contrast", choices=CONTRASTS, default=CONTRASTS[0], help=helped)
     helped = "what becomes white in 16-bit PNGs (default: each file's own smallest to largest value)"
-    add("--intensity_max", type=float, help=helped)
+    add("--intensity_max", type=finite_float, help=helped)
     helped = "half: mean and std 0.5 (published); imagenet: as the encoder was pretrained"
     add("--normalisation", choices=NORMALISATIONS, default="half", help=helped)
 

@@ -159,7 +159,7 @@ def check_classes(images: LabelledImages) -> list[str]:
     lone = (positive == 0) | ((negative == 0) & (images.task == MULTILABEL))
     if (lone.all() and images.task == MULTILABEL) or (positive > 0).sum() < 1 + (images.task == MULTICLASS):
         raise UserError(
-            f"{images.name}: the test images are all of one kind, so nothing can be judged; mend the split"
+            f"{images.name}: the test images are all of one kind, so nothing can be judged; take another --split or --split_seed"
         )
     return [
         f"{images.name}: {label!r} has {int(positive[i])} images with and {int(negative[i])} without it in test; "

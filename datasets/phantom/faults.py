@@ -40,7 +40,7 @@ def plant_fault(study: PhantomStudy, row: dict, fault: str) -> None:
         write_csv(table.drop(columns="x_position"), path)
     elif fault == "non_numeric_cell":
         table["x_position"] = table["x_position"].astype(object)
-        table.loc[2, "x_position"] = "left of the heart"
+        table.loc[2::4, "x_position"] = "left of the heart"
         write_csv(table, path)
     elif fault == "no_fixations":
         write_csv(table.iloc[:0], path)

@@ -29,6 +29,7 @@ from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import Exclusion
+from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.tables import check_id, read_table
 
@@ -45,13 +46,14 @@ _PLACE = re.compile(r"/p(?P<subject>\d+)/s(?P<study>\d+)/[^/]+$")
 class MimicOptions:
     """What decides the pixels and names in the tree. `size`: short side of the images, px, 0 = native;
     never enlarged. `views`: of the images taken, or all. `exclude`: digest of the ids left out. `heatmaps`: whether the
-    tree has those of others."""
+    tree has those of others. `dicom_contrast`: one of `util.contrast.CONTRASTS`."""
 
     source: str = "mimic"
     size: int = 512
     views: tuple[str, ...] = FRONTAL
     exclude: str | None = None
     heatmaps: bool = True
+    dicom_contrast: str = MIMIC_CXR_JPG
 
 
 class Row(NamedTuple):
@@ -92,6 +94,7 @@ def prepare_mimic(
     views: tuple[str, ...] = FRONTAL,
     exclude: Path | None = None,
     size: int = 512,
+    dicom_contrast: str = MIMIC_CXR_JPG,
     workers: int = 1,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -109,7 +112,11 @@ def prepare_mimic(
         raise UserError(f"--size {size} is negative; 0 keeps the native size")
     excluded = Excluded(exclude)
     options = MimicOptions(
-        size=size, views=tuple(sorted(set(views))), exclude=excluded.digest, heatmaps=heatmaps is not None
+        size=size,
+        views=tuple(sorted(set(views))),
+        exclude=excluded.digest,
+        heatmaps=heatmaps is not None,
+        dicom_contrast=dicom_contrast,
     )
     index = INDEX if heatmaps is not None else IMAGES_INDEX
     making = TreeMaking(out, asdict(options), index=index, overwrite=overwrite, dry_run=dry_run)

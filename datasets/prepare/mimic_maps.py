@@ -26,7 +26,7 @@ def make_image(task, *, out: Path | None, options) -> Made:
                 maps = attention_maps(read_heatmap(task.heatmap, size))
         if out is not None:
             with made.timed("decoding"):
-                gray = read_radiograph(task.image)
+                gray = read_radiograph(task.image, options.dicom_contrast)
             with made.timed("resizing"):
                 gray = resize_gray(gray, size)
             with made.timed("writing"):

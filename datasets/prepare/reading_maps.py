@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 from datasets.prepare.entries import entry_id, stored_image
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size, write_image
 from datasets.prepare.work import Made
-from datasets.raw.readings import Exclusion, Reading
+from datasets.raw.readings import MAX_BAD, Exclusion, Fixations, Reading
 from util.errors import UserError
 from util.gaze import fixation_heatmap, inside_image, merge_heatmaps
 from util.radiograph import radiograph_size, read_radiograph
@@ -22,7 +23,8 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
     """Write one image and the maps of its readings below `out`; with None, check all but the image's pixels.
 
     `options` is `datasets.prepare.readings.Options`. The note has, for each entry, the ids of its readings
-    ("used"), its significant patches and its fixations, "x,y,duration" a line, x and y in 0..1 of the image.
+    ("used"), its significant patches and its fixations, "x,y,duration" a line, x and y in 0..1 of the image; and of all
+    its readings how many fixations were left out by reason ("left_out"), and the damaged ones ("bad").
     """
     path, readings = Path(task[0]), task[1]
     made = Made(note={"used": [], "significant": [], "fixations": []})
@@ -32,10 +34,13 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
         return _leave_out(made, readings, "image unreadable", error)
     out_size = scaled_size(file_size, options.size)
 
-    mapped: list[tuple[Reading, pd.DataFrame, np.ndarray]] = []
+    mapped: list[tuple[Reading, Fixations, np.ndarray]] = []
     for reading in readings:
         with made.timed("heatmaps"):
-            found = reading_gaze(reading, path, file_size, out_size)
+            found = reading_gaze(
+                reading, path, file_size, out_size,
+                max_bad=options.max_bad_fixations, screen_filter=options.screen_filter,
+            )  # fmt: skip
         if isinstance(found, Exclusion):
             made.exclusions.append(found)
             continue
@@ -53,7 +58,7 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
     if out is not None:
         try:
             with made.timed("decoding"):
-                gray = read_radiograph(path)
+                gray = read_radiograph(path, options.dicom_contrast)
         except UserError as error:
             return _leave_out(made, used, "image unreadable", error)
         with made.timed("resizing"):
@@ -61,13 +66,21 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
         with made.timed("writing images"):
             write_image(out / stored_image(used[0]), gray)
     made.files.append(stored_image(used[0]))
+    left_out = sum((Counter(fixations.left_out) for _, fixations, _ in mapped), Counter())
+    if left_out:
+        made.note["left_out"] = dict(left_out)
+        made.note["bad"] = [
+            f"{reading.id}: {text}" for reading, fixations, _ in mapped for text in fixations.bad
+        ]
     for group in [mapped] if options.readings == "merge" else [[one] for one in mapped]:
         own = [reading for reading, _, _ in group]
         with made.timed("foreground"):
             attention, foreground = attention_maps(merge_heatmaps([heatmap for _, _, heatmap in group]))
         made.note["used"].append([reading.id for reading in own])
         made.note["significant"].append(count_significant(foreground))
-        made.note["fixations"].append("".join(_fixation_rows(table, file_size) for _, table, _ in group))
+        made.note["fixations"].append(
+            "".join(_fixation_rows(fixations.table, file_size) for _, fixations, _ in group)
+        )
         for kind, pixels in (("attention", attention), ("foreground", foreground)):
             name = f"{kind}/{own[0].study_id}/{entry_id(own)}.png"
             made.files.append(name)
@@ -78,24 +91,33 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
 
 
 def reading_gaze(
-    reading: Reading, path: Path, file_size: tuple[int, int], out_size: tuple[int, int]
-) -> tuple[pd.DataFrame, np.ndarray] | Exclusion:
-    """Fixations of one reading of positive duration, and its gaze map, float64 [H, W] of `out_size`; or why there is
-    none. Sizes are (height, width)."""
+    reading: Reading,
+    path: Path,
+    file_size: tuple[int, int],
+    out_size: tuple[int, int],
+    *,
+    max_bad: float = MAX_BAD,
+    screen_filter: bool = False,
+) -> tuple[Fixations, np.ndarray] | Exclusion:
+    """Usable fixations of one reading, see `Reading.load_fixations`, and its gaze map, float64 [H, W] of `out_size`; or
+    why there is none. Sizes are (height, width)."""
     if reading.image_size and max(abs(a - b) for a, b in zip(reading.image_size, file_size)) > 1:
         expected = "{1} x {0}".format(*reading.image_size)
         detail = f"{path}: is {file_size[1]} x {file_size[0]} px, the readings were made on {expected}"
         return Exclusion(reading.id, "image size differs", detail, is_fault=True)
     try:
-        fixations = replace(reading, image_size=file_size).load_fixations()
-        lasting = fixations[fixations["duration"] > 0]
+        found = replace(reading, image_size=file_size).load_fixations(
+            max_bad=max_bad, screen_filter=screen_filter
+        )
+        lasting = found.table
         if lasting.empty:
-            detail = f"{reading.fixations_path}: none of positive duration"
+            told = ", ".join(f"{reason}: {n}" for reason, n in found.left_out.items())
+            detail = f"{reading.fixations_path}: none that can be used{told and f' ({told})'}"
             return Exclusion(reading.id, "no fixations", detail)
         if not inside_image(lasting, file_size).any():
             detail = f"{reading.fixations_path}: all {len(lasting)} lie outside the image"
             return Exclusion(reading.id, "all fixations outside", detail)
-        return lasting, fixation_heatmap(lasting, file_size, out_size)
+        return found, fixation_heatmap(lasting, file_size, out_size)
     except UserError as error:
         where = "" if str(reading.fixations_path) in str(error) else f"{reading.fixations_path}: "
         return Exclusion(reading.id, "unusable fixations", f"{where}{error}", is_fault=True)

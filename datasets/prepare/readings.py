@@ -15,6 +15,7 @@ the same file. Nothing depends on the number of processes or on where an earlier
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
 from datasets.raw.egd import find_egd_root, read_egd
 from datasets.raw.image_index import FoundImages, find_images
-from datasets.raw.readings import Exclusion, RawReadings, Reading, is_simulated
+from datasets.raw.readings import MAX_BAD, Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
+from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 
 INDEX, FIXATIONS = "reflacx.json", "fixations.csv"
@@ -44,7 +46,9 @@ class Options:
 
     `size`: short side of the stored images, px, 0 = native; never enlarged. `readings`: one (the
     first usable by id), each, or merge. `split`: of the readings taken, or all. `sigma`: EGD-CXR's Gaussian, px of
-    the original image (REFLACX brings its own).
+    the original image (REFLACX brings its own). `dicom_contrast`: one of `util.contrast.CONTRASTS`.
+    `max_bad_fixations`: share of a reading's fixations that may be bad. `screen_filter`: without fixations on the
+    screen beside the image.
     """
 
     source: str
@@ -52,6 +56,9 @@ class Options:
     readings: str = "one"
     split: str = "all"
     sigma: float | None = None
+    dicom_contrast: str = MIMIC_CXR_JPG
+    max_bad_fixations: float = MAX_BAD
+    screen_filter: bool = False
 
 
 def detect_source(raw: Path) -> str:
@@ -77,6 +84,9 @@ def prepare(
     readings: str = "one",
     split: str = "all",
     sigma: float = 150.0,
+    dicom_contrast: str = MIMIC_CXR_JPG,
+    max_bad_fixations: float = MAX_BAD,
+    screen_filter: bool = False,
     workers: int = 1,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -90,8 +100,15 @@ def prepare(
     source = source or detect_source(raw)
     if size < 0:
         raise UserError(f"--size {size} is negative; 0 keeps the native size")
+    if not 0 <= max_bad_fixations <= 1:
+        raise UserError(f"--max_bad_fixations {max_bad_fixations:g} is no share, 0 to 1")
+    if screen_filter and source != "reflacx":
+        raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
     reader_options = {"sigma": sigma} if source == "egd" else {}
-    options = Options(source, size, readings, split, **reader_options)
+    options = Options(
+        source, size, readings, split, dicom_contrast=dicom_contrast, max_bad_fixations=max_bad_fixations,
+        screen_filter=screen_filter, **reader_options,
+    )  # fmt: skip
     making = TreeMaking(
         out, asdict(options), index=INDEX, tables=[FIXATIONS], overwrite=overwrite, dry_run=dry_run
     )
@@ -118,6 +135,7 @@ def prepare(
             ),
             key=lambda sample: entry_id(sample[0]),
         )
+        left_out, bad = _left_out_fixations(making)
         mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
         n_other_split = len(found.readings) - len(chosen)
         n_used = sum(len(group) for group, _ in samples)
@@ -133,12 +151,28 @@ def prepare(
                 "readings used": n_used,
                 "images": len({stored_image(group[0]) for group, _ in samples}),
                 "entries": len(samples),
+                **{f"fixations left out: {reason}": n for reason, n in sorted(left_out.items())},
             },
-            notes=[*found.notes, *place.notes],
-            record={"raw": str(raw), "images": str(images)},
+            notes=[*found.notes, *place.notes, *_tell(bad)],
+            record={"raw": str(raw), "images": str(images), "bad_fixations": bad},
             seconds=seconds,
             tables={FIXATIONS: lambda: _fixation_table(samples)},
         )
+
+
+def _left_out_fixations(making: TreeMaking) -> tuple[Counter, list[str]]:
+    """How many fixations of the readings used were left out, by reason, and the damaged ones, each named."""
+    left_out: Counter = Counter()
+    bad: list[str] = []
+    for _, note in making.notes():
+        left_out.update(note.get("left_out", {}))
+        bad += note.get("bad", [])
+    return left_out, sorted(bad)
+
+
+def _tell(bad: Sequence[str]) -> list[str]:
+    more = f"; the other {len(bad) - 1} are listed in prepare.json" if len(bad) > 1 else ""
+    return [f"{len(bad)} bad fixations were left out: {bad[0]}{more}"] if bad else []
 
 
 def _maker() -> Callable[..., Made]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
-from datasets.raw.readings import Exclusion, RawReadings, Reading
+from datasets.raw.readings import MAX_BAD, Exclusion, Fixations, RawReadings, Reading, usable_fixations
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS
-from util.tables import check_id, check_relative_path, numeric_columns, parse_bool, read_table
+from util.ids import IdMatch, match_ids
+from util.tables import bad_cells, check_id, check_relative_path, parse_bool, read_table, to_numbers
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
 LABELS = ("Normal", "CHF", "pneumonia")
@@ -31,24 +32,36 @@ class EgdReading(Reading):
     sigma: float
 
     def fixations_origin(self) -> str:
-        rows = self.rows.to_csv(index=False).encode()
+        rows = self.rows.to_csv().encode()
         return f"{self.sigma} {hashlib.blake2b(rows, digest_size=10).hexdigest()}"
 
-    def load_fixations(self) -> pd.DataFrame:
-        """As `Reading.load_fixations`; fixations off the picture are dropped, the picture was always
-        shown whole. A fixation without a recorded duration lasted since the one before it (the first:
-        since the image came up)."""
-        numbers = numeric_columns(
-            self.rows, [c for c in self.rows if c not in _FIXATION_TEXT], self.fixations_path
-        )
+    def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:
+        """As `Reading.load_fixations`; fixations off the picture are left out, the picture was always
+        shown whole. Without a column of durations a fixation lasted since the one before it (the first:
+        since the image came up), and is bad where that one's time is."""
+        if screen_filter:
+            raise UserError("--screen_filter: EGD-CXR has none of the columns it needs")
+        numbers = to_numbers(self.rows, [column for column in self.rows if column not in _FIXATION_TEXT])
         time = numbers[_TIME]
         duration = numbers.get(_DURATION, np.diff(time, prepend=0.0))
         x, y = (numbers[column] for column in _POSITION)
         height, width = self.image_size or (np.inf, np.inf)
-        on_picture = (x >= 0) & (y >= 0) & (x < width) & (y < height)
-        fixations = pd.DataFrame({"x": x, "y": y, "duration": duration})[on_picture].reset_index(drop=True)
         whole = {"xmin": -np.inf, "ymin": -np.inf, "xmax": np.inf, "ymax": np.inf}
-        return fixations.assign(sigma_x=self.sigma, sigma_y=self.sigma, **whole)[list(FIXATION_COLUMNS)]
+        columns = {
+            "x": x,
+            "y": y,
+            "duration": duration,
+            "sigma_x": self.sigma,
+            "sigma_y": self.sigma,
+            **whole,
+        }
+        return usable_fixations(
+            pd.DataFrame(columns, index=self.rows.index)[list(FIXATION_COLUMNS)],
+            self.fixations_path,
+            max_bad=max_bad,
+            damaged=bad_cells(self.rows, numbers),
+            rules={"off the picture": (x < 0) | (y < 0) | (x >= width) | (y >= height)},
+        )
 
 
 def find_egd_root(raw: Path) -> Path | None:
@@ -86,10 +99,10 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
     path = root / "fixations.csv"
     table = read_table(path, (*_FIXATION_TEXT, _TIME, *_POSITION), text=_FIXATION_TEXT)
     columns = [*_FIXATION_TEXT, _TIME, *_POSITION, *(c for c in (_DURATION,) if c in table)]
-    known = table["DICOM_ID"].isin(master["dicom_id"])
-    if not known.all():
-        n_unknown = int((~known).sum())
-        result.notes.append(f"{n_unknown} fixations are of no image of the master sheet (calibration)")
+    match = match_ids(table["DICOM_ID"], master["dicom_id"], cut_off=True)
+    _report_ids(match, table["DICOM_ID"], path, result)
+    table["DICOM_ID"] = table["DICOM_ID"].map(match.found)
+    known = table["DICOM_ID"].notna()
     for (image, session), rows in table.loc[known, columns].groupby(list(_FIXATION_TEXT), sort=True):
         if image not in sheet:
             continue  # its row of the master sheet is reported already
@@ -105,8 +118,31 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
         )  # fmt: skip
         result.readings.append(reading)
     for image in sorted(set(sheet) - set(table["DICOM_ID"])):
-        result.exclusions.append(Exclusion(image, "no fixations", f"{path}: none of DICOM_ID {image}"))
+        detail = f"{path}: none of DICOM_ID {image}"
+        result.exclusions.append(Exclusion(image, "no fixations", detail, is_fault=True))
     return result
+
+
+def _report_ids(match: IdMatch, ids: pd.Series, path: Path, result: RawReadings) -> None:
+    """Say what became of the ids of fixations that are not in the master sheet as they are written."""
+    rows = ids.value_counts()
+    if match.completed:
+        name, whole = next(iter(match.completed.items()))
+        result.notes.append(
+            f"{rows[list(match.completed)].sum()} fixations of {len(match.completed)} ids that are cut off, or "
+            f"in other letters, were taken for the only image that fits (e.g. {name!r} for {whole})"
+        )
+    if match.unknown:
+        some = ", ".join(map(repr, match.unknown[:3])) + (", ..." if len(match.unknown) > 3 else "")
+        result.notes.append(
+            f"{rows[match.unknown].sum()} fixations of {len(match.unknown)} ids ({some}) are of no image of the "
+            "master sheet (calibration)"
+        )
+    for name, images in match.ambiguous.items():
+        line = ids.index[ids == name][0]
+        some = ", ".join(images[:5]) + (f" and {len(images) - 5} more" if len(images) > 5 else "")
+        detail = f"{path}: line {line}, column 'DICOM_ID': {name!r} is cut off and may be any of {some}"
+        result.exclusions.append(Exclusion(name, "ambiguous image id", detail, is_fault=True))
 
 
 def _parse_row(row: dict, path: Path, line: int) -> dict:
@@ -115,10 +151,13 @@ def _parse_row(row: dict, path: Path, line: int) -> dict:
     def where(column: str) -> str:
         return f"{path}: line {line}, column {column!r}:"
 
+    path_in_mimic = check_relative_path(row["path"], where("path"))
+    if PurePosixPath(path_in_mimic).stem != row["dicom_id"]:
+        raise UserError(f"{where('path')} {row['path']!r} is not the image of dicom_id {row['dicom_id']!r}")
     return {
         "image_id": check_id(row["dicom_id"], where("dicom_id")),
         "study_id": check_id(row["study_id"], where("study_id")),
         "subject_id": check_id(row["patient_id"], where("patient_id")),
-        "image_path": check_relative_path(row["path"], where("path")),
+        "image_path": path_in_mimic,
         "labels": {label: parse_bool(row[label], path, line, label) for label in LABELS},
     }

@@ -9,15 +9,83 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+
+from util.errors import UserError
+from util.gaze import FIXATION_COLUMNS, RECTANGLE
 
 # In the root of a raw data set whose gaze is made up; see `is_simulated`.
 SIMULATED_FILE = "SIMULATED_GAZE.txt"
-ELLIPSE_COLUMNS = ("xmin", "ymin", "xmax", "ymax", "certainty")
+ELLIPSE_COLUMNS = (*RECTANGLE, "certainty")
+MAX_BAD = 0.1  # of a reading's fixations; more of them bad, and the reading is unusable
+
+
+@dataclass(frozen=True)
+class Fixations:
+    """The usable fixations of one reading.
+
+    `table`: one row each, the columns of `util.gaze.FIXATION_COLUMNS` (float64), finite but for the
+    rectangle, sigmas and durations positive; its index is their lines in the file. `left_out`: how
+    many rows are not in it, by reason. `bad`: of these the damaged ones, as texts that name line and
+    column; the others were left out by a rule.
+    """
+
+    table: pd.DataFrame
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    bad: tuple[str, ...] = ()
+
+
+def usable_fixations(
+    fixations: pd.DataFrame,
+    path: Path,
+    *,
+    max_bad: float = MAX_BAD,
+    damaged: Mapping[int, str] | None = None,
+    rules: Mapping[str, Sequence[bool]] | None = None,
+) -> Fixations:
+    """The rows of `fixations` (`FIXATION_COLUMNS`, indexed by line) that can be used.
+
+    Left out as bad: a cell that is no finite number (of the rectangle: no number), a sigma that is not
+    positive, a negative duration; by rule: a duration of 0, and what `rules` name, True for each row
+    that goes. `damaged` says of lines what their file has instead of a number.
+
+    Raises `UserError` naming `path` where more than the share `max_bad` of all rows is bad.
+    """
+    damaged = damaged or {}
+    finite = [column for column in FIXATION_COLUMNS if column not in RECTANGLE]
+    with np.errstate(invalid="ignore"):
+        unreadable = ~np.isfinite(fixations[finite]).all(axis=1) | fixations[list(RECTANGLE)].isna().any(
+            axis=1
+        )
+        reasons = {
+            "not a finite number": unreadable | fixations.index.isin(list(damaged)),
+            "angular resolution not positive": (fixations[["sigma_x", "sigma_y"]] <= 0).any(axis=1),
+            "negative duration": fixations["duration"] < 0,
+        }
+        n_kinds_of_bad = len(reasons)
+        reasons |= {name: pd.Series(rule, fixations.index, bool) for name, rule in (rules or {}).items()}
+        reasons["duration of 0"] = fixations["duration"] == 0
+    left, left_out, bad = pd.Series(True, fixations.index), Counter(), []
+    for i, (reason, mask) in enumerate(reasons.items()):
+        gone = fixations.index[left & mask]
+        if len(gone):
+            left_out[reason] = len(gone)
+        if i < n_kinds_of_bad:
+            bad += [(line, damaged.get(line, reason)) for line in gone]
+        left[gone] = False
+    lines = [f"line {line}, {text}" for line, text in sorted(bad)]
+    if len(bad) > max_bad * len(fixations):
+        raise UserError(
+            f"{path}: {lines[0]}; {len(bad)} of {len(fixations)} fixations are bad, more than --max_bad_fixations "
+            f"{max_bad:g} allows"
+        )
+    return Fixations(fixations[left], dict(left_out), tuple(lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +113,11 @@ class Reading(ABC):
     fixations_path: Path
 
     @abstractmethod
-    def load_fixations(self) -> pd.DataFrame:
-        """One row per fixation with the columns of `util.gaze.FIXATION_COLUMNS` (float64).
+    def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:
+        """The usable fixations, see `usable_fixations`; with `screen_filter` without those that look at
+        the screen beside the image.
 
-        Raises `UserError` naming file, row and column.
+        Raises `UserError` naming file, line and column.
         """
 
     def fixations_origin(self) -> str:

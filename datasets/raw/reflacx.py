@@ -9,10 +9,33 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, RawReadings, Reading
+from datasets.raw.readings import (
+    ELLIPSE_COLUMNS,
+    MAX_BAD,
+    Exclusion,
+    Fixations,
+    RawReadings,
+    Reading,
+    usable_fixations,
+)
 from util.errors import UserError
-from util.gaze import REFLACX_COLUMNS, REFLACX_TIMES, fixation_columns
-from util.tables import check_id, check_relative_path, numeric_columns, parse_bool, read_table
+from util.gaze import (
+    REFLACX_COLUMNS,
+    REFLACX_SCREEN_COLUMNS,
+    REFLACX_TIMES,
+    fixation_columns,
+    off_the_image_shown,
+    on_the_button,
+)
+from util.tables import (
+    bad_cells,
+    check_id,
+    check_relative_path,
+    numeric_columns,
+    parse_bool,
+    read_table,
+    to_numbers,
+)
 
 PHASES = (1, 2, 3)
 SPLITS = ("train", "validate", "test")
@@ -51,11 +74,20 @@ class ReflacxReading(Reading):
     def directory(self) -> Path:
         return self.fixations_path.parent
 
-    def load_fixations(self) -> pd.DataFrame:
+    def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:
         path = self.fixations_path
-        wanted = (*REFLACX_TIMES, *REFLACX_COLUMNS.values())
-        columns = numeric_columns(read_table(path, wanted), wanted, path)
-        return pd.DataFrame(fixation_columns(columns))
+        on_screen = REFLACX_SCREEN_COLUMNS if screen_filter else {}
+        wanted = (*REFLACX_TIMES, *REFLACX_COLUMNS.values(), *on_screen.values())
+        table = read_table(path, wanted)
+        numbers = to_numbers(table, wanted)
+        fixations = pd.DataFrame(fixation_columns(numbers), index=table.index)
+        rules = {}
+        if screen_filter:
+            screen = {name: numbers[column] for name, column in on_screen.items()}
+            rules["on the screen's button"] = on_the_button(fixations, screen)
+            rules["outside of the image shown"] = off_the_image_shown(fixations)
+        damaged = bad_cells(table, numbers)
+        return usable_fixations(fixations, path, max_bad=max_bad, damaged=damaged, rules=rules)
 
     def load_ellipses(self) -> pd.DataFrame:
         path = self.directory / "anomaly_location_ellipses.csv"
@@ -106,9 +138,20 @@ def read_reflacx(raw: Path) -> RawReadings:
             _read_phase(path, phase, seen, result)
         else:
             result.notes.append(f"{path.name} is not there: no readings of phase {phase}")
+    _note_unnamed(root / "main_data", seen, result)
     result.readings.sort(key=lambda reading: reading.id)
     result.exclusions.sort(key=lambda exclusion: exclusion.id)
     return result
+
+
+def _note_unnamed(main_data: Path, seen: set[str], result: RawReadings) -> None:
+    """Readings that are there but not in their phase's metadata would be lost without a word."""
+    phases = [f"P{phase}" for phase in PHASES if (main_data / f"metadata_phase_{phase}.csv").exists()]
+    names = [path.name for path in main_data.iterdir() if path.is_dir() and path.name[:2].upper() in phases]
+    if unnamed := sorted(set(names) - seen):
+        result.notes.append(
+            f"{len(unnamed)} directories of {main_data} are of no reading in the metadata, e.g. {unnamed[0]}"
+        )
 
 
 def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> None:
@@ -126,10 +169,11 @@ def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> 
             reading = _parse_row(row, path, line, phase)
             if name in seen:
                 raise UserError(f"{path}: line {line}, column 'id': {name} appears a second time")
-            seen.add(name)
         except UserError as error:
             result.exclusions.append(Exclusion(name, "unusable metadata row", str(error), is_fault=True))
             continue
+        finally:
+            seen.add(name)
         if reading is None:
             result.exclusions.append(Exclusion(name, DISCARDED))
         else:
@@ -154,6 +198,9 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading |
     study = PurePosixPath(image).parent.name
     if not (study.startswith("s") and study[1:].isalnum()):
         raise UserError(f"{where('image')} {image!r} does not end in s<study>/<dicom_id>.dcm")
+    image_id = check_id(row["dicom_id"], where("dicom_id"))
+    if PurePosixPath(image).stem != image_id:
+        raise UserError(f"{where('image')} {image!r} is not the image of dicom_id {image_id!r}")
     width, height = size_xy = [_number(row[column], where(column)) for column in _SIZE_COLUMNS]
     if min(size_xy) < 1:
         raise UserError(f"{where(_SIZE_COLUMNS[0])} image size {width:g} x {height:g} is not positive")
@@ -171,7 +218,7 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading |
         id=name,
         study_id=study[1:],
         subject_id=check_id(row["subject_id"], where("subject_id")),
-        image_id=check_id(row["dicom_id"], where("dicom_id")),
+        image_id=image_id,
         image_path=image,
         image_size=(round(height), round(width)),
         labels=labels,

@@ -44,6 +44,8 @@ class Settings:
     compile: bool = False
     quick: bool = False
     input_size: int = 224
+    # Images, epochs, batch and encoder's width of the linear evaluation.
+    downstream: tuple[int, int, int, int] = (100, 50, 8, 192)
 
 
 @dataclass

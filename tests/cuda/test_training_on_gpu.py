@@ -126,6 +126,10 @@ def test_no_step_waits_for_the_device(device, masking, dtype, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 8) and not torch.cuda.is_available(),
+    reason="torch 2.7 asks for a driver even where tensors are fake",
+)
 @pytest.mark.parametrize("masking", list(MASKINGS))
 def test_forward_reads_nothing_back(masking):
     """On tensors of a GPU that is not there: they have shapes only, so reading a value is an error."""

@@ -20,7 +20,6 @@ from trees import make_mimic, make_reflacx, save
 
 import datasets.cache
 from datasets import Reflacx, build_dataset
-from datasets.cache import Plane
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
 from util.images import read_gray
@@ -61,8 +60,8 @@ def test_pictures_are_the_resized_files_never_enlarged(tree, cache_size):
             np.testing.assert_array_equal(plane, expected)
             assert not plane.flags.writeable
     pixels = sum(h * w for h, w in (grid_size(*native, cache_size) for native in BIG))
-    for plane, _ in dataset.cache.by_plane:  # a byte a pixel, and 40 for each picture
-        assert plane.path.stat().st_size == pixels + 40 * len(BIG) + 16
+    for plane, _ in dataset.cache.by_plane:  # a byte a pixel, and 48 for each picture
+        assert plane.path.stat().st_size == pixels + 48 * len(BIG) + 24
     assert [path.name.split("-")[0] for path in sorted((tree / ".cache/reflacx").glob("*.u8"))] == [
         "attention",
         "foreground",
@@ -318,15 +317,25 @@ def test_short_writes_are_completed(tree, monkeypatch):
     assert equal(build(tree)[0], expected)
 
 
-def test_damaged_cache_file_is_not_used(tree):
+def test_any_damage_of_a_cache_file_is_found_and_built_anew(tree, capfd):
     build(tree)
     path = next((tree / ".cache").rglob("gray-*.u8"))
-    path.write_bytes(path.read_bytes()[:-1])
-    assert str(path) in refused(tree)
-    for content in (b"", b"text", b"a longer text that is no cache"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="delete it"):
-            Plane(path).open()
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    flipped = [0, 9, 17, 30, len(whole) - 1, *rng.integers(0, len(whole), 20)]
+    damages = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in map(int, flipped)]
+    damages += [whole[:-1], whole + b"x", b"", b"text", b"a longer text that is no cache", whole[:20]]
+    damages.append(whole.replace(b"CXRMIM\0\2", b"CXRMIM\0\1", 1))  # an earlier version's
+    for damaged in damages:
+        path.unlink()  # not in place: the last one may be mapped still
+        path.write_bytes(damaged)
+        capfd.readouterr()
+        build(tree)
+        warnings = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+        assert len(warnings) == 1 and str(path) in warnings[0] and "built anew" in warnings[0]
+        assert path.read_bytes() == whole
+    build(tree)
+    assert "warning" not in capfd.readouterr().err
 
 
 def test_read_only_tree():

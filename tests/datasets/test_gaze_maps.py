@@ -25,7 +25,7 @@ def subjects_by_part(study):
 def test_readings_of_an_image_are_one_sample(tree):
     study = GazeStudy([tree])
     assert len(study.images) == 12
-    assert [len(image.entries) for image in study.images] == [2, 1, 1] * 4
+    assert [len(image.entries) for image in study.images] == [1, 2, 1] * 4
     assert [len(study.part(part)) for part in PARTS] == [8, 2, 2]
     samples = GazeSamples(study, study.images, 32, 8)
     assert set(samples[0]) == {"img", "target"}
@@ -100,6 +100,13 @@ def test_no_test_images_is_refused(tmp_path):
     tree = make_gaze_tree(tmp_path)
     edit_index(tree, lambda number, entry: entry.update(split="train"))
     with pytest.raises(UserError, match="no image is in validate"):
+        GazeStudy([tree])
+
+
+def test_predicted_heatmaps_are_no_readings(tmp_path):
+    tree = make_gaze_tree(tmp_path)
+    edit_index(tree, lambda number, entry: entry.update(gaze="predicted" if number == 3 else "real"))
+    with pytest.raises(UserError, match="entry 3: a predicted heatmap"):
         GazeStudy([tree])
 
 

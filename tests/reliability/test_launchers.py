@@ -98,28 +98,38 @@ while [[ $1 == --* ]]; do shift; done
 setsid "$@" &
 task=$!
 trap 'kill -USR1 -- "-$task"' USR1
+trap 'kill -TERM -- "-$task"' TERM
 while wait "$task"; status=$?; kill -0 "$task" 2>/dev/null; do :; done
 exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == requeue ]]; then echo "requeued $2"; else echo localhost; fi
 """
-# Stands for `python -m torch.distributed.run ...`: dies of USR1 as torchrun does, its ranks save and exit.
+# Stands for `python -m torch.distributed.run ...`: dies of USR1 and hands TERM on as torchrun does; its ranks
+# save and exit.
 LAUNCHER = """#!{python}
 import signal, subprocess, sys
 rank = '''
 import signal, sys, time
 def save(*_):
+    time.sleep({save_seconds})
     print("saved", flush=True)
     sys.exit(75)
-signal.signal(signal.SIGUSR1, save)
+for signum in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(signum, save)
 print("training", flush=True)
 time.sleep({seconds})
 '''
 print("flags", *sys.argv[sys.argv.index("run_pretrain.py") + 1:], flush=True)
 ranks = [subprocess.Popen([sys.executable, "-c", rank], start_new_session=True) for _ in range(2)]
+signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])  # torchrun hands it on
 sys.exit(1 if any([rank.wait() for rank in ranks]) else 0)
 """
+
+
+def launcher(seconds: float, save_seconds: float = 0.0) -> str:
+    """The stand-in, whose ranks train and save for so long."""
+    return LAUNCHER.format(python=sys.executable, seconds=seconds, save_seconds=save_seconds)
 
 
 def executable(path: Path, text: str) -> Path:
@@ -142,21 +152,62 @@ def slurm(tmp_path: Path, *flags: str, python: str, **env: str) -> Launched:
     )
 
 
+def given_flags(job: Launched):
+    given = next(line for line in job.log.read_text().splitlines() if line.startswith("flags ")).split()[1:]
+    return run_pretrain.get_args_parser().parse_args(given)
+
+
 def test_slurm_script_saves_before_the_limit_and_requeues(tmp_path):
-    stand_in = executable(tmp_path / "python", LAUNCHER.format(python=sys.executable, seconds=60))
+    stand_in = executable(tmp_path / "python", launcher(60))
     job = slurm(tmp_path, "--epochs", "7", python=str(stand_in), SLURM_ARRAY_TASK_ID="3")
     job.until("training", count=2)
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 1
     text = job.log.read_text()
     assert text.count("saved") == 2 and text.count("requeued 77") == 1
-    given = next(line for line in text.splitlines() if line.startswith("flags ")).split()[1:]
-    args = run_pretrain.get_args_parser().parse_args(given)
+    args = given_flags(job)
     assert (args.epochs, args.seed, args.output_dir) == (7, 3, "./output_dir/cxrmim-seed3")
 
 
+@pytest.mark.parametrize("whole_job", [False, True], ids=["shell", "job"])
+def test_slurm_script_waits_for_its_ranks_to_save_at_sigterm(tmp_path, whole_job):
+    """As scancel and a preemption send it: to all of the job, or by hand to the script alone."""
+    stand_in = executable(tmp_path / "python", launcher(60, save_seconds=1.5))
+    job = slurm(tmp_path, python=str(stand_in))
+    job.until("training", count=2)
+    for pid in processes_with(job.token) if whole_job else [job.process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert job.process.wait(60) != 0
+    text = job.log.read_text()  # of the moment when the script, and with it the job, ends
+    assert text.count("saved") == 2 and "requeued" not in text
+    job.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("flags", "array", "output_dir", "seed"),
+    [
+        (["--output_dir", "x/"], "2", "x-seed2", 2),
+        (["--output_dir=x"], "2", "x-seed2", 2),
+        (["--output_dir", "x/", "--seed", "5"], None, "x/", 5),
+        ([], None, "./output_dir/cxrmim", 0),
+    ],
+)
+def test_slurm_script_gives_each_task_of_an_array_a_run_of_its_own(tmp_path, flags, array, output_dir, seed):
+    stand_in = executable(tmp_path / "python", launcher(0))
+    env = {} if array is None else {"SLURM_ARRAY_TASK_ID": array}
+    job = slurm(tmp_path, *flags, "--epochs", "7", python=str(stand_in), **env)
+    assert job.wait(60) == 0
+    args = given_flags(job)
+    assert (args.output_dir, args.seed, args.epochs) == (output_dir, seed, 7)
+
+
+def test_slurm_script_refuses_an_array_of_one_seed(tmp_path):
+    job = slurm(tmp_path, "--seed", "1", python="none", SLURM_ARRAY_TASK_ID="3")
+    assert job.wait(60) == 1 and job.log.read_text().startswith("error: the tasks of an array")
+
+
 def test_slurm_script_does_not_requeue_what_is_done(tmp_path):
-    stand_in = executable(tmp_path / "python", LAUNCHER.format(python=sys.executable, seconds=0))
+    stand_in = executable(tmp_path / "python", launcher(0))
     job = slurm(tmp_path, python=str(stand_in))
     assert job.wait(20) == 0
     assert "requeued" not in job.log.read_text()

@@ -13,7 +13,7 @@ import torch
 from models_cxrmim import CXRMIM, cxrmim_vit_tiny_patch16
 from scripts.fetch_weights import main
 from util.errors import UserError
-from util.pretrained import TAG
+from util.pretrained import TAG, stored_weights, tagged_name
 from util.weights import load_initial_weights
 
 
@@ -58,8 +58,8 @@ def test_file_of_another_model_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="none.pth: no such"):
         main(["--model", "tiny", "--file", str(tmp_path / "none.pth"), "--out", str(out)])
-    with pytest.raises(UserError, match="--model resnet50"):
-        main(["--model", "resnet50", "--out", str(out)])
+    with pytest.raises(UserError, match="--model resnet51: timm has no"):
+        main(["--model", "resnet51", "--out", str(out)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pth"]
 
 
@@ -75,3 +75,16 @@ def test_without_a_connection_the_manual_steps_are_told(tmp_path, monkeypatch):
         main(["--model", "large", "--out", str(tmp_path / "w.pth")])
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_of_timms_models_where_the_gaze_predictor_looks_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("util.pretrained.FOLDER", tmp_path)
+    model = timm.create_model("test_resnet")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert main(["--model", "test_resnet", "--file", str(tmp_path / "model.safetensors")]) == 0
+    assert "test_resnet.r160_in1k" in capsys.readouterr().out
+    state = torch.load(stored_weights("test_resnet"), weights_only=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert tagged_name("base") == tagged_name("cxrmim_vit_base_patch16") == f"vit_base_patch16_224.{TAG}"
+    assert tagged_name("resnet50").startswith("resnet50.")
+    assert stored_weights("vit_base_patch16_224").name == "vit_base_p16_224_timm.pth"

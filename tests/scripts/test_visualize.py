@@ -136,13 +136,23 @@ def test_mask_picture_colours_exactly_the_masked_patches():
 
 
 def test_prediction_picture_shows_the_prediction_where_masked():
-    target, prediction = np.zeros((2, 2, 9)), np.zeros((2, 2, 9))
-    target[..., 0], prediction[..., 4] = 1, 1
+    prediction = np.zeros((2, 2, 9))
+    prediction[..., 4] = 1
     predicted = np.array([[True, False], [False, False]])
-    picture = prediction_picture(target, prediction, predicted, pixels=40)
-    assert np.array_equal(picture[:20, :20, 0], hog_glyphs(prediction[:1, :1], 20))
-    assert picture[0, 39, 2] > picture[0, 39, 0] == 0  # blue ground
-    assert picture[20:, 20:].max() < 0.8
+    picture = prediction_picture(prediction, predicted, pixels=40)
+    assert np.array_equal(picture[:20, :20], hog_glyphs(prediction[:1, :1], 20)[..., None].repeat(3, 2))
+    # A visible cell is hatched, whatever was predicted there, and never shows a glyph.
+    changed = prediction_picture(np.where(predicted[..., None], prediction, 0.5), predicted, pixels=40)
+    assert np.array_equal(picture, changed) and picture[20:, 20:].max() < 0.5
+
+
+def test_the_reference_is_the_error_of_the_mean_target(model):
+    batch = make_batch()
+    mask = torch.zeros(2, 16)
+    mask[:, ::2] = 1
+    found = reconstruct(model, batch, mask)
+    expected = sum(((target - target.mean((0, 1, 2))) ** 2).mean() for target in found.targets)
+    assert found.reference.mean() == pytest.approx(expected, rel=1e-4)
 
 
 def test_error_of_patches_is_the_loss(model):
@@ -169,7 +179,7 @@ def test_reconstruction_of_a_coarse_scale(model):
     assert found.significant[0].sum() == 4 and found.significant[0, :2, :2].all()
 
 
-@pytest.mark.parametrize("draw, panels", [(reconstruction_figure, 16), (contact_sheet, 4)])
+@pytest.mark.parametrize("draw, panels", [(reconstruction_figure, 20), (contact_sheet, 4)])
 def test_figures_are_deterministic_and_leave_nothing_behind(model, draw, panels, tmp_path):
     mask = torch.zeros(2, 16)
     mask[:, ::2] = 1

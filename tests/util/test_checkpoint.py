@@ -47,6 +47,25 @@ def test_round_trip_and_copy(tmp_path):
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
+def test_a_gpus_tensors_are_saved_as_the_cpus(tmp_path, monkeypatch):
+    """No GPU here: the tag that torch writes beside each storage is forged, and `cpu` copies as it would."""
+    state = make_state()
+    on_gpu = {tensor.untyped_storage().data_ptr() for tensor in state["model"].values() if tensor.numel()}
+    real = torch.serialization.location_tag
+    monkeypatch.setattr(
+        torch.serialization,
+        "location_tag",
+        lambda storage: "cuda:0" if storage.data_ptr() in on_gpu else real(storage),
+    )
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    torch.save(state, tmp_path / "plain.pth")
+    with pytest.raises(RuntimeError, match="CUDA"):  # so the forgery is as good as the real thing
+        torch.load(tmp_path / "plain.pth", weights_only=True)
+    save_checkpoint(state, tmp_path / "ours.pth")
+    loaded = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert_same(loaded["model"], dict(state["model"]))
+
+
 def test_every_flipped_byte_and_every_truncation_is_found(tmp_path):
     path = write(tmp_path, 0, size=4)
     whole = path.read_bytes()

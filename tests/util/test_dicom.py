@@ -19,7 +19,8 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
-from util.dicom import CONTRASTS, dicom_size, equalize_histogram, read_dicom, read_dicom_by_maximum
+from util.contrast import CONTRASTS
+from util.dicom import dicom_size, equalize_histogram, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
 from util.radiograph import radiograph_size, read_radiograph
 

@@ -161,6 +161,6 @@ def test_reflacx_columns_are_taken_as_they_are(study):
     height, width = reading.image_size
     from_file = fixation_heatmap(table, (height, width), (height, width))
     np.testing.assert_array_equal(
-        from_file, fixation_heatmap(reading.load_fixations(), (height, width), (height, width))
+        from_file, fixation_heatmap(reading.load_fixations().table, (height, width), (height, width))
     )
     assert from_file.sum() == pytest.approx(1)

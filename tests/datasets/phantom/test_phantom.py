@@ -303,7 +303,7 @@ def test_every_fault_is_found_and_nothing_else(tmp_path):
         "missing_column": "'x_position' is missing",
         "non_numeric_cell": "line 4, column 'x_position': 'left of the heart'",
         "no_fixations": "no fixations",
-        "zero_duration": "none of positive duration",
+        "zero_duration": "(duration of 0: ",
         "all_outside": "outside",
         "discarded": "discarded",
         "path_traversal": "leaves its directory",
@@ -351,7 +351,7 @@ def test_egd_layout(tmp_path):
     without = read_egd(make_egd(tmp_path / "without", 4, size=(100, 130), with_duration=False).raw, sigma=20)
     assert "FPOGD" not in pd.read_csv(tmp_path / "without" / "egd-cxr" / "fixations.csv").columns
     for reading, other in zip(readings, without.readings):
-        a, b = reading.load_fixations(), other.load_fixations()
+        a, b = reading.load_fixations().table, other.load_fixations().table
         assert len(a) == len(b) > 20
         saccade = (b["duration"] - a["duration"]).iloc[1:]
         assert saccade.min() > 0.01 and saccade.median() < 0.07

@@ -144,7 +144,7 @@ class Preparation(RuleBasedStateMachine):
         path = self.root / self.source(number)
         rng = np.random.default_rng(seed)
         if path.suffix == ".jpg":
-            Image.fromarray(rng.integers(0, 255, (40, 32), np.uint8)).save(path)
+            Image.fromarray(rng.integers(0, 255, (32, 40), np.uint8)).save(path)
         elif path.suffix == ".npy":
             np.save(path, rng.random((4, 4)))
         else:

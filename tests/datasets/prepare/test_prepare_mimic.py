@@ -89,7 +89,7 @@ def test_builds_a_tree_that_trains(source, tmp_path):
         assert (entry["study_id"], entry["subject_id"]) == (image.study_id, image.subject_id)
         gray = read_gray(tmp_path / "out" / f"files/{place}.jpg").astype(int)
         assert gray.shape == SIZE
-        assert np.abs(gray - read_radiograph(image.path)).mean() < 4
+        assert np.abs(gray - read_radiograph(image.path, "mimic-cxr-jpg")).mean() < 4
         attention = read_gray(tmp_path / "out" / "attention" / f"{place}.png")
         expected = 255 * blob(SIZE, 0.7, 0.3)
         assert np.abs(attention - expected).max() < 12 and attention.max() == 255

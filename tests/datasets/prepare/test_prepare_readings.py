@@ -23,7 +23,7 @@ from datasets.prepare.pixels import count_significant, scaled_size
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import read_egd
 from datasets.raw.image_index import find_images
-from datasets.raw.readings import RawReadings, Reading
+from datasets.raw.readings import Fixations, RawReadings, Reading
 from datasets.raw.reflacx import read_reflacx
 from scripts.prepare_reflacx import main
 from util.dicom import read_dicom
@@ -85,7 +85,7 @@ def test_attention_is_the_readings_heatmap(each, mixed):
     for reading in read_reflacx(mixed.raw).readings:
         attention, foreground = maps_of(out, entries[reading.id])
         assert attention.shape == foreground.shape == (150, 120)
-        expected = fixation_heatmap(reading.load_fixations(), reading.image_size, (150, 120))
+        expected = fixation_heatmap(reading.load_fixations().table, reading.image_size, (150, 120))
         np.testing.assert_array_equal(attention, heatmap_to_uint8(expected))
         assert set(np.unique(foreground)) == {0, 255}
         threshold = attention[foreground == 0].max()  # a threshold splits the two
@@ -113,7 +113,7 @@ def test_images_are_the_radiographs(each, mixed):
     for entry in entries_of(out):
         stored = read_gray(out / entry["image_path"])
         source = Path(find_images(mixed.images, {entry["dicom_id"]: ""}).paths[entry["dicom_id"]])
-        original = read_dicom(source) if source.suffix == ".dcm" else read_gray(source)
+        original = read_dicom(source, "mimic-cxr-jpg") if source.suffix == ".dcm" else read_gray(source)
         resized = np.asarray(Image.fromarray(original).resize((120, 150), Image.Resampling.BICUBIC))
         difference = np.abs(stored.astype(int) - resized)  # Pillow's kernel rounds some pixels the other way
         assert difference.max() <= 1 and (difference > 0).mean() < 0.02
@@ -126,10 +126,44 @@ def test_jpg_and_dicom_of_one_phantom_give_the_same_picture(tmp_path):
     for kind in ("jpg", "dcm"):
         study = make_study(tmp_path / kind, n_images=2, size=(120, 96), image_format=kind, shared_images=0)
         out = tmp_path / f"{kind}-out"
-        prepare(study.raw, study.images, out, size=0)
+        prepare(study.raw, study.images, out, size=0, dicom_contrast="window")
         films.append([read_gray(out / entry["image_path"]) for entry in entries_of(out)])
     for jpg, dicom in zip(*films):
         assert np.abs(jpg.astype(int) - dicom).mean() < 4  # what JPG costs
+
+
+def test_bad_fixations_are_left_out_counted_and_listed(tmp_path, capsys):
+    study = make_study(tmp_path, n_images=2, size=(120, 96), shared_images=0, normal_fraction=0)
+    reading = read_reflacx(study.raw).readings[0]
+    table = pd.read_csv(reading.fixations_path, dtype=str)
+    table.loc[1, "x_position"], table.loc[2, "timestamp_end_fixation"] = "?", "-9"
+    table.to_csv(reading.fixations_path, index=False)
+    flags = ["--raw", str(study.raw), "--images", str(study.images), "--size", "0", "--out"]
+    assert main([*flags, str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    bad = f"{reading.id}: line 3, column 'x_position': '?' is not a finite number"
+    assert f"2 bad fixations were left out: {bad}; the other 1 are listed in prepare.json" in told
+    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert record["bad_fixations"] == [bad, f"{reading.id}: line 4, negative duration"]
+    assert record["counts"]["fixations left out: not a finite number"] == 1
+    assert record["counts"]["fixations left out: negative duration"] == 1
+    entry = next(entry for entry in entries_of(tmp_path / "out") if entry["reflacx_id"] == reading.id)
+    expected = fixation_heatmap(table.drop([1, 2]), reading.image_size, reading.image_size)
+    np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
+    assert main([*flags, str(tmp_path / "strict"), "--max_bad_fixations", "0"]) == 1
+    assert "2 of" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max_bad_fixations 1.5 is no share"):
+        main([*flags, str(tmp_path / "no"), "--max_bad_fixations", "1.5"])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--dicom_contrast", "window"], ["--screen_filter"], ["--max_bad_fixations", "0"]]
+)
+def test_options_that_decide_pixels_do_not_mix(each, mixed, flags):
+    out, _ = each
+    with pytest.raises(UserError, match=f"other options.*{flags[0].removeprefix('--')}"):
+        main(["--raw", str(mixed.raw), "--images", str(mixed.images), "--out", str(out), "--size", "150",
+              "--readings", "each", *flags])  # fmt: skip
 
 
 def test_real_radiograph_from_dicom(tmp_path):
@@ -171,7 +205,8 @@ def test_merge_adds_the_maps(each, mixed, tmp_path):
         ids = entry["raw_ids"]
         assert entry["reflacx_id"] == (ids[0] if len(ids) == 1 else f"{ids[0]}+{len(ids) - 1}")
         maps = [
-            fixation_heatmap(readings[i].load_fixations(), readings[i].image_size, (150, 120)) for i in ids
+            fixation_heatmap(readings[i].load_fixations().table, readings[i].image_size, (150, 120))
+            for i in ids
         ]
         expected = heatmap_to_uint8(sum(maps) / len(maps))
         np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], expected)
@@ -469,7 +504,9 @@ def test_egd_gives_the_same_kind_of_tree(tmp_path):
     readings = {reading.id: reading for reading in read_egd(study.raw, sigma=9).readings}
     for entry in entries:
         assert entry["source"] == "egd" and set(entry["labels"]) == {"Normal", "CHF", "Pneumonia"}
-        expected = fixation_heatmap(readings[entry["reflacx_id"]].load_fixations(), (120, 96), (120, 96))
+        expected = fixation_heatmap(
+            readings[entry["reflacx_id"]].load_fixations().table, (120, 96), (120, 96)
+        )
         np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
     with pytest.raises(UserError, match="no usable reading of split 'train'"):
         prepare(study.raw, study.images, tmp_path / "no", split="train")
@@ -480,12 +517,11 @@ def test_egd_gives_the_same_kind_of_tree(tmp_path):
 class LeftEyeReading(Reading):
     """Of a data set made up here: one fixation in the middle of the image's left half."""
 
-    def load_fixations(self):
+    def load_fixations(self, *, max_bad=0.1, screen_filter=False):
         height, width = self.image_size
         box = {"xmin": 0, "ymin": 0, "xmax": width, "ymax": height}
-        return pd.DataFrame(
-            [{"x": width / 4, "y": height / 2, "duration": 1, "sigma_x": 9, "sigma_y": 9} | box]
-        )
+        gaze = {"x": width / 4, "y": height / 2, "duration": 1, "sigma_x": 9, "sigma_y": 9}
+        return Fixations(pd.DataFrame([gaze | box]))
 
 
 def read_left_eye(raw):

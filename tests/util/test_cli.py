@@ -1,0 +1,43 @@
+"""Options that several programs share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import run_pretrain
+from util.cli import finite_float
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = [action for action in run_pretrain.get_args_parser()._actions if action.type is finite_float]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "NaN", "infinity", "1e999"])
+@pytest.mark.parametrize("action", NUMBERS, ids=lambda action: action.dest)
+def test_no_number_of_pretraining_may_be_nan_or_infinite(action, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_pretrain.get_args_parser().parse_args([f"{action.option_strings[0]}={text}"])
+    assert stopped.value.code == 2
+    assert (
+        f"error: argument {action.option_strings[0]}: {text} is not a finite number"
+        in capsys.readouterr().err
+    )
+
+
+def test_numbers_are_taken_and_words_are_not(capsys):
+    args = run_pretrain.get_args_parser().parse_args(["--lr", "1e-3", "--scale_list", "4", "0.5"])
+    assert args.lr == 1e-3 and args.scale_list == [4.0, 0.5]
+    with pytest.raises(SystemExit):
+        run_pretrain.get_args_parser().parse_args(["--lr", "fast"])
+    assert "'fast' is not a number" in capsys.readouterr().err
+
+
+def test_no_program_takes_a_float_that_may_be_nan():
+    files = [
+        *ROOT.glob("*.py"),
+        *(path for room in ("datasets", "scripts", "util") for path in (ROOT / room).rglob("*.py")),
+    ]
+    found = [path.name for path in files if re.search(r"\btype=float\b", path.read_text(encoding="utf-8"))]
+    assert found == [] and len(NUMBERS) >= 10
