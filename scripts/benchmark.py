@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         settings.batch_size, settings.workers, settings.repeats = 128, (0, 4, 16), 20
     if args.quick:
         settings = Settings(
-            (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 64, 2, 3, (0, 1), device
+            (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 224, 2, 3, (0, 1), device
         )  # fmt: skip
         settings.downstream, settings.input_size = (40, 1, 4, 64), 64
     settings.compile, settings.quick = args.compile or device == "cuda" or args.quick, args.quick
