@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
 from util.cli import finite_float
+from util.download import local_file
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
 from util.loading import SampleLoader
@@ -67,7 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="don't pin host memory")
     add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
-    add("--cache_size", type=int, default=512, help="short side of cached images in pixels")
+    add("--cache_size", type=int, default=512, help="short side of cached images in pixels; crops are cut from "
+        "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")  # fmt: skip
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
     add("--check_data", action="store_true", help="read every file of the data, list the bad ones, and exit")
 
@@ -155,7 +158,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_every", type=int, default=50,
         help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")  # fmt: skip
     add("--print_every", type=int, default=20, help="steps between progress lines")
-    add("--resume", default="", metavar="PATH", help="checkpoint to go on from")
+    add("--resume", default="", metavar="PATH", help="checkpoint to go on from, a file or an http(s) address")
     add("--auto_resume", action="store_true", default=True,
         help="go on from the newest checkpoint in output_dir (default)")  # fmt: skip
     add("--no_auto_resume", action="store_false", dest="auto_resume",
@@ -178,6 +181,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
+    args.resume, args.pretrained = local_file(args.resume), local_file(args.pretrained)
     check_args(args)
     if args.check_data:
         return check_data(args)
@@ -344,6 +348,11 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must be at least {lowest}")
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
+    if args.cache_size < args.input_size:
+        raise UserError(
+            f"--cache_size {args.cache_size}: below --input_size {args.input_size}, so that even whole images would be "
+            f"enlarged; crops keep their detail from {math.ceil(args.input_size / args.min_crop_ratio**0.5)} on"
+        )
     if not 0 <= args.clinical_ratio <= 1:
         raise UserError(f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]")
     if args.start_epoch >= args.epochs:

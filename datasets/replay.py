@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from util.gaze import (
     RECTANGLE,
     REFLACX_COLUMNS,
     REFLACX_TIMES,
+    check_rectangles,
     fixation_heatmap,
     heatmap_to_uint8,
 )
@@ -104,6 +106,8 @@ def training_batch(
     """
     if not 0 <= rank < world_size:
         raise UserError(f"--rank {rank}: the run had {world_size} processes, 0 to {world_size - 1}")
+    if epoch >= args.get("epochs", epoch + 1):
+        raise UserError(f"--epoch {epoch}: the run had {args['epochs']} epochs, 0 to {args['epochs'] - 1}")
     try:
         batches = TrainBatches(
             len(dataset),
@@ -177,6 +181,8 @@ def single_image(
     gray = read_radiograph(image)
     if fixations is not None:
         columns = read_fixations(fixations)
+        if (doubt := check_rectangles(columns, gray.shape, fixations)) is not None:
+            print(f"warning: {doubt}", file=sys.stderr, flush=True)
         try:
             density = fixation_heatmap(columns, gray.shape, gray.shape)
         except UserError as error:

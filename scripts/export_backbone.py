@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.download import local_file
 from util.errors import run_cli
 from util.export import FORMATS, export_backbone, usage
 
@@ -38,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     backbone = export_backbone(
-        args.checkpoint,
+        local_file(args.checkpoint),
         args.out,
         fmt=args.format,
         tap=args.tap,

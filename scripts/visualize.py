@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
 from models_cxrmim import CXRMIM
 from util.cli import check_device, finite_float
+from util.download import local_file
 from util.errors import UserError, run_cli
 from util.masking import MASKINGS
 from util.pictures import check_picture_path, contact_sheet, page_path, reconstruction_figure, save_figure
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--per_page {args.per_page}: must be at least 1")
     check_device(args.device)
 
-    state, info = read_state_dict(args.checkpoint)
+    state, info = read_state_dict(local_file(args.checkpoint))
     given = {name: value for name, value in vars(args).items() if name in STORED and value is not None}
     options = {**info.args, **given}
     model = build_model(CXRMIM, state, info, given).to(args.device)

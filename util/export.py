@@ -210,6 +210,8 @@ def export_backbone(
         UserError: bad checkpoint, tap or size, or the place can't be written to.
     """
     out = Path(out)
+    if out.exists() and Path(checkpoint).exists() and out.samefile(checkpoint):
+        raise UserError(f"{out}: is the checkpoint itself, which would be lost; choose another file to write")
     backbone = read_backbone(checkpoint, tap=tap, img_size=img_size, num_heads=num_heads)
     model = build_backbone(backbone)  # proves that timm loads it
     if not out.parent.is_dir():

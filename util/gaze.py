@@ -119,6 +119,30 @@ def _axis_factor(
     return density
 
 
+def check_rectangles(
+    fixations: Mapping[str, Sequence[float]], image_size: tuple[int, int], path: object
+) -> str | None:
+    """Whether the parts in view fit an image of (height, width) `image_size`: None if they do, a doubt where they
+    can't tell, `UserError` naming `path` where one reaches beyond it (by more than a pixel)."""
+    columns = fixation_columns(fixations)
+    edges = {name: columns[name][np.isfinite(columns[name])] for name in RECTANGLE}
+    if not all(values.size for values in edges.values()):
+        return f"{path}: has no parts in view, so it can't be checked that it is of an image of this size"
+    height, width = image_size
+    right, bottom = max(edges["xmax"]), max(edges["ymax"])
+    if min(*edges["xmin"], *edges["ymin"]) < -1 or right > width + 1 or bottom > height + 1:
+        raise UserError(
+            f"{path}: parts of an image of {right:g} x {bottom:g} px or more were in view, but this one has "
+            f"{width} x {height}; give the image at its original size"
+        )
+    if right < width - 1 or bottom < height - 1:
+        return (
+            f"{path}: nothing beyond {right:g} x {bottom:g} px was ever in view, and this image has {width} x {height}; "
+            "is it the same, at its original size?"
+        )
+    return None
+
+
 def inside_image(
     fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int]
 ) -> np.ndarray:

@@ -185,6 +185,8 @@ def analyze(
         raise UserError(
             f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1"
         )
+    if n_bootstrap < 1 or n_examples < 0:
+        raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least 1 and 0")
     if size < 1:
         raise UserError(f"--size {size} is not positive")
     raw = raw.resolve()

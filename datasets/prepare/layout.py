@@ -151,11 +151,15 @@ def begin_removing(root: Path, layer: str) -> None:
         indexes = root_files(root, own)
         remove_files(root, indexes)
         lists = [*root.glob(f"{own}.origins"), *journal_files(root, own)]
+        whole = True
         for path in lists:
-            for line in read_lines(path):
-                if line.startswith("["):
-                    names.update(dict.fromkeys(read_line(line)[2]))
-        if record and record["options"].get("format") == 1:
+            try:
+                for line in read_lines(path):
+                    if line.startswith("["):
+                        names.update(dict.fromkeys(read_line(line)[2]))
+            except (UserError, ValueError):  # damaged: what it listed is in our folders
+                whole = False
+        if record and (record["options"].get("format") == 1 or not whole):
             for folder in OLD_FOLDERS:
                 below = (path for path in (root / folder).rglob("*") if not path.is_dir())
                 names.update(dict.fromkeys(str(path.relative_to(root)) for path in below))

@@ -133,7 +133,8 @@ class TreeMaking:
                 self.out.mkdir(parents=True, exist_ok=True)
                 self._lock()
                 self._clean()
-            self._load()
+            if not self.overwrite:
+                self._load()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -438,11 +439,11 @@ class TreeMaking:
 
     def _leave_no_empty_tree(self) -> None:
         """After an error that came before anything was made: nothing of ours stays."""
-        if self._lines or self._settled or self.part is not None or (self.out / REMOVING).exists():
+        held = [origins_file(self.out, self.layer), *journal_files(self.out, self.layer), self.out / REMOVING]
+        if self.part is not None or any(path.exists() for path in held):
             return
         remove_folder(self.out / STAGING)
-        for path in (record_file(self.out, self.layer), *journal_files(self.out, self.layer)):
-            path.unlink(missing_ok=True)
+        record_file(self.out, self.layer).unlink(missing_ok=True)
         if self.layer == LAYERS[0]:
             (self.out / LOCK).unlink(missing_ok=True)
             if not self._was_there:

@@ -221,3 +221,19 @@ def test_what_cannot_be_removed_is_an_error(sources, tmp_path):
     (out / "copies/a/a.txt").rmdir()
     run(sources, out)
     check_fresh(sources, out)
+
+
+def test_a_damaged_list_of_origins_is_told_and_overwritten(sources, tmp_path):
+    out = tmp_path / "out"
+    run(sources, out)
+    lines = (out / "prepare.origins").read_text().splitlines(keepends=True)
+    (out / "prepare.origins").write_text("".join([*lines[:2], "rubbish\n", *lines[3:]]))
+    with pytest.raises(UserError, match="prepare.origins: line 3 is not of this program; --overwrite"):
+        run(sources, out)
+    (tmp_path / "empty").mkdir()
+    before = contents(out)
+    with pytest.raises(UserError, match="nothing to make"):
+        run(tmp_path / "empty", out, overwrite=True)
+    assert contents(out) == before
+    run(sources, out, overwrite=True)
+    check_fresh(sources, out)
