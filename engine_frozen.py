@@ -85,7 +85,15 @@ class Features:
             self.encoder = Encoder(model, mean, std, frozen.device, frozen.dtype)
             weights, self.width = digest_of(model), model.embed_dim
         # Random numbers of the views come from their number alone, so more views leave the first as they are.
-        content = [weights, frozen.files_key, frozen.views_key, mean, std, str(frozen.dtype)]
+        content = [
+            weights,
+            candidate.architecture,
+            frozen.files_key,
+            frozen.views_key,
+            mean,
+            std,
+            str(frozen.dtype),
+        ]
         self.key = digest(content)
         self.folder = frozen.features_dir / self.key
 

@@ -8,6 +8,7 @@ borders, so nothing is cropped), and the target is the mean of the readings' den
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -228,6 +229,14 @@ class GazeSamples(Dataset):
 
     def sample_name(self, index: int) -> str:
         return self.study.name(self.images[index])
+
+    def identity(self) -> str:
+        """Digest of the samples' readings and their order: a checkpoint goes on with the same ones."""
+        names = [
+            [self.study.reading_id(image, place) for place in range(len(image.entries))]
+            for image in self.images
+        ]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key if isinstance(key, tuple) else (None, key)
