@@ -155,6 +155,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     if resumed is not None:
         state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(samples[TRAIN]), identity), ranks)
         core.load_state_dict(state["model"])
+        core.seen = state.get("seen", [])
         restore_optimizer(optimizer, scaler, state, watch)
         sums.sums.copy_(own_sums(state, ranks))
         best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
@@ -162,6 +163,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
         for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
             centre_prior(samples[part], args.num_workers)
+    core.seen = sorted({*core.seen, *study.seen()})
     loader = build_loader(args, samples[TRAIN], ranks, epoch, step)
     steps = loader.batch_sampler.steps_per_epoch
     ranks.say(describe_run(args, core, study, steps, told, ranks))
@@ -250,7 +252,7 @@ def gaze_state(
         sums=sums.sums, ranks=training.ranks, dataset_size=training.dataset_size, samples=training.samples,
         watch=training.watch,
     )  # fmt: skip
-    return state | {"config": training.core.config, "best": asdict(best)}
+    return state | {"config": training.core.config, "seen": training.core.seen, "best": asdict(best)}
 
 
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best) -> None:
@@ -332,6 +334,8 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     path = Path(args.judge or Path(args.output_dir) / BEST)
     model = load_gaze_net(path).to(ranks.device)
     study = GazeStudy(args.data_path, cache_size=args.cache_size)
+    if told := study.leave_out(frozenset(model.seen)):
+        print(told)
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
     for tree, lacking in study.readings_without_fixations().items():
