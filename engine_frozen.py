@@ -25,6 +25,7 @@ from engine_downstream import (
 )
 from engine_probe import principal_components, probe_scores, standardise
 from util.encoders import PIXELS, Candidate, digest_of
+from util.errors import UserError
 from util.features import FeatureFile
 from util.jobs import Jobs, digest
 from util.locks import file_lock
@@ -108,7 +109,12 @@ class Features:
     def fill(self, wanted: dict[int, np.ndarray]) -> None:
         """Encode what is missing of {view: images}. Raises `Stopped`, `UserError`."""
         frozen = self.frozen
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: can't make this directory: {error.strerror}; choose another --features_dir"
+            ) from None
         mend = "wait for it, or choose another --features_dir"
         with file_lock(self.folder / "lock", what=f"features {self.folder}", mend=mend):
             files = [(view, np.sort(images), self.file(view)) for view, images in wanted.items()]

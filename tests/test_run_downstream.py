@@ -216,6 +216,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--weights", "pixels", "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),
         (["--weights", "pixels", "--split", "folds", "--folds", "121"], "--folds 121: there are only 120"),
         (["--weights", "pixels", "--output_dir", tmp_path / "probed"], "holds results of rsna, probe, not of"),
+        (["--weights", "pixels", "--features_dir", encoder], "can't make this directory: .*choose another --features_dir"),
         (["--weights", "pixels", "--output_dir", encoder], "--output_dir .*encoder.pth: can't make this directory"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=reason) as caught:
