@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,21 @@ def test_dry_run_needs_no_image(rsna, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert [line.split() for line in printed.splitlines()][1] == ["images", "84", "18", "18"]
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["split.csv"]
+
+
+def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path):
+    argv = command(rsna, tmp_path, "--weights", "pixels", "--seeds", "1")
+    assert main(argv) == 0
+    (tmp_path / "results.png").unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # the tables fit, the picture doesn't
+    try:
+        with pytest.raises(UserError, match="the results can't be written: .*make room"):
+            main(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.glob(".tmp*")) == []
+    assert main(argv) == 0 and (tmp_path / "results.png").exists()
 
 
 def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):
