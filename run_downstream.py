@@ -36,7 +36,7 @@ from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.jobs import Jobs, digest
@@ -112,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=[1.0],
         help="shares of the training images to use",
     )
-    add("--seeds", nargs="+", type=int, default=[43, 44, 45], help="of heads, order and folds")
+    add("--seeds", nargs="+", type=seed_number, default=[43, 44, 45], help="of heads, order and folds")
     add("--folds", type=int, default=5, help="grouped folds of --split folds")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through")
     add("--recipe", choices=tuple(RECIPES), default="published",
@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
-        ranks = distributed.start(args.device)
+        with signals.off():
+            ranks = distributed.start(args.device)
         status = run(args, ranks, signals)
         distributed.stop()
     return status

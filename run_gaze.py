@@ -17,7 +17,7 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="autocast type (None: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
-    add("--seed", type=int, default=0, help="of initial weights and sample order")
+    add("--seed", type=seed_number, default=0, help="of initial weights and sample order")
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
@@ -122,9 +122,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop, and judge; returns the exit status (util/stop.py)."""
-    ranks = distributed.start(
-        args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
-    )
+    with signals.off():
+        ranks = distributed.start(
+            args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
+        )
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
     torch.manual_seed(args.seed)
     with hold_output(args.output_dir, args.log_dir, ranks=ranks):
