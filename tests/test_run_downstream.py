@@ -222,7 +222,6 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--weights", encoder, "--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
         (["--weights", encoder, "--tap", "3"], "--tap 3"),
         (["--fractions", "0"], "--fractions 0.0: must be above 0"),
-        (["--seeds", "-1"], "--seeds -1: must be 0 or more"),
         (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--bootstrap", "0"], "--bootstrap 0"),
