@@ -120,6 +120,10 @@ def encode(
     def store(all_of_them: bool) -> None:
         nonlocal place
         values = np.concatenate(ready)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{what}: features are not finite (NaN or infinite); pass --dtype float32, or weights that are sound"
+            )
         ready.clear()
         for view, span in _runs(keys[place : place + len(values)]):
             images = np.array([image for _, image in keys[place + span.start : place + span.stop]])

@@ -43,6 +43,7 @@ from util.logging import RunLog
 from util.progress import Steps
 from util.resume import own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, ignore_stop_signals
+from util.subjects import subject_marks
 from util.tuned import BEST, write_tuned
 
 CHECKPOINT = "checkpoint.pth"
@@ -274,6 +275,7 @@ def finetune(
             folder / BEST, place.best, candidate, core, mean=tuning.mean, std=tuning.std, task=images.task,
             labels=images.label_names, pool=recipe.pool, dataset=images.name, fraction=fraction, seed=seed,
             recipe=asdict(recipe), epoch=place.best_epoch, valid_loss=place.best_loss,
+            seen=subject_marks(images.subjects[np.r_[rows.train, rows.valid]], images.name),
         )  # fmt: skip
         (folder / CHECKPOINT).unlink(missing_ok=True)
 
@@ -349,9 +351,16 @@ def finetune_all(
     if candidate.kind == PIXELS:
         raise UserError("--weights pixels: there is no encoder to fine-tune; use --method linear or probe")
     weights = RANDOM if candidate.kind == RANDOM else digest_of(candidate.build())
-    shape = None if candidate.backbone is None else [candidate.backbone.timm_name, candidate.backbone.timm_args,
-                                                     candidate.backbone.block]  # fmt: skip
-    known = [weights, shape, key, asdict(tuning.recipe), tuning.mean, tuning.std, str(tuning.dtype), n_folds]
+    known = [
+        weights,
+        candidate.architecture,
+        key,
+        asdict(tuning.recipe),
+        tuning.mean,
+        tuning.std,
+        str(tuning.dtype),
+        n_folds,
+    ]
     plans = {
         (fraction, seed): partitions(images, fraction, seed=seed, n_folds=n_folds, validate=True)
         for fraction in fractions
@@ -371,7 +380,12 @@ def finetune_all(
                 plain = re.sub(r"[^A-Za-z0-9.-]+", "_", candidate.name)
                 folder = runs / f"{plain}-{fraction:g}-{seed}{fold}-{name[:8]}"
                 what = f"{candidate.name}: fine-tuning, {fraction:g} of the labels, seed {seed}{fold}"
-                scores.append(finetune(tuning, candidate, rows, fraction, seed, folder, what))
+                of_fold = f"{name}-part{k + 1}"  # a fold that is done is kept while the others are not
+                kept = on_main(ranks, lambda of_fold=of_fold: jobs.load(of_fold))
+                if kept is None:
+                    kept = {"scores": finetune(tuning, candidate, rows, fraction, seed, folder, what)}
+                    on_main(ranks, lambda of_fold=of_fold, kept=kept: jobs.save(of_fold, kept))
+                scores.append(kept["scores"])
             stored = {"rows": np.concatenate([rows.test for rows in parts]), "scores": np.concatenate(scores)}
             on_main(ranks, lambda name=name, stored=stored: jobs.save(name, stored))
         found["", fraction, seed] = stored["rows"], stored["scores"]

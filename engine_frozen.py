@@ -25,6 +25,7 @@ from engine_downstream import (
 )
 from engine_probe import principal_components, probe_scores, standardise
 from util.encoders import PIXELS, Candidate, digest_of
+from util.errors import UserError
 from util.features import FeatureFile
 from util.jobs import Jobs, digest
 from util.locks import file_lock
@@ -85,7 +86,15 @@ class Features:
             self.encoder = Encoder(model, mean, std, frozen.device, frozen.dtype)
             weights, self.width = digest_of(model), model.embed_dim
         # Random numbers of the views come from their number alone, so more views leave the first as they are.
-        content = [weights, frozen.files_key, frozen.views_key, mean, std, str(frozen.dtype)]
+        content = [
+            weights,
+            candidate.architecture,
+            frozen.files_key,
+            frozen.views_key,
+            mean,
+            std,
+            str(frozen.dtype),
+        ]
         self.key = digest(content)
         self.folder = frozen.features_dir / self.key
 
@@ -100,7 +109,12 @@ class Features:
     def fill(self, wanted: dict[int, np.ndarray]) -> None:
         """Encode what is missing of {view: images}. Raises `Stopped`, `UserError`."""
         frozen = self.frozen
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: can't make this directory: {error.strerror}; choose another --features_dir"
+            ) from None
         mend = "wait for it, or choose another --features_dir"
         with file_lock(self.folder / "lock", what=f"features {self.folder}", mend=mend):
             files = [(view, np.sort(images), self.file(view)) for view, images in wanted.items()]

@@ -29,7 +29,9 @@ def principal_components(pixels: np.ndarray, train: np.ndarray, seed: int) -> np
 
     They keep their proportions: equal scales would blow up the last ones, which are noise.
     """
-    n = min(PIXEL_COMPONENTS, len(train) - 1, pixels.shape[1])
+    n = max(1, min(PIXEL_COMPONENTS, len(train) - 1, pixels.shape[1]))
+    if (pixels[train] == pixels[train[0]]).all():  # the same picture again and again has no components
+        return np.zeros((len(pixels), n), pixels.dtype)
     values = PCA(n, random_state=seed).fit(pixels[train]).transform(pixels)
     return values / values[train].std()
 

@@ -16,6 +16,7 @@ from util.errors import UserError
 from util.loading import SampleLoader
 from util.progress import Steps
 from util.stop import StopSignals, ignore_stop_signals
+from util.subjects import subject_marks
 from util.tuned import Tuned
 
 
@@ -86,11 +87,12 @@ def evaluate(
     num_workers: int,
     ranks: Ranks,
     signals: StopSignals,
-) -> tuple[list[str], np.ndarray, np.ndarray]:
+) -> tuple[list[str], np.ndarray, np.ndarray, str]:
     """Judge a fine-tuned model on the test images of any data set, by the labels that both have.
 
     Returns:
-        The shared labels in the images' order, the test rows, and their scores [n, shared].
+        The shared labels in the images' order, the test rows, their scores [n, shared], and a warning where subjects
+        of the test have trained the model ("" where none has).
 
     Raises:
         UserError: no label in common, another task, or no test image.
@@ -108,6 +110,21 @@ def evaluate(
     rows = images.indices(TEST)
     if not len(rows):
         raise UserError(f"{images.name}: no test images; --split test makes all of them test images")
+    columns = images.labels[rows][:, [images.label_names.index(label) for label in shared]]
+    kinds = np.stack([(columns == value).any(0) for value in (0, 1)])
+    if not kinds.all(0).any():
+        raise UserError(
+            f"{images.name}: the test images are all of one kind by {', '.join(shared)}, so {name} can't be judged by "
+            "them; --split test makes all images test images"
+        )
+    subjects = set(images.subjects[rows].tolist())
+    warning = ""
+    if known := len(tuned.seen & set(subject_marks(subjects, images.name))):
+        warning = (
+            f"warning: {known} of {len(subjects)} test subjects trained or validated {name}, so its results are too good; "
+            "judge it on the split it was trained with"
+        )
+        ranks.say(warning)
     for title, names, others in (("model", tuned.labels, shared), ("data", images.label_names, shared)):
         if left := [label for label in names if label not in others]:
             ranks.say(f"{name}: not judged, only the {title} has {', '.join(left)}")
@@ -117,4 +134,4 @@ def evaluate(
             batch_size=batch_size, num_workers=num_workers, ranks=ranks, progress=progress, signals=signals,
         )  # fmt: skip
     scores = probabilities(logits, tuned.task).astype(np.float32)
-    return shared, rows, scores[:, [tuned.labels.index(label) for label in shared]]
+    return shared, rows, scores[:, [tuned.labels.index(label) for label in shared]], warning

@@ -22,7 +22,13 @@ from datasets.downstream.images import (
     open_squares,
     reading_from_args,
 )
-from datasets.downstream.labelled import LabelledImages, check_classes, split_table, write_split
+from datasets.downstream.labelled import (
+    LabelledImages,
+    check_classes,
+    lone_in_fractions,
+    split_table,
+    write_split,
+)
 from datasets.downstream.partition import in_folds
 from datasets.downstream.tree import ANY_FINDING
 from engine_downstream import HeadOptions, Stopped
@@ -30,7 +36,7 @@ from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.jobs import Jobs, digest
@@ -106,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=[1.0],
         help="shares of the training images to use",
     )
-    add("--seeds", nargs="+", type=int, default=[43, 44, 45], help="of heads, order and folds")
+    add("--seeds", nargs="+", type=seed_number, default=[43, 44, 45], help="of heads, order and folds")
     add("--folds", type=int, default=5, help="grouped folds of --split folds")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through")
     add("--recipe", choices=tuple(RECIPES), default="published",
@@ -145,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
-        ranks = distributed.start(args.device)
+        with signals.off():
+            ranks = distributed.start(args.device)
         status = run(args, ranks, signals)
         distributed.stop()
     return status
@@ -156,8 +163,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
     if ranks.world_size > 1 and args.method != "finetune":
         raise UserError(f"--method {args.method} runs in one process; start it without torchrun")
     images = read_from_args(args, need_images=not args.dry_run)
-    told = [*images.notes, *([] if args.method == "evaluate" else check_classes(images)), split_table(images)]
-    ranks.say("\n".join(told))
+    ranks.say("\n".join([*images.notes, split_table(images)]))
     if not args.weights and not args.dry_run:
         raise UserError("--weights: name at least one encoder: NAME=FILE, imagenet, random or pixels")
     with hold_output(args.output_dir, ranks=ranks):
@@ -165,6 +171,11 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
         distributed.on_main(ranks, lambda: start_output(output_dir, images, args))
         if args.dry_run:
             ranks.say(f"wrote {output_dir / 'split.csv'}")
+        # After the table and split.csv, which show where a class lacks.
+        if args.method != "evaluate":
+            for line in [*check_classes(images), *lone_in_fractions(images, args.fractions)]:
+                ranks.say(line)
+        if args.dry_run:
             return 0
         try:
             outcomes = judge(args, images, ranks, signals)
@@ -283,7 +294,7 @@ def judge(
         tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
         views, outcomes = open_views(args, images, ranks), []
         for name, model in tuned.items():
-            labels, rows, scores = evaluate(
+            labels, rows, scores, warning = evaluate(
                 name, model, images, views, dtype=dtype, batch_size=args.encode_batch,
                 num_workers=args.num_workers, ranks=ranks, signals=signals,
             )  # fmt: skip
@@ -292,7 +303,7 @@ def judge(
                 Outcome(
                     **common, weights=name, fraction=model.fraction, seed=model.seed, label_names=labels,
                     ids=[images.ids[row] for row in rows], subjects=images.subjects[rows],
-                    targets=images.labels[np.ix_(rows, columns)], scores=scores,
+                    targets=images.labels[np.ix_(rows, columns)], scores=scores, note=warning,
                 )
             )  # fmt: skip
         return outcomes
@@ -357,6 +368,7 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     """Write and print the results."""
     output_dir = Path(args.output_dir)
     notes = [NARROW] if in_folds(images) else []
+    notes += [outcome.note for outcome in outcomes if outcome.note]
     table = results_table(outcomes)
     text = markdown_table(outcomes, notes)
     first = outcomes[0]
@@ -371,8 +383,14 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
 
 def files_digest(images: LabelledImages) -> str:
     """Of all image files in order, by place, size and time of change."""
-    stats = [(file, file.stat()) for file in images.files]
-    return digest([[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats])
+    found = []
+    for file in images.files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise UserError(f"{file}: can't be read ({error.strerror})") from None
+        found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    return digest(found)
 
 
 def study_digest(images: LabelledImages) -> str:

@@ -17,7 +17,7 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
@@ -26,7 +26,7 @@ from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
 from util.pretrained import stored_weights
-from util.resume import describe_mismatch, own_sums, restore_optimizer, run_state
+from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.weights import read_state_dict
 
@@ -78,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="autocast type (None: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
-    add("--seed", type=int, default=0, help="of initial weights and sample order")
+    add("--seed", type=seed_number, default=0, help="of initial weights and sample order")
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
@@ -115,9 +115,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop, and judge; returns the exit status (util/stop.py)."""
-    ranks = distributed.start(
-        args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
-    )
+    with signals.off():
+        ranks = distributed.start(
+            args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
+        )
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
     torch.manual_seed(args.seed)
     with hold_output(args.output_dir, args.log_dir, ranks=ranks):
@@ -144,13 +145,26 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     core.to(ranks.device)
     optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, fused=True)
     scaler = make_scaler(args.dtype, ranks.device)
+    watch = FiniteWatch(
+        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
+        sample_names=lambda epoch, step: [
+            samples[TRAIN].sample_name(i) for i in loader.batch_sampler.batch(epoch, step)
+        ],
+    )  # fmt: skip
+    identity = samples[TRAIN].identity()
     sums, best, epoch, step = Sums.zeros(ranks.device), Best(), 0, 0
     if resumed is not None:
-        best, epoch, step = go_on(resumed, args, core, optimizer, scaler, sums, len(samples[TRAIN]), ranks)
+        state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(samples[TRAIN]), identity), ranks)
+        core.load_state_dict(state["model"])
+        core.seen = state.get("seen", [])
+        restore_optimizer(optimizer, scaler, state, watch)
+        sums.sums.copy_(own_sums(state, ranks))
+        best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
     else:
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
         for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
             centre_prior(samples[part], args.num_workers)
+    core.seen = sorted({*core.seen, *study.seen()})
     loader = build_loader(args, samples[TRAIN], ranks, epoch, step)
     steps = loader.batch_sampler.steps_per_epoch
     ranks.say(describe_run(args, core, study, steps, told, ranks))
@@ -160,15 +174,9 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     progress = Progress(
         args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
     )
-    watch = FiniteWatch(
-        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
-        sample_names=lambda epoch, step: [
-            samples[TRAIN].sample_name(i) for i in loader.batch_sampler.batch(epoch, step)
-        ],
-    )  # fmt: skip
     training = Training(
         distributed.parallel(core, ranks, sync_buffers=True), core, optimizer, scaler, iter(loader),
-        len(samples[TRAIN]), steps, watch, ranks, log, progress,
+        len(samples[TRAIN]), steps, watch, ranks, log, progress, identity,
     )  # fmt: skip
     request = GO_ON
     while epoch < args.epochs and request == GO_ON and not best.is_stale(epoch, args.patience):
@@ -242,9 +250,10 @@ def gaze_state(
     """What a checkpoint holds; `config` is what `models_gaze.rebuild` needs."""
     state = run_state(
         training.core, training.optimizer, training.scaler, epoch=epoch, step=step, args=vars(args),
-        sums=sums.sums, ranks=training.ranks, dataset_size=training.dataset_size,
+        sums=sums.sums, ranks=training.ranks, dataset_size=training.dataset_size, samples=training.samples,
+        watch=training.watch,
     )  # fmt: skip
-    return state | {"config": training.core.config, "best": asdict(best)}
+    return state | {"config": training.core.config, "seen": training.core.seen, "best": asdict(best)}
 
 
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best) -> None:
@@ -258,31 +267,24 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, su
     distributed.on_main(training.ranks, write)
 
 
-def go_on(
-    path: Path, args: argparse.Namespace, core: GazeNet, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, sums: Sums, dataset_size: int, ranks: distributed.Ranks,
-) -> tuple[Best, int, int]:  # fmt: skip
-    """Put back all that a checkpoint holds; returns the best so far, and the epoch and step to go on with."""
+def load_to_go_on(
+    path: Path, args: argparse.Namespace, core: GazeNet, setting: Setting, ranks: distributed.Ranks
+) -> dict[str, Any]:
+    """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
     state = load_checkpoint(path)
     if "config" not in state or "best" not in state:
         raise UserError(f"{path}: a checkpoint of another program; pass one of run_gaze.py")
     if not state["optimizer"]:
         raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
-    if table := describe_mismatch(
-        state, vars(args), shape_flags=SHAPE_FLAGS, world_size=ranks.world_size, dataset_size=dataset_size
-    ):
+    if table := describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting)):
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     if state["config"] != core.config:
         raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")
-    core.load_state_dict(state["model"])
-    restore_optimizer(optimizer, scaler, state)
-    sums.sums.copy_(own_sums(state, ranks))
-    epoch, step = state["epoch"] + 1, state["step"]
-    ranks.say(f"resumed from {path}: epoch {epoch + 1}, step {step}")
+    ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")
     if ranks.is_main and args.resume:
-        for aside in set_aside_newer(args.output_dir, epoch=epoch - 1, step=step):
-            print(f"warning: set aside as {aside}, since it is further than --resume {path}", flush=True)
-    return Best(**state["best"]), epoch, step
+        for aside in set_aside_newer(args.output_dir, epoch=state["epoch"], step=state["step"]):
+            ranks.say(f"warning: set aside as {aside}, since it is further than --resume {path}")
+    return state
 
 
 def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]:
@@ -333,6 +335,8 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     path = Path(args.judge or Path(args.output_dir) / BEST)
     model = load_gaze_net(path).to(ranks.device)
     study = GazeStudy(args.data_path, cache_size=args.cache_size)
+    if told := study.leave_out(frozenset(model.seen)):
+        print(told)
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
     for tree, lacking in study.readings_without_fixations().items():

@@ -36,6 +36,7 @@ from scripts.benchmarks.step import measure_steps
 from scripts.benchmarks.targets import measure_hog
 from scripts.benchmarks.timing import Report, Settings
 from scripts.benchmarks.training import measure_training
+from scripts.benchmarks.variants import measure_variants
 from util.errors import UserError, run_cli
 from util.files import atomic_write
 
@@ -47,7 +48,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 128 on a GPU")
-    parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
+    parser.add_argument(
+        "--compile", action="store_true", help="also measure compiled steps (on a GPU always)"
+    )
     parser.add_argument("--work_dir", help="where inputs are made and removed again (default: /tmp)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
     return parser
@@ -66,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         settings.batch_size, settings.workers, settings.repeats = 128, (0, 4, 16), 20
     if args.quick:
         settings = Settings(
-            (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 64, 2, 3, (0, 1), device
+            (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 224, 2, 3, (0, 1), device
         )  # fmt: skip
-        settings.downstream = (40, 1, 4, 64)
-    settings.compile = args.compile
+        settings.downstream, settings.input_size = (40, 1, 4, 64), 64
+    settings.compile, settings.quick = args.compile or device == "cuda" or args.quick, args.quick
     if args.batch_size:
         settings.batch_size = args.batch_size
 
@@ -87,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(threads)
         measure_hog(report, settings)
         measure_steps(report, tree, settings)
+        measure_variants(report, tree, settings)
         measure_training(report, tree, Path(name) / "output", settings)
         measure_prediction(report, Path(name), settings, args.quick)
         measure_downstream(report, Path(name) / "downstream", settings)

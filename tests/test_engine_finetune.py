@@ -109,6 +109,9 @@ def test_evaluate_judges_best_pth_on_another_folder(rsna, encoder, tuned, tmp_pa
     np.testing.assert_allclose(same["score"], whole["score"], atol=1e-6)
     assert main(command(rsna, tmp_path / "all", *options, "--split", "test")) == 0
     assert (check_aucs(tmp_path / "all")["n"] == 120).all()
+    # 84 patients trained it and 18 validated it: their scores are no test.
+    assert "arning: 102 of 120 test subjects" in (tmp_path / "all" / "table.md").read_text()
+    assert "test subjects trained" not in (tmp_path / "same" / "table.md").read_text()
     with pytest.raises(UserError, match=r"not a best\.pth"):
         main(command(rsna, tmp_path / "x", "--method", "evaluate", "--weights", encoder))
 
@@ -169,3 +172,17 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):  # noqa: F811
             main(tune(rsna, tmp_path / "out", encoder, *options))
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_a_fold_that_is_done_is_not_trained_again(rsna, encoder, tmp_path, capsys):  # noqa: F811
+    argv = tune(rsna, tmp_path, encoder, "--split", "folds", "--folds", "3")
+    assert main([*argv, "--epochs", "1"]) == 0
+    whole = (tmp_path / "predictions.csv").read_text()
+    for path in (tmp_path / "jobs").glob("*.npz"):
+        if not path.stem.endswith(("part1", "part2")):
+            path.unlink()  # as if it had been killed in the third fold
+    capsys.readouterr()
+    assert main([*argv, "--epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "fold3: best epoch" in printed and "fold1: best epoch" not in printed
+    assert (tmp_path / "predictions.csv").read_text() == whole

@@ -155,6 +155,41 @@ def test_dry_run_needs_no_image(rsna, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["split.csv"]
 
 
+def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):
+    options = ["--where", "Target=0", "--dry_run"]
+    with pytest.raises(UserError, match="'Pneumonia' is absent from every training image"):
+        main(command(rsna, tmp_path, *options))
+    assert (pd.read_csv(tmp_path / "split.csv")["Pneumonia"] == 0).all()
+    assert "Pneumonia" in capsys.readouterr().out
+
+
+def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
+    """The same weights with another number of attention heads are another encoder."""
+    torch.manual_seed(1)
+    model = timm.create_model("vit_base_patch16_224", embed_dim=64, depth=1, num_heads=2, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    found = []
+    for heads in (1, 2):
+        options = ["--weights", tmp_path / "plain.pth", "--num_heads", heads, "--seeds", "43", "--views", "1"]
+        assert main(command(rsna, tmp_path / "out", *options)) == 0
+        found.append(pd.read_csv(tmp_path / "out" / "predictions.csv")["score"])
+        assert "0 were there already" in capsys.readouterr().out
+    assert (found[0] != found[1]).any()
+
+
+def test_a_share_of_one_class_and_features_that_overflow_are_told(rsna, encoder, tmp_path, capsys):
+    state = torch.load(encoder)["state_dict"]
+    state["norm.bias"][0] = float("inf")
+    torch.save({"state_dict": state, "metadata": {"num_heads": "1"}}, tmp_path / "inf.pth")
+    with pytest.raises(UserError, match=r"finite"):
+        main(command(rsna, tmp_path, "--weights", tmp_path / "inf.pth"))
+    options = ["--weights", "pixels", "--fractions", "0.012", "--batch_size", "1", "--seeds", "1"]
+    assert main(command(rsna, tmp_path / "out", *options)) == 0
+    assert (
+        "--fractions 0.012 keeps 1 training images, all of one kind by Pneumonia" in capsys.readouterr().out
+    )
+
+
 def test_bad_input_is_one_line(rsna, encoder, tmp_path):
     out = tmp_path / "out"
     main(command(rsna, tmp_path / "probed", "--weights", "pixels", "--method", "probe"))
@@ -171,18 +206,17 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--weights", encoder, "--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
         (["--weights", encoder, "--tap", "3"], "--tap 3"),
         (["--fractions", "0"], "--fractions 0.0: must be above 0"),
-        (["--fractions", "nan"], "--fractions nan"),
         (["--seeds", "-1"], "--seeds -1: must be 0 or more"),
         (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--bootstrap", "0"], "--bootstrap 0"),
         (["--views", "0"], "--views 0"),
-        (["--lr", "nan"], "--lr nan"),
         (["--warmup", "1"], "--warmup 1.0"),
         (["--device", "abacus"], "--device abacus"),
         (["--weights", "pixels", "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),
         (["--weights", "pixels", "--split", "folds", "--folds", "121"], "--folds 121: there are only 120"),
         (["--weights", "pixels", "--output_dir", tmp_path / "probed"], "holds results of rsna, probe, not of"),
+        (["--weights", "pixels", "--features_dir", encoder], "can't make this directory: .*choose another --features_dir"),
         (["--weights", "pixels", "--output_dir", encoder], "--output_dir .*encoder.pth: can't make this directory"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=reason) as caught:

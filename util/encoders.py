@@ -33,6 +33,14 @@ class Candidate:
     kind: str
     backbone: Backbone | None = None
 
+    @property
+    def architecture(self) -> list:
+        """What the weights' own numbers don't tell of the model, such as how many heads share them: plain content."""
+        backbone = self.backbone
+        return (
+            [DEFAULT_NAME] if backbone is None else [backbone.timm_name, backbone.timm_args, backbone.block]
+        )
+
     def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> VisionTransformer:
         """timm's model; of an inner tap with the blocks up to that tap only, as its norm was trained.
 

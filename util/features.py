@@ -38,6 +38,8 @@ class FeatureFile:
                 with open(file, "ab") as opened:
                     found = opened.tell()
                     if found == 0:
+                        if file == self.numbers:  # marks of numbers that were deleted would stand for zeros
+                            self.marks.unlink(missing_ok=True)
                         opened.truncate(size)
                     elif found != size:
                         raise UserError(f"{file}: has {found} bytes, not {size}: damaged; move it away")

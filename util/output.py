@@ -68,7 +68,8 @@ def hold_output(
 def _remove_leftovers(output_dir: str | os.PathLike) -> None:
     """Delete the temporary files that a killed save left; the lock is held, so none of them is in use."""
     for path in Path(output_dir).glob(f"{TEMPORARY_PREFIX}checkpoint-*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another user's, in a shared directory: it does no harm
+            path.unlink()
 
 
 def find_checkpoint(
@@ -186,11 +187,17 @@ def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = 
                 kept += 1
         elif path not in milestones:
             candidates.append(path)
+    deleted = []
     for path in candidates:
-        path.unlink()
-    if candidates:
+        try:
+            path.unlink()
+        except OSError as error:
+            print(f"warning: {path}: superseded, but can't be deleted: {error.strerror}", flush=True)
+        else:
+            deleted.append(path)
+    if deleted:
         fsync_directory(output_dir)
-    return candidates
+    return deleted
 
 
 def _was_kept_for_good(path: Path) -> bool:

@@ -36,6 +36,7 @@ class Outcome:
         min_count: fewest images with and without a label that counts in the mean.
         draws: of the bootstrap.
         not_in_mean: labels that hold others, e.g. "Any finding".
+        note: what a reader of the results must know of these.
     """
 
     weights: str
@@ -52,6 +53,7 @@ class Outcome:
     min_count: int = 1
     draws: int = 1000
     not_in_mean: Sequence[str] = ()
+    note: str = ""
 
     @property
     def measure(self) -> str:

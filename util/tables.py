@@ -53,7 +53,7 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
     Raises `UserError` naming the file and what is wrong: a column that lacks or is there twice, a row of
     another number of cells (line), an unfinished quote, other encodings.
     """
-    content = _decoded(path)
+    content = read_text(path)
     separator = _separator(path, content, required)
     records = _records(path, content, separator)
     _, names = next(records, (0, []))
@@ -91,8 +91,8 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
     return pd.DataFrame(table, index=pd.Index(lines, dtype=np.int64)).astype(dict.fromkeys(text, str))
 
 
-def _decoded(path: Path) -> str:
-    """The text of a file that may be gzipped."""
+def read_text(path: Path) -> str:
+    """The text of a file, UTF-8, that may be gzipped. Raises `UserError` for anything else."""
     try:
         data = Path(path).read_bytes()
         if data.startswith(b"\x1f\x8b"):

@@ -31,6 +31,7 @@ class Tuned:
         labels: what its outputs are.
         mean, std: of its input.
         dataset, fraction, seed: what it was trained on, with which share of the labels and seed.
+        seen: `subject_marks` of the subjects that trained or validated it.
     """
 
     model: VisionTransformer
@@ -41,6 +42,7 @@ class Tuned:
     dataset: str
     fraction: float
     seed: int
+    seen: frozenset[str]
 
 
 def write_tuned(
@@ -90,7 +92,7 @@ def read_tuned(path: str | os.PathLike) -> Tuned:
         model.load_state_dict(state)
         mean, std = (tuple(json.loads(facts[name])) for name in ("mean", "std"))
         return Tuned(model, json.loads(facts["labels"]), facts["task"], mean, std, facts["dataset"],
-                     float(facts["fraction"]), int(facts["seed"]))  # fmt: skip
+                     float(facts["fraction"]), int(facts["seed"]), frozenset(json.loads(facts["seen"])))  # fmt: skip
     except KeyError as error:
         raise UserError(
             f"{info.path}: not a {BEST} of --method finetune ({error} is not in its metadata); "

@@ -14,6 +14,7 @@ from datasets.downstream.labelled import MULTICLASS, TEST, TRAIN, VALID, Labelle
 from datasets.downstream.rows import join_same, keep_where, labelled_images, one_hot
 from datasets.downstream.splits import choose_parts, draw_subjects
 from util.errors import UserError
+from util.tables import read_text
 
 COLUMNS = ("patient", "filename", "class", "source")
 VALID_SHARE = 0.2
@@ -65,11 +66,7 @@ def read_covidx(paths: list[Path], choices: Choices) -> LabelledImages:
 def _read(path: Path, part: str, notes: list[str]) -> pd.DataFrame:
     """Rows of one list: `COLUMNS`, part, and the id, the file's path from the root."""
     rows, lines = [], []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-    for line, content in enumerate(text.splitlines(), start=1):
+    for line, content in enumerate(read_text(path).splitlines(), start=1):
         words = content.split()
         if not words:
             continue

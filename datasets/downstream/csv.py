@@ -11,11 +11,13 @@ from datasets.downstream.choices import IGNORE, Choices
 from datasets.downstream.folder import Folder
 from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
 from datasets.downstream.rows import (
+    WORDS,
     check_ids,
     join_same,
     label_values,
     labelled_images,
     one_hot,
+    one_spelling,
     own_subjects_note,
     read_rows,
 )
@@ -50,7 +52,7 @@ def read_csv(paths: list[Path], choices: Choices) -> LabelledImages:
     ids = list(table[choices.image_column])
     if subject:
         check_ids(table, subject, path)
-    subjects = table[subject if subject else choices.image_column].to_numpy(str)
+    subjects = one_spelling("csv", table[subject if subject else choices.image_column], notes)
     reason = f"each has its own {subject!r}" if subject else "name the subjects by --subject_column"
     notes += own_subjects_note("csv", subjects, reason)
     official = None
@@ -82,7 +84,7 @@ def _labels(
 ) -> tuple[list[str], np.ndarray]:
     columns = list(choices.label_columns)
     cells = table[columns[0]]
-    numeric = pd.to_numeric(cells, errors="coerce").notna()
+    numeric = pd.to_numeric(cells, errors="coerce").notna() | cells.str.lower().isin(WORDS.keys())
     if len(columns) > 1 or (numeric | (cells == "")).all():
         rules = {"uncertain": choices.uncertain or IGNORE, "empty": choices.empty or IGNORE}
         return columns, label_values(table, columns, path, notes, **rules)

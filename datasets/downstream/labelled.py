@@ -69,10 +69,11 @@ class LabelledImages:
             raise ValueError(f"{self.name}: labels are 0, 1 or NaN")
         if self.task == MULTICLASS and not (self.labels.sum(1) == 1).all():
             raise ValueError(f"{self.name}: every image has exactly one class")
-        reserved = ("id", "subject", "split")
+        reserved = dict.fromkeys(("id", "subject", "split"), "is a column of split.csv")
+        reserved["mean"] = "is what results.csv calls the mean over labels"
         for i, label in enumerate(self.label_names):
             if label in reserved or label in self.label_names[:i]:
-                what = "is a column of split.csv" if label in reserved else "is there twice"
+                what = reserved.get(label, "is there twice")
                 raise UserError(f"{self.name}: label {label!r} {what}; give the label another name")
         known = np.isin(self.parts, PARTS)
         if not known.all() and not (self.parts == "").all():
@@ -138,16 +139,22 @@ def sample_fraction(images: LabelledImages, fraction: float) -> np.ndarray:
 def check_classes(images: LabelledImages) -> list[str]:
     """Lines about labels that the test images can't judge; empty where all can be.
 
+    Images without parts, of which grouped folds are drawn, train and test in turn: they are all both.
+
     Raises:
-        UserError: a part without images, a label that no training image has (or that all have), or no
-            label at all that the test images can judge.
+        UserError: a part without images, a label that no training image has (or that all have), validation
+            images without any label that is known, or no label at all that the test images can judge.
     """
-    if (images.parts == "").all():
-        return []
-    for part in PARTS:
+    in_folds = bool((images.parts == "").all())
+    for part in () if in_folds else PARTS:
         if not (images.parts == part).any():
             raise UserError(f"{images.name}: no image is in {part}; mend the split, or pass --split subject")
-    counts = {part: _counts(images.labels[images.indices(part)]) for part in (TRAIN, TEST)}
+    counts = {part: _counts(images.labels[images.indices("" if in_folds else part)]) for part in PARTS}
+    if not counts[VALID].any():
+        raise UserError(
+            f"{images.name}: no label of any validation image is known, so no epoch can be chosen by them; mend the "
+            "table, or pass --split subject"
+        )
     for i, label in enumerate(images.label_names):
         positive, negative = counts[TRAIN][:, i]
         if positive == 0 or negative == 0:
@@ -167,6 +174,21 @@ def check_classes(images: LabelledImages) -> list[str]:
         for i, label in enumerate(images.label_names)
         if lone[i]
     ]
+
+
+def lone_in_fractions(images: LabelledImages, fractions: Sequence[float]) -> list[str]:
+    """Lines about labels that a share of the training images has of one kind only: what is learnt of these says
+    nothing about the encoder. Empty for grouped folds, which differ by seed."""
+    lines = []
+    for fraction in fractions if not (images.parts == "").all() else ():
+        chosen = sample_fraction(images, fraction)
+        positive, negative = _counts(images.labels[chosen])
+        if names := [n for n, lone in zip(images.label_names, (positive == 0) | (negative == 0)) if lone]:
+            lines.append(
+                f"warning: {images.name}: --fractions {fraction:g} keeps {len(chosen)} training images, all of one kind "
+                f"by {', '.join(names)}; these are judged without having been learnt"
+            )
+    return lines
 
 
 def split_table(images: LabelledImages) -> str:

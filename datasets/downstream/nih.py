@@ -12,6 +12,7 @@ from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
 from datasets.downstream.rows import check_ids, join_same, labelled_images, one_hot, read_rows
 from datasets.downstream.splits import choose_parts
 from util.errors import UserError
+from util.tables import read_text
 
 TABLE = "Data_Entry_2017*.csv"
 LISTS = ("train_val_list.txt", "test_list.txt")
@@ -77,7 +78,7 @@ def _official(
         if len(paths) != 1:
             what = "is missing, while the other list is there" if not paths else "is there twice"
             raise UserError(f"{folder.root}: {name} {what}; both lists come with the data set")
-        listed[name] = {line.strip() for line in paths[0].read_text(encoding="utf-8-sig").splitlines()}
+        listed[name] = set(map(str.strip, read_text(paths[0]).splitlines()))
     both = sorted((listed[LISTS[0]] & listed[LISTS[1]]) - {""})
     if both:
         raise UserError(f"{folder.root}: {both[0]} is in {LISTS[0]} and in {LISTS[1]}; get the lists again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from datasets.downstream.choices import IGNORE, ONES, PUBLISHED, ZEROS, Choices
 from datasets.downstream.folder import Folder, missing_message
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL, PARTS, LabelledImages
 from util.errors import UserError
+from util.subjects import same_subjects
 from util.tables import read_table
 
 VALUE_OF = {ZEROS: 0.0, ONES: 1.0, IGNORE: np.nan}
@@ -183,6 +185,7 @@ def labelled_images(
         by_part = {part or "no part": int((missing & (parts == part)).sum()) for part in (*PARTS, "")}
         counts = ", ".join(f"{count} of {part}" for part, count in by_part.items() if count)
         notes.append(f"{name}: {len(lacking)} of {len(names)} images are not there and left out ({counts})")
+    _check_files(name, ids, files)
     rows = np.arange(len(names)) if order is None else order
     rank = np.array([{part: i for i, part in enumerate(PARTS)}.get(part, 0) for part in parts])
     rows = rows[np.argsort(rank[rows], kind="stable")]
@@ -202,6 +205,15 @@ def labelled_images(
     )
 
 
+def one_spelling(name: str, subjects: Sequence[str], notes: list[str]) -> np.ndarray:
+    """Subjects with one spelling each, str [N]; `notes` tell of those that had two (`same_subjects`)."""
+    spelt, merged = same_subjects(subjects)
+    if merged:
+        more = f", and {len(merged) - 1} more such" if len(merged) > 1 else ""
+        notes.append(f"warning: {name}: subjects {merged[0]}{more} are taken for one")
+    return np.asarray(spelt, str)
+
+
 def own_subjects_note(name: str, subjects: Sequence[str], reason: str) -> list[str]:
     """A warning where every image is its own subject."""
     if len(set(subjects)) < len(subjects):
@@ -210,6 +222,17 @@ def own_subjects_note(name: str, subjects: Sequence[str], reason: str) -> list[s
         f"warning: {name}: every image counts as its own subject ({reason}); a patient's images may stand on "
         "both sides of the split"
     ]
+
+
+def _check_files(name: str, ids: Sequence[str], files: Sequence[Path | None]) -> None:
+    """`UserError` where two ids are the same file: it could train under one and test under the other."""
+    owners: dict[str, str] = {}
+    for image, file in zip(ids, files, strict=True):
+        other = image if file is None else owners.setdefault(os.path.abspath(file), image)
+        if other != image:
+            raise UserError(
+                f"{name}: images {other!r} and {image!r} are the same file, {file}; keep one of them"
+            )
 
 
 def _same(cell: str, value: str) -> bool:

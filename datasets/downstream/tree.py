@@ -10,6 +10,7 @@ import pandas as pd
 import datasets
 from datasets.downstream.choices import Choices
 from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
+from datasets.downstream.rows import one_spelling
 from datasets.downstream.splits import choose_parts
 from util.errors import UserError
 
@@ -64,7 +65,7 @@ def read_tree(paths: list[Path], choices: Choices) -> LabelledImages:
     values = np.column_stack([np.where(known, present, np.nan), values])
     first = grouped.first()
     notes: list[str] = []
-    subjects = first["subject"].to_numpy(str)
+    subjects = one_spelling("tree", first["subject"], notes)
     official = first["split"].map(PART_NAMES) if "split" in first else pd.Series(dtype=str)
     whole = official.notna().all() and set(official) == set(PART_NAMES.values())
     parts = choose_parts(choices, "tree", subjects, official.to_numpy(str) if whole else None, notes)

@@ -104,6 +104,8 @@ def fill_tree(
             f"{root}: no {IMAGES_INDEX} in it; `python scripts/prepare_mimic.py --images ... --out {root}` makes a "
             "tree of images"
         )
+    if root in (path.resolve() for path in real):
+        raise UserError(f"--real {root}: is the tree that is filled; name trees of real readings")
     options = {"source": LAYER, "predictor": predictor.digest}
     with TreeMaking(
         root, options, index=Mimic.index_file, layer=LAYER, part=part, overwrite=overwrite
@@ -200,8 +202,12 @@ def _real_readings(trees: Sequence[Path]) -> dict[str, tuple[str, ...]]:
     for path in trees:
         tree_type, root = detect_tree(path)
         tree = tree_type(root.resolve())
-        for index, entry in enumerate(tree.entries):
-            found.setdefault(_dicom_id(entry).casefold(), []).append(str(tree.files(index).attention))
+        real = [i for i, entry in enumerate(tree.entries) if entry.get("gaze") != PREDICTED]
+        if not real:
+            raise UserError(f"--real {path}: all its heatmaps are predicted; name trees of real readings")
+        for index in real:
+            name = _dicom_id(tree.entries[index]).casefold()
+            found.setdefault(name, []).append(str(tree.files(index).attention))
     return {name: tuple(paths) for name, paths in found.items()}
 
 

@@ -24,11 +24,16 @@ class PlainStep:
     AdamW's loop over tensors."""
 
     plain = True
+    watched = True  # times the parts, for which a GPU is waited for after each
 
     def __init__(self, settings: Settings, batch: dict[str, Tensor], dtype: torch.dtype | None = None):
         torch.manual_seed(0)
         self.device = settings.device
-        self.model = getattr(models_cxrmim, settings.model)(gaze_weighted=True).to(self.device).train()
+        self.model = (
+            models_cxrmim.ENCODERS[settings.model](img_size=settings.input_size, gaze_weighted=True)
+            .to(self.device)
+            .train()
+        )
         how = {"foreach": False} if self.plain else {"fused": True}
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.05), 1e-4, betas=(0.9, 0.95), **how)
         self.batch, self.dtype = batch, dtype
@@ -52,6 +57,8 @@ class PlainStep:
         seconds = [time.perf_counter()]
 
         def lap() -> None:
+            if not self.watched:
+                return
             if self.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter())
@@ -71,7 +78,8 @@ class PlainStep:
         lap()
         for part, duration in zip(self.parts.values(), np.diff(seconds)):
             part.append(float(duration))
-        self.losses.append(loss.item())
+        if self.watched:
+            self.losses.append(loss.item())
 
 
 class OurStep(PlainStep):
@@ -85,7 +93,9 @@ class OurStep(PlainStep):
 
 def measure_steps(report: Report, tree: Path, settings: Settings) -> None:
     """A whole step of training and its parts."""
-    dataset = build_dataset(tree, preload=True, cache_size=settings.cache_size)
+    dataset = build_dataset(
+        tree, preload=True, cache_size=settings.cache_size, input_size=settings.input_size
+    )
     samples = [dataset[(0, i % len(dataset))] for i in range(settings.batch_size)]
     batch = torch.utils.data.default_collate(samples)
     baseline, ours = PlainStep(settings, batch), OurStep(settings, batch)
@@ -109,33 +119,6 @@ def measure_steps(report: Report, tree: Path, settings: Settings) -> None:
     memory = [peak_memory(step, settings.device) for step in (baseline, ours)]
     if memory[0]:
         report.value("step: peak memory beyond the model", "MiB", memory[1], baseline=memory[0], note=note)
-    measure_variants(report, batch, settings)
-
-
-def measure_variants(report: Report, batch: dict[str, Tensor], settings: Settings) -> None:
-    """Steps in half precision, and compiled if asked for, against the plain step."""
-    on_gpu = settings.device == "cuda"
-    if on_gpu:
-        batch = {key: value.pin_memory() for key, value in batch.items()}
-    plain_name = "float16" if on_gpu else "float32"
-    baseline = PlainStep(settings, batch, torch.float16 if on_gpu else None)
-    variants = [("bfloat16", torch.bfloat16, False)]
-    if on_gpu:
-        variants.insert(0, ("float16", torch.float16, False))
-    if settings.compile:
-        variants += [(f"{name}, compiled", dtype, True) for name, dtype, _ in variants]
-        if not on_gpu:
-            variants.append(("float32, compiled", None, True))
-    for name, dtype, compiled in variants:
-        ours = OurStep(settings, batch, dtype)
-        if compiled:
-            ours.model.compile()
-        times = alternate(baseline, ours, settings.repeats, settings.device)
-        rate = settings.batch_size / float(np.median(times[1]))
-        report.compare(f"step: whole, {name}", *times, note=f"{rate:.3g} images/s; baseline: {plain_name}")
-        if on_gpu:
-            memory = [peak_memory(step, "cuda") for step in (baseline, ours)]
-            report.value(f"step: peak memory, {name}", "MiB", memory[1], baseline=memory[0])
 
 
 def peak_memory(step: Callable[[], object], device: str) -> float:

@@ -42,6 +42,8 @@ class Settings:
     workers: tuple[int, ...] = (0, 1, 2, 4)
     device: str = "cpu"
     compile: bool = False
+    quick: bool = False
+    input_size: int = 224
     # Images, epochs, batch and encoder's width of the linear evaluation.
     downstream: tuple[int, int, int, int] = (100, 50, 8, 192)
 

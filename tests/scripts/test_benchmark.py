@@ -45,6 +45,19 @@ def test_every_bar_of_the_table_is_judged(report):
             assert row["met"] == (value >= float(limit) if relation == ">=" else value < float(limit))
 
 
+def test_every_variant_of_a_step_is_measured(report):
+    """Also those that only a GPU is measured with: they must work the first time."""
+    names = {row["name"] for row in report["rows"]}
+    for dtype in ("float32", "TF32", "float16", "bfloat16"):
+        assert {
+            f"step: {dtype}{what}" for what in ("", ", arithmetic", ", operations", ", peak memory")
+        } <= names
+    assert {"step: bfloat16, compiled", "step: bfloat16, CUDA graphs"} <= names
+    assert all("400 epochs" in row["note"] for row in report["rows"] if row["name"] == "step: bfloat16")
+    operations = {row["name"]: row["ours"] for row in report["rows"] if row["unit"] == "launches"}
+    assert operations["step: float32, operations"] < operations["step: bfloat16, operations"] < 2000
+
+
 def test_ratios_are_those_of_the_turns(report):
     compared = [row for row in report["rows"] if row["ratio_quartiles"]]
     assert len(compared) >= 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -577,3 +578,44 @@ def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
     assert np.nansum(strict.labels) < np.nansum(images.labels)
     assert "--labels Cough" in refused("tree", tmp_path / "tree", labels=["Cough"])
     assert "--csv has no effect" in refused("tree", tmp_path / "tree", csv=tmp_path / "a.csv")
+
+
+def test_a_subject_under_two_spellings_is_one(tmp_path):
+    rows = [f"a{i}.png,{'P' if i % 2 else 'p'}{i // 2},{i % 2}" for i in range(40)]
+    write(tmp_path / "t.csv", "path,subject_id,sick", *rows)
+    images = read_dataset("csv", tmp_path, label_columns=["sick"], need_images=False)
+    assert len(set(images.subjects)) == 20
+    assert any("'p0' and 'P0', and 19 more such are taken for one" in note for note in images.notes)
+    rows = [f"a{i}.png,{i if i < 20 else f'{i - 20}.0'},{'train' if i < 20 else 'test'},1" for i in range(40)]
+    write(tmp_path / "t.csv", "path,subject_id,split,sick", *rows)
+    assert "subject '0' has images in test and train" in refused(
+        "csv", tmp_path, label_columns=["sick"], need_images=False
+    )
+
+
+def test_words_for_yes_and_no_are_labels_in_a_single_column_too(tmp_path):
+    write(tmp_path / "t.csv", "path,sick", *(f"a{i}.png,{'Yes' if i % 2 else 'no'}" for i in range(8)))
+    images = read_dataset("csv", tmp_path, label_columns=["sick"], need_images=False)
+    assert images.label_names == ["sick"] and sorted(images.labels[:, 0]) == [0] * 4 + [1] * 4
+
+
+def test_one_file_under_two_ids_is_refused(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    write(tmp_path / "t.csv", "path,sick", "a.png,1", "b.png,0", f"{tmp_path}/a.png,1", "c.png,1")
+    assert "are the same file" in refused("csv", tmp_path, label_columns=["sick"])
+
+
+def test_a_label_may_not_be_called_as_the_mean(tmp_path):
+    write(tmp_path / "t.csv", "path,mean", "a.png,1", "b.png,0", "c.png,1")
+    assert "give the label another name" in refused(
+        "csv", tmp_path, label_columns=["mean"], need_images=False
+    )
+
+
+def test_labels_that_teach_or_choose_nothing_are_refused():
+    nan = float("nan")
+    with pytest.raises(UserError, match="no label of any validation image is known"):
+        check_classes(made_up([[1], [0], [nan], [nan], [1], [0]], "ttvvee"))
+    folds = made_up([[1], [1], [1]], "ttt")
+    with pytest.raises(UserError, match="present in every"):
+        check_classes(replace(folds, parts=np.full(3, "", "<U5")))

@@ -1,0 +1,21 @@
+"""Features in files: what is there, and what must not be taken for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from util.errors import UserError
+from util.features import FeatureFile
+
+
+def test_rows_are_kept_and_numbers_that_were_deleted_are_missing(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    FeatureFile(tmp_path / "view", 4, 3).write(np.array([3, 1]), values)
+    kept = FeatureFile(tmp_path / "view", 4, 3)
+    assert kept.missing(np.arange(4)).tolist() == [0, 2]
+    assert np.array_equal(kept.read(np.array([1, 3])), values[::-1])
+    (tmp_path / "view.f32").unlink()  # the large file, to make room
+    assert FeatureFile(tmp_path / "view", 4, 3).missing(np.arange(4)).tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="damaged; move it away"):
+        FeatureFile(tmp_path / "view", 5, 3)
