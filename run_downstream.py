@@ -41,7 +41,7 @@ from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candida
 from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.jobs import Jobs, digest
-from util.output import hold_output
+from util.output import hold_output, writing_results
 from util.pretrained import weights_name
 from util.results import (
     Outcome,
@@ -373,10 +373,12 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     text = markdown_table(outcomes, notes)
     first = outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
-    write_predictions(outcomes, output_dir / "predictions.csv")
-    write_results(table, output_dir / "results.csv")
-    write_text(text, output_dir / "table.md")
-    save_figure(results_figure(table, [line for line in title if line]), output_dir / "results.png")
+    figure = results_figure(table, [line for line in title if line])
+    with writing_results(output_dir):
+        write_predictions(outcomes, output_dir / "predictions.csv")
+        write_results(table, output_dir / "results.csv")
+        write_text(text, output_dir / "table.md")
+        save_figure(figure, output_dir / "results.png")
     print(text)
     print(f"wrote results.csv, predictions.csv, table.md and results.png into {output_dir}")
 
