@@ -80,4 +80,4 @@ def test_no_text_is_cut_or_read_as_a_formula(draw):
     for text in texts:
         box = text.get_window_extent(canvas.get_renderer())
         assert box.x0 > -2 and box.y0 > -2 and box.x1 < width + 2 and box.y1 < height + 2, text.get_text()
-    assert all(not legend.get_texts() == [] for legend in figure.legends)
+    assert all(legend.get_texts() for legend in figure.legends)
