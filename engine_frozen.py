@@ -25,6 +25,7 @@ from engine_downstream import (
 )
 from engine_probe import principal_components, probe_scores, standardise
 from util.encoders import PIXELS, Candidate, digest_of
+from util.errors import UserError
 from util.features import FeatureFile
 from util.jobs import Jobs, digest
 from util.locks import file_lock
@@ -108,7 +109,12 @@ class Features:
     def fill(self, wanted: dict[int, np.ndarray]) -> None:
         """Encode what is missing of {view: images}. Raises `Stopped`, `UserError`."""
         frozen = self.frozen
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: can't make this directory: {error.strerror}; choose another --features_dir"
+            ) from None
         mend = "wait for it, or choose another --features_dir"
         with file_lock(self.folder / "lock", what=f"features {self.folder}", mend=mend):
             files = [(view, np.sort(images), self.file(view)) for view, images in wanted.items()]
@@ -205,6 +211,8 @@ def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict
     """
     images, folds_differ = frozen.images, bool((frozen.images.parts == "").all())
     seeds = list(frozen.seeds) if folds_differ else list(frozen.seeds)[:1]
+    if len(seeds) < len(frozen.seeds):
+        frozen.say(f"{candidate.name}: nothing in a probe is drawn, so seed {seeds[0]} stands for all")
     features = Features(frozen, candidate, mean, std)
     kinds = {"": slice(None)} if features.is_pixels else {
         "cls": slice(0, features.width), "mean of patches": slice(features.width, None)

@@ -250,6 +250,9 @@ def describe_run(args, core: GazeNet, study: GazeStudy, steps: int, told: str, r
         lines.append(
             f"note: {study.n_drawn} subjects have no split in their tree; their parts were drawn by subject"
         )
+    if study.merged:
+        more = f", and {len(study.merged) - 1} more such" if len(study.merged) > 1 else ""
+        lines.append(f"warning: subjects {study.merged[0]}{more} are taken for one")
     return "\n".join(lines)
 
 

@@ -41,6 +41,9 @@ class GazeNet(nn.Module):
         width: channels of the top-down decoder.
         backbone_args: further arguments of `timm.create_model`.
 
+    Attributes:
+        seen: who trained or validated it, as `GazeStudy.seen` tells them; checkpoints keep it.
+
     Raises:
         UserError: no such backbone, or one that the decoder can't take.
     """
@@ -58,6 +61,7 @@ class GazeNet(nn.Module):
             "backbone": backbone, "decoder": decoder, "input_size": input_size, "width": width,
             "backbone_args": dict(backbone_args or {}),
         }  # fmt: skip
+        self.seen: list[str] = []
         self.input_size = input_size
         self.map_size = input_size // STRIDE
         if input_size % 32:
@@ -246,6 +250,7 @@ def load_gaze_net(path: str | os.PathLike) -> GazeNet:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path}: its tensors and its options don't fit: {str(error)[:200]}") from None
+    model.seen = state.get("seen", [])
     return model.eval()
 
 

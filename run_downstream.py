@@ -36,11 +36,11 @@ from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.jobs import Jobs, digest
-from util.output import hold_output
+from util.output import hold_output, writing_results
 from util.pictures import save_figure
 from util.pretrained import weights_name
 from util.results import (
@@ -112,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=[1.0],
         help="shares of the training images to use",
     )
-    add("--seeds", nargs="+", type=int, default=[43, 44, 45], help="of heads, order and folds")
+    add("--seeds", nargs="+", type=seed_number, default=[43, 44, 45], help="of heads, order and folds")
     add("--folds", type=int, default=5, help="grouped folds of --split folds")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through")
     add("--recipe", choices=tuple(RECIPES), default="published",
@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
-        ranks = distributed.start(args.device)
+        with signals.off():
+            ranks = distributed.start(args.device)
         status = run(args, ranks, signals)
         distributed.stop()
     return status
@@ -372,10 +373,12 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     text = markdown_table(outcomes, notes)
     first = outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
-    write_predictions(outcomes, output_dir / "predictions.csv")
-    write_results(table, output_dir / "results.csv")
-    write_text(text, output_dir / "table.md")
-    save_figure(results_figure(table, [line for line in title if line]), output_dir / "results.png")
+    figure = results_figure(table, [line for line in title if line])
+    with writing_results(output_dir):
+        write_predictions(outcomes, output_dir / "predictions.csv")
+        write_results(table, output_dir / "results.csv")
+        write_text(text, output_dir / "table.md")
+        save_figure(figure, output_dir / "results.png")
     print(text)
     print(f"wrote results.csv, predictions.csv, table.md and results.png into {output_dir}")
 

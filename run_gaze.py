@@ -17,14 +17,21 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
 from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
-from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
+from util.output import (
+    find_checkpoint,
+    hold_output,
+    is_due,
+    save_and_prune,
+    set_aside_newer,
+    writing_results,
+)
 from util.pretrained import stored_weights
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
@@ -78,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="autocast type (None: float16 on CUDA, float32 on CPU)")  # fmt: skip
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
-    add("--seed", type=int, default=0, help="of initial weights and sample order")
+    add("--seed", type=seed_number, default=0, help="of initial weights and sample order")
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
@@ -115,9 +122,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop, and judge; returns the exit status (util/stop.py)."""
-    ranks = distributed.start(
-        args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
-    )
+    with signals.off():
+        ranks = distributed.start(
+            args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
+        )
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
     torch.manual_seed(args.seed)
     with hold_output(args.output_dir, args.log_dir, ranks=ranks):
@@ -155,6 +163,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     if resumed is not None:
         state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(samples[TRAIN]), identity), ranks)
         core.load_state_dict(state["model"])
+        core.seen = state.get("seen", [])
         restore_optimizer(optimizer, scaler, state, watch)
         sums.sums.copy_(own_sums(state, ranks))
         best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
@@ -162,6 +171,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
         for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
             centre_prior(samples[part], args.num_workers)
+    core.seen = sorted({*core.seen, *study.seen()})
     loader = build_loader(args, samples[TRAIN], ranks, epoch, step)
     steps = loader.batch_sampler.steps_per_epoch
     ranks.say(describe_run(args, core, study, steps, told, ranks))
@@ -250,7 +260,7 @@ def gaze_state(
         sums=sums.sums, ranks=training.ranks, dataset_size=training.dataset_size, samples=training.samples,
         watch=training.watch,
     )  # fmt: skip
-    return state | {"config": training.core.config, "best": asdict(best)}
+    return state | {"config": training.core.config, "seen": training.core.seen, "best": asdict(best)}
 
 
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best) -> None:
@@ -332,13 +342,16 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     path = Path(args.judge or Path(args.output_dir) / BEST)
     model = load_gaze_net(path).to(ranks.device)
     study = GazeStudy(args.data_path, cache_size=args.cache_size)
+    if told := study.leave_out(frozenset(model.seen)):
+        print(told)
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
     for tree, lacking in study.readings_without_fixations().items():
         print(
             f"note: {tree}: {lacking} have no fixations in fixations.csv, so no NSS and no AUC (prepare it again)"
         )
-    print(write_judgement(model, study, Path(args.output_dir), ranks.device))
+    with writing_results(args.output_dir):
+        print(write_judgement(model, study, Path(args.output_dir), ranks.device))
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import time
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from engine_pretrain import Meters, Training, describe_run, epoch_record, pictur
 from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
@@ -143,7 +144,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
-    add("--seed", type=int, default=0, help="of initial weights, sample order, crops and masks")
+    add("--seed", type=seed_number, default=0, help="of initial weights, sample order, crops and masks")
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints, log.txt, args.json")
@@ -191,12 +192,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop; returns the exit status (util/stop.py)."""
-    ranks = distributed.start(
-        args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
-    )
-    settle_options(args, ranks)
-    with hold_output(args.output_dir, args.log_dir, ranks=ranks):
+    with contextlib.ExitStack() as held:
+        with signals.off():
+            ranks = distributed.start(
+                args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
+            )
         with signals.at_once():  # so far there is nothing to save
+            settle_options(args, ranks)
+            held.enter_context(hold_output(args.output_dir, args.log_dir, ranks=ranks))
             training, epoch, step, meters = set_up(args, ranks, signals)
         epoch, step, request = train(training, args, epoch, step, meters)
         training.progress.close()
@@ -248,19 +251,8 @@ def set_up(
         core.compile()
     model = distributed.parallel(core, ranks)
     training = Training(
-        model,
-        core,
-        optimizer,
-        scaler,
-        iter(loader),
-        len(dataset),
-        steps,
-        watch,
-        ranks,
-        log,
-        progress,
-        samples,
-    )
+        model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress, samples
+    )  # fmt: skip
     if ranks.is_main:
         print(describe_run(training, dataset, args, epoch), flush=True)
     return training, epoch, step, meters

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -28,8 +28,10 @@ from datasets.transforms import Box, crop_resize_flip
 from datasets.tree import GazeTree, SampleError
 from util.errors import UserError
 from util.saliency import density
+from util.subjects import same_subjects, subject_mark, subject_marks
 from util.tables import numeric_columns, read_table
 
+STUDY = "gaze"  # of `subject_marks`: subjects are MIMIC's in every tree
 TRAIN, VALIDATE, TEST = PARTS = ("train", "validate", "test")
 FIXATIONS = "fixations.csv"
 FIXATION_COLUMNS = ("reflacx_id", "x", "y", "duration")
@@ -83,6 +85,8 @@ class GazeStudy:
             for index in range(len(tree)):
                 groups.setdefault((number, tree.files(index).image), []).append(index)
         subjects = {key: self._subject(key[0], entries) for key, entries in groups.items()}
+        names, self.merged = same_subjects(list(subjects.values()))
+        subjects = dict(zip(subjects, names, strict=True))
         given = self._given_parts(groups, subjects)
         drawn = draw_parts(sorted(set(subjects.values()) - set(given)))
         self.n_drawn = len(drawn)
@@ -107,7 +111,10 @@ class GazeStudy:
 
     def _subject(self, tree: int, entries: Sequence[int]) -> str:
         """Subject of an image, by the index or by MIMIC's folder p<subject>."""
-        found = {str(self._entry(tree, i).get("subject_id") or self._folder(tree, i)) for i in entries}
+        found = {
+            str(self._entry(tree, i).get("subject_id") or "").strip() or self._folder(tree, i)
+            for i in entries
+        }
         if len(found) > 1:
             raise UserError(f"{self._where(tree, entries[0])}: its image is of subjects {sorted(found)}")
         return found.pop()
@@ -145,6 +152,27 @@ class GazeStudy:
     def part(self, name: str) -> list[GazeImage]:
         return [image for image in self.images if image.part == name]
 
+    def leave_out(self, seen: Collection[str]) -> str:
+        """Leave out the test images of subjects that have trained a model, by their `subject_marks`; returns a line
+        about it, "" where there are none.
+
+        Raises:
+            UserError: no test image is left.
+        """
+        left = [i for i in self.images if i.part != TEST or subject_mark(i.subject, STUDY) not in seen]
+        n_out, n_test = len(self.images) - len(left), len(self.part(TEST))
+        if not n_out:
+            return ""
+        told = f"{n_out} of {n_test} test images are of subjects that trained or validated this model"
+        if n_out == n_test:
+            raise UserError(f"{told}; judge it on images that it has not seen")
+        self.images = left
+        return f"warning: {told}; they are left out"
+
+    def seen(self) -> list[str]:
+        """`subject_marks` of all who train or validate."""
+        return subject_marks((i.subject for i in self.images if i.part != TEST), STUDY)
+
     def name(self, image: GazeImage) -> str:
         return self.trees[image.tree].sample_name(image.entries[0])
 
@@ -176,9 +204,18 @@ class GazeStudy:
 
     def levels(self, image: GazeImage, size: int) -> Tensor:
         """The readings' stored heatmaps at size x size: uint8 [R, size, size]."""
-        return torch.stack(
-            [resize_whole(self.planes(image, i)[1], size)[0] for i in range(len(image.entries))]
-        )
+        return torch.cat([self.resized(image, i, size) for i in range(len(image.entries))])
+
+    def resized(self, image: GazeImage, place: int, size: int) -> Tensor:
+        """One reading's heatmap, uint8 [1, size, size]. Raises `SampleError` where nothing is left of it."""
+        levels = resize_whole(self.planes(image, place)[1], size)
+        if not levels.any():
+            tree, index = self.trees[image.tree], image.entries[place]
+            raise SampleError(
+                f"{tree.files(index).attention}: the heatmap is zero everywhere at {size} x {size} px; prepare it again "
+                f"(sample {tree.sample_name(index)})"
+            )
+        return levels
 
     @cached_property
     def _fixations(self) -> list[dict[str, np.ndarray]]:
@@ -241,9 +278,8 @@ class GazeSamples(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key if isinstance(key, tuple) else (None, key)
         image = self.images[index]
-        readings = [self.study.planes(image, place) for place in range(len(image.entries))]
-        gray = resize_whole(readings[0][0], self.input_size)  # [1, S, S]
-        target = mean_density(torch.cat([resize_whole(levels, self.map_size) for _, levels in readings]))
+        gray = resize_whole(self.study.planes(image)[0], self.input_size)  # [1, S, S]
+        target = mean_density(self.study.levels(image, self.map_size))
         return {"img": gray, "target": target.float()}
 
 
@@ -277,7 +313,7 @@ def read_fixations(path: Path) -> dict[str, np.ndarray]:
     values = np.stack(list(numeric_columns(table, FIXATION_COLUMNS[1:], path).values()), 1)  # [n, 3]
     outside = np.flatnonzero((values[:, :2] < 0).any(1) | (values[:, :2] > 1).any(1))
     if outside.size:
-        raise UserError(f"{path}: line {outside[0] + 2}: x and y are fractions of the image, 0 to 1")
+        raise UserError(f"{path}: line {table.index[outside[0]]}: x and y are fractions of the image, 0 to 1")
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(table["reflacx_id"]):
         rows.setdefault(name, []).append(row)

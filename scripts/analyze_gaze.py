@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import SOURCES
 from datasets.raw.egd import DEFAULT_SIGMA
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--bootstrap", dest="n_bootstrap", type=int, default=2000, help="bootstrap samples of the intervals")
     add("--examples", dest="n_examples", type=int, default=3, help="images to show")
-    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--seed", type=seed_number, default=0, help="of the bootstrap")
     add(
         "--sigma",
         type=finite_float,

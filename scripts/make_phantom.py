@@ -20,7 +20,7 @@ from datasets.phantom.real import add_real_radiograph
 from datasets.phantom.reflacx import make_study
 from datasets.phantom.rsna import make_rsna
 from datasets.phantom.study import PhantomStudy
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 from util.errors import UserError, run_cli
 
 LAYOUTS = ("reflacx", "egd", "rsna", "nih", "chexpert")
@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layout", choices=LAYOUTS, default="reflacx", help="of which data set")
     parser.add_argument("--n_images", type=int, default=24, help="number of images")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same study")
+    parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same study")
     parser.add_argument("--width", type=int, default=420, help="width of the images, px")
     parser.add_argument("--height", type=int, default=512, help="height of the images, px")
     parser.add_argument(

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
 from models_cxrmim import CXRMIM
-from util.cli import check_device, finite_float
+from util.cli import check_device, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.masking import MASKINGS
@@ -45,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--masking", choices=MASKINGS, help="what chooses the masked patches")
     add("--mask_ratio", type=finite_float, help="share of masked patches")
     add("--clinical_ratio", type=finite_float, help="share of masked ones among the attended patches")
-    add("--seed", type=int, help="of the masks, and of the crops of --epoch and --step")
+    add("--seed", type=seed_number, help="of the masks, and of the crops of --epoch and --step")
     add("--id_list", type=int, nargs="+", help="for a file that doesn't say: blocks that it decodes")
     add("--scale_list", type=finite_float, nargs="+", help="for a file that doesn't say: scale of each")
     add("--num_heads", type=int, help="for a file that doesn't say: attention heads of the encoder")

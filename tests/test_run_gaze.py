@@ -152,6 +152,18 @@ def test_tree_without_fixations_has_map_metrics_only_and_is_told(trained, tmp_pa
     assert not list(out.glob("checkpoint-*"))
 
 
+def test_a_model_is_not_judged_on_those_who_trained_it(trained, tmp_path):
+    other = make_gaze_tree(tmp_path / "tree", 36)
+    edit_index(
+        other,
+        lambda _, entry: entry.update(
+            split=("test", "train", "validate", "train")[int(entry["subject_id"]) % 4]
+        ),
+    )
+    assert train(other, tmp_path / "judged", f"--judge {trained / 'best.pth'}") == 0
+    assert len(set(pd.read_csv(tmp_path / "judged" / "readings.csv")["image"])) < 9  # of 9
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -153,9 +153,12 @@ def verify_checkpoint(path: str | os.PathLike) -> None:
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether a file has this program's mark, and so was written by it."""
-    with open(path, "rb") as file:
-        return _recorded_digest(file) is not None
+    """Whether a file has this program's mark, and so was written by it. False for one that can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return _recorded_digest(file) is not None
+    except OSError:
+        return False
 
 
 def _first_line(error: Exception) -> str:

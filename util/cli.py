@@ -21,6 +21,17 @@ def finite_float(text: str) -> float:
     return value
 
 
+def seed_number(text: str) -> int:
+    """The `type` of every seed: what all generators take, NumPy's, scikit-learn's and torch's."""
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to {2**32 - 1}")
+    return seed
+
+
 def check_device(device: str) -> str:
     """The device's name if it is there: cpu, or cuda or cuda:N. Raises `UserError`."""
     try:

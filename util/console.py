@@ -28,7 +28,7 @@ class UnfailingStream:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._descriptor = stream.fileno()
+        self._descriptor = _own_descriptor(stream.fileno())
         self._text = ""
         self._unread = False  # the last text found no reader
         with contextlib.suppress(OSError, ValueError):
@@ -52,10 +52,24 @@ class UnfailingStream:
             except OSError:
                 return
 
+    def write_now(self, text: str) -> None:
+        """Write past what is gathered, if that can be done at once: for a signal handler."""
+        with contextlib.suppress(OSError, ValueError):
+            if is_ready(self._descriptor, 0.0):
+                os.write(self._descriptor, text.encode(errors="backslashreplace"))
+
     def _is_ready(self) -> bool:
         ready = is_ready(self._descriptor, 0.0 if self._unread else PATIENCE_SECONDS)
         self._unread = not ready
         return ready
+
+
+def _own_descriptor(descriptor: int) -> int:
+    """What to write to. A terminal is opened anew, without blocking for this program alone: it counts as ready
+    with room for a single byte, and with more to write an ordinary write then waits until somebody reads."""
+    with contextlib.suppress(OSError):  # not a terminal, or not this user's: as it is
+        return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return descriptor
 
 
 def is_ready(descriptor: int, seconds: float) -> bool:
@@ -79,6 +93,9 @@ def make_output_unfailing() -> None:
 
 def write_now(text: str) -> None:
     """Write to standard error from a signal handler, where a print could meet the print that it interrupted."""
+    if isinstance(sys.stderr, UnfailingStream):
+        sys.stderr.write_now(text)
+        return
     with contextlib.suppress(OSError, ValueError, AttributeError):
         descriptor = sys.__stderr__.fileno()
         if is_ready(descriptor, 0.0):

@@ -37,7 +37,7 @@ class Jobs:
                 return dict(stored)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, BadZipFile, EOFError) as error:
+        except (OSError, ValueError, BadZipFile, EOFError, RuntimeError) as error:
             print(f"warning: {path}: can't be read ({error}); doing it again", flush=True)
             return None
 

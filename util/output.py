@@ -65,10 +65,24 @@ def hold_output(
         yield
 
 
+@contextlib.contextmanager
+def writing_results(output_dir: str | os.PathLike) -> Iterator[None]:
+    """A full or lost disk while results are written is one line: what they are made of is kept elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"--output_dir {output_dir}: the results can't be written: {reason}; make room and run the same command "
+            "again, which trains nothing twice"
+        ) from None
+
+
 def _remove_leftovers(output_dir: str | os.PathLike) -> None:
     """Delete the temporary files that a killed save left; the lock is held, so none of them is in use."""
     for path in Path(output_dir).glob(f"{TEMPORARY_PREFIX}checkpoint-*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another user's, in a shared directory: it does no harm
+            path.unlink()
 
 
 def find_checkpoint(
@@ -186,11 +200,17 @@ def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = 
                 kept += 1
         elif path not in milestones:
             candidates.append(path)
+    deleted = []
     for path in candidates:
-        path.unlink()
-    if candidates:
+        try:
+            path.unlink()
+        except OSError as error:
+            print(f"warning: {path}: superseded, but can't be deleted: {error.strerror}", flush=True)
+        else:
+            deleted.append(path)
+    if deleted:
         fsync_directory(output_dir)
-    return candidates
+    return deleted
 
 
 def _was_kept_for_good(path: Path) -> bool:

@@ -85,10 +85,26 @@ class StopSignals:
         """
         self._at_once = True
         try:
+            self._end_if_asked()  # by a signal that came before
             yield
         finally:
             self._at_once = False
-        if self._request != GO_ON:  # its SystemExit was swallowed, as one is in a destructor
+        self._end_if_asked()  # where its SystemExit was swallowed, as one is in a destructor
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """While processes wait for one another in C++, where no handler of Python's is run: signals end the
+        process at once, by the system's own means."""
+        for signum in self._earlier:
+            signal.signal(signum, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            for signum in self._earlier:
+                signal.signal(signum, self._note)
+
+    def _end_if_asked(self) -> None:
+        if self._request != GO_ON:
             raise SystemExit(exit_status(self._request))
 
     @property

@@ -10,25 +10,31 @@ _NUMBER = re.compile(r"0*(\d+)(?:\.0*)?")  # 7, 007 and the 7.0 that spreadsheet
 _MIMIC = re.compile(r"p(?=\d{5,})")  # MIMIC's folders are called p10000032 where its tables say 10000032
 
 
-def same_subjects(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names with one spelling for each subject, its first, and that spelling's others as "'p3' and 'P3'".
+def subject_key(name: str) -> str:
+    """What all spellings of a subject have in common.
 
     Blanks around a name, letter case, leading zeros, ".0" behind a number and MIMIC's "p" before one tell no
     subjects apart. To take two for one costs nothing; to take one for two puts a patient on both sides.
     """
+    bare = _MIMIC.sub("", name.strip().casefold())
+    number = _NUMBER.fullmatch(bare)
+    return number[1] if number else bare
+
+
+def same_subjects(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names with one spelling for each subject, its first, and those that had another, as "'p3' and 'P3'"."""
     first: dict[str, str] = {}
-    spelt: dict[str, str] = {}
-    merged = []
-    for name in dict.fromkeys(names):
-        bare = _MIMIC.sub("", name.strip().casefold())
-        number = _NUMBER.fullmatch(bare)
-        spelt[name] = first.setdefault(number[1] if number else bare, name)
-        if spelt[name] != name and spelt[name].strip() != name.strip():
-            merged.append(f"{spelt[name]!r} and {name!r}")
+    spelt = {name: first.setdefault(subject_key(name), name) for name in dict.fromkeys(names)}
+    merged = [f"{kept!r} and {name!r}" for name, kept in spelt.items() if kept.strip() != name.strip()]
     return [spelt[name] for name in names], merged
 
 
 def subject_marks(subjects: Iterable[str], study: str) -> list[str]:
     """A short digest of each subject of a study, once, in order: enough to tell later that a model has seen a subject,
     without the file naming anybody."""
-    return sorted({hashlib.sha256(f"{study} {name}".encode()).hexdigest()[:16] for name in subjects})
+    return sorted({subject_mark(name, study) for name in subjects})
+
+
+def subject_mark(name: str, study: str) -> str:
+    """The digest of one subject, the same for all its spellings."""
+    return hashlib.sha256(f"{study} {subject_key(name)}".encode()).hexdigest()[:16]

@@ -12,11 +12,12 @@ from PIL import Image
 
 from datasets.raw.image_index import DICOM_ID
 from datasets.raw.readings import Exclusion
-from datasets.raw.walk import Sources, same_content
+from datasets.raw.walk import Sources, refuse_inside_tree, same_content
 from util.errors import UserError
 from util.images import read_gray
 
 SUFFIXES = (".png", ".npy")
+LOOSE_INDEX = "heatmaps.json"  # of the heatmaps that scripts/predict_gaze.py makes for loose images
 
 
 @dataclass
@@ -34,14 +35,15 @@ def find_heatmaps(root: Path, *, without: Iterable[Path] = ()) -> FoundHeatmaps:
     one image none is used; they are reported."""
     if not root.is_dir():
         raise UserError(f"{root}: no such directory; --heatmaps holds one PNG or NPY per image")
-    sources = Sources(root, without)
+    refuse_inside_tree(root, "--heatmaps are what a predictor wrote", but=LOOSE_INDEX)
+    sources = Sources(root, without, but=LOOSE_INDEX)
     found: dict[str, list[str]] = {}
     for directory, names in sources.walk():
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in SUFFIXES:
                 match = DICOM_ID.search(stem)
-                found.setdefault(match.group() if match else stem, []).append(f"{directory}/{name}")
+                found.setdefault(match.group().lower() if match else stem, []).append(f"{directory}/{name}")
     notes = sources.notes()
     if not found:
         raise UserError(f"{root}: no .png or .npy file is in it or below{''.join(f'; {n}' for n in notes)}")
@@ -69,8 +71,8 @@ def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     else:
         try:
             loaded = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read as NPY ({error})") from None
+        except Exception as error:  # NumPy has a kind of its own for each kind of damage
+            raise UserError(f"{path}: cannot be read as NPY ({' '.join(str(error).split())})") from None
         if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "fiub":
             raise UserError(f"{path}: holds no array of numbers")
         values = loaded.astype(np.float32).squeeze()

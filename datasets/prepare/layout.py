@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets.prepare.origins import read_line, read_lines
+from datasets.prepare.origins import digest_of, key_of, read_line, read_lines
 from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, atomic_write
 
@@ -49,6 +50,26 @@ def read_record(root: Path, layer: str = LAYERS[0]) -> dict[str, Any]:
     return record
 
 
+def refuse_foreign(root: Path, layer: str) -> None:
+    """UserError unless a layer can be made here: in a tree of ours, or in nothing."""
+    first = record_file(root).name
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: is not a directory; choose another --out")
+    if layer != LAYERS[0]:
+        below = root_files(root, LAYERS[LAYERS.index(layer) - 1])
+        if not below or not (root / below[0]).exists():
+            raise UserError(f"{root}: holds no finished tree of images (no {below[0] if below else first})")
+    if (root / first).exists():
+        return
+    ours = (LOCK, STAGING, f"{TEMPORARY_PREFIX}{first}")
+    names = os.listdir(root) if root.is_dir() else []
+    if strangers := sorted(name for name in names if not name.startswith(ours)):
+        raise UserError(
+            f"{root}: not empty and not made by this script (no {first}, but {strangers[0]}); "
+            "choose another --out"
+        )
+
+
 def differing_options(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """ "size 512 there, size 64 asked for", of the options that are not the same."""
     keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
@@ -67,6 +88,20 @@ def root_files(root: Path, layer: str) -> list[str]:
     if not record:
         return []
     return list(record.get("root_files", OLD_INDEXES))
+
+
+def finished_lines(root: Path, layer: str) -> dict[str, str]:
+    """The lines of a layer's origins by key, in their order; none where the layer never was finished. UserError where
+    a finished layer has not the list that this program left."""
+    path, record = origins_file(root, layer), read_record(root, layer)
+    # Killed while it finishes or is removed, a layer has no index, and origins and record may not fit.
+    whole = record.get("finished") and any((root / name).exists() for name in root_files(root, layer)[:1])
+    lines = {key_of(line): line for line in read_lines(path)} if path.exists() else {}
+    if whole and record.get("origins") != digest_of(lines.values()):
+        raise UserError(
+            f"{path}: is away, damaged or changed, so it can't be told what the tree holds; --overwrite starts afresh"
+        )
+    return lines
 
 
 def index_lines(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -102,6 +137,13 @@ def has_size(path: str, size: int) -> bool:
         return os.stat(path).st_size == size
     except OSError:
         return False
+
+
+def same_files(one: Path, other: Path, names: Iterable[str]) -> bool:
+    """Whether two directories have the same files of these names, byte for byte."""
+    with contextlib.suppress(FileNotFoundError):
+        return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+    return False
 
 
 def move_file(source: Path, target: Path) -> None:
@@ -146,18 +188,22 @@ def begin_removing(root: Path, layer: str) -> None:
     """Note down all files of a layer and of those above it, and take their indexes away; `end_removing` removes
     them, now or after an interruption."""
     names: dict[str, None] = {}
+    indexes: list[str] = []
     for own in LAYERS[LAYERS.index(layer) :]:
         record = read_record(root, own)
-        indexes = root_files(root, own)
-        remove_files(root, indexes)
+        indexes += root_files(root, own)
         lists = [*root.glob(f"{own}.origins"), *journal_files(root, own)]
-        whole = True
+        try:
+            finished_lines(root, own)
+            whole = True
+        except (UserError, ValueError):
+            whole = False
         for path in lists:
             try:
                 for line in read_lines(path):
                     if line.startswith("["):
                         names.update(dict.fromkeys(read_line(line)[2]))
-            except (UserError, ValueError):  # damaged: what it listed is in our folders
+            except UserError:  # damaged: what it listed is in our folders
                 whole = False
         if record and (record["options"].get("format") == 1 or not whole):
             for folder in OLD_FOLDERS:
@@ -166,7 +212,8 @@ def begin_removing(root: Path, layer: str) -> None:
         names.update(dict.fromkeys(path.name for path in lists))
         if own != layer:
             names[record_file(root, own).name] = None
-    write_parts(root / REMOVING, (json.dumps(name) + "\n" for name in names))
+    write_parts(root / REMOVING, (json.dumps(name) + "\n" for name in [*indexes, *names]))
+    remove_files(root, indexes)
 
 
 def end_removing(root: Path) -> None:

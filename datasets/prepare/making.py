@@ -43,6 +43,7 @@ from datasets.prepare.layout import (
     begin_removing,
     differing_options,
     end_removing,
+    finished_lines,
     has_content,
     has_size,
     index_lines,
@@ -52,15 +53,26 @@ from datasets.prepare.layout import (
     pretty_json,
     read_record,
     record_file,
+    refuse_foreign,
     remove_files,
     remove_folder,
     remove_temporaries,
     root_files,
+    same_files,
     write_parts,
 )
-from datasets.prepare.origins import Unit, append_to, key_of, read_line, read_lines, write_line
+from datasets.prepare.origins import (
+    Unit,
+    append_to,
+    digest_of,
+    key_of,
+    read_journal,
+    read_line,
+    read_lines,
+    write_line,
+)
 from util.errors import UserError
-from util.files import TEMPORARY_PREFIX, fsync_directory
+from util.files import fsync_directory
 from util.locks import file_lock
 
 FORMAT = 2  # raised with every change of what the same sources become
@@ -126,7 +138,7 @@ class TreeMaking:
 
     def __enter__(self) -> TreeMaking:
         try:
-            self._refuse_foreign()
+            refuse_foreign(self.out, self.layer)
             if self.dry_run:
                 self._check_options()
             else:
@@ -145,7 +157,10 @@ class TreeMaking:
             if self._journal is not None:
                 self._journal.close()
             if error is not None and not self.dry_run and self._holds_lock:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, UserError):
+                    remove_folder(self.staging)  # the next run would not use it
+                    with contextlib.suppress(OSError):  # other parts are at work
+                        (self.out / STAGING).rmdir()
                     self._leave_no_empty_tree()
         if isinstance(error, OSError):
             name = error.filename or self.out
@@ -163,7 +178,7 @@ class TreeMaking:
                     stack.enter_context(file_lock(lock, **told))
             if not (self.out / LOCK).exists():  # the run before us found nothing to make and cleared up
                 raise UserError(f"{self.out}: another run has just removed it; run again")
-            self._refuse_foreign()
+            refuse_foreign(self.out, self.layer)
             self._check_options()
             if self.part is None:
                 self._locks.enter_context(stack.pop_all())
@@ -172,26 +187,6 @@ class TreeMaking:
                 if not read_record(self.out, self.layer):
                     self._write_record()  # before another part may come with other options
             self._holds_lock = True
-
-    def _refuse_foreign(self) -> None:
-        first = record_file(self.out).name
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{self.out}: is not a directory; choose another --out")
-        if self.layer != LAYERS[0]:
-            below = root_files(self.out, LAYERS[LAYERS.index(self.layer) - 1])
-            if not below or not (self.out / below[0]).exists():
-                raise UserError(
-                    f"{self.out}: holds no finished tree of images (no {below[0] if below else first})"
-                )
-        if (self.out / first).exists():
-            return
-        ours = (LOCK, STAGING, f"{TEMPORARY_PREFIX}{first}")
-        names = os.listdir(self.out) if self.out.is_dir() else []
-        if strangers := sorted(name for name in names if not name.startswith(ours)):
-            raise UserError(
-                f"{self.out}: not empty and not made by this script (no {first}, but {strangers[0]}); "
-                "choose another --out"
-            )
 
     def _check_options(self) -> None:
         was = read_record(self.out, self.layer).get("options")
@@ -215,31 +210,16 @@ class TreeMaking:
 
     def _load(self) -> None:
         """What the tree holds, by its origins and journals."""
-        origins = origins_file(self.out, self.layer)
-        if origins.exists():
+        self._lines = finished_lines(self.out, self.layer)
+        if self._lines:
             self._versions = list(read_record(self.out, self.layer).get("made_with", []))
-            self._lines = {key_of(line): line for line in read_lines(origins)}
             self._settled = set(self._lines)
         last_words: dict[str, set[str | None]] = {}
         for path in journal_files(self.out, self.layer):
-            said: dict[str, str | None] = {}
-            announced: dict[str, set[str]] = {}
-            for line in read_lines(path):
-                if line.startswith("{"):
-                    self._add_versions(json.loads(line)["versions"])
-                    continue
-                key, origin, sizes, _ = read_line(line)
-                if origin is None:
-                    announced.setdefault(key, set()).update(sizes)
-                    said.setdefault(key, None)
-                    continue
-                if (before := said.get(key)) is not None:
-                    self._stale.update(read_line(before)[2])
-                self._stale.update(announced.pop(key, set()) - sizes.keys())
-                said[key] = line
-            for key, names in announced.items():
-                self._stale.update(names)
-                said[key] = None
+            said, stale, versions = read_journal(path)
+            self._stale |= stale
+            for own in versions:
+                self._add_versions(own)
             for key, line in said.items():
                 last_words.setdefault(key, set()).add(line)
         for key, words in last_words.items():
@@ -314,7 +294,8 @@ class TreeMaking:
         if not files or self.dry_run:
             self._replace_line(unit.key, line if files else None)
         elif unit.key in self._settled:
-            self._waiting[unit.key] = line
+            if line != self._lines.get(unit.key) or not same_files(self.staging, self.out, files):
+                self._waiting[unit.key] = line
         else:
             self._move(unit.key, line)
 
@@ -377,12 +358,12 @@ class TreeMaking:
             return
         if self._waiting:
             self._write_record(read_record(self.out, self.layer))
-            for layer in LAYERS[LAYERS.index(self.layer) :]:
-                remove_files(self.out, root_files(self.out, layer)[:1])
+            self._remove_indexes()
             for key, line in self._waiting.items():
                 self._move(key, line)
         remove_files(self.out, sorted(stale))
         own = {"options": self.options, "finished": True, "root_files": self.root_files}
+        own["origins"] = digest_of(lines.values())
         content = {**own, **record, "made_with": self._versions or [self._new_versions]}
         writes = {
             f"{self.layer}.origins": lambda: (f"{line}\n" for line in lines.values()),
@@ -392,7 +373,9 @@ class TreeMaking:
         }
         differing = [name for name, make in writes.items() if not has_content(self.out / name, make())]
         if differing:
-            (self.out / self.index).unlink(missing_ok=True)
+            remove_files(self.out, [self.index])
+            if self.index in differing:  # the layers above hold less than this one then, or other entries
+                self._remove_indexes()
             for name, make in writes.items():
                 if name in differing or name == self.index:
                     write_parts(self.out / name, make())
@@ -401,6 +384,11 @@ class TreeMaking:
         for path in (*journal_files(self.out, self.layer), *self.out.glob(f"{LOCK}-{self.layer}-*")):
             path.unlink()
         remove_folder(self.out / STAGING)
+
+    def _remove_indexes(self) -> None:
+        """Of this layer and those above, which are not whole while this one changes."""
+        for layer in LAYERS[LAYERS.index(self.layer) :]:
+            remove_files(self.out, root_files(self.out, layer)[:1])
 
     def _find_stale(self, lines: Mapping[str, str]) -> set[str]:
         """Files to be removed, as no unit has them any more; UserError if the finished tree has one of them."""
@@ -441,6 +429,8 @@ class TreeMaking:
         """After an error that came before anything was made: nothing of ours stays."""
         held = [origins_file(self.out, self.layer), *journal_files(self.out, self.layer), self.out / REMOVING]
         if self.part is not None or any(path.exists() for path in held):
+            return
+        if read_record(self.out, self.layer).get("finished"):  # its origins were lost
             return
         remove_folder(self.out / STAGING)
         record_file(self.out, self.layer).unlink(missing_ok=True)

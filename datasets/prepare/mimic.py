@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import pandas as pd
 
 from datasets.prepare.heatmaps import find_heatmaps
 from datasets.prepare.making import TreeMaking
@@ -29,8 +31,10 @@ from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import Exclusion
+from datasets.raw.walk import resolved
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
+from util.ids import match_ids
 from util.tables import check_id, read_table
 
 # As datasets.mimic and datasets.build have them, which import torch.
@@ -107,13 +111,15 @@ def prepare_mimic(
     subject_ids to leave out, one a line. Raises `UserError` where nothing sensible can be done; a single bad file
     is reported.
     """
-    images, out = images.resolve(), out.resolve()
+    images, out = resolved(images), resolved(out)
+    metadata, exclude = metadata and resolved(metadata), exclude and resolved(exclude)
     if size < 0:
         raise UserError(f"--size {size} is negative; 0 keeps the native size")
+    views = ("all",) if "all" in views else tuple(sorted({view.upper() for view in views}))
     excluded = Excluded(exclude)
     options = MimicOptions(
         size=size,
-        views=tuple(sorted(set(views))),
+        views=views,
         exclude=excluded.digest,
         heatmaps=heatmaps is not None,
         dicom_contrast=dicom_contrast,
@@ -126,7 +132,7 @@ def prepare_mimic(
         notes: list[str] = []
         without = [out]
         if heatmaps is not None:
-            heatmaps = heatmaps.resolve()
+            heatmaps = resolved(heatmaps)
             found = find_heatmaps(heatmaps, without=without)
             maps, exclusions, notes = found.paths, found.exclusions, found.notes
             without.append(heatmaps)
@@ -136,7 +142,10 @@ def prepare_mimic(
         wanted = None if maps is None else dict.fromkeys(maps, "")
         table = metadata or _find_metadata(images, needed="all" not in views)
         if table is not None:
-            rows = _rows_of_table(table, maps, views, exclusions, counts)
+            known = _read_metadata(table, views, notes)
+            if maps is not None:
+                maps = _as_the_table_writes(maps, known["dicom_id"], exclusions, notes)
+            rows = _rows_of_table(table, known, maps, views, exclusions, counts)
             rows = excluded.leave_out(rows, counts)
             wanted = {name: f"files/{study_directory(*row[:2])}/{name}.jpg" for name, row in rows.items()}
             place = find_images(images, wanted, without=without)
@@ -177,8 +186,8 @@ def prepare_mimic(
             record={
                 "images": str(images),
                 "heatmaps": heatmaps and str(heatmaps),
-                "metadata": table and str(table.resolve()),
-                "exclude": exclude and str(exclude.resolve()),
+                "metadata": table and str(resolved(table)),
+                "exclude": exclude and str(exclude),
             },
             seconds=seconds,
         )
@@ -218,7 +227,8 @@ class Excluded:
             raise UserError(f"{path}: --exclude can't be read ({error})") from None
         for number, line in enumerate(lines, start=1):
             if text := line.partition("#")[0].strip():
-                self.ids.add(check_id(text, f"{path}: line {number}: one dicom_id or subject_id a line, but"))
+                text = check_id(text, f"{path}: line {number}: one dicom_id or subject_id a line, but")
+                self.ids.add(text.casefold())
         self.ids -= {"dicom_id", "subject_id"}  # a header
         if not self.ids:
             raise UserError(f"{path}: --exclude names no dicom_id or subject_id")
@@ -231,7 +241,8 @@ class Excluded:
     def leave_out(self, rows: dict[str, Row], counts: Counter) -> dict[str, Row]:
         kept = {}
         for name, row in rows.items():
-            hit = self.ids.intersection((name, row.subject_id, f"p{row.subject_id}"))
+            subject = row.subject_id.casefold()
+            hit = self.ids.intersection((name.casefold(), subject, f"p{subject}"))
             self._unused -= hit
             if not hit:
                 kept[name] = row
@@ -256,8 +267,44 @@ def _find_metadata(images: Path, *, needed: bool) -> Path | None:
     return here[0] if here else None
 
 
+def _read_metadata(path: Path, views: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    any_view = "all" in views
+    required = _ID_COLUMNS if any_view else (*_ID_COLUMNS, _VIEW_COLUMN)
+    table = read_table(path, required, text=required)
+    twice = table["dicom_id"][table["dicom_id"].duplicated()]
+    if not twice.empty:
+        raise UserError(f"{path}: line {twice.index[0]}, column 'dicom_id': {twice.iloc[0]} appears twice")
+    if not any_view:
+        there = set(table[_VIEW_COLUMN].str.upper())
+        if unknown := [view for view in views if view not in there and view not in FRONTAL]:
+            named = ", ".join(sorted(there - {""}))
+            notes.append(f"{path}: no row is of --views {' '.join(unknown)}; there are {named}")
+    return table
+
+
+def _as_the_table_writes(
+    maps: Mapping[str, str], known: Collection[str], exclusions: list[Exclusion], notes: list[str]
+) -> dict[str, str]:
+    """The heatmaps by the ids of the table, which may write them in other letters."""
+    match = match_ids(maps, known)
+    named: dict[str, str] = {}
+    for name, path in maps.items():
+        own = match.found.get(name, name)
+        if own in named:
+            exclusions.append(Exclusion(own, "several heatmaps", f"{named[own]}, {path}", is_fault=True))
+        else:
+            named[own] = path
+    for exclusion in exclusions:
+        if exclusion.reason == "several heatmaps":
+            named.pop(exclusion.id, None)
+    if match.completed:
+        notes.append(f"{len(match.completed)} heatmaps have ids in other letters than the metadata")
+    return named
+
+
 def _rows_of_table(
     path: Path,
+    table: pd.DataFrame,
     maps: Mapping[str, str] | None,
     views: Sequence[str],
     exclusions: list[Exclusion],
@@ -265,11 +312,6 @@ def _rows_of_table(
 ) -> dict[str, Row]:
     """The table's rows of `views` by dicom_id; of heatmaps' images where there are `maps`."""
     any_view = "all" in views
-    required = _ID_COLUMNS if any_view else (*_ID_COLUMNS, _VIEW_COLUMN)
-    table = read_table(path, required, text=required)
-    twice = table["dicom_id"][table["dicom_id"].duplicated()]
-    if not twice.empty:
-        raise UserError(f"{path}: line {twice.index[0]}, column 'dicom_id': {twice.iloc[0]} appears twice")
     view = table[_VIEW_COLUMN].fillna("").astype(str) if _VIEW_COLUMN in table else [""] * len(table)
     rows: dict[str, Row] = {}
     seen = set()
@@ -278,7 +320,7 @@ def _rows_of_table(
             if name not in maps:
                 continue
             seen.add(name)
-        if not any_view and own not in views:
+        if not any_view and own.upper() not in views:
             counts["- other view"] += 1
             continue
         try:
@@ -298,6 +340,11 @@ def _rows_of_paths(paths: Mapping[str, str], exclusions: list[Exclusion]) -> dic
     rows = {}
     for name, path in paths.items():
         match = _PLACE.search(path)
+        try:
+            check_id(name, f"{path}: the name")
+        except UserError as error:
+            exclusions.append(Exclusion(name, "unusable name", str(error), is_fault=True))
+            continue
         if match:
             rows[name] = Row(match["subject"], match["study"], "")
         else:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from util.errors import UserError
 
-Stamp = tuple[int, int]
+Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Unit:
     """What is made or kept as a whole: an image with all that belongs to it.
 
     Attributes:
-        key: names it; holds neither `*` nor `"`.
+        key: names it; holds no `*`.
         origin: `origin_of` all that decides its files, beside the options of the tree.
         task: what its maker needs; for the caller's use.
         sources: files that may not change while it is made.
@@ -38,17 +38,22 @@ class Unit:
     stamps: tuple[Stamp, ...] = ()
 
     def changed_source(self) -> str | None:
-        """A source that is not what it was, if any."""
-        return next((source for source, was in zip(self.sources, self.stamps) if stamp(source) != was), None)
+        """A source that is not what it was, if any. Its status may have changed (a link more, other rights):
+        then it is only made anew by the next run."""
+        both = zip(self.sources, self.stamps)
+        return next((source for source, was in both if stamp(source)[:2] != was[:2]), None)
 
 
 def stamp(source: str | os.PathLike) -> Stamp:
-    """(size, time of change in ns) of a file; (-1, 0) where there is none."""
+    """(size, time of change in ns, time of change of the status in ns) of a file; (-1, 0, 0) where there is none.
+
+    Nobody can set the last one back: it tells a file that was put into another's place from an archive or a copy
+    that keeps times."""
     try:
         status = os.stat(source)
     except OSError:
-        return -1, 0
-    return status.st_size, status.st_mtime_ns
+        return -1, 0, 0
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def origin_of(*parts: object) -> str:
@@ -63,14 +68,21 @@ def write_line(key: str, origin: str | None, sizes: Mapping[str, int], note: Any
 
 
 def read_line(line: str) -> tuple[str, str | None, dict[str, int], Any]:
-    """(key, origin, size by file, note)."""
-    key, origin, files, note = json.loads(line)
-    return key, origin, {name.replace("*", key): size for name, size in files.items()}, note
+    """(key, origin, size by file, note). UserError where it is damaged, which only a journal's can be here."""
+    try:
+        key, origin, files, note = json.loads(line)
+        return key, origin, {name.replace("*", key): size for name, size in files.items()}, note
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"a line of the tree's list of origins is damaged ({line[:80]}); --overwrite starts afresh"
+        ) from None
 
 
 def key_of(line: str) -> str:
     """The key of a line, without reading the rest."""
-    return line[2 : line.index('"', 2)]
+    end = line.index('"', 2)
+    # Rare: a quote or a backslash in the key is written with a backslash.
+    return read_line(line)[0] if "\\" in line[2:end] else line[2:end]
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -85,9 +97,38 @@ def read_lines(path: Path) -> Iterator[str]:
             yield line[:-1]
 
 
-def origins_below(path: Path) -> dict[str, str]:
-    """Key -> digest of a unit's line in a finished layer: a source of units in the layer above."""
-    return {key_of(line): origin_of(line) for line in read_lines(path)}
+def digest_of(lines: Iterable[str]) -> str:
+    """Of a whole list of origins."""
+    digest = hashlib.blake2b(digest_size=10)
+    for line in lines:
+        digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def read_journal(path: Path) -> tuple[dict[str, str | None], set[str], list[Any]]:
+    """The last line on each key, None where it was not finished; the files of lines that no longer hold; versions of
+    the programs that wrote it."""
+    said: dict[str, str | None] = {}
+    announced: dict[str, set[str]] = {}
+    stale: set[str] = set()
+    versions = []
+    for line in read_lines(path):
+        if line.startswith("{"):
+            versions.append(json.loads(line)["versions"])
+            continue
+        key, origin, sizes, _ = read_line(line)
+        if origin is None:
+            announced.setdefault(key, set()).update(sizes)
+            said.setdefault(key, None)
+            continue
+        if (before := said.get(key)) is not None:
+            stale.update(read_line(before)[2])
+        stale.update(announced.pop(key, set()) - sizes.keys())
+        said[key] = line
+    for key, names in announced.items():
+        stale.update(names)
+        said[key] = None
+    return said, stale, versions
 
 
 def append_to(path: Path) -> IO[str]:

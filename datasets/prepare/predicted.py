@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.build import IMAGES_INDEX, detect_tree
 from datasets.gaze_maps import resize_whole
 from datasets.mimic import Mimic
-from datasets.prepare.layout import origins_file, read_record
+from datasets.prepare.heatmaps import LOOSE_INDEX
+from datasets.prepare.layout import finished_lines, read_record
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, origins_below, stamp
+from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.pixels import attention_maps, count_significant, write_image
 from datasets.prepare.work import Made, PrepareReport, finish_tree, versions
 from datasets.raw.readings import Exclusion
-from datasets.raw.walk import Sources
+from datasets.raw.walk import Sources, resolved
 from datasets.tree import read_index
 from util.errors import UserError
 from util.images import read_gray
@@ -43,7 +44,6 @@ from util.saliency import resize_density
 from util.stop import ignore_stop_signals
 
 LAYER = "gaze"
-LOOSE_INDEX = "heatmaps.json"
 RADIOGRAPHS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 PREDICTED, REAL = "predicted", "real"
 
@@ -96,7 +96,7 @@ def fill_tree(
     Raises:
         UserError: not such a tree, or one that another predictor has filled.
     """
-    root = root.resolve()
+    root = resolved(root)
     if not (root / IMAGES_INDEX).is_file():
         if read_record(root) and (root / Mimic.index_file).is_file():
             raise UserError(f"{root}: has heatmaps of its own; predictions go into a tree of images alone")
@@ -104,6 +104,8 @@ def fill_tree(
             f"{root}: no {IMAGES_INDEX} in it; `python scripts/prepare_mimic.py --images ... --out {root}` makes a "
             "tree of images"
         )
+    if root in (path.resolve() for path in real):
+        raise UserError(f"--real {root}: is the tree that is filled; name trees of real readings")
     options = {"source": LAYER, "predictor": predictor.digest}
     with TreeMaking(
         root, options, index=Mimic.index_file, layer=LAYER, part=part, overwrite=overwrite
@@ -111,7 +113,7 @@ def fill_tree(
         entries = {_key(entry): entry for entry in read_index(root / IMAGES_INDEX)}
         seen = _real_readings(real)
         units = [
-            _tree_unit(key, entry, below, seen.get(_dicom_id(entry), ()))
+            _tree_unit(key, entry, below, seen.get(_dicom_id(entry).casefold(), ()))
             for (key, entry), below in zip(entries.items(), _origins(root, entries))
         ]
         exclusions: list[Exclusion] = []
@@ -126,7 +128,7 @@ def fill_tree(
             exclusions,
             {"entries": kinds.total(), "- predicted": kinds[PREDICTED], "- of real readings": kinds[REAL]},
             notes=[],
-            record={"real": [str(path.resolve()) for path in real]},
+            record={"real": [str(resolved(path)) for path in real]},
             seconds=seconds,
         )
 
@@ -143,7 +145,7 @@ def predict_files(
 ) -> PrepareReport:
     """A heatmap of its size for each radiograph (PNG, JPG, DICOM) below `images`: 8-bit gray PNG under the same name
     below `out`; see `fill_tree`."""
-    images, out = images.resolve(), out.resolve()
+    images, out = resolved(images), resolved(out)
     if not images.is_dir():
         raise UserError(f"--images {images}: no such directory")
     options = {"source": "predict_gaze", "predictor": predictor.digest}
@@ -179,13 +181,13 @@ def _dicom_id(entry: Mapping[str, Any]) -> str:
 
 
 def _origins(root: Path, entries: Mapping[str, Any]) -> Iterator[str]:
-    below = origins_below(origins_file(root, "prepare"))
+    below = finished_lines(root, "prepare")
     for key in entries:
         if key not in below:
             raise UserError(
                 f"{root / IMAGES_INDEX}: {key} is not in prepare.origins; prepare the images again"
             )
-        yield below[key]
+        yield origin_of(below[key])
 
 
 def _tree_unit(key: str, entry: Mapping[str, Any], below: str, real: tuple[str, ...]) -> Unit:
@@ -195,13 +197,17 @@ def _tree_unit(key: str, entry: Mapping[str, Any], below: str, real: tuple[str, 
 
 
 def _real_readings(trees: Sequence[Path]) -> dict[str, tuple[str, ...]]:
-    """The heatmaps of each image that the trees have readings of, by dicom_id."""
+    """The heatmaps of each image that the trees have readings of, by dicom_id, in small letters."""
     found: dict[str, list[str]] = {}
     for path in trees:
         tree_type, root = detect_tree(path)
         tree = tree_type(root.resolve())
-        for index, entry in enumerate(tree.entries):
-            found.setdefault(_dicom_id(entry), []).append(str(tree.files(index).attention))
+        real = [i for i, entry in enumerate(tree.entries) if entry.get("gaze") != PREDICTED]
+        if not real:
+            raise UserError(f"--real {path}: all its heatmaps are predicted; name trees of real readings")
+        for index in real:
+            name = _dicom_id(tree.entries[index]).casefold()
+            found.setdefault(name, []).append(str(tree.files(index).attention))
     return {name: tuple(paths) for name, paths in found.items()}
 
 
@@ -214,8 +220,8 @@ def _loose_units(images: Path, sources: Sources, exclusions: list[Exclusion]) ->
                 continue
             image = os.path.relpath(f"{directory}/{name}", images)
             key = os.path.relpath(f"{directory}/{stem}", images)
-            if "*" in key or '"' in key:
-                exclusions.append(Exclusion(image, "unusable name", 'has * or " in it', is_fault=True))
+            if "*" in key:
+                exclusions.append(Exclusion(image, "unusable name", "has * in it", is_fault=True))
             elif key in taken:
                 detail = f"{taken[key]} would have the same heatmap"
                 exclusions.append(Exclusion(image, "name taken", detail, is_fault=True))

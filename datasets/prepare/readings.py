@@ -28,6 +28,7 @@ from datasets.raw.egd import find_egd_root, read_egd
 from datasets.raw.image_index import FoundImages, find_images
 from datasets.raw.readings import MAX_BAD, Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
+from datasets.raw.walk import resolved
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 
@@ -65,9 +66,11 @@ def detect_source(raw: Path) -> str:
     """Name of the data set that `raw` holds."""
     if not raw.is_dir():
         raise UserError(f"{raw}: no such directory; --raw is the root of the gaze data set")
-    for name, (find, _) in SOURCES.items():
-        if find(raw) is not None:
-            return name
+    names = [name for name, (find, _) in SOURCES.items() if find(raw) is not None]
+    if len(names) > 1:
+        raise UserError(f"{raw}: holds {' and '.join(names)}; give the root of one of them as --raw")
+    if names:
+        return names[0]
     raise UserError(
         f"{raw}: neither REFLACX (main_data/metadata_phase_*.csv) nor EGD-CXR (master_sheet.csv) is here "
         "or one directory below"
@@ -96,7 +99,7 @@ def prepare(
     Raises `UserError` where nothing sensible can be done; a single bad file or reading is reported.
     """
     # The record is the same from wherever it is run and however a path is spelt.
-    raw, images, out = raw.resolve(), images.resolve(), out.resolve()
+    raw, images, out = resolved(raw), resolved(images), resolved(out)
     source = source or detect_source(raw)
     if size < 0:
         raise UserError(f"--size {size} is negative; 0 keeps the native size")

@@ -9,7 +9,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from datasets.raw.readings import MAX_BAD, Exclusion, Fixations, RawReadings, Reading, usable_fixations
+from datasets.raw.readings import (
+    MAX_BAD,
+    Exclusion,
+    Fixations,
+    RawReadings,
+    Reading,
+    only_root,
+    usable_fixations,
+)
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS
 from util.ids import IdMatch, match_ids
@@ -65,11 +73,8 @@ class EgdReading(Reading):
 
 
 def find_egd_root(raw: Path) -> Path | None:
-    """The directory that holds master_sheet.csv: `raw` or one below it; None if none does."""
-    for candidate in (raw, *(sorted(raw.iterdir()) if raw.is_dir() else ())):
-        if (candidate / "master_sheet.csv").is_file():
-            return candidate
-    return None
+    """The directory that holds master_sheet.csv: `raw` or one below it; None if none does. UserError if several do."""
+    return only_root(raw, lambda root: (root / "master_sheet.csv").is_file())
 
 
 def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:

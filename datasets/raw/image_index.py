@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from datasets.raw.walk import TREE_RECORD, Sources, same_content
+from datasets.raw.walk import Sources, refuse_inside_tree, same_content
 from util.errors import UserError
 
 # As published: MIMIC-CXR-JPG, 8-bit already and several times faster to read, and MIMIC-CXR.
 PUBLISHED = (".jpg", ".dcm")
 # Of files of the same content the first is taken.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")
-DICOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")  # as MIMIC-CXR has them
+DICOM_ID = re.compile(
+    r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}", re.IGNORECASE
+)  # as MIMIC-CXR has them, in small letters
 
 
 @dataclass
@@ -40,12 +42,7 @@ def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterabl
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such directory; --images is the root of MIMIC-CXR-JPG or MIMIC-CXR")
-    for directory in (root.resolve(), *root.resolve().parents):
-        if (directory / TREE_RECORD).exists():
-            raise UserError(
-                f"{root}: lies in a prepared tree ({directory / TREE_RECORD}), whose pictures are no originals; "
-                "--images is the root of MIMIC-CXR-JPG or MIMIC-CXR"
-            )
+    refuse_inside_tree(root, "--images is the root of MIMIC-CXR-JPG or MIMIC-CXR")
     sources = Sources(root, without)
     found = FoundImages()
     for image_id, hint in (hints or {}).items():
@@ -72,13 +69,22 @@ def _at_its_place(sources: Sources, image_id: str, hint: str) -> str | None:
 
 
 def _search(sources: Sources, wanted: set[str] | None, found: FoundImages) -> None:
+    """All of the `wanted`, or all that are named as MIMIC-CXR's are; letter case does not count."""
+    by_folded: dict[str, set[str]] = {}
+    for image_id in wanted or ():
+        by_folded.setdefault(image_id.casefold(), set()).add(image_id)
     candidates: dict[str, list[str]] = {}
     for directory, names in sources.walk():
         for name in names:
             stem, suffix = os.path.splitext(name)
-            is_wanted = DICOM_ID.fullmatch(stem) if wanted is None else stem in wanted
-            if is_wanted and suffix.lower() in SUFFIXES:
-                candidates.setdefault(stem, []).append(f"{directory}/{name}")
+            if suffix.lower() not in SUFFIXES:
+                continue
+            if wanted is None:
+                image_ids = {stem.lower()} if DICOM_ID.fullmatch(stem) else set()
+            else:
+                image_ids = {stem} if stem in wanted else by_folded.get(stem.casefold(), set())
+            for image_id in image_ids:
+                candidates.setdefault(image_id, []).append(f"{directory}/{name}")
     for image_id, paths in sorted(candidates.items()):
         paths.sort(key=lambda path: (SUFFIXES.index(os.path.splitext(path)[1].lower()), path))
         if len(paths) == 1 or same_content(paths):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,6 +143,23 @@ class Reading(ABC):
     def load_chest_box(self) -> tuple[float, float, float, float] | None:
         """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None where there is none."""
         return None
+
+
+def only_root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
+    """`raw` if it holds a data set, else the one directory below that does; None if there is none. UserError if there
+    are several, as versions beside each other, which no rule can choose from."""
+    if holds(raw) or not raw.is_dir():
+        return raw if raw.is_dir() else None
+    try:
+        found = sorted(path for path in raw.iterdir() if holds(path))
+    except OSError as error:
+        raise UserError(f"{error.filename or raw}: can't be read ({error.strerror})") from None
+    if len(found) > 1:
+        raise UserError(
+            f"{raw}: the data set is in {len(found)} of its directories, {found[0].name} and {found[1].name} among them; "
+            "give one of them as --raw"
+        )
+    return found[0] if found else None
 
 
 def is_simulated(root: Path) -> bool:

@@ -16,6 +16,7 @@ from datasets.raw.readings import (
     Fixations,
     RawReadings,
     Reading,
+    only_root,
     usable_fixations,
 )
 from util.errors import UserError
@@ -109,13 +110,11 @@ class ReflacxReading(Reading):
 
 
 def find_root(raw: Path) -> Path | None:
-    """The directory that holds main_data/: `raw`, one below or one above it; None if none does."""
+    """The directory that holds main_data/: `raw`, one below or one above it; None if none does. UserError if
+    several do."""
     if raw.name == "main_data" and any(raw.glob("metadata_phase_*.csv")):
         return raw.parent
-    for candidate in (raw, *(sorted(raw.iterdir()) if raw.is_dir() else ())):
-        if any((candidate / "main_data").glob("metadata_phase_*.csv")):
-            return candidate
-    return None
+    return only_root(raw, lambda root: any((root / "main_data").glob("metadata_phase_*.csv")))
 
 
 def read_reflacx(raw: Path) -> RawReadings:

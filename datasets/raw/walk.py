@@ -12,17 +12,45 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from util.errors import UserError
+
 TREE_RECORD = "prepare.json"
+# A tree whose record was lost is a tree all the same.
+TREE_FILES = (TREE_RECORD, "prepare.origins", ".prepare.lock")
 Identity = tuple[int, int]  # device and inode
+
+
+def resolved(path: Path) -> Path:
+    """Where a path leads, however it is spelt. UserError for links in a circle, and for a name that can't be written
+    into the record of a tree."""
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: Python below 3.13, for links in a circle
+        raise UserError(f"{path}: can't be followed ({error})") from None
+    if not _is_utf8(str(path)):
+        raise UserError(f"{ascii(str(path))[1:-1]}: its name is not UTF-8; rename it")
+    return path
+
+
+def refuse_inside_tree(root: Path, mend: str, *, but: str | None = None) -> None:
+    """UserError where `root` is a prepared tree or lies in one; a tree with the file `but` does not count."""
+    for directory in (root.resolve(), *root.resolve().parents):
+        for name in TREE_FILES:
+            if (directory / name).exists() and not (but and (directory / but).exists()):
+                raise UserError(
+                    f"{root}: lies in a prepared tree ({directory / name}), whose pictures are no originals; {mend}"
+                )
 
 
 class Sources:
     """The files below `root` that may be originals.
 
-    `without`: directories (they need not exist) that hold none; the root itself can't be one of them.
+    `without`: directories (they need not exist) that hold none; the root itself can't be one of them. `but`: a file
+    that tells of a prepared tree that its files are originals here.
     """
 
-    def __init__(self, root: Path, without: Iterable[Path] = ()):
+    def __init__(self, root: Path, without: Iterable[Path] = (), *, but: str | None = None):
+        self._but = but
         self.root = os.fspath(root)
         own = identity(self.root)
         self._without = {found for path in without if (found := identity(path)) not in (None, own)}
@@ -55,7 +83,7 @@ class Sources:
         except OSError as error:
             self._unreadable[path] = error.strerror or str(error)
             return frozenset()
-        return frozenset() if TREE_RECORD in names else names
+        return frozenset() if self._is_tree(names) else names
 
     def walk(self) -> Iterator[tuple[str, list[str]]]:
         """(directory, names of its files, sorted) of all directories, links to directories followed."""
@@ -78,11 +106,14 @@ class Sources:
             except OSError as error:
                 self._unreadable[directory] = error.strerror or str(error)
                 continue
-            if TREE_RECORD in files:
+            if self._is_tree(frozenset(files)):
                 continue
             yield directory, sorted(name for name in files if self._is_usable(name))
             below = [name for name in below if not name.startswith(".") and name != "lost+found"]
             pending += (f"{directory}/{name}" for name in sorted(below, reverse=True) if self._is_utf8(name))
+
+    def _is_tree(self, names: frozenset[str]) -> bool:
+        return not names.isdisjoint(TREE_FILES) and self._but not in names
 
     def _is_usable(self, name: str) -> bool:
         if name.startswith("._"):
@@ -91,12 +122,17 @@ class Sources:
         return self._is_utf8(name)
 
     def _is_utf8(self, name: str) -> bool:
-        try:
-            name.encode()
-        except UnicodeEncodeError:  # its bytes can be neither printed nor written into an index
+        if not _is_utf8(name):
             self._counts["names that are not UTF-8"] += 1
-            return False
-        return True
+        return _is_utf8(name)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # its bytes can be neither printed nor written into an index
+        return False
+    return True
 
 
 def identity(path: str | os.PathLike) -> Identity | None:

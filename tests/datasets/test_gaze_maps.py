@@ -11,6 +11,7 @@ from datasets.gaze_maps import PARTS, GazeSamples, GazeStudy, draw_parts, read_f
 from datasets.tree import SampleError
 from util.errors import UserError
 from util.images import read_gray, write_gray
+from util.subjects import subject_marks
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,46 @@ def test_fixations(tree, tmp_path):
     bad.write_text("reflacx_id,x,y\na,0.5,1\n")
     with pytest.raises(UserError, match="'duration' is missing"):
         read_fixations(bad)
+
+
+def test_spellings_of_a_subject_are_one_and_can_be_on_two_sides(tree, tmp_path):
+    """Of two trees with the same people, one writes them as MIMIC's folders are called."""
+    other = make_gaze_tree(tmp_path / "other")
+    edit_index(other, lambda _, entry: entry.update(subject_id=f"p{entry['subject_id']} ", split=None))
+    study = GazeStudy([tree, other])
+    assert len({image.subject for image in study.images}) == 12 and len(study.merged) == 12
+    assert study.n_drawn == 0
+    edit_index(other, lambda number, entry: entry.update(split="test"))
+    with pytest.raises(UserError, match="can't be on both sides"):
+        GazeStudy([tree, other])
+
+
+def test_test_images_of_subjects_that_a_model_has_seen_are_left_out(tree, tmp_path):
+    seen = GazeStudy([tree]).seen()
+    assert len(seen) == 10
+    other = make_gaze_tree(tmp_path / "more", 18)  # the same twelve and six new subjects
+    edit_index(
+        other, lambda _, entry: entry.update(split=(*PARTS[::-1], "train")[int(entry["subject_id"]) % 4])
+    )
+    study = GazeStudy([other])
+    n_test = len(study.part("test"))
+    told = study.leave_out(frozenset(seen))
+    left = study.part("test")
+    assert (
+        told.startswith(f"warning: {n_test - len(left)} of {n_test} test images") and 0 < len(left) < n_test
+    )
+    assert study.leave_out(frozenset()) == ""
+    marks = subject_marks([image.subject for image in GazeStudy([other]).images], "gaze")
+    with pytest.raises(UserError, match="judge it on images that it has not seen"):
+        GazeStudy([other]).leave_out(frozenset(marks))
+
+
+def test_a_heatmap_that_vanishes_when_made_smaller_is_named(tmp_path):
+    root = make_gaze_tree(tmp_path)
+    study = GazeStudy([root])
+    path = study.trees[0].files(study.images[0].entries[0]).attention
+    dot = np.zeros((48, 40), np.uint8)
+    dot[3, 3] = 1
+    write_gray(path, dot)
+    with pytest.raises(SampleError, match=f"{path.name}: the heatmap is zero everywhere at 16 x 16 px"):
+        GazeSamples(study, study.images, 32, 16)[0]

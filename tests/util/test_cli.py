@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
-from util.cli import finite_float
+from util.cli import finite_float, seed_number
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = [action for action in run_pretrain.get_args_parser()._actions if action.type is finite_float]
@@ -41,3 +41,20 @@ def test_no_program_takes_a_float_that_may_be_nan():
     ]
     found = [path.name for path in files if re.search(r"\btype=float\b", path.read_text(encoding="utf-8"))]
     assert found == [] and len(NUMBERS) >= 10
+
+
+@pytest.mark.parametrize("text", ["-1", "4294967296", "1.5", "nan"])
+def test_a_seed_is_what_every_generator_takes(text, capsys):
+    with pytest.raises(SystemExit):
+        run_pretrain.get_args_parser().parse_args(["--seed", text])
+    assert (
+        f"argument --seed: {text!r}" in (told := capsys.readouterr().err) or f"--seed: {text} is not" in told
+    )
+    assert seed_number("4294967295") == 2**32 - 1
+
+
+def test_no_program_takes_another_seed():
+    files = [*ROOT.glob("run_*.py"), *ROOT.glob("scripts/*.py")]
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    seeds = [line for line in lines if re.search(r'"--seeds?"', line)]
+    assert seeds and all("type=seed_number" in line for line in seeds)

@@ -106,9 +106,10 @@ def test_prune_never_counts_a_damaged_file_nor_deletes_a_foreign_one(tmp_path):
     kept_elsewhere = write(tmp_path, 7, size=1).rename(tmp_path / "elsewhere.pth")
     checkpoint_path(tmp_path, 1, 0).unlink()
     checkpoint_path(tmp_path, 1, 0).symlink_to(kept_elsewhere)
+    checkpoint_path(tmp_path, 5, 0).mkdir()  # can't be read
     assert prune(tmp_path, save_every=50, keep=2) == []
     assert [path.name for path in prune(tmp_path, save_every=50, keep=1)] == ["checkpoint-2.pth"]
-    assert names(tmp_path) == ["checkpoint-4.pth", "checkpoint-3.pth", "checkpoint-1.pth", "checkpoint-0.pth"]
+    assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in (5, 4, 3, 1, 0)]
 
 
 def test_set_aside_newer(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, Agreement, StopSignals, exit_status
@@ -55,6 +56,34 @@ def test_first_signal_asks_and_the_second_stops_at_once(capfd):
         assert process.is_alive()
         os.kill(process.pid, signum)
         assert exit_code(process) == -signum
+
+
+def test_a_signal_from_before_ends_what_has_nothing_to_save():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended, signals.at_once():
+            raise AssertionError("went on")
+    assert ended.value.code == 143
+
+
+def test_a_rank_that_waits_for_the_others_can_be_stopped(tmp_path):
+    """It waits in C++, where Python runs no handler: there a signal ends it by default."""
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    code = (
+        "from util import distributed; from util.stop import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        " with signals.off():\n"
+        "  print('waiting', flush=True); distributed.start('cpu', dist_url=f'file://{sys.argv[1]}')\n"
+    )
+    command = [sys.executable, "-c", f"import sys\n{code}", str(tmp_path / "meet")]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.5)
+        process.terminate()
+        try:
+            assert process.wait(10) == -signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def test_time_limit_is_a_request_to_pause():

@@ -363,3 +363,14 @@ def test_weights_of_an_encoder_with_other_heads_are_refused(tmp_path):
                 check_same_model(donor.config, own, path)
         else:
             check_same_model(donor.config, own, path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"junk", b"hello world", b"(dp0", b"\x80\x02}q", b"PK\x03\x04..", b"\x80\x05\x95"]
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_is_no_weights_file_at_all_is_one_line(tmp_path, content):
+    path = tmp_path / "junk.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable weights file"):
+        read_state_dict(path)

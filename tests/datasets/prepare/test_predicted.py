@@ -229,3 +229,12 @@ def test_loose_files(study, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no .png"):
         predict_files(tmp_path / "empty", tmp_path / "out2", PLAIN)
+
+
+def test_predictions_are_not_taken_for_real_gaze(tree, images_only, tmp_path):
+    fill(tree)
+    other = shutil.copytree(images_only, tmp_path / "other")
+    with pytest.raises(UserError, match="all its heatmaps are predicted"):
+        fill(other, real=[tree])
+    with pytest.raises(UserError, match="is the tree that is filled"):
+        fill(tree, real=[tree])

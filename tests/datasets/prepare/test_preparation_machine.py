@@ -86,7 +86,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def pictures(tree: dict[str, bytes]) -> set[str]:
-    return {name for name in tree if "/" in name}
+    return {name for name in tree if "/" in name and not name.startswith(".making/")}
 
 
 class Preparation(RuleBasedStateMachine):

@@ -1,0 +1,213 @@
+"""What would make a wrong or smaller tree without a word: old times, lost lists, other letters, several versions."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from datasets.phantom.egd import make_egd
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.layout import finished_lines
+from datasets.prepare.making import TreeMaking
+from datasets.prepare.mimic import prepare_mimic
+from datasets.prepare.origins import Unit, key_of, read_line, write_line
+from datasets.prepare.readings import detect_source, prepare
+from datasets.raw.image_index import find_images
+from datasets.raw.walk import resolved
+from util.errors import UserError
+
+INDEX = "mimic-cxr-jpg-cleanv4.json"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    root = tmp_path_factory.mktemp("base")
+    study = make_study(root, 3, size=(32, 40), shared_images=0)
+    rows = [(i.dicom_id, i.subject_id, i.study_id, "PA") for i in study.truth]
+    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
+    pd.DataFrame(rows, columns=columns).to_csv(study.images / "mimic-cxr-2.0.0-metadata.csv", index=False)
+    (root / "heatmaps").mkdir()
+    for number, image in enumerate(study.truth):
+        np.save(root / "heatmaps" / f"{image.dicom_id}.npy", np.arange(16.0).reshape(4, 4) + number)
+    return root
+
+
+@pytest.fixture
+def root(base, tmp_path):
+    return shutil.copytree(base, tmp_path / "root")
+
+
+def mimic(root, out="out", heatmaps="heatmaps", **options):
+    return prepare_mimic(root / "mimic", heatmaps and root / heatmaps, root / out, **options)
+
+
+def contents(tree):
+    files = (path for path in tree.rglob("*") if path.is_file() and path.name != ".prepare.lock")
+    return {str(path.relative_to(tree)): path.read_bytes() for path in files}
+
+
+def test_other_heatmaps_of_the_same_sizes_and_times(root):
+    for number, name in enumerate(("first", "second")):  # as if unpacked from archives without times
+        (root / name).mkdir()
+        for path in (root / "heatmaps").iterdir():
+            np.save(root / name / path.name, np.random.default_rng(number).random((4, 4)))
+            os.utime(root / name / path.name, (315532800, 315532800))
+    mimic(root, heatmaps="first")
+    assert mimic(root, heatmaps="second").counts["- of these anew, as they had changed"] == 3
+    mimic(root, "fresh", "second")
+    assert contents(root / "out") == contents(root / "fresh")
+
+
+@pytest.mark.parametrize("damage", ["away", "empty", "cut", "edited", "not JSON"])
+def test_a_finished_tree_needs_its_list_of_origins(root, damage):
+    mimic(root)
+    path = root / "out/prepare.origins"
+    text = path.read_text()
+    if damage == "away":
+        path.unlink()
+    else:
+        new = {
+            "empty": "",
+            "cut": text[: text.index("\n") + 1],
+            "edited": text.replace('"significant":[', '"s":['),
+        }
+        path.write_text(new.get(damage, text.replace(',{"', ',{{"', 1)))
+    next((root / "mimic").rglob("*.jpg")).unlink()  # the tree would shrink
+    before = contents(root / "out")
+    with pytest.raises(UserError, match="prepare.origins: is away, damaged or changed.* --overwrite"):
+        mimic(root)
+    assert contents(root / "out") == before
+    assert mimic(root, overwrite=True).counts["entries"] == 2
+    mimic(root, "fresh")
+    assert contents(root / "out") == contents(root / "fresh")  # nothing of the old tree is left
+
+
+@pytest.mark.parametrize("key", ['a"b', "a\\b", "a\tb", "ä", "a b"])
+def test_any_key_is_read_back(key, tmp_path):
+    line = write_line(key, "0", {f"x/{key}.png": 1}, None)
+    assert key_of(line) == key and read_line(line)[0] == key
+    for _ in range(2):
+        with TreeMaking(tmp_path / "out", {}, index="index.json") as making:
+            todo = making.begin([Unit(key, "0")])
+            for unit in todo:
+                making.staging.mkdir(parents=True)
+                (making.staging / f"{key}.txt").write_text("x")
+                making.place(unit, [f"{key}.txt"])
+            making.finish(lambda: [{"key": key}], {})
+    assert todo == [] and list(finished_lines(tmp_path / "out", "prepare")) == [key]
+
+
+def test_what_is_left_out_in_part_costs_the_tree_no_moment_without_index(tmp_path):
+    study = make_study(tmp_path, 2, size=(32, 40), shared_images=2, readers=2)
+    ids = sorted(path.parent.name for path in study.raw.glob("main_data/*/fixations.csv"))
+    (study.raw / "main_data" / ids[0] / "fixations.csv").write_text("damaged")
+    report = prepare(study.raw, study.images, tmp_path / "out", readings="each")
+    assert report.faults
+    files = [
+        path for path in (tmp_path / "out").rglob("*") if path.name != ".prepare.lock" and path.is_file()
+    ]
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+    assert prepare(study.raw, study.images, tmp_path / "out", readings="each").faults
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files} == before
+
+
+@pytest.mark.parametrize("where", ["heatmaps", "images", "metadata"])
+def test_letter_case_is_no_absence(root, where):
+    if where == "metadata":
+        table = pd.read_csv(root / "mimic/mimic-cxr-2.0.0-metadata.csv", dtype=str)
+        table["dicom_id"] = table["dicom_id"].str.upper()
+        table["ViewPosition"] = "pa"
+        table.to_csv(root / "mimic/mimic-cxr-2.0.0-metadata.csv", index=False)
+    else:
+        for path in [*(root / {"heatmaps": "heatmaps", "images": "mimic"}[where]).rglob("*-*-*-*.*")]:
+            if path.suffix in (".npy", ".jpg"):
+                path.rename(path.with_name(path.stem.upper() + path.suffix))
+    report = mimic(root, views=("Pa",))
+    assert report.counts["entries"] == 3 and not report.exclusions
+    if where == "images":
+        assert prepare(root / "reflacx", root / "mimic", root / "readings").counts["entries"] == 3
+        assert mimic(root, "alone", None, views=("all",)).counts["entries"] == 3
+
+
+def test_an_excluded_id_in_other_letters_is_excluded(root):
+    name = next((root / "heatmaps").iterdir()).stem
+    (root / "exclude.txt").write_text(f"{name.upper()}\n")
+    assert mimic(root, exclude=root / "exclude.txt").counts["entries"] == 2
+
+
+def test_two_files_of_one_image_in_different_letters_are_a_fault(root):
+    path = next((root / "mimic").rglob("*-*-*-*.jpg"))
+    for folder, name in (("one", path.stem), ("two", path.stem.upper())):
+        (root / "mimic" / folder).mkdir()
+        shutil.copy(path, root / "mimic" / folder / f"{name}.jpg")
+    with open(root / "mimic/two" / f"{path.stem.upper()}.jpg", "ab") as file:
+        file.write(b"\n")
+    path.unlink()
+    assert list(find_images(root / "mimic", {path.stem: ""}).ambiguous) == [path.stem]
+
+
+def test_a_view_that_no_row_has_is_told(root):
+    notes = mimic(root, views=("PA", "POSTERIOR")).notes
+    assert any("no row is of --views POSTERIOR; there are PA" in note for note in notes)
+
+
+def test_one_of_several_versions_of_the_gaze_is_not_chosen(root, tmp_path):
+    for name in ("1.0.0", "1.0.1"):
+        shutil.copytree(root / "reflacx", tmp_path / "versions" / name)
+    with pytest.raises(UserError, match="in 2 of its directories, 1.0.0 and 1.0.1"):
+        prepare(tmp_path / "versions", root / "mimic", root / "out")
+    shutil.rmtree(tmp_path / "versions/1.0.1")
+    make_egd(tmp_path / "other", n_images=1, size=(20, 20))
+    egd = next((tmp_path / "other").rglob("master_sheet.csv")).parent
+    shutil.copytree(egd, tmp_path / "versions/egd")
+    with pytest.raises(UserError, match="holds reflacx and egd"):
+        detect_source(tmp_path / "versions")
+
+
+def test_a_trees_own_maps_are_no_heatmaps(root):
+    mimic(root)
+    for place in ("out", "out/attention"):
+        with pytest.raises(UserError, match="lies in a prepared tree"):
+            mimic(root, heatmaps=place)
+
+
+def test_a_tree_without_its_record_is_no_source(root):
+    inner = root / "mimic/tree"
+    prepare(root / "reflacx", root / "mimic", inner, size=16)
+    (inner / "prepare.json").unlink()
+    for path in (root / "mimic/files").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match="holds none of the 3 readings' images"):
+        prepare(root / "reflacx", root / "mimic", root / "out")
+
+
+def test_paths_that_no_record_can_hold(root, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    shutil.copytree(root / "heatmaps", odd)
+    with pytest.raises(UserError, match="name is not UTF-8"):
+        prepare_mimic(root / "mimic", resolved(tmp_path) / odd, root / "out")
+    assert not (root / "out").exists() or not (root / "out/prepare.json").exists()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="can't be followed|no such directory"):
+        prepare(root / "reflacx", tmp_path / "loop", root / "out")
+
+
+def test_added_images_take_the_index_of_the_heatmaps_away(root):
+    image = next((root / "mimic").rglob("*-*-*-*.jpg"))
+    aside = shutil.move(image, root / "aside.jpg")
+    mimic(root, "out", None)
+    out = root / "out"
+    with TreeMaking(out, {}, index=INDEX, layer="gaze") as making:
+        assert making.begin([Unit(key, "0") for key in finished_lines(out, "prepare")])
+        for unit in list(making._units):
+            (making.staging / "attention").mkdir(parents=True, exist_ok=True)
+            name = f"attention/{unit.key.replace('/', '-')}"
+            (making.staging / name).write_text("x")
+            making.place(unit, [name])
+        making.finish(lambda: [{}], {})
+    shutil.move(aside, image)
+    mimic(root, "out", None)
+    assert len(json.loads((out / "images.json").read_text())) == 3 and not (out / INDEX).exists()
