@@ -120,7 +120,7 @@ def test_every_command_of_the_ablation_is_understood(preset, tmp_path):
         ("cxrmim_vit_base_patch16", 224, "cuda") if gpu else ("cxrmim_vit_tiny_patch16", 96, "cpu")
     }
     made = {str(Path(args.out).parent / "tree") for args in studies}
-    probes = parsed["run_downstream.py"]
+    probes = sorted(parsed["run_downstream.py"], key=lambda args: args.output_dir)  # started side by side
     assert {tree for args in [pretrained[0], *probes] for tree in args.data_path} == made
     assert not set(pretrained[0].data_path) & set(probes[0].data_path)
 
