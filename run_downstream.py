@@ -241,7 +241,9 @@ def start_output(output_dir: Path, images: LabelledImages, args: argparse.Namesp
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise UserError(f"{path}: damaged; move it away") from None
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: damaged; move it away")
         if found != study:
             raise UserError(
                 f"--output_dir {output_dir}: holds results of {found.get('dataset')}, {found.get('method')}, not of "

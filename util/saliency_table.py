@@ -83,16 +83,18 @@ def format_table(summary: pd.DataFrame) -> str:
     for name in summary["predictor"].unique():
         own = summary[summary["predictor"] == name].set_index("metric")
         cells = [
-            f"{own.at[m, 'value']:.3f} [{own.at[m, 'low']:.3f}, {own.at[m, 'high']:.3f}]"
-            if m in own.index
-            else "-"
-            for m in metrics
+            _with_interval(*own.loc[m, ["value", "low", "high"]]) if m in own.index else "-" for m in metrics
         ]
         lines.append([name, str(own["n"].max()), *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
     )
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    """Of a single subject there is no interval."""
+    return f"{value:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
 def metrics_figure(summary: pd.DataFrame, *, model: str) -> Figure:
