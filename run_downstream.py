@@ -41,9 +41,9 @@ from util import distributed
 from util.cli import finite_float, seed_number
 from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
+from util.figures import save_figure
 from util.jobs import Jobs, digest
 from util.output import hold_output, writing_results
-from util.pictures import save_figure
 from util.pretrained import weights_name
 from util.results import (
     Outcome,
