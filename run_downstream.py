@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import hashlib
 import json
 import math
+import tempfile
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -250,11 +252,24 @@ def start_output(output_dir: Path, images: LabelledImages, args: argparse.Namesp
                 f"{images.name}, {args.method}; choose another"
             )
     try:
+        if args.dry_run and all((output_dir / name).exists() for name in ("results.csv", "split.csv")):
+            _check_split_of_results(output_dir, images)
         write_split(images, output_dir / "split.csv")
         if not args.dry_run:
             write_text(json.dumps(study), path)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from None
+
+
+def _check_split_of_results(output_dir: Path, images: LabelledImages) -> None:
+    """`UserError` where split.csv is that of results and `images` have another: a dry run leaves results as they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_split(images, Path(folder, "split.csv"))
+        same = filecmp.cmp(Path(folder, "split.csv"), output_dir / "split.csv", shallow=False)
+    if not same:
+        raise UserError(
+            f"--output_dir {output_dir}: holds results of another split; choose another for this --dry_run"
+        )
 
 
 def describe(candidate: Candidate) -> str:

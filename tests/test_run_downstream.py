@@ -168,6 +168,10 @@ def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.glob(".tmp*")) == []
+    split = (tmp_path / "split.csv").read_text()
+    with pytest.raises(UserError, match="holds results of another split"):
+        main([*argv, "--dry_run", "--split", "subject"])
+    assert main([*argv, "--dry_run"]) == 0 and (tmp_path / "split.csv").read_text() == split
     assert main(argv) == 0 and (tmp_path / "results.png").exists()
 
 
