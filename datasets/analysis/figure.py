@@ -122,11 +122,9 @@ def _draw_patches(axes, analysis: Analysis) -> None:
     bins = np.arange(0, max(counts.max() + 8, 16), max(1, round((counts.max() + 1) / 24)))
     axes.hist(counts, bins=bins, color=SIGNIFICANT, edgecolor="white", linewidth=0.6)
     axes.axvline(counts.median(), color="black", linewidth=1.2, linestyle="--")
-    title = (
-        f"Median {counts.median():.0f}, mean {counts.mean():.1f}; {(counts == 0).sum():,} readings have none"
-    )
+    title = f"Median {counts.median():.0f}, mean {counts.mean():.1f}"
     axes.set(
-        xlabel=f"significant patches of {N_PATCHES} at 224 px\n(at least half is gaze foreground)",
+        xlabel=f"significant patches of {N_PATCHES} at 224 px\n(at least half is gaze foreground);\n{(counts == 0).sum():,} readings have none",
         ylabel="readings",
         title=title,
     )
