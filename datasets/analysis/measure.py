@@ -246,10 +246,10 @@ def analyze(
 
     table = pd.DataFrame(reading_rows)
     if not ellipse_rows:
-        notes.append(
-            f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images: "
-            "no ellipse sizes and no density ratios; patch counts and examples only"
-        )
+        none = f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images"
+        if source != "egd" and min_certainty > 1:
+            none = f"no abnormality is marked with a certainty of --min_certainty {min_certainty} or more"
+        notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
         table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
     options = {
         "source": source, "raw": str(raw), "simulated": is_simulated(SOURCES[source][0](raw)), "split": split,
