@@ -222,7 +222,7 @@ def finetune(
         half=tuning.dtype == torch.float16,
         sample_names=lambda epoch, step: [images.ids[rows.train[i]] for i in sampler.batch(epoch, step)],
     )
-    on_main(ranks, lambda: folder.mkdir(parents=True, exist_ok=True))
+    on_main(ranks, lambda: _make_folder(folder))
     log = RunLog(folder, None, place.epoch + place.step / steps, enabled=ranks.is_main)
     model = parallel(core, ranks)
     valid_labels = torch.from_numpy(images.labels[rows.valid])
@@ -284,6 +284,13 @@ def finetune(
         f"{what}: best epoch {place.best_epoch + 1} of {place.epoch}, validation loss {place.best_loss:.4f}"
     )
     return scores
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't make this directory: {error.strerror}") from None
 
 
 def _train_epoch(

@@ -211,6 +211,8 @@ def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict
     """
     images, folds_differ = frozen.images, bool((frozen.images.parts == "").all())
     seeds = list(frozen.seeds) if folds_differ else list(frozen.seeds)[:1]
+    if len(seeds) < len(frozen.seeds):
+        frozen.say(f"{candidate.name}: nothing in a probe is drawn, so seed {seeds[0]} stands for all")
     features = Features(frozen, candidate, mean, std)
     kinds = {"": slice(None)} if features.is_pixels else {
         "cls": slice(0, features.width), "mean of patches": slice(features.width, None)

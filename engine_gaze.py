@@ -259,8 +259,8 @@ def describe_run(args, core: GazeNet, study: GazeStudy, steps: int, told: str, r
 def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.device) -> str:
     """Judge a model on the test images; writes readings.csv, metrics.csv, metrics.png and examples.png to `out`, and
     returns the table as text."""
+    from util.figures import save_figure
     from util.gaze_pictures import Example, examples_figure  # here, since matplotlib takes a second to load
-    from util.pictures import save_figure
     from util.saliency_table import format_table, metrics_figure, summarise
 
     images = study.part(TEST)
@@ -269,7 +269,11 @@ def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.d
     for name, table in (("readings.csv", rows), ("metrics.csv", summary)):
         with atomic_write(out / name, "w") as file:
             table.to_csv(file, index=False)
-    save_figure(metrics_figure(summary, model=MODEL), out / "metrics.png")
+    entries = [study.trees[image.tree].entries[index] for image in images for index in image.entries]
+    made_up = ", SIMULATED GAZE" if any(entry.get("simulated") for entry in entries) else ""
+    trees = ", ".join(str(tree.root) for tree in study.trees)
+    title = f"{out.name} on {trees}: {len(images)} test images, {len(entries)} readings{made_up}"
+    save_figure(metrics_figure(summary, model=MODEL, title=title), out / "metrics.png")
 
     own = rows[rows["predictor"] == MODEL].groupby("image")["cc"].mean()
     order = sorted(range(len(images)), key=lambda number: (-own[study.name(images[number])], number))
@@ -282,7 +286,7 @@ def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.d
         return Example(study.reading_id(images[number], 0), gray, levels, predicted, note)
 
     groups = [(heading, [example(number) for number in numbers]) for heading, numbers in chosen.items()]
-    save_figure(examples_figure(groups), out / "examples.png")
+    save_figure(examples_figure(groups, title=title), out / "examples.png")
     written = ", ".join(("metrics.csv", "readings.csv", "metrics.png", "examples.png"))
     return f"{format_table(summary)}\nwrote {written} to {out}"
 

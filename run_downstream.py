@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import hashlib
 import json
 import math
+import tempfile
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +41,9 @@ from util import distributed
 from util.cli import finite_float, seed_number
 from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
+from util.figures import save_figure
 from util.jobs import Jobs, digest
-from util.output import hold_output
-from util.pictures import save_figure
+from util.output import hold_output, writing_results
 from util.pretrained import weights_name
 from util.results import (
     Outcome,
@@ -241,18 +243,33 @@ def start_output(output_dir: Path, images: LabelledImages, args: argparse.Namesp
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise UserError(f"{path}: damaged; move it away") from None
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: damaged; move it away")
         if found != study:
             raise UserError(
                 f"--output_dir {output_dir}: holds results of {found.get('dataset')}, {found.get('method')}, not of "
                 f"{images.name}, {args.method}; choose another"
             )
     try:
+        if args.dry_run and all((output_dir / name).exists() for name in ("results.csv", "split.csv")):
+            _check_split_of_results(output_dir, images)
         write_split(images, output_dir / "split.csv")
         if not args.dry_run:
             write_text(json.dumps(study), path)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from None
+
+
+def _check_split_of_results(output_dir: Path, images: LabelledImages) -> None:
+    """`UserError` where split.csv is that of results and `images` have another: a dry run leaves results as they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_split(images, Path(folder, "split.csv"))
+        same = filecmp.cmp(Path(folder, "split.csv"), output_dir / "split.csv", shallow=False)
+    if not same:
+        raise UserError(
+            f"--output_dir {output_dir}: holds results of another split; choose another for this --dry_run"
+        )
 
 
 def describe(candidate: Candidate) -> str:
@@ -373,10 +390,12 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     text = markdown_table(outcomes, notes)
     first = outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
-    write_predictions(outcomes, output_dir / "predictions.csv")
-    write_results(table, output_dir / "results.csv")
-    write_text(text, output_dir / "table.md")
-    save_figure(results_figure(table, [line for line in title if line]), output_dir / "results.png")
+    figure = results_figure(table, [line for line in title if line])
+    with writing_results(output_dir):
+        write_predictions(outcomes, output_dir / "predictions.csv")
+        write_results(table, output_dir / "results.csv")
+        write_text(text, output_dir / "table.md")
+        save_figure(figure, output_dir / "results.png")
     print(text)
     print(f"wrote results.csv, predictions.csv, table.md and results.png into {output_dir}")
 

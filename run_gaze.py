@@ -24,7 +24,14 @@ from util.finite import FiniteWatch, make_scaler
 from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
-from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
+from util.output import (
+    find_checkpoint,
+    hold_output,
+    is_due,
+    save_and_prune,
+    set_aside_newer,
+    writing_results,
+)
 from util.pretrained import stored_weights
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
@@ -343,7 +350,8 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         print(
             f"note: {tree}: {lacking} have no fixations in fixations.csv, so no NSS and no AUC (prepare it again)"
         )
-    print(write_judgement(model, study, Path(args.output_dir), ranks.device))
+    with writing_results(args.output_dir):
+        print(write_judgement(model, study, Path(args.output_dir), ranks.device))
 
 
 def check_args(args: argparse.Namespace) -> None:

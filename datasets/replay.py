@@ -154,10 +154,12 @@ def chosen_samples(
 
 
 def picture_name(dataset, index: int) -> str:
-    """A sample's name for a picture: with its split, and with a mark where its gaze is made up."""
+    """A sample's name for a picture: with its split, and with a mark where its gaze is no reader's."""
     entry = dataset.entries[index]
     parts = [dataset.sample_name(index), *([str(entry["split"])] if entry.get("split") else [])]
-    return ", ".join(parts + (["SIMULATED GAZE"] if entry.get("simulated") else []))
+    made_up = ["SIMULATED GAZE"] if entry.get("simulated") else []
+    predicted = ["PREDICTED GAZE"] if entry.get("gaze") == "predicted" else []
+    return ", ".join([*parts, *made_up, *predicted])
 
 
 def single_image(

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.ablation import format_seed_table, seed_table
@@ -19,7 +21,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "results", help="results.csv of run_downstream.py --method probe, with weights named SETTING_sSEED"
+        "results",
+        nargs="+",
+        help="results.csv of run_downstream.py --method probe, with weights named SETTING_sSEED; several are joined",
     )
     parser.add_argument(
         "--reference", default="random_unweighted", help="setting that the others are compared with"
@@ -36,7 +40,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    results = read_table(Path(args.results), ("weights", "label", "auc", "n", "n_positive"))
+    columns = ("weights", "label", "auc", "n", "n_positive")
+    results = pd.concat([read_table(Path(path), columns) for path in args.results], ignore_index=True)
     # Labels too rare to tell settings apart are no columns of the table; the mean has no count.
     fewest = results[["n_positive"]].assign(without=results["n"] - results["n_positive"]).min(axis=1)
     table = seed_table(results[~(fewest < args.min_positives)], args.reference)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.curves import loss_figure, read_log, run_names
 from util.errors import UserError, run_cli
-from util.pictures import check_picture_path, save_figure
+from util.figures import check_picture_path, save_figure
 
 
 def get_args_parser() -> argparse.ArgumentParser:

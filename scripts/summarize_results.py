@@ -14,7 +14,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.errors import UserError, run_cli
-from util.pictures import save_figure
+from util.figures import save_figure
 from util.results import MEAN, summary_table, write_text
 from util.results_figure import summary_figure
 from util.tables import read_table

@@ -16,8 +16,9 @@ from models_cxrmim import CXRMIM
 from util.cli import check_device, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
+from util.figures import check_picture_path, page_path, save_figure
 from util.masking import MASKINGS
-from util.pictures import check_picture_path, contact_sheet, page_path, reconstruction_figure, save_figure
+from util.pictures import contact_sheet, reconstruction_figure
 from util.weights import build_model, read_state_dict
 
 # Options whose default is what the checkpoint stores.

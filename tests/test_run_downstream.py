@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,25 @@ def test_dry_run_needs_no_image(rsna, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["split.csv"]
 
 
+def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path):
+    argv = command(rsna, tmp_path, "--weights", "pixels", "--seeds", "1")
+    assert main(argv) == 0
+    (tmp_path / "results.png").unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # the tables fit, the picture doesn't
+    try:
+        with pytest.raises(UserError, match="the results can't be written: .*make room"):
+            main(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.glob(".tmp*")) == []
+    split = (tmp_path / "split.csv").read_text()
+    with pytest.raises(UserError, match="holds results of another split"):
+        main([*argv, "--dry_run", "--split", "subject"])
+    assert main([*argv, "--dry_run"]) == 0 and (tmp_path / "split.csv").read_text() == split
+    assert main(argv) == 0 and (tmp_path / "results.png").exists()
+
+
 def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):
     options = ["--where", "Target=0", "--dry_run"]
     with pytest.raises(UserError, match="'Pneumonia' is absent from every training image"):
@@ -206,7 +226,6 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--weights", encoder, "--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
         (["--weights", encoder, "--tap", "3"], "--tap 3"),
         (["--fractions", "0"], "--fractions 0.0: must be above 0"),
-        (["--seeds", "-1"], "--seeds -1: must be 0 or more"),
         (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--bootstrap", "0"], "--bootstrap 0"),

@@ -71,7 +71,8 @@ def format_seed_table(table: pd.DataFrame) -> str:
         ):
             sign = "" if title == "AUC" else "+"
             texts = [
-                f"{a:{sign}.3f} ({b:{sign}.3f} to {c:{sign}.3f})" for a, b, c in rows[list(names)].to_numpy()
+                f"{a:{sign}.3f}" + (f" ({b:{sign}.3f} to {c:{sign}.3f})" if np.isfinite(b) else "")
+                for a, b, c in rows[list(names)].to_numpy()
             ]
             cells = rows.assign(text=texts)[rows[names[0]].notna()]
             wide = cells.pivot(index="setting", columns="label", values="text")

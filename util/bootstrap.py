@@ -38,18 +38,19 @@ def bootstrap_aucs(
         subjects: [N].
 
     Returns:
-        float64 [1 + draws, C]; NaN where a draw has one class only.
+        float64 [1 + draws, C]; NaN where a draw has one class only, and in all draws of a single subject.
     """
     _, index = np.unique(subjects, return_inverse=True)
     known = [np.flatnonzero(~np.isnan(column)) for column in targets.T]
     labels = [(SortedScores(targets[rows, j], scores[rows, j]), index[rows]) for j, rows in enumerate(known)]
     chunk = max(1, CHUNK_BYTES // (8 * max(1, len(targets))))
-    return np.concatenate(
+    aucs = np.concatenate(
         [
             np.stack([ordered.auc(counts, own) for ordered, own in labels], axis=1)
             for counts in subject_draws(int(index.max()) + 1, draws, seed, chunk)
         ]
     )
+    return _without_lone_draws(aucs, int(index.max()) + 1)
 
 
 def bootstrap_means(values: np.ndarray, subjects: np.ndarray, *, draws: int, seed: int) -> np.ndarray:
@@ -65,7 +66,14 @@ def bootstrap_means(values: np.ndarray, subjects: np.ndarray, *, draws: int, see
         drawn = drawn.astype(np.float64)
         with np.errstate(invalid="ignore"):
             means.append((drawn @ sums) / (drawn @ counts))
-    return np.concatenate(means)
+    return _without_lone_draws(np.concatenate(means), n_subjects)
+
+
+def _without_lone_draws(values: np.ndarray, n_subjects: int) -> np.ndarray:
+    """NaN for the draws of a single subject: they are all the same, and would make an interval of no width."""
+    if n_subjects == 1:
+        values[1:] = np.nan
+    return values
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from util.errors import UserError
+from util.figures import fit_lines, plain
 
 SCALE_PREFIX = "train_loss_scale_"
 # Told apart by every common kind of colour vision (Okabe and Ito 2008).
@@ -91,7 +92,7 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             place.plot(
                 [epoch for epoch, _ in points],
                 [loss for _, loss in points],
-                label=name,
+                label=plain(name),
                 color=COLORS[i % len(COLORS)],
                 ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
                 lw=1.3,
@@ -115,9 +116,11 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             place.set_ylim(min(losses) - margin, max(losses) + margin)
     counts = {len(log) for log in runs.values()}
     epochs = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    figure.suptitle(
-        f"Training loss of {', '.join(runs)}: {epochs} epochs (linear axes, one for all scales)", fontsize=9
+    title = (
+        f"Training loss of {', '.join(runs)}: {epochs} epochs. Linear axes; the scales share theirs, so that heights "
+        "compare. Runs that agree hide one another."
     )
+    figure.suptitle("\n".join(fit_lines(title, figure.get_figwidth(), 9)), fontsize=9)
     for place in axes[len(panels) :]:
         place.set_axis_off()
     handles = axes[0].get_legend_handles_labels()

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from util.figures import fit_lines, plain
 from util.pictures import gaze_overlay
 from util.saliency import gaze_patches
 
@@ -38,18 +39,25 @@ class Example:
     note: str
 
 
-def examples_figure(groups: Sequence[tuple[str, Sequence[Example]]], *, patch_size: int = 16) -> Figure:
+def examples_figure(
+    groups: Sequence[tuple[str, Sequence[Example]]], *, title: str = "", patch_size: int = 16
+) -> Figure:
     """Each example in a row: radiograph, each reader's gaze, prediction, and whose patches are significant.
 
     Args:
         groups: a heading and its examples, e.g. ("best", [...]).
+        title: of which model and images.
     """
     rows = [(heading, example) for heading, examples in groups for example in examples]
     columns = max(len(example.readings) for _, example in rows) + 3
-    width, height = columns * (PANEL + GAP) + GAP, len(rows) * (PANEL + TITLE) + FOOT
+    width = columns * (PANEL + GAP) + GAP
+    told = f"{title}. Gaze: brighter where longer. Significant: at least half of the patch is gaze foreground (Otsu)."
+    lines = fit_lines(told.removeprefix(". "), width - 2 * GAP, 8)
+    top = 0.08 + 0.14 * len(lines)
+    height = top + len(rows) * (PANEL + TITLE) + FOOT
     figure = Figure(figsize=(width, height))
     for line, (heading, example) in enumerate(rows):
-        shown = [(f"{_fit(example.name, 24)}\n{heading}: {example.note}", example.gray)]
+        shown = [(f"{plain(_fit(example.name, 24))}\n{heading}: {example.note}", example.gray)]
         for number, levels in enumerate(example.readings):
             overlay = gaze_overlay(example.gray, levels.numpy() / max(1, int(levels.max())))
             shown.append((f"reader {number + 1}" if len(example.readings) > 1 else "reader", overlay))
@@ -57,13 +65,14 @@ def examples_figure(groups: Sequence[tuple[str, Sequence[Example]]], *, patch_si
         last = [("prediction", gaze_overlay(example.gray, predicted))]
         last.append(("significant patches", _patch_picture(example, patch_size)))
         places = [*range(len(shown)), columns - 2, columns - 1]
-        bottom = height - (line + 1) * (PANEL + TITLE)
+        bottom = height - top - (line + 1) * (PANEL + TITLE)
         for column, (title, picture) in zip(places, [*shown, *last], strict=True):
             left = GAP + column * (PANEL + GAP)
             axes = figure.add_axes((left / width, bottom / height, PANEL / width, PANEL / height))
             axes.set_axis_off()
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(title, fontsize=7, pad=2)
+    figure.text(GAP / width, 1 - 0.04 / height, "\n".join(lines), fontsize=8, va="top")
     handles = [
         Patch(fc=READERS_ONLY, label="readers' mean only"),
         Patch(fc=PREDICTION_ONLY, label="prediction only"),

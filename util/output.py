@@ -65,6 +65,19 @@ def hold_output(
         yield
 
 
+@contextlib.contextmanager
+def writing_results(output_dir: str | os.PathLike) -> Iterator[None]:
+    """A full or lost disk while results are written is one line: what they are made of is kept elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"--output_dir {output_dir}: the results can't be written: {reason}; make room and run the same command "
+            "again, which trains nothing twice"
+        ) from None
+
+
 def _remove_leftovers(output_dir: str | os.PathLike) -> None:
     """Delete the temporary files that a killed save left; the lock is held, so none of them is in use."""
     for path in Path(output_dir).glob(f"{TEMPORARY_PREFIX}checkpoint-*"):

@@ -7,11 +7,8 @@ anywhere (TensorBoard's add_figure, a file). Nothing here is random.
 from __future__ import annotations
 
 import math
-import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,16 +16,16 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
-from util.errors import UserError
-from util.files import atomic_write
+from util.figures import fit_lines
 from util.masking import foreground_of, mask_cells, significant_patches
 
 # Colours told apart by every common kind of colour vision (Okabe and Ito 2008).
 SIGNIFICANT = "#E69F00"  # orange
 MASKED = "#0072B2"  # blue
+ENLARGED = "#CC79A7"  # purple
 GAZE_MAP = "inferno"  # perceptually uniform
 ERROR_MAP = "viridis"
 KEY = (
@@ -36,7 +33,6 @@ KEY = (
     "brighter where more of its gradient has that direction."
 )
 GLYPH_PIXELS = 896  # least side of a drawn HOG panel
-PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 
 
 @dataclass(frozen=True)
@@ -250,9 +246,13 @@ def reconstruction_figure(
     found = reconstruct(model, batch, mask)
     count, scales = len(found.gray), len(found.cell_sizes)
     columns = 3 + scales
-    gap, caption, header, footer, left, top = 0.06, 0.24, 0.26, 0.8, 0.06, 0.34
-    band = header + 2 * (caption + panel_inches)
+    gap, caption, footer, left = 0.06, 0.24, 0.8, 0.06
     width = left + columns * (panel_inches + gap)
+    lines = fit_lines(", ".join(filter(None, [title, _count(count)])), width, 10)
+    wrapped = [fit_lines(name, width, 8.5) for name in names] if names else [[]] * count
+    top = 0.14 + 0.2 * len(lines)
+    header = 0.26 + 0.15 * max(map(len, wrapped))
+    band = header + 2 * (caption + panel_inches)
     height = top + count * band + footer
     figure = Figure(figsize=(width, height), dpi=200)
     FigureCanvasAgg(figure)
@@ -270,25 +270,25 @@ def reconstruction_figure(
             spine.set_linewidth(0.4)
         return axes
 
-    lines = [title, f"{count} image{'s' if count > 1 else ''}"]
-    figure.text(
-        left / width, 1 - 0.5 * top / height, ", ".join(filter(None, lines)), fontsize=10, va="center"
-    )
+    figure.text(left / width, 1 - 0.5 * top / height, "\n".join(lines), fontsize=10, va="center")
     finest = int(np.argmin(found.cell_sizes))
     for i in range(count):
         gray, significant, masked = found.gray[i], found.significant[i], found.masked[i]
         counts = (
             f"{significant.sum()} of {masked.size} patches significant; "
-            f"masked: {masked.sum()}, of which significant: {(masked & significant).sum()}; "
-            f"squared error {found.error[i][masked].mean():.3f}, of the mean target {found.reference[i][masked].mean():.3f}"
+            f"masked: {masked.sum()}, of which significant: {(masked & significant).sum()}. "
+            f"Mean squared error of masked patches: {found.error[i][masked].mean():.3f}; "
+            f"had each cell the mean target: {found.reference[i][masked].mean():.3f}"
         )
-        name = f"{names[i]}   " if names else ""
-        line = height - top - i * band - header * 0.72
-        figure.text(left / width, line / height, name, fontsize=8.5, weight="bold", va="center")
-        figure.text(1 - gap / width, line / height, counts, fontsize=8, va="center", ha="right")
+        line = height - top - i * band - header + 0.06
+        figure.text(left / width, line / height, counts, fontsize=8, va="bottom")
+        line += 0.15
+        figure.text(
+            left / width, line / height, "\n".join(wrapped[i]), fontsize=8.5, weight="bold", va="bottom"
+        )
 
         panel(i, 0, 0, "radiograph", gray, cmap="gray", vmin=0, vmax=1)
-        panel(i, 0, 1, "gaze heatmap", gaze_overlay(gray, found.attention[i]))
+        panel(i, 0, 1, "gaze heatmap (bright: looked at longer)", gaze_overlay(gray, found.attention[i]))
         axes = panel(i, 1, 0, "mask", mask_picture(gray, significant, masked), interpolation="nearest")
         _outline(axes, significant & ~masked, gray.shape[0] // masked.shape[0])
         error = matplotlib.colormaps[ERROR_MAP](error_scale(found.error[i]))[..., :3]
@@ -296,24 +296,32 @@ def reconstruction_figure(
         dim = np.repeat(0.35 * gray[..., None], 3, 2)
         shown = np.where(_enlarge(masked, patch)[..., None], error.repeat(patch, 0).repeat(patch, 1), dim)
         panel(i, 1, 1, "squared error of masked patches", shown, interpolation="nearest")
+        finest_panels = []
         for k, cell in enumerate(found.cell_sizes):
             target, prediction = found.targets[k][i], found.predictions[k][i]
             glyphs = hog_glyphs(target, _glyph_cell(target.shape[0], GLYPH_PIXELS))
-            panel(i, 0, 2 + k, f"HOG target, {cell} px cells", glyphs, cmap="gray", vmin=0, vmax=1)
+            above = panel(i, 0, 2 + k, f"HOG target, {cell} px cells", glyphs, cmap="gray", vmin=0, vmax=1)
             shown = prediction_picture(prediction, found.predicted[k][i])
-            panel(i, 1, 2 + k, f"HOG prediction, {cell} px cells", shown)
+            below = panel(i, 1, 2 + k, f"HOG prediction, {cell} px cells", shown)
+            if k == finest:
+                finest_panels = [above, below]
         side = min(4, *masked.shape)
         place = _finest_masked(masked, side)
+        for framed in (axes, *finest_panels):  # where the enlarged region is
+            size = framed.get_images()[0].get_array().shape[0] / masked.shape[0]
+            corner = (place[1] * size - 0.5, place[0] * size - 0.5)
+            framed.add_patch(Rectangle(corner, side * size, side * size, fill=False, ec=ENLARGED, lw=1.4))
         shown = [hog_glyphs(found.targets[finest][i], GLYPH_PIXELS // 32 + 4)[..., None].repeat(3, 2),
                  prediction_picture(found.predictions[finest][i], found.predicted[finest][i])]  # fmt: skip
         for line, (what, picture) in enumerate(zip(("target", "prediction"), shown, strict=True)):
             step = picture.shape[0] // masked.shape[0]
             rows, cols = (slice(start * step, (start + side) * step) for start in place)
-            panel(i, line, 2 + scales, f"{what}, {side} x {side} patches enlarged", picture[rows, cols])
+            panel(i, line, 2 + scales, f"{what}, framed part enlarged", picture[rows, cols])
 
     visible = Patch(fc=0.22 * np.array(to_rgb(MASKED)), ec=0.45 * np.array(to_rgb(MASKED)), hatch="//////",
                     label="in predictions: visible, not predicted")  # fmt: skip
-    _legend(figure, (left / width, 0.28 / height, 0.6, (footer - 0.4) / height), [visible])
+    framed = Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")
+    _legend(figure, (left / width, 0.28 / height, 0.6, (footer - 0.4) / height), [visible, framed])
     figure.text(left / width, 0.1 / height, KEY, fontsize=7.5)
     axes = figure.add_axes(
         (1 - (2.2 * panel_inches) / width, (footer - 0.22) / height, 2 * panel_inches / width, 0.09 / height)
@@ -350,23 +358,19 @@ def contact_sheet(
 
     columns = min(columns, len(gray))
     rows = math.ceil(len(gray) / columns)
-    per_line = int(panel_inches * 38)
-    wrapped = [textwrap.wrap(name, per_line) for name in names] if names else [[]] * len(gray)
-    caption, gap, footer, top = 0.16 + 0.085 * max(map(len, wrapped)), 0.12, 0.55, 0.34
+    wrapped = [fit_lines(name, 2 * panel_inches, 5.5) for name in names] if names else [[]] * len(gray)
+    caption, gap = 0.16 + 0.085 * max(map(len, wrapped)), 0.12
     tile = 2 * panel_inches + 0.04 + gap
-    width, height = gap + columns * tile, top + rows * (panel_inches + caption) + footer
-    figure = Figure(figsize=(max(width, 4.5), height), dpi=200)
+    width = max(gap + columns * tile, 4.5)
+    lines = fit_lines(", ".join(filter(None, [title, _count(len(gray))])), width - 2 * gap, 8)
+    key = f"left: gaze, brighter where longer; right: mask. {KEY.partition(' Glyphs')[0]}"
+    key = fit_lines(key, width - 2 * gap, 6)
+    top, foot = 0.18 + 0.16 * len(lines), 0.08 + 0.11 * len(key)
+    footer = foot + 0.36
+    height = top + rows * (panel_inches + caption) + footer
+    figure = Figure(figsize=(width, height), dpi=200)
     FigureCanvasAgg(figure)
-    width = figure.get_figwidth()
-    lines = [title, f"{len(gray)} image{'s' if len(gray) > 1 else ''}"]
-    figure.text(
-        gap / width,
-        1 - 0.5 * top / height,
-        ", ".join(filter(None, lines)),
-        fontsize=8,
-        va="center",
-        wrap=True,
-    )
+    figure.text(gap / width, 1 - 0.5 * top / height, "\n".join(lines), fontsize=8, va="center")
     for i in range(len(gray)):
         row, column = divmod(i, columns)
         y = height - top - row * (panel_inches + caption) - caption - panel_inches
@@ -381,16 +385,20 @@ def contact_sheet(
         _outline(axes, significant[i] & ~masked[i], gray.shape[1] // masked.shape[1])
         x = gap + column * tile
         figure.text(x / width, (y + panel_inches + 0.03) / height, text, fontsize=5.5, va="bottom")
-    _legend(figure, (gap / width, 0.2 / height, 1 - 2 * gap / width, (footer - 0.25) / height))
-    figure.text(gap / width, 0.08 / height, KEY.partition(" Glyphs")[0], fontsize=6)
+    _legend(figure, (gap / width, foot / height, 1 - 2 * gap / width, 0.3 / height))
+    figure.text(gap / width, 0.06 / height, "\n".join(key), fontsize=6, va="bottom")
     return figure
+
+
+def _count(images: int) -> str:
+    return f"{images} image{'s' if images > 1 else ''}"
 
 
 def _outline(axes, patches: np.ndarray, size: int) -> None:
     """Outline each true patch of [h, w] in the colour of significant patches."""
     for row, column in np.argwhere(patches):
         axes.add_patch(
-            matplotlib.patches.Rectangle(
+            Rectangle(
                 (column * size + 0.5, row * size + 0.5),
                 size - 2,
                 size - 2,
@@ -413,38 +421,9 @@ def _legend(figure: Figure, place: tuple[float, float, float, float], further: S
     axes.legend(
         handles=handles,
         loc="center left",
-        ncols=4,
+        ncols=5,
         fontsize=7.5,
         columnspacing=1.2,
         frameon=False,
         borderpad=0,
     )
-
-
-def check_picture_path(path: str | os.PathLike) -> Path:
-    """The path, if a picture can be written there.
-
-    Raises:
-        UserError: unknown suffix, or its folder does not exist.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise UserError(f"{path}: pictures are written as {', '.join(PICTURE_SUFFIXES)}; choose such a name")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder to write {path.name} into")
-    return path
-
-
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure, whole or not at all, in the format of the suffix; equal figures give equal bytes."""
-    path = check_picture_path(path)
-    kind = path.suffix.lower()[1:]
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
-    with matplotlib.rc_context({"svg.hashsalt": "cxr-mim"}), atomic_write(path) as file:
-        figure.savefig(file, format=kind, metadata=metadata if kind != "jpg" else None)
-
-
-def page_path(path: str | os.PathLike, page: int, pages: int) -> Path:
-    """`path` itself for a single page, else name-001.png, name-002.png, ... from page 0 on."""
-    path = Path(path)
-    return path if pages == 1 else path.with_name(f"{path.stem}-{page + 1:03d}{path.suffix}")

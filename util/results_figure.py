@@ -10,16 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from util.curves import COLORS, LINE_STYLES
+from util.figures import fit_lines, plain
 from util.results import MEAN
 
 MARKERS = "os^vDPX<>"
 MEASURE_WORDS = {"auc": "area under the ROC curve, mean over labels", "accuracy": "accuracy"}
-
-
-def plain(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: "$" starts no formula, "_" hides no legend entry."""
-    name = name.replace("$", r"\$")
-    return f"\u200a{name}" if name.startswith("_") else name
 
 
 def results_figure(table: pd.DataFrame, title: Sequence[str]) -> Figure:
@@ -27,7 +22,8 @@ def results_figure(table: pd.DataFrame, title: Sequence[str]) -> Figure:
     measure = "accuracy" if "accuracy" in table else "auc"
     several = table["fraction"].nunique() > 1
     figure = (_over_fractions if several else _per_label)(table, measure)
-    figure.suptitle("\n".join(plain(line) for line in title), fontsize=8.5)
+    lines = fit_lines("\n".join(title), figure.get_figwidth(), 8.5)
+    figure.suptitle("\n".join(lines), fontsize=8.5)
     return figure
 
 

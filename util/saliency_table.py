@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from util.bootstrap import bootstrap_means, interval
+from util.figures import fit_lines
 from util.saliency import FIXATION_METRICS, LOWER_IS_BETTER, MAP_METRICS
 
 METRICS = (*MAP_METRICS, *FIXATION_METRICS)
@@ -83,10 +84,7 @@ def format_table(summary: pd.DataFrame) -> str:
     for name in summary["predictor"].unique():
         own = summary[summary["predictor"] == name].set_index("metric")
         cells = [
-            f"{own.at[m, 'value']:.3f} [{own.at[m, 'low']:.3f}, {own.at[m, 'high']:.3f}]"
-            if m in own.index
-            else "-"
-            for m in metrics
+            _with_interval(*own.loc[m, ["value", "low", "high"]]) if m in own.index else "-" for m in metrics
         ]
         lines.append([name, str(own["n"].max()), *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -95,8 +93,14 @@ def format_table(summary: pd.DataFrame) -> str:
     )
 
 
-def metrics_figure(summary: pd.DataFrame, *, model: str) -> Figure:
-    """One panel per metric, one interval per predictor; differences are left to the table."""
+def _with_interval(value: float, low: float, high: float) -> str:
+    """Of a single subject there is no interval."""
+    return f"{value:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+
+
+def metrics_figure(summary: pd.DataFrame, *, model: str, title: str = "") -> Figure:
+    """One panel per metric, one interval per predictor, under a title that says of what; differences are left to the
+    table."""
     shown = summary[~summary["predictor"].str.contains(" - ", regex=False)]
     metrics = [metric for metric in METRICS if (shown["metric"] == metric).any()]
     names: Sequence[str] = list(shown["predictor"].unique())
@@ -119,4 +123,8 @@ def metrics_figure(summary: pd.DataFrame, *, model: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
+    told = (
+        f"{title}. Mean over images and its 95% bootstrap interval over subjects; more is better but for KLD."
+    )
+    figure.suptitle("\n".join(fit_lines(told.removeprefix(". "), figure.get_figwidth(), 9)), fontsize=9)
     return figure

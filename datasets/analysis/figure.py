@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES
+from util.figures import fit_lines
 from util.pictures import MASKED, SIGNIFICANT, gaze_overlay
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ def analysis_figure(analysis: Analysis) -> Figure:
     made_up = (
         " SIMULATED GAZE, no radiologist looked at these images." if analysis.options["simulated"] else ""
     )
-    figure.suptitle(
+    title = (
         f"{analysis.options['raw']} ({analysis.options['source']}), split {analysis.options['split']}: "
-        f"{len(analysis.readings):,} readings of {analysis.readings['image_id'].nunique():,} images.{made_up}",
-        fontsize=11,
+        f"{len(analysis.readings):,} readings of {analysis.readings['image_id'].nunique():,} images.{made_up}"
     )
+    figure.suptitle("\n".join(fit_lines(title, 14, 11)), fontsize=11)
     with matplotlib.rc_context({"font.size": 9}):
         if has_ellipses:
             axes = parts[0].subplots(1, 3, width_ratios=(1.35, 1.25, 1.0))
@@ -121,18 +122,21 @@ def _draw_patches(axes, analysis: Analysis) -> None:
     bins = np.arange(0, max(counts.max() + 8, 16), max(1, round((counts.max() + 1) / 24)))
     axes.hist(counts, bins=bins, color=SIGNIFICANT, edgecolor="white", linewidth=0.6)
     axes.axvline(counts.median(), color="black", linewidth=1.2, linestyle="--")
-    title = f"Median {counts.median():.0f}, mean {counts.mean():.1f}; none in {(counts == 0).sum():,}"
+    title = (
+        f"Median {counts.median():.0f}, mean {counts.mean():.1f}; {(counts == 0).sum():,} readings have none"
+    )
     axes.set(
         xlabel=f"significant patches of {N_PATCHES} at 224 px\n(at least half is gaze foreground)",
         ylabel="readings",
         title=title,
     )
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_examples(figure, examples: Sequence[Example]) -> None:
     marked = "; ellipses: marked abnormalities" if any(example.boxes for example in examples) else ""
-    figure.suptitle(f"Examples: image and gaze{marked}", fontsize=10)
+    figure.suptitle(f"Examples: image and gaze (brighter where longer){marked}", fontsize=10)
     grid = np.ravel(figure.subplots(1, 2 * len(examples)))
     for example, pair in zip(examples, grid.reshape(-1, 2)):
         gray = example.gray / 255.0

@@ -47,9 +47,9 @@ from datasets.raw.image_index import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
+from util.figures import save_figure
 from util.files import atomic_write
 from util.gaze import pixel_middles
-from util.pictures import save_figure
 from util.radiograph import radiograph_size, read_radiograph
 
 NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellipse no abnormality

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.downstream.choices import IGNORE, Choices
+from datasets.downstream.choices import IGNORE, ONES, ZEROS, Choices
 from datasets.downstream.folder import Folder
 from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
 from datasets.downstream.rows import (
@@ -88,6 +88,11 @@ def _labels(
     if len(columns) > 1 or (numeric | (cells == "")).all():
         rules = {"uncertain": choices.uncertain or IGNORE, "empty": choices.empty or IGNORE}
         return columns, label_values(table, columns, path, notes, **rules)
+    if choices.uncertain is not None or choices.empty == ONES:
+        option = "--uncertain" if choices.uncertain is not None else "--empty ones"
+        raise UserError(f"{option}: has no effect on column {columns[0]!r}, which holds names; leave it out")
+    if n_empty := int((cells == "").sum()):
+        notes.append(f"{path.name}: {n_empty} cells are empty; rule: {choices.empty or ZEROS}")
     rows = [{part.strip() for part in cell.split(choices.separator)} for cell in cells]
     rows = [{name for name in row if name.lower() not in NO_FINDING} for row in rows]
     for line, row in zip(table.index, rows, strict=True):
@@ -100,7 +105,10 @@ def _labels(
     names = sorted(set().union(*rows))
     if not names:
         raise UserError(f"{path}: column {columns[0]!r} names no finding in any row")
-    return names, one_hot(rows, names)
+    labels = one_hot(rows, names)
+    if choices.empty == IGNORE:
+        labels[(cells == "").to_numpy()] = np.nan
+    return names, labels
 
 
 def _is_number(text: str) -> bool:

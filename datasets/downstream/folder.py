@@ -86,16 +86,16 @@ class Folder:
         stems = {name.rpartition("/")[2] for name in wanted}
         files = [(key(file), file) for file in self.files if key(file).rpartition("/")[2] in stems]
         best: dict[int, list[str]] = {}
-        stripped = wanted
+        stripped, cut = wanted, 0
         while True:
-            found = _match(stripped, files)
+            found = _elsewhere_left_out(_match(stripped, files), wanted, stripped, cut)
             if len(found) > len(best):
                 best = found
             shorter = [name.partition("/")[2] or name for name in stripped]
             # Shorter names that are no longer different can't tell images apart.
             if len(best) == len(names) or shorter == stripped or len(set(shorter)) < len(set(stripped)):
                 break
-            stripped = shorter
+            stripped, cut = shorter, cut + 1
         several = 0
         result: list[Path | None] = []
         for i, name in enumerate(names):
@@ -164,6 +164,28 @@ def _match(names: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[int, 
             if place is not None:
                 found.setdefault(place, []).append(file)
     return found
+
+
+def _elsewhere_left_out(
+    found: dict[int, list[str]], wanted: Sequence[str], stripped: Sequence[str], cut: int
+) -> dict[int, list[str]]:
+    """Matches without the files that lie in the directory of other names: of `valid/2.png`, which is not there,
+    `train/2.png` is no match where the table has a `train/` too."""
+    if cut == 0:
+        return found
+    parts = [name.split("/") for name in wanted]
+    named = {own[cut - 1] for own in parts if len(own) > cut}
+    kept = {}
+    for i, files in found.items():
+        own, length = parts[i], stripped[i].count("/") + 1
+        if len(own) > cut:
+            above = [(file, file.split("/")[:-length][-1:]) for file in files]
+            files = [
+                file for file, last in above if not last or last[0] == own[cut - 1] or last[0] not in named
+            ]
+        if files:
+            kept[i] = files
+    return kept
 
 
 def _entries(directory: Path) -> list[os.DirEntry]:

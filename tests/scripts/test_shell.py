@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
+from datasets.phantom.chest import LESION_KINDS
+from datasets.phantom.reflacx import LABEL_OF_KIND
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -77,25 +81,76 @@ def test_a_half_made_environment_is_made_anew(tmp_path):
     assert (tmp_path / ".venv/mark").exists()
 
 
-def test_ablation_into_a_place_with_blanks_and_signs(tmp_path):
-    """All programs stand-ins that note what they were given: the last ones get every file by its name."""
+def ablation_commands(tmp_path, out, **settings) -> list[list[str]]:
+    """What scripts/ablate.sh calls, program and words; stand-ins that only note what they were given."""
     python = stand_in(
         tmp_path / "python",
-        """for word; do printf '<%s>' "$word"; done >> "$NOTES"; echo >> "$NOTES"
+        """printf '%s\\0' "$@" '' >> "$NOTES"
 case $1 in scripts/make_phantom.py) mkdir -p "$3" ;; scripts/export_backbone.py) touch "$3" ;; esac""",
     )
-    out, notes = tmp_path / "an out & 100%", tmp_path / "notes"
-    result = run(
-        "bash", ROOT / "scripts/ablate.sh", out, PYTHON=str(python), NOTES=str(notes), SEEDS="0 1", JOBS="1",
-        LESION_KINDS="nodule mass",
-    )  # fmt: skip
+    notes = tmp_path / "notes"
+    result = run("bash", ROOT / "scripts/ablate.sh", out, PYTHON=str(python), NOTES=str(notes), **settings)
     assert result.returncode == 0, result.stderr
-    lines = notes.read_text().splitlines()
-    probe = next(line for line in lines if line.startswith("<run_downstream.py>"))
-    assert probe.count(f"={out}/runs/") == 12
-    assert f"<block_weighted_s1={out}/runs/block_weighted_s1/backbone.pth><random><pixels>" in probe
-    plot = next(line for line in lines if line.startswith("<scripts/plot_log.py>"))
-    assert plot.count(f"<{out}/runs/") == 12
-    assert any("<--lesion_kinds><nodule><mass><--lesion_size>" in line for line in lines)
-    assert sum("<--gaze_weighted>" in line for line in lines) == 6
-    assert not any("<>" in line for line in lines)
+    return [call.split("\0") for call in notes.read_text().removesuffix("\0\0").split("\0\0")]
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_every_command_of_the_ablation_is_understood(preset, tmp_path):
+    """In a place with blanks and signs, by the programs' own parsers."""
+    out = tmp_path / "an out & 100%"
+    calls = ablation_commands(
+        tmp_path, out, PRESET=preset, SEEDS="0 1", JOBS="1", LESION_KINDS="nodule mass atelectasis"
+    )
+    parsed: dict[str, list] = {}
+    for program, *words in calls:
+        assert (ROOT / program).is_file()
+        module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+        parsed.setdefault(program, []).append(module.get_args_parser().parse_args(words))
+    gpu = preset == "gpu"
+
+    studies = parsed["scripts/make_phantom.py"]
+    assert len(studies) == len({args.seed for args in studies}) == (16 if gpu else 2)
+    assert sum(args.n_images for args in studies) == (8000 if gpu else 368)
+    assert {tuple(args.lesion_kinds) for args in studies} == {("nodule", "mass", "atelectasis")}
+    pretrained = parsed["run_pretrain.py"]
+    assert (
+        len({(args.masking, args.gaze_weighted, args.seed) for args in pretrained}) == len(pretrained) == 12
+    )
+    assert {(args.model, args.input_size, args.device) for args in pretrained} == {
+        ("cxrmim_vit_base_patch16", 224, "cuda") if gpu else ("cxrmim_vit_tiny_patch16", 96, "cpu")
+    }
+    made = {str(Path(args.out).parent / "tree") for args in studies}
+    probes = sorted(parsed["run_downstream.py"], key=lambda args: args.output_dir)  # started side by side
+    assert {tree for args in [pretrained[0], *probes] for tree in args.data_path} == made
+    assert not set(pretrained[0].data_path) & set(probes[0].data_path)
+
+    assert [args.labels for args in probes] == [
+        ["Any finding", "Lung nodule or mass", "Atelectasis"] for _ in range(2 if gpu else 1)
+    ]
+    judged = [weight.partition("=") for args in probes for weight in args.weights]
+    assert len(judged) == 14 and {"random", "pixels"} < {name for name, _, _ in judged}
+    assert all(file == f"{out}/runs/{name}/backbone.pth" for name, sign, file in judged if sign)
+    (table,) = parsed["scripts/ablate_table.py"]
+    assert table.results == [f"{args.output_dir}/results.csv" for args in probes]
+    (plot,) = parsed["scripts/plot_log.py"]
+    assert {str(Path(file).parent) for _, sign, file in judged if sign} == set(map(str, plot.runs))
+
+
+def test_the_ablation_names_the_lesions_as_the_readings_do(tmp_path):
+    calls = ablation_commands(
+        tmp_path, tmp_path / "out", LESION_KINDS=" ".join(LESION_KINDS), SEEDS="0", JOBS="1"
+    )
+    (probe,) = (call for call in calls if call[0] == "run_downstream.py")
+    labels = probe[probe.index("--labels") + 1 : probe.index("--method")]
+    assert labels[0] == "Any finding" and set(labels[1:]) == set(LABEL_OF_KIND[2].values())
+    assert len(set(labels)) == len(labels)
+
+
+def test_the_ablation_refuses_another_study_and_preset(tmp_path):
+    settings = {"SEEDS": "0", "JOBS": "1"}
+    ablation_commands(tmp_path, tmp_path / "out", **settings)
+    for wrong, told in (({"N_PROBE": "8"}, "other settings"), ({"PRESET": "tpu"}, "expected cpu or gpu")):
+        result = run(
+            "bash", ROOT / "scripts/ablate.sh", tmp_path / "out", PYTHON=str(tmp_path / "python"), **settings, **wrong
+        )  # fmt: skip
+        assert result.returncode == 1 and told in result.stderr

@@ -21,6 +21,7 @@ from datasets.sampler import TrainBatches
 from models_cxrmim import CXRMIM
 from scripts.visualize import main
 from util.errors import UserError
+from util.figures import save_figure
 from util.masking import mask_generator
 from util.pictures import (
     contact_sheet,
@@ -30,7 +31,6 @@ from util.pictures import (
     prediction_picture,
     reconstruct,
     reconstruction_figure,
-    save_figure,
 )
 
 SMALL = dict(img_size=64, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, id_list=(0, 1),

@@ -104,3 +104,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert float(result.stdout) < 1
+
+
+def test_a_single_subject_has_no_interval():
+    """All its draws are the same; an interval of no width would claim certainty."""
+    labels, scores, subject = (
+        np.array([[0.0], [1], [1]]),
+        np.array([[0.2], [0.1], [0.9]]),
+        np.array(["a"] * 3),
+    )
+    for found in (
+        bootstrap_aucs(labels, scores, subject, draws=20, seed=0),
+        bootstrap_means(scores, subject, draws=20, seed=0),
+    ):
+        value, low, high = interval(found[:, 0])
+        assert np.isfinite(value) and np.isnan(low) and np.isnan(high)

@@ -619,3 +619,35 @@ def test_labels_that_teach_or_choose_nothing_are_refused():
     folds = made_up([[1], [1], [1]], "ttt")
     with pytest.raises(UserError, match="present in every"):
         check_classes(replace(folds, parts=np.full(3, "", "<U5")))
+
+
+def test_an_image_that_lacks_is_not_another_folders_image_of_its_name(tmp_path):
+    write(
+        tmp_path / "t.csv",
+        "path,sick",
+        "root/a/1.png,1",
+        "root/a/2.png,0",
+        "root/b/3.png,1",
+        "root/b/4.png,0",
+    )
+    touch(tmp_path, "a/1.png", "a/2.png", "a/3.png", "b/4.png")  # b/3.png is not there
+    assert "1 of 4 images are not there, e.g. 'root/b/3.png'" in refused(
+        "csv", tmp_path, label_columns=["sick"]
+    )
+    touch(tmp_path, "b/3.png")
+    images = read_dataset("csv", tmp_path, label_columns=["sick"])
+    for image, file in zip(images.ids, images.files, strict=True):
+        assert file == tmp_path / image.removeprefix("root/")
+    (tmp_path / "b").rename(tmp_path / "part 2")  # a folder that no name has may hold them
+    assert len(read_dataset("csv", tmp_path, label_columns=["sick"])) == 4
+
+
+def test_an_empty_cell_in_a_column_of_names_heeds_its_rule(tmp_path):
+    write(tmp_path / "t.csv", "path,labels", "a.png,x|y", "b.png,", "c.png,y", "d.png,Normal")
+    plain = read_dataset("csv", tmp_path, need_images=False, split="folds")
+    assert plain.labels.tolist() == [[1, 1], [0, 0], [0, 1], [0, 0]]
+    assert "t.csv: 1 cells are empty; rule: zeros" in plain.notes
+    ignored = read_dataset("csv", tmp_path, need_images=False, split="folds", empty="ignore")
+    assert np.isnan(ignored.labels[1]).all() and np.isnan(ignored.labels).sum() == 2
+    for choice in ({"uncertain": "ones"}, {"empty": "ones"}):
+        assert "which holds names; leave it out" in refused("csv", tmp_path, need_images=False, **choice)

@@ -1,0 +1,118 @@
+"""Training the gaze predictor on a GPU: nothing waits for it, and the losses are the CPU's.
+
+Each test runs on the CPU as well, as far as the CPU has what it needs, so that it works on the first GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import run_gaze
+from engine_gaze import Sums, train_one_epoch
+from engine_pretrain import Training
+from models_gaze import GazeNet
+from util import distributed, saliency
+from util.finite import FiniteWatch, make_scaler, poison
+from util.logging import Progress, RunLog
+from util.stop import StopSignals
+
+GPU = pytest.param("cuda", marks=pytest.mark.cuda)
+DEVICES = ["cpu", GPU]
+FLAGS = ["--data_path", "none", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--print_every", "1000000"]  # fmt: skip
+SIZE, BATCH = 64, 4
+
+
+def batches(n, device):
+    """Batches as the loader gives them, in pinned memory for a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(n):
+        target = torch.rand(BATCH, SIZE // 4, SIZE // 4, generator=generator) ** 4
+        batch = {
+            "img": torch.randint(256, (BATCH, 1, SIZE, SIZE), dtype=torch.uint8, generator=generator),
+            "target": target / target.sum((1, 2), keepdim=True),
+        }
+        made.append({name: t.pin_memory() if device == "cuda" else t for name, t in batch.items()})
+    return made
+
+
+def losses_of(given, n, device, tmp_path, *flags):
+    """Mean KLD and CC of an epoch of n given batches, after run_gaze.py's own options."""
+    args = run_gaze.get_args_parser().parse_args([*FLAGS, "--device", device, *flags])
+    ranks = distributed.start(device)
+    torch.manual_seed(0)
+    core = GazeNet("test_resnet", input_size=SIZE, width=16)
+    with torch.no_grad():
+        core.network.out.weight.normal_(
+            std=0.1
+        )  # zero at first: the loss would be the prior's, whatever else
+    core = core.to(ranks.device)
+    optimizer = torch.optim.AdamW(core.parameters(), lr=0.0, fused=True)
+    with StopSignals() as signals:
+        watch = FiniteWatch(
+            ranks.device, signals, half=args.dtype == "float16", sample_names=lambda epoch, step: [f"{step}"]
+        )
+        training = Training(
+            core, core, optimizer, make_scaler(args.dtype, ranks.device), iter(given), BATCH * n, n, watch,
+            ranks, RunLog(tmp_path, tmp_path, 0.0, enabled=False), Progress(n, 0, BATCH, enabled=False),
+        )  # fmt: skip
+        sums = Sums.zeros(ranks.device)
+        assert train_one_epoch(training, 0, 0, sums, args) == (n, 0)
+    return sums.means(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_step_waits_for_the_device(device, dtype, tmp_path):
+    given = batches(8, device)
+
+    def guarded():
+        for i, batch in enumerate(given):
+            # From the third step on, when all memory is there, to the last, which reports.
+            if device == "cuda" and i == 3:
+                torch.cuda.set_sync_debug_mode("error")
+            if device == "cuda" and i == len(given) - 1:
+                torch.cuda.set_sync_debug_mode("default")
+            yield batch
+
+    try:
+        means = losses_of(guarded(), 8, device, tmp_path, "--dtype", dtype, "--cc_weight", "0.5")
+        assert all(math.isfinite(value) for value in means)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# The first step's loss is of the same weights; from then on differences grow, since AdamW's first updates are
+# nearly the gradient's sign. bfloat16 has 8 bits of mantissa.
+@pytest.mark.parametrize(
+    ("dtype", "n", "tolerance"), [("float32", 1, 1e-4), ("float32", 3, 1e-2), ("bfloat16", 1, 3e-2)]
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_losses_are_those_of_the_cpu_in_float32(device, dtype, n, tolerance, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's default for convolutions
+    expected = losses_of(batches(n, "cpu"), n, "cpu", tmp_path, "--dtype", "float32")
+    found = losses_of(batches(n, device), n, device, tmp_path, "--dtype", dtype)
+    assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.skipif(
+    torch.__version__ < (2, 8) and not torch.cuda.is_available(),
+    reason="torch 2.7 asks for a driver even where tensors are fake",
+)
+def test_forward_reads_nothing_back():
+    """On tensors of a GPU that is not there: they have shapes only, so reading a value is an error."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = GazeNet("test_resnet", input_size=SIZE, width=16)
+        log_p = model(torch.zeros(2, 1, SIZE, SIZE, dtype=torch.uint8))
+        target = torch.zeros(2, SIZE // 4, SIZE // 4)
+        kld, cc = saliency.log_kld(log_p, target).mean(), saliency.cc(log_p.exp(), target).mean()
+        Sums.zeros(log_p.device).add(kld, cc)
+        loss = poison(kld + 1 - cc)
+        assert loss.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            bool(loss > 0)

@@ -1,0 +1,58 @@
+"""What all figures share: text that is shown as it is and fits its figure, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from util.errors import UserError
+from util.files import atomic_write
+
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
+# Mean width of a letter of matplotlib's own font, wide letters in mind.
+LETTER_PER_POINT = 0.6
+
+
+def plain(text: str) -> str:
+    """Text as matplotlib shows it letter by letter: "$" starts no formula, "_" hides no legend entry."""
+    text = text.replace("$", r"\$")
+    return f"\u200a{text}" if text.startswith("_") else text
+
+
+def fit_lines(text: str, inches: float, points: float) -> list[str]:
+    """`text` in as many `plain` lines as it takes to fit a width at a font size; nothing is cut."""
+    letters = max(10, int(inches * 72 / (LETTER_PER_POINT * points)))
+    return [plain(part) for line in text.split("\n") for part in textwrap.wrap(line, letters) or [""]]
+
+
+def check_picture_path(path: str | os.PathLike) -> Path:
+    """The path, if a picture can be written there.
+
+    Raises:
+        UserError: unknown suffix, or its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"{path}: pictures are written as {', '.join(PICTURE_SUFFIXES)}; choose such a name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder to write {path.name} into")
+    return path
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure, whole or not at all, in the format of the suffix; equal figures give equal bytes."""
+    path = check_picture_path(path)
+    kind = path.suffix.lower()[1:]
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
+    with matplotlib.rc_context({"svg.hashsalt": "cxr-mim"}), atomic_write(path) as file:
+        figure.savefig(file, format=kind, metadata=metadata if kind != "jpg" else None)
+
+
+def page_path(path: str | os.PathLike, page: int, pages: int) -> Path:
+    """`path` itself for a single page, else name-001.png, name-002.png, ... from page 0 on."""
+    path = Path(path)
+    return path if pages == 1 else path.with_name(f"{path.stem}-{page + 1:03d}{path.suffix}")
