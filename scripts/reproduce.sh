@@ -78,7 +78,7 @@ downstream_flags=($DOWNSTREAM_FLAGS) fractions=($FRACTIONS) seeds=($SEEDS) metho
 set +f
 
 step prepare "$PYTHON" scripts/prepare_reflacx.py --raw "$REFLACX" --images "$IMAGES" --out "$OUT/data/reflacx" \
-  "${prepare_flags[@]}"
+  ${prepare_flags[@]+"${prepare_flags[@]}"}
 step check "$PYTHON" run_pretrain.py --check_data --preload --data_path "$OUT/data/reflacx"
 trees=("$OUT/data/reflacx")
 
@@ -88,8 +88,8 @@ fi
 
 if [ "$PREDICTED_GAZE" = yes ]; then
   torchrun gaze run_gaze.py --data_path "$OUT/data/reflacx" --output_dir "$OUT/gaze" --device "$DEVICE" \
-    --num_workers "$WORKERS" "${gaze_flags[@]}"
-  step prepare_mimic "$PYTHON" scripts/prepare_mimic.py --images "$IMAGES" --out "$OUT/data/mimic" "${prepare_flags[@]}"
+    --num_workers "$WORKERS" ${gaze_flags[@]+"${gaze_flags[@]}"}
+  step prepare_mimic "$PYTHON" scripts/prepare_mimic.py --images "$IMAGES" --out "$OUT/data/mimic" ${prepare_flags[@]+"${prepare_flags[@]}"}
   step predict "$PYTHON" scripts/predict_gaze.py --weights "$OUT/gaze/best.pth" --tree "$OUT/data/mimic" \
     --real "$OUT/data/reflacx" --device "$DEVICE"
   trees+=("$OUT/data/mimic")
@@ -97,7 +97,7 @@ fi
 
 torchrun pretrain run_pretrain.py --data_path "${trees[@]}" --preload --gaze_weighted --model "$MODEL" \
   --pretrained "$PRETRAINED" --epochs "$EPOCHS" --batch_size "$BATCH_SIZE" --output_dir "$OUT/pretrain" \
-  --device "$DEVICE" --num_workers "$WORKERS" "${pretrain_flags[@]}"
+  --device "$DEVICE" --num_workers "$WORKERS" ${pretrain_flags[@]+"${pretrain_flags[@]}"}
 step export "$PYTHON" scripts/export_backbone.py "$OUT/pretrain/checkpoint-$((EPOCHS - 1)).pth" "$OUT/backbone.pth"
 step pictures "$PYTHON" scripts/visualize.py "$OUT/pretrain/checkpoint-$((EPOCHS - 1)).pth" \
   --data_path "$OUT/data/reflacx" --index 0 1 2 3 --device cpu --out "$OUT/pictures.png"
@@ -112,7 +112,7 @@ for dataset in rsna nih chexpert siim covidx; do
     step "$dataset-$method" "$PYTHON" run_downstream.py --dataset "$dataset" --data_path "${!variable}" \
       --weights "ours=$OUT/backbone.pth" "${compare[@]}" --method "$method" --fractions "${fractions[@]}" \
       --seeds "${seeds[@]}" --output_dir "$OUT/downstream/$dataset-$method" --device "$DEVICE" \
-      --num_workers "$WORKERS" "${downstream_flags[@]}"
+      --num_workers "$WORKERS" ${downstream_flags[@]+"${downstream_flags[@]}"}
     results+=("$OUT/downstream/$dataset-$method/results.csv")
   done
 done

@@ -101,7 +101,7 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$on_each_node" on_each_no
     --mask_ratio 0.75 --clinical_ratio 0.5 --epochs 400 --warmup_epochs 10 --blr 3e-3 --weight_decay 0.05 \
     --num_workers 4 --preload --gaze_weighted --id_list 1 3 9 11 --scale_list 4.0 2.0 1.0 0.5 \
     --decoder_depth 1 --decoder_num_heads 8 --data_path "../data/reflacx-1.0.0/" \
-    --output_dir "$OUTPUT_DIR" "${seed[@]}" "${flags[@]}" &
+    --output_dir "$OUTPUT_DIR" ${seed[@]+"${seed[@]}"} ${flags[@]+"${flags[@]}"} &
 job=$!
 # A trapped signal interrupts wait; the job is still running then.
 while wait "$job"; status=$?; kill -0 "$job" 2>/dev/null; do :; done
