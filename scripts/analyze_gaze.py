@@ -63,8 +63,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--sigma",
         type=finite_float,
-        default=DEFAULT_SIGMA,
-        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
+        default=None,
+        help=f"EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; {DEFAULT_SIGMA:g} where none is given",
     )
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")

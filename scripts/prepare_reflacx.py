@@ -58,8 +58,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--sigma",
         type=finite_float,
-        default=DEFAULT_SIGMA,
-        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image",
+        default=None,
+        help=f"EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; {DEFAULT_SIGMA:g} where none is given",
     )
     add(
         "--max_bad_fixations",

@@ -39,9 +39,8 @@ from datasets.prepare.pixels import (
     scaled_size,
 )
 from datasets.prepare.reading_maps import reading_gaze
-from datasets.prepare.readings import SOURCES, detect_source, without_image
+from datasets.prepare.readings import SOURCES, detect_source, sigma_option, without_image
 from datasets.prepare.work import run_tasks
-from datasets.raw.egd import DEFAULT_SIGMA
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
@@ -161,7 +160,7 @@ def analyze(
     n_bootstrap: int = 2000,
     n_examples: int = 3,
     seed: int = 0,
-    sigma: float = DEFAULT_SIGMA,
+    sigma: float | None = None,
     dicom_contrast: str = MIMIC_CXR_JPG,
     workers: int = 1,
 ) -> Analysis:
@@ -175,7 +174,7 @@ def analyze(
         size_thresholds: area shares of the image at which medium and large begin.
         min_certainty: ellipses below this certainty (1-5) are not used.
         n_examples: images to show, evenly spread over the density ratios.
-        sigma: EGD-CXR's Gaussian, px of the original image.
+        sigma: EGD-CXR's Gaussian, px of the original image (default: its authors' own); an error for other data sets.
         dicom_contrast: of the examples, one of `util.contrast.CONTRASTS`.
 
     A damaged reading is left out and listed. Raises `UserError` where nothing can be analysed.
@@ -191,7 +190,7 @@ def analyze(
         raise UserError(f"--size {size} is not positive")
     raw = raw.resolve()
     source = source or detect_source(raw)
-    found = SOURCES[source][1](raw, **({"sigma": sigma} if source == "egd" else {}))
+    found = SOURCES[source][1](raw, **sigma_option(source, sigma))
     readings = [reading for reading in found.readings if split in ("all", reading.split)]
     if not readings:
         raise UserError(f"{raw}: no usable reading of split {split!r} ({found.n_found} in all)")
@@ -246,10 +245,10 @@ def analyze(
 
     table = pd.DataFrame(reading_rows)
     if not ellipse_rows:
-        notes.append(
-            f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images: "
-            "no ellipse sizes and no density ratios; patch counts and examples only"
-        )
+        none = f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images"
+        if source != "egd" and min_certainty > 1:
+            none = f"no abnormality is marked with a certainty of --min_certainty {min_certainty} or more"
+        notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
         table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
     options = {
         "source": source, "raw": str(raw), "simulated": is_simulated(SOURCES[source][0](raw)), "split": split,

@@ -154,8 +154,11 @@ class TreeMaking:
 
     def __exit__(self, kind, error, traceback) -> None:
         with self._locks:
-            if self._journal is not None:
-                self._journal.close()
+            try:
+                if self._journal is not None:
+                    self._journal.close()
+            except OSError as full:  # what could not be written before is tried again
+                error = full if error is None else error
             if error is not None and not self.dry_run and self._holds_lock:
                 with contextlib.suppress(OSError, UserError):
                     remove_folder(self.staging)  # the next run would not use it

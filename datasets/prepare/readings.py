@@ -24,7 +24,7 @@ from datasets.prepare.entries import entry, entry_id, stored_image
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
-from datasets.raw.egd import find_egd_root, read_egd
+from datasets.raw.egd import DEFAULT_SIGMA, find_egd_root, read_egd
 from datasets.raw.image_index import FoundImages, find_images
 from datasets.raw.readings import MAX_BAD, Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
@@ -86,7 +86,7 @@ def prepare(
     size: int = 512,
     readings: str = "one",
     split: str = "all",
-    sigma: float = 150.0,
+    sigma: float | None = None,
     dicom_contrast: str = MIMIC_CXR_JPG,
     max_bad_fixations: float = MAX_BAD,
     screen_filter: bool = False,
@@ -107,7 +107,7 @@ def prepare(
         raise UserError(f"--max_bad_fixations {max_bad_fixations:g} is no share, 0 to 1")
     if screen_filter and source != "reflacx":
         raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
-    reader_options = {"sigma": sigma} if source == "egd" else {}
+    reader_options = sigma_option(source, sigma)
     options = Options(
         source, size, readings, split, dicom_contrast=dicom_contrast, max_bad_fixations=max_bad_fixations,
         screen_filter=screen_filter, **reader_options,
@@ -161,6 +161,15 @@ def prepare(
             seconds=seconds,
             tables={FIXATIONS: lambda: _fixation_table(samples)},
         )
+
+
+def sigma_option(source: str, sigma: float | None) -> dict[str, float]:
+    """What `read_egd` is given; UserError for a sigma where the data set brings its own."""
+    if source == "egd":
+        return {"sigma": DEFAULT_SIGMA if sigma is None else sigma}
+    if sigma is not None:
+        raise UserError(f"--sigma {sigma:g}: is for EGD-CXR; {source} brings its own angular resolution")
+    return {}
 
 
 def _left_out_fixations(making: TreeMaking) -> tuple[Counter, list[str]]:

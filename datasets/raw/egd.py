@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +28,7 @@ DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
 LABELS = ("Normal", "CHF", "pneumonia")
 _MASTER_TEXT = ("dicom_id", "path", "study_id", "patient_id")
 _FIXATION_TEXT = ("DICOM_ID", "SESSION_ID")
+_LIKE_DICOM_ID = re.compile("[0-9a-f]{8}-", re.IGNORECASE)
 _TIME, _DURATION = "Time (in secs)", "FPOGD"
 _POSITION = ("X_ORIGINAL", "Y_ORIGINAL")
 
@@ -137,12 +139,22 @@ def _report_ids(match: IdMatch, ids: pd.Series, path: Path, result: RawReadings)
             f"{rows[list(match.completed)].sum()} fixations of {len(match.completed)} ids that are cut off, or "
             f"in other letters, were taken for the only image that fits (e.g. {name!r} for {whole})"
         )
-    if match.unknown:
-        some = ", ".join(map(repr, match.unknown[:3])) + (", ..." if len(match.unknown) > 3 else "")
-        result.notes.append(
-            f"{rows[match.unknown].sum()} fixations of {len(match.unknown)} ids ({some}) are of no image of the "
-            "master sheet (calibration)"
-        )
+    nameless = [name for name in match.unknown if not name]
+    images = [name for name in match.unknown if _LIKE_DICOM_ID.match(name)]
+    calibration = [name for name in match.unknown if name and not _LIKE_DICOM_ID.match(name)]
+    for names, what in (
+        (calibration, "(calibration)"),
+        (images, "though they look like its ids: is the sheet whole, of the same version?"),
+    ):
+        if names:
+            some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+            result.notes.append(
+                f"{rows[names].sum()} fixations of {len(names)} ids ({some}) are of no image of the master sheet {what}"
+            )
+    for name in nameless:
+        line = ids.index[ids == name][0]
+        detail = f"{path}: line {line}, column 'DICOM_ID': empty, here and in {rows[name] - 1} more rows"
+        result.exclusions.append(Exclusion("", "fixations without image id", detail, is_fault=True))
     for name, images in match.ambiguous.items():
         line = ids.index[ids == name][0]
         some = ", ".join(images[:5]) + (f" and {len(images) - 5} more" if len(images) > 5 else "")

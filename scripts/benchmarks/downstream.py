@@ -154,3 +154,21 @@ def measure_encoding(report: Report, encoder: Encoder, views: Views, n: int, dev
     times = [(timed(bare, device.type), timed(whole, device.type)) for _ in range(repeats + 1)][1:]
     report.compare("encoding against bare forward passes", *(list(column) for column in zip(*times, strict=True)),
                    note="ratio: share of the bare rate; in this process, without workers")  # fmt: skip
+
+
+def measure_encoding_rate(report: Report, settings: Settings) -> None:
+    """A frozen ViT-B at 224 px, as run_downstream.py encodes with it, on images that are ready in memory."""
+    device = torch.device(settings.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    smaller = {"embed_dim": 64, "depth": 2, "num_heads": 1} if settings.quick else {}
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, **smaller).eval().to(device)
+    encoder = Encoder(model, *normalisation("half"), device, dtype)
+    gray = torch.randint(256, (settings.batch_size, 1, 224, 224), dtype=torch.uint8)
+
+    def encode() -> None:
+        encoder(gray.to(device)).cpu()
+
+    seconds = [timed(encode, device.type) for _ in range(settings.repeats + 1)][1:]
+    rate = settings.batch_size / float(np.median(seconds))
+    note = f"width {model.embed_dim}, {len(model.blocks)} blocks, {str(dtype).removeprefix('torch.')}"
+    report.value("downstream encoding", "images/s", rate, note=note)

@@ -1,4 +1,5 @@
-"""Gaze prediction: filling a prepared tree against the predictor's bare forward pass on the same images."""
+"""The gaze predictor: filling a prepared tree against its bare forward pass on the same images, and an epoch of
+run_gaze.py's training against a bare loop on the same batches."""
 
 from __future__ import annotations
 
@@ -6,15 +7,24 @@ import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import run_gaze
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.predicted import fill_tree
+from engine_gaze import Sums, train_one_epoch
+from engine_pretrain import Training
 from models_gaze import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate
 from scripts.predict_gaze import as_predictor
+from util import distributed, saliency
 from util.cpus import available_cpus
+from util.finite import FiniteWatch, make_scaler
+from util.logging import Progress, RunLog
+from util.lr_sched import parameter_groups
+from util.stop import StopSignals
 
 BATCHES = 6
 SIZE = (624, 512)  # of a film that prepare_mimic.py has scaled to short side 512
@@ -45,3 +55,50 @@ def measure_prediction(report: Report, root: Path, settings: Settings, quick: bo
     name = model.config["backbone"]
     note = f"{name} at {side} px, {n_images} images of {width} x {height} px"
     report.compare("gaze prediction of a tree", *times, at_least=0.8, note=note)
+
+
+def measure_gaze_training(report: Report, root: Path, settings: Settings) -> None:
+    """Seconds for some batches that are ready on the device: `engine_gaze`'s epoch against the bare steps."""
+    args = run_gaze.get_args_parser().parse_args(
+        ["--data_path", "none", "--epochs", "1", "--warmup_epochs", "0", "--print_every", str(BATCHES)]
+    )
+    args.dtype = "float16" if settings.device == "cuda" else "float32"  # as run_gaze.py chooses
+    ranks, dtype = distributed.start(settings.device), getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    model = GazeNet("test_resnet", input_size=64) if settings.quick else GazeNet()
+    model.to(ranks.device).train()
+    shape = (settings.batch_size, model.map_size, model.map_size)
+    target = torch.rand(shape, device=ranks.device)
+    batch = {
+        "img": torch.randint(
+            256, (settings.batch_size, 1, model.input_size, model.input_size), dtype=torch.uint8, device=ranks.device
+        ),
+        "target": target / target.sum((1, 2), keepdim=True),
+    }  # fmt: skip
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=1e-4, fused=True)
+    scaler = make_scaler(args.dtype, ranks.device)
+
+    def bare() -> None:
+        for _ in range(BATCHES):
+            with torch.autocast(settings.device, dtype, enabled=dtype != torch.float32):
+                log_p = model(batch["img"])
+            scaler.scale(saliency.log_kld(log_p, batch["target"]).mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+    def ours() -> None:
+        with StopSignals() as signals:
+            half = args.dtype == "float16"
+            watch = FiniteWatch(ranks.device, signals, half=half, sample_names=lambda epoch, step: [])
+            training = Training(
+                model, model, optimizer, scaler, iter([batch] * BATCHES), BATCHES * settings.batch_size, BATCHES,
+                watch, ranks, RunLog(root, root, 0.0, enabled=False),
+                Progress(BATCHES, 0, settings.batch_size, enabled=False),
+            )  # fmt: skip
+            train_one_epoch(training, 0, 0, Sums.zeros(ranks.device), args)
+
+    times = alternate(bare, ours, settings.repeats, settings.device)
+    rate = BATCHES * settings.batch_size / float(np.median(times[1]))
+    note = f"{rate:.4g} images/s; {model.config['backbone']} at {model.input_size} px, {args.dtype}"
+    report.compare("gaze training", *times, note=note)

@@ -55,6 +55,8 @@ def test_every_variant_of_a_step_is_measured(report):
     assert {"step: bfloat16, compiled", "step: bfloat16, CUDA graphs"} <= names
     assert all("400 epochs" in row["note"] for row in report["rows"] if row["name"] == "step: bfloat16")
     operations = {row["name"]: row["ours"] for row in report["rows"] if row["unit"] == "launches"}
+    rows = {row["name"]: row for row in report["rows"]}
+    assert "images/s" in rows["gaze training"]["note"] and rows["downstream encoding"]["unit"] == "images/s"
     assert operations["step: float32, operations"] < operations["step: bfloat16, operations"] < 2000
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import pytest
 
@@ -236,4 +237,18 @@ def test_a_damaged_list_of_origins_is_told_and_overwritten(sources, tmp_path):
         run(tmp_path / "empty", out, overwrite=True)
     assert contents(out) == before
     run(sources, out, overwrite=True)
+    check_fresh(sources, out)
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(sources, tmp_path):
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # the journal grows beyond it
+    try:
+        with pytest.raises(UserError, match="can't be read or written .File too large"):
+            run(sources, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (out / "index.json").exists() and not (out / ".making").exists()
+    run(sources, out)
     check_fresh(sources, out)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from datasets.analysis.measure import analyze
 from datasets.phantom.egd import make_egd
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.layout import finished_lines
@@ -211,3 +212,10 @@ def test_added_images_take_the_index_of_the_heatmaps_away(root):
     shutil.move(aside, image)
     mimic(root, "out", None)
     assert len(json.loads((out / "images.json").read_text())) == 3 and not (out / INDEX).exists()
+
+
+def test_a_sigma_for_reflacx_is_refused(root):
+    with pytest.raises(UserError, match="--sigma 9: is for EGD-CXR"):
+        prepare(root / "reflacx", root / "mimic", root / "out", sigma=9.0)
+    with pytest.raises(UserError, match="--sigma 9: is for EGD-CXR"):
+        analyze(root / "reflacx", sigma=9.0)

@@ -231,6 +231,12 @@ def test_loose_files(study, tmp_path):
         predict_files(tmp_path / "empty", tmp_path / "out2", PLAIN)
 
 
+def test_loose_heatmaps_make_a_tree(study, tmp_path):
+    predict_files(study.images, tmp_path / "loose", PLAIN)
+    report = prepare_mimic(study.images, tmp_path / "loose", tmp_path / "out", views=("all",), size=32)
+    assert report.counts["entries"] == len(study.truth) and not report.faults
+
+
 def test_predictions_are_not_taken_for_real_gaze(tree, images_only, tmp_path):
     fill(tree)
     other = shutil.copytree(images_only, tmp_path / "other")

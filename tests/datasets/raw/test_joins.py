@@ -71,6 +71,28 @@ def test_egd_id_that_may_be_several_is_a_fault_that_lists_them(egd):
     assert first in detail and twin in detail and "fixations.csv: line 7, column 'DICOM_ID'" in detail
 
 
+def test_egd_fixations_without_an_id_are_a_fault(egd):
+    ids = [image.dicom_id for image in egd.truth]
+    path = egd.raw / "fixations.csv"
+    table = pd.read_csv(path, dtype=str)
+    lost = table.index[table["DICOM_ID"] == ids[0]][::2]  # half of one image's gaze
+    table.loc[lost, "DICOM_ID"] = ""
+    table.to_csv(path, index=False)
+    found = read_egd(egd.raw)
+    (fault,) = (one for one in found.exclusions if one.is_fault)
+    assert fault.reason == "fixations without image id"
+    assert f"line {lost[0] + 2}, " in fault.detail and f"{len(lost) - 1} more rows" in fault.detail
+
+
+def test_egd_ids_of_images_are_not_called_calibration(egd):
+    path = egd.raw / "master_sheet.csv"
+    sheet = pd.read_csv(path, dtype=str)
+    sheet[2:].to_csv(path, index=False)
+    notes = read_egd(egd.raw).notes
+    assert any(" of 2 ids " in note and "is the sheet whole" in note for note in notes)
+    assert all("calibration" not in note or sheet["dicom_id"][0] not in note for note in notes)
+
+
 def test_egd_image_without_any_fixation_is_a_fault(egd):
     change_ids(egd, lambda name: "elsewhere", slice(0, 1))
     (fault,) = (exclusion for exclusion in read_egd(egd.raw).exclusions)
