@@ -1,39 +1,39 @@
 #!/usr/bin/env bash
-# The whole way on made-up data: raw REFLACX layout -> processed tree -> pretraining -> picture.
-# A few minutes on two CPU cores once .venv is there. Everything lands in output_dir/demo/, anew
-# in each run; the same numbers come out each time. Nothing in it is of medical use.
+# The whole chain of scripts/reproduce.sh on made-up data: raw gaze to heatmaps, a gaze predictor and a tree of images
+# that it fills, pretraining on both, and a table of what the encoder is worth on labelled images. A few minutes on two
+# CPU cores once .venv is there. Everything lands in output_dir/demo/, anew in each run; the same numbers come out each
+# time. Nothing in it is of medical use: the models are tiny, the chests and the gaze invented.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 out=output_dir/demo
 rm -rf "$out"
 
-echo "== 1. A phantom study in the raw REFLACX layout, with one real radiograph (simulated gaze)"
+echo "== Made-up studies: REFLACX's layout with one real radiograph (simulated gaze), further images without gaze, RSNA's"
 "$PYTHON" scripts/make_phantom.py --out "$out/raw" --n_images 47 --real_radiograph
+"$PYTHON" scripts/make_phantom.py --out "$out/raw/more" --n_images 16 --seed 1 --shared_images 0
+"$PYTHON" scripts/make_phantom.py --out "$out/raw" --layout rsna --format jpg --n_images 160 --width 210 --height 256 \
+  --lesion_kinds consolidation --normal_fraction 0.5
 
-echo "== 2. Prepare it: heatmaps from fixations, 8-bit images, the list reflacx.json"
-"$PYTHON" scripts/prepare_reflacx.py --raw "$out/raw/reflacx" --images "$out/raw/mimic" --out "$out/data"
-
-echo "== 3. Pretrain a tiny model"
-"$PYTHON" run_pretrain.py --model cxrmim_vit_tiny_patch16 --pretrained none \
-  --data_path "$out/data" --preload --gaze_weighted --output_dir "$out/run" \
-  --batch_size 8 --epochs 40 --warmup_epochs 2 --blr 4e-2 --num_workers 2 --image_every 0
-
-echo "== 4. Look at what it does (the real radiograph is the last entry of the list)"
-"$PYTHON" scripts/visualize.py "$out/run/checkpoint-39.pth" --data_path "$out/data" \
-  --index 47 0 1 2 --out "$out/pictures.png"
+REFLACX=$out/raw/reflacx IMAGES=$out/raw/mimic MORE_IMAGES=$out/raw/more/mimic PREDICTED_GAZE=yes RSNA=$out/raw/rsna \
+  OUT=$out DEVICE=cpu WORKERS=2 PRETRAINED=none MODEL=cxrmim_vit_tiny_patch16 EPOCHS=20 BATCH_SIZE=8 \
+  PRETRAIN_FLAGS="--warmup_epochs 2 --blr 4e-2 --image_every 0" \
+  GAZE_FLAGS="--backbone resnet18 --weights none --input_size 128 --epochs 6 --batch_size 8" \
+  MIMIC_FLAGS="--views all" COMPARE=random METHODS=probe FRACTIONS=1 SEEDS="43 44 45" PICTURES="47 0 1 2" \
+  bash scripts/reproduce.sh
 
 "$PYTHON" - "$out" <<'PYTHON'
 import json, sys
 out = sys.argv[1]
-losses = [json.loads(line)["train_loss"] for line in open(f"{out}/run/log.txt")]
+losses = [json.loads(line)["train_loss"] for line in open(f"{out}/pretrain/log.txt")]
 print(f"""
-Made:
-  {out}/raw/       the study: images (JPG and one DICOM), fixations, ellipses, metadata
-  {out}/data/      the processed tree that training reads
-  {out}/run/       checkpoint-39.pth, log.txt, args.json, TensorBoard events
-  {out}/pictures.png   image, gaze, mask, HOG target and prediction
-loss: {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last""")
+Look at:
+  {out}/pictures.png         image, gaze, mask, HOG target and prediction
+  {out}/gaze/examples.png    gaze of the readers, and predicted
+  {out}/results.png, table.md   what the encoder is worth on labelled images
+Made on the way: raw/ (the studies), data/ (the trees that training reads), gaze/, pretrain/ (checkpoints, log.txt,
+TensorBoard events), backbone.pth, downstream/
+loss of pretraining: {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last""")
 if not losses[-1] < losses[0]:
     sys.exit("error: the loss has not fallen")
 PYTHON

@@ -15,14 +15,16 @@ source scripts/venv.sh
 : "${REFLACX:?give the directory of REFLACX, e.g. reflacx-xray-localization/1.0.0}"
 : "${IMAGES:?give the directory of the images of MIMIC-CXR-JPG or MIMIC-CXR}"
 : "${RSNA:=}" "${NIH:=}" "${CHEXPERT:=}" "${SIIM:=}" "${COVIDX:=}"
-# yes: also train a gaze predictor, fill a tree of all images in IMAGES with its heatmaps, and pretrain on both
-: "${PREDICTED_GAZE:=no}"
+# yes: also train a gaze predictor, fill a tree of all images in MORE_IMAGES with its heatmaps, and pretrain on both
+: "${PREDICTED_GAZE:=no}" "${MORE_IMAGES:=$IMAGES}"
 # --- Training: the paper's values
 : "${OUT:=output_dir/reproduce}" "${EPOCHS:=400}" "${BATCH_SIZE:=128}" "${MODEL:=cxrmim_vit_base_patch16}"
 : "${DEVICE:=cuda}" "${GPUS:=auto}" "${WORKERS:=4}"
 : "${FRACTIONS:=0.01 0.1 1}" "${SEEDS:=43 44 45}" "${METHODS:=linear}" "${COMPARE:=imagenet random}"
 # Further flags of each program, split at blanks
-: "${PREPARE_FLAGS:=}" "${PRETRAIN_FLAGS:=--warmup_epochs 10 --blr 3e-3}" "${GAZE_FLAGS:=}" "${DOWNSTREAM_FLAGS:=}"
+: "${PREPARE_FLAGS:=}" "${MIMIC_FLAGS:=}" "${PRETRAIN_FLAGS:=--warmup_epochs 10 --blr 3e-3}" "${GAZE_FLAGS:=}" "${DOWNSTREAM_FLAGS:=}"
+# Entries of the REFLACX tree to draw
+: "${PICTURES:=0 1 2 3}"
 # Initial weights: a file, or none
 : "${PRETRAINED:=preTrain/vit_base_p16_224_timm.pth}"
 
@@ -72,9 +74,9 @@ torchrun() { # PROGRAM FLAG...: on every GPU of this node
 # Words of a variable as an array, without file names for its stars.
 set -f
 # shellcheck disable=SC2206
-prepare_flags=($PREPARE_FLAGS) pretrain_flags=($PRETRAIN_FLAGS) gaze_flags=($GAZE_FLAGS)
+prepare_flags=($PREPARE_FLAGS) mimic_flags=($MIMIC_FLAGS) pretrain_flags=($PRETRAIN_FLAGS) gaze_flags=($GAZE_FLAGS)
 # shellcheck disable=SC2206
-downstream_flags=($DOWNSTREAM_FLAGS) fractions=($FRACTIONS) seeds=($SEEDS) methods=($METHODS) compare=($COMPARE)
+downstream_flags=($DOWNSTREAM_FLAGS) fractions=($FRACTIONS) seeds=($SEEDS) methods=($METHODS) compare=($COMPARE) pictures=($PICTURES)
 set +f
 
 step prepare "$PYTHON" scripts/prepare_reflacx.py --raw "$REFLACX" --images "$IMAGES" --out "$OUT/data/reflacx" \
@@ -89,7 +91,8 @@ fi
 if [ "$PREDICTED_GAZE" = yes ]; then
   torchrun gaze run_gaze.py --data_path "$OUT/data/reflacx" --output_dir "$OUT/gaze" --device "$DEVICE" \
     --num_workers "$WORKERS" ${gaze_flags[@]+"${gaze_flags[@]}"}
-  step prepare_mimic "$PYTHON" scripts/prepare_mimic.py --images "$IMAGES" --out "$OUT/data/mimic" ${prepare_flags[@]+"${prepare_flags[@]}"}
+  step prepare_mimic "$PYTHON" scripts/prepare_mimic.py --images "$MORE_IMAGES" --out "$OUT/data/mimic" \
+    ${prepare_flags[@]+"${prepare_flags[@]}"} ${mimic_flags[@]+"${mimic_flags[@]}"}
   step predict "$PYTHON" scripts/predict_gaze.py --weights "$OUT/gaze/best.pth" --tree "$OUT/data/mimic" \
     --real "$OUT/data/reflacx" --device "$DEVICE"
   trees+=("$OUT/data/mimic")
@@ -100,7 +103,7 @@ torchrun pretrain run_pretrain.py --data_path "${trees[@]}" --preload --gaze_wei
   --device "$DEVICE" --num_workers "$WORKERS" ${pretrain_flags[@]+"${pretrain_flags[@]}"}
 step export "$PYTHON" scripts/export_backbone.py "$OUT/pretrain/checkpoint-$((EPOCHS - 1)).pth" "$OUT/backbone.pth"
 step pictures "$PYTHON" scripts/visualize.py "$OUT/pretrain/checkpoint-$((EPOCHS - 1)).pth" \
-  --data_path "$OUT/data/reflacx" --index 0 1 2 3 --device cpu --out "$OUT/pictures.png"
+  --data_path "$OUT/data/reflacx" --index "${pictures[@]}" --device cpu --out "$OUT/pictures.png"
 
 results=()
 for dataset in rsna nih chexpert siim covidx; do
