@@ -560,7 +560,7 @@ def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
     study = make_study(tmp_path, 40, size=(64, 52), shared_images=4)
     where = {"--raw": study.raw, "--images": study.images, "--out": tmp_path / "tree"}
     options = [str(word) for pair in where.items() for word in pair]
-    assert prepare_reflacx.main([*options, "--sigma", "20"]) == 0
+    assert prepare_reflacx.main(options) == 0
     images = read_dataset("tree", tmp_path / "tree")
     truth = {image.path.stem: image for image in study.truth}
     assert images.label_names[0] == "Any finding" and len(images) == 40
