@@ -188,7 +188,7 @@ def analyze(
         raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least 1 and 0")
     if size < 1:
         raise UserError(f"--size {size} is not positive")
-    raw = raw.resolve()
+    given, raw = raw, raw.resolve()
     source = source or detect_source(raw)
     found = SOURCES[source][1](raw, **sigma_option(source, sigma))
     readings = [reading for reading in found.readings if split in ("all", reading.split)]
@@ -251,7 +251,7 @@ def analyze(
         notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
         table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
     options = {
-        "source": source, "raw": str(raw), "simulated": is_simulated(SOURCES[source][0](raw)), "split": split,
+        "source": source, "raw": str(given), "simulated": is_simulated(SOURCES[source][0](raw)), "split": split,
         "size": size, "size_thresholds": size_thresholds,
         "min_certainty": min_certainty, "n_bootstrap": n_bootstrap,
     }  # fmt: skip
