@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from datasets.downstream.images import Views
 from datasets.downstream.labelled import MULTICLASS, LabelledImages
 from datasets.downstream.partition import Rows, partitions
-from datasets.sampler import TrainBatches
+from datasets.sampler import train_loader
 from engine_downstream import (
     HeadOptions,
     Stopped,
@@ -38,11 +38,10 @@ from util.encoders import PIXELS, RANDOM, Candidate, digest_of
 from util.errors import UserError
 from util.finite import FiniteWatch, make_scaler, poison, update_was_skipped
 from util.jobs import Jobs, digest
-from util.loading import SampleLoader
 from util.logging import RunLog
 from util.progress import Steps
 from util.resume import own_sums, restore_optimizer, run_state
-from util.stop import GO_ON, StopSignals, ignore_stop_signals
+from util.stop import GO_ON, StopSignals
 from util.subjects import subject_marks
 from util.tuned import BEST, write_tuned
 
@@ -199,21 +198,11 @@ def finetune(
         )
         ranks.say(f"{what}: goes on from epoch {place.epoch + 1}, step {place.step}")
     data = TrainingViews(views, rows.train, images.labels)
-    try:
-        sampler = TrainBatches(
-            len(data), recipe.batch_size // ranks.world_size, world_size=ranks.world_size, rank=ranks.rank,
-            seed=seed, epochs=recipe.epochs, start_epoch=place.epoch, start_step=place.step,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"--{error}; lower it, or raise --fractions") from None
-    loader = SampleLoader(
-        data,
-        batch_sampler=sampler,
-        num_workers=tuning.num_workers,
-        pin_memory=ranks.device.type == "cuda",
-        prefetch_factor=4 if tuning.num_workers else None,
-        worker_init_fn=ignore_stop_signals,
-    )
+    loader = train_loader(
+        data, recipe.batch_size // ranks.world_size, ranks, seed=seed, epochs=recipe.epochs, epoch=place.epoch,
+        step=place.step, num_workers=tuning.num_workers, mend="; lower it, or raise --fractions",
+    )  # fmt: skip
+    sampler = loader.batch_sampler
     steps = sampler.steps_per_epoch
     watch = FiniteWatch(
         ranks.device,

@@ -11,30 +11,29 @@ from typing import Any
 import torch
 
 from datasets.gaze_maps import TEST, TRAIN, VALIDATE, GazeSamples, GazeStudy
-from datasets.sampler import TrainBatches
+from datasets.sampler import train_loader
 from engine_gaze import Best, Sums, centre_prior, describe_run, train_one_epoch, validate, write_judgement
 from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.cli import finite_float, seed_number
+from util.cli import add_launch_arguments, finite_float, seed_number
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
-from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.output import (
+    announce_resume,
     find_checkpoint,
     hold_output,
     is_due,
     save_and_prune,
-    set_aside_newer,
     writing_results,
 )
 from util.pretrained import stored_weights
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
-from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
+from util.stop import GO_ON, StopSignals, exit_status
 from util.weights import read_state_dict
 
 SHAPE_FLAGS = ("backbone", "decoder", "decoder_width", "input_size")
@@ -104,11 +103,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--judge", default=None, metavar="PATH", help="don't train: judge this best.pth on the test images")
 
-    add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
-    add("--device", default="cuda", help="cuda or cpu")
-    add("--world_size", type=int, default=1, help="number of processes")
-    add("--local_rank", "--local-rank", type=int, default=-1, help="index of the process on its node")
-    add("--dist_url", default="env://", help="where the processes meet")
+    add_launch_arguments(parser)
     parser.set_defaults(accum_iter=1)  # util.resume compares effective batches
     return parser
 
@@ -172,7 +167,10 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
             centre_prior(samples[part], args.num_workers)
     core.seen = sorted({*core.seen, *study.seen()})
-    loader = build_loader(args, samples[TRAIN], ranks, epoch, step)
+    loader = train_loader(
+        samples[TRAIN], args.batch_size, ranks, seed=args.seed, epochs=args.epochs, epoch=epoch, step=step,
+        num_workers=args.num_workers,
+    )  # fmt: skip
     steps = loader.batch_sampler.steps_per_epoch
     ranks.say(describe_run(args, core, study, steps, told, ranks))
 
@@ -287,10 +285,7 @@ def load_to_go_on(
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     if state["config"] != core.config:
         raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")
-    ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")
-    if ranks.is_main and args.resume:
-        for aside in set_aside_newer(args.output_dir, epoch=state["epoch"], step=state["step"]):
-            ranks.say(f"warning: set aside as {aside}, since it is further than --resume {path}")
+    announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))
     return state
 
 
@@ -314,27 +309,6 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
     else:
         model = GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width)
     return model, load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
-
-
-def build_loader(
-    args: argparse.Namespace, samples: GazeSamples, ranks: distributed.Ranks, epoch: int, step: int
-) -> SampleLoader:
-    """This rank's batches from a place to the end of training."""
-    try:
-        sampler = TrainBatches(
-            len(samples), args.batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=args.seed,
-            epochs=args.epochs, start_epoch=epoch, start_step=step,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    return SampleLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=ranks.device.type == "cuda",
-        prefetch_factor=4 if args.num_workers else None,
-        worker_init_fn=ignore_stop_signals,
-    )
 
 
 def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:

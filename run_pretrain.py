@@ -10,26 +10,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 
 import datasets
 import models_cxrmim
-from datasets.sampler import TrainBatches
+from datasets.sampler import train_loader
 from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
 from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint
-from util.cli import finite_float, seed_number
+from util.cli import add_launch_arguments, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
-from util.loading import SampleLoader
 from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
-from util.output import find_checkpoint, hold_output, is_due, save_and_prune, set_aside_newer
+from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
-from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
+from util.stop import GO_ON, StopSignals, exit_status
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
@@ -172,11 +170,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
 
-    add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
-    add("--device", default="cuda", help="cuda or cpu")
-    add("--world_size", type=int, default=1, help="number of processes")
-    add("--local_rank", "--local-rank", type=int, default=-1, help="index of the process on its node")
-    add("--dist_url", default="env://", help="where the processes meet")
+    add_launch_arguments(parser)
     return parser
 
 
@@ -240,7 +234,10 @@ def set_up(
         restore_optimizer(optimizer, scaler, state, watch)
         meters.sums.copy_(own_sums(state, ranks))
         epoch, step = state["epoch"] + 1, state["step"]
-    loader = build_loader(args, dataset, ranks, epoch, step)
+    loader = train_loader(
+        dataset, args.batch_size, ranks, seed=args.seed, epochs=args.epochs, epoch=epoch, step=step,
+        accum_iter=args.accum_iter, num_workers=args.num_workers, pin_memory=args.pin_mem,
+    )  # fmt: skip
     steps = loader.batch_sampler.steps_per_epoch
     log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
     log.start(vars(args), ranks.world_size)
@@ -307,10 +304,7 @@ def load_to_go_on(
     if table := describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting)):
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     check_same_model(state.get("model_config", {}), core.config, path)
-    ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")
-    if ranks.is_main and args.resume:
-        for aside in set_aside_newer(args.output_dir, epoch=state["epoch"], step=state["step"]):
-            ranks.say(f"warning: set aside as {aside}, since it is further than --resume {path}")
+    announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))
     return state
 
 
@@ -382,27 +376,6 @@ def build_data(args: argparse.Namespace):
         cache_dir=args.cache_dir,
         cache_size=args.cache_size,
         fallback_dir=args.output_dir,
-    )
-
-
-def build_loader(
-    args: argparse.Namespace, dataset: Dataset, ranks: distributed.Ranks, epoch: int, step: int
-) -> SampleLoader:
-    """This rank's batches from a place to the end of training."""
-    try:
-        sampler = TrainBatches(
-            len(dataset), args.batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=args.seed,
-            epochs=args.epochs, start_epoch=epoch, start_step=step, accum_iter=args.accum_iter,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    return SampleLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and ranks.device.type == "cuda",
-        prefetch_factor=4 if args.num_workers else None,
-        worker_init_fn=ignore_stop_signals,
     )
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
+
+from util.distributed import Ranks
+from util.errors import UserError
+from util.loading import SampleLoader
+from util.stop import ignore_stop_signals
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -74,3 +79,44 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         return (self.epochs - self.start_epoch) * self.steps_per_epoch - self.start_step
+
+
+def train_loader(
+    dataset: Dataset,
+    batch_size: int,
+    ranks: Ranks,
+    *,
+    seed: int,
+    epochs: int,
+    epoch: int,
+    step: int,
+    accum_iter: int = 1,
+    num_workers: int,
+    pin_memory: bool = True,
+    mend: str = "",
+) -> SampleLoader:
+    """This rank's batches from a place, (`epoch`, `step`), to the end of training; its `batch_sampler` is a
+    `TrainBatches`.
+
+    Args:
+        pin_memory: on a GPU; never on the CPU.
+        mend: what to do about a data set that fills no step, added to the message.
+
+    Raises:
+        UserError: if the data set doesn't fill a single optimiser step.
+    """
+    try:
+        sampler = TrainBatches(
+            len(dataset), batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=seed,
+            epochs=epochs, start_epoch=epoch, start_step=step, accum_iter=accum_iter,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"--{error}{mend}") from None
+    return SampleLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory and ranks.device.type == "cuda",
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=ignore_stop_signals,
+    )

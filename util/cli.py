@@ -10,6 +10,15 @@ import torch
 from util.errors import UserError
 
 
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a program that trains under torchrun, or its older names, as `util.distributed.start` takes them."""
+    add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
+    add("--device", default="cuda", help="cuda or cpu")
+    add("--world_size", type=int, default=1, help="number of processes")
+    add("--local_rank", "--local-rank", type=int, default=-1, help="index of the process on its node")
+    add("--dist_url", default="env://", help="where the processes meet")
+
+
 def finite_float(text: str) -> float:
     """The `type` of every number with a fraction: nan and inf pass comparisons that no use of them survives."""
     try:

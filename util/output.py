@@ -153,6 +153,16 @@ def newest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return None
 
 
+def announce_resume(
+    path: Path, state: Mapping[str, Any], output_dir: str | os.PathLike, ranks: Ranks, *, named: bool
+) -> None:
+    """Say where a run goes on; where --resume named the checkpoint, set aside those that are further."""
+    ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")
+    if ranks.is_main and named:
+        for aside in set_aside_newer(output_dir, epoch=state["epoch"], step=state["step"]):
+            ranks.say(f"warning: set aside as {aside}, since it is further than --resume {path}")
+
+
 def set_aside_newer(output_dir: str | os.PathLike, *, epoch: int, step: int) -> list[Path]:
     """Rename checkpoints further than (`epoch`, `step`) to `superseded-*`: for an explicit `--resume`.
 
