@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from host_waits import no_host_waits
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import run_gaze
@@ -68,23 +69,9 @@ def losses_of(given, n, device, tmp_path, *flags):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_step_waits_for_the_device(device, dtype, tmp_path):
-    given = batches(8, device)
-
-    def guarded():
-        for i, batch in enumerate(given):
-            # From the third step on, when all memory is there, to the last, which reports.
-            if device == "cuda" and i == 3:
-                torch.cuda.set_sync_debug_mode("error")
-            if device == "cuda" and i == len(given) - 1:
-                torch.cuda.set_sync_debug_mode("default")
-            yield batch
-
-    try:
-        means = losses_of(guarded(), 8, device, tmp_path, "--dtype", dtype, "--cc_weight", "0.5")
-        assert all(math.isfinite(value) for value in means)
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    with no_host_waits(batches(8, device), device) as given:
+        means = losses_of(given, 8, device, tmp_path, "--dtype", dtype, "--cc_weight", "0.5")
+    assert all(math.isfinite(value) for value in means)
 
 
 # The first step's loss is of the same weights; from then on differences grow, since AdamW's first updates are

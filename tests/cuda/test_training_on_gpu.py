@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_waits import no_host_waits
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
@@ -104,26 +105,14 @@ def losses_of(training, args, n_scales=2):
 def test_no_step_waits_for_the_device(device, masking, dtype, tmp_path):
     if device == "cpu" and dtype == "float16" and masking != "attention":
         pytest.skip("slow on the CPU and the same code")
-    given = batches(8, device)
-
-    def guarded():
-        for i, batch in enumerate(given):
-            # From the third step on, when all memory is there, to the last, which reports.
-            if device == "cuda" and i == 3:
-                torch.cuda.set_sync_debug_mode("error")
-            if device == "cuda" and i == len(given) - 1:
-                torch.cuda.set_sync_debug_mode("default")
-            yield batch
-
-    try:
-        with training_of(guarded(), device, tmp_path, "--masking", masking, "--dtype", dtype, n_steps=8) as (
+    with (
+        no_host_waits(batches(8, device), device) as given,
+        training_of(given, device, tmp_path, "--masking", masking, "--dtype", dtype, n_steps=8) as (
             training,
             args,
-        ):
-            assert all(math.isfinite(loss) for loss in losses_of(training, args))
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        ),
+    ):
+        assert all(math.isfinite(loss) for loss in losses_of(training, args))
 
 
 @pytest.mark.skipif(
