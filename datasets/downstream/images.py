@@ -21,8 +21,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.cache import Plane, PlaneKind, open_plane
 from datasets.downstream.labelled import LabelledImages
+from datasets.plane import Plane, PlaneKind, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
 from util.contrast import CONTRASTS, add_dicom_contrast
@@ -198,7 +198,7 @@ def open_squares(
     reading: Reading | None = None,
     num_workers: int | None = None,
 ) -> Plane:
-    """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.cache`).
+    """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
 
     64 KiB an image at most: 7.0 GiB for ChestX-ray14, 12 GiB for CheXpert.
 
