@@ -18,6 +18,7 @@ from util.cli import check_device
 from util.cpus import available_cpus
 from util.encoders import digest_of
 from util.errors import UserError, run_cli
+from util.precision import set_tf32
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -75,6 +76,7 @@ def as_predictor(model: GazeNet) -> Predictor:
     device = model.log_prior.device
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        set_tf32(False)
 
     @torch.inference_mode()
     def maps(images: torch.Tensor) -> torch.Tensor:
