@@ -54,6 +54,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -e scripts/venv.sh ] || fail "$PWD is not the repository; call sbatch in its root"
 
 # --- Whatever can be wrong is told now, not after hours of work
+[ $# = 0 ] || fail "$1: this script takes variables in front of it, no words behind it"
 if [ -z "$REFLACX" ] || [ -z "$IMAGES" ]; then
   fail "set REFLACX (e.g. reflacx-xray-localization/1.0.0) and IMAGES (MIMIC-CXR-JPG or MIMIC-CXR), and what you have \
 of RSNA, NIH, CHEXPERT, SIIM, COVIDX, to the directories of the data; the top of scripts/reproduce.sh says more"

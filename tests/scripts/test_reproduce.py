@@ -164,6 +164,15 @@ def test_what_can_not_work_is_refused_at_once(chain, wrong, told):
     assert not chain.notes.read_text()
 
 
+def test_words_behind_it_are_refused(chain):
+    result = subprocess.run(
+        ["bash", SCRIPT, "RSNA=rsna"], env=chain.env, cwd=chain.root, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and result.stderr.startswith(
+        "error: RSNA=rsna: this script takes variables"
+    )
+
+
 @pytest.mark.parametrize(
     ("signum", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)],
