@@ -72,7 +72,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--cache_size", type=int, default=512, help="short side of cached images in pixels; crops are cut from "
         "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")  # fmt: skip
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
-    add("--check_data", action="store_true", help="read every file of the data, list the bad ones, and exit")
+    add(
+        "--check_data",
+        action="store_true",
+        help="read every file of the data and the cache, list the bad ones, and exit",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -354,14 +358,20 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace) -> int:
-    """Read the whole tree and list every bad entry; returns the exit status."""
+    """Read the whole tree, and its cache where there is one, and list every bad entry; returns the exit status."""
     problems = datasets.check_data(args.data_path, preload=args.preload)
+    if args.use_cache:
+        problems += datasets.check_caches(
+            args.data_path,
+            preload=args.preload,
+            cache_dir=args.cache_dir,
+            cache_size=args.cache_size,
+            fallback_dir=args.output_dir,
+        )
     for problem in problems:
         print(f"{problem.severity}: {problem.file}: {problem.message}")
-    n_errors = sum(problem.severity == "error" for problem in problems)
-    print(
-        f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {len(problems) - n_errors} warnings"
-    )
+    n_errors, n_warnings = (sum(p.severity == kind for p in problems) for kind in ("error", "warning"))
+    print(f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {n_warnings} warnings")
     return 1 if n_errors else 0
 
 
