@@ -29,11 +29,11 @@ class PlainStep:
     def __init__(self, settings: Settings, batch: dict[str, Tensor], dtype: torch.dtype | None = None):
         torch.manual_seed(0)
         self.device = settings.device
-        self.model = (
-            models_cxrmim.ENCODERS[settings.model](img_size=settings.input_size, gaze_weighted=True)
-            .to(self.device)
-            .train()
-        )
+        encoder = models_cxrmim.ENCODERS[settings.model]
+        # Four blocks in a quick run: tracing takes its time for each.
+        shallow = {"depth": 4, "id_list": (0, 1, 2, 3)} if settings.quick else {}
+        model = encoder(img_size=settings.input_size, gaze_weighted=True, **shallow)
+        self.model = model.to(self.device).train()
         how = {"foreach": False} if self.plain else {"fused": True}
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.05), 1e-4, betas=(0.9, 0.95), **how)
         self.batch, self.dtype = batch, dtype

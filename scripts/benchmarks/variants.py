@@ -96,7 +96,9 @@ def measure_variants(report: Report, tree: Path, settings: Settings) -> None:
             memory = [peak_memory(one, settings.device) for one in (baseline, step)]
             if memory[1]:
                 report.value(f"step: {variant.name}, peak memory", "MiB", memory[1], baseline=memory[0])
-        torch.compiler.reset()
+        if not settings.quick:  # where the next has the same traces
+            torch.compiler.reset()
+    torch.compiler.reset()
 
 
 def product_rate(dtype: torch.dtype, settings: Settings) -> float:
