@@ -102,6 +102,7 @@ def test_every_command_is_understood_by_its_program(chain):
     check, pretrained = parsed["run_pretrain.py"]
     assert check.check_data and not pretrained.check_data
     assert (pretrained.epochs, pretrained.gaze_weighted, pretrained.blr) == (7, True, 3e-3)
+    assert not parsed["scripts/prepare_reflacx.py"][0].accept_damaged
     (read,), (filled,) = parsed["scripts/prepare_reflacx.py"], parsed["scripts/prepare_mimic.py"]
     assert (read.raw, read.images) == (chain.root / "reflacx", chain.root / "mimic jpg")
     assert pretrained.data_path == [str(read.out), str(filled.out)]
@@ -120,7 +121,7 @@ def test_what_has_changed_is_done_again_and_what_reads_it(chain):
     assert chain.call()[0] == ALL
     before = list(chain.out.glob("pretrain-before-*"))
     assert len(before) == 1  # which was none of ours
-    assert chain.call(WORKERS="1", GPUS="1")[0] == []
+    assert chain.call(WORKERS="1", GPUS="1", ACCEPT_DAMAGED="yes")[0] == []
     assert chain.call(PICTURES="0")[0] == ["pictures"]
     assert chain.call(NIH="nih", PICTURES="0")[0] == ["nih-linear-check", "nih-linear", "table"]
     assert chain.call(EPOCHS="8")[0] == ["check", *ALL[3:]]
