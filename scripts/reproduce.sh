@@ -179,7 +179,7 @@ step() {
   # A signal interrupts a wait, after whose end the child's own status is still to be had.
   while :; do
     status=0
-    wait "$child" || status=$?
+    wait "$child" 2> /dev/null || status=$? # bash tells there of a child that was killed
     kill -0 "$child" 2> /dev/null || break
   done
   wait "$child" 2> /dev/null && own=0 || own=$?
@@ -213,7 +213,9 @@ from=$prepared step check run_pretrain.py --check_data --data_path "${trees[@]}"
 for ((i = 0; i < ${#judged[@]}; i += 4)); do
   name=${judged[i]}-check on="--device $DEVICE" downstream "${judged[@]:i+1:3}" --dry_run --output_dir "$OUT/checks/${judged[i]}"
 done
-if [ ! -e "$imagenet" ] && { [ "$PRETRAINED" = "$imagenet" ] || [[ " ${compare[*]-} " == *" imagenet "* ]]; }; then
+needed=" $PRETRAINED "
+[ "${#judged[@]}" = 0 ] || needed+="${compare[*]-} "
+if [ ! -e "$imagenet" ] && [[ $needed == *" $imagenet "* || $needed == *" imagenet "* ]]; then
   step weights scripts/fetch_weights.py --out "$imagenet"
 fi
 

@@ -135,6 +135,16 @@ def test_what_has_changed_is_done_again_and_what_reads_it(chain):
     assert len(list(chain.out.glob("pretrain-before-*"))) == 2 and not (chain.out / "pretrain").exists()
 
 
+def test_weights_are_fetched_where_they_are_needed(chain):
+    if (ROOT / "preTrain/vit_base_p16_224_timm.pth").exists():
+        pytest.skip("they are there")
+    chain.hook.write_text('[ "$1" != scripts/fetch_weights.py ] || exit 5')
+    fetched = [*ALL[:3], "weights"]
+    assert chain.call(status=5, PRETRAINED="")[0] == fetched
+    assert chain.call(status=5, COMPARE="imagenet")[0] == ["weights"]
+    assert "weights" not in chain.call(COMPARE="imagenet", RSNA="")[0]
+
+
 def test_a_step_that_fails_is_named_and_gone_on_with(chain):
     chain.hook.write_text('[ "$1" != scripts/export_backbone.py ] || exit 3')
     steps, told = chain.call(status=3)
