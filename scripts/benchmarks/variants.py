@@ -14,6 +14,7 @@ from datasets import build_dataset
 from scripts.benchmarks.operations import CASTS, count_flops, count_kernels, count_operations
 from scripts.benchmarks.step import OurStep, PlainStep, peak_memory
 from scripts.benchmarks.timing import Report, Settings, alternate, timed
+from util.precision import set_tf32
 
 REFLACX_IMAGES, PUBLISHED_EPOCHS = 2616, 400
 
@@ -109,9 +110,8 @@ def product_rate(dtype: torch.dtype, settings: Settings) -> float:
 
 @contextlib.contextmanager
 def _precision(variant: Variant) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
+    set_tf32(variant.tf32)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        set_tf32(False)
