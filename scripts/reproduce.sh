@@ -20,6 +20,8 @@ set -euo pipefail
 # --- Data: directories as their sites give them; what is empty is left out
 : "${REFLACX:=}" "${IMAGES:=}"
 : "${RSNA:=}" "${NIH:=}" "${CHEXPERT:=}" "${SIIM:=}" "${COVIDX:=}"
+# yes: go on where damaged files were listed and left out in preparing, which is an error otherwise
+: "${ACCEPT_DAMAGED:=no}"
 # yes: also train a gaze predictor, fill a tree of all images in MORE_IMAGES with its heatmaps, and pretrain on both
 : "${PREDICTED_GAZE:=no}" "${MORE_IMAGES:=$IMAGES}"
 # --- Training: the paper's values
@@ -64,7 +66,9 @@ for variable in "${data[@]}"; do
 done
 [ "$PRETRAINED" = none ] || [ "$PRETRAINED" = "$imagenet" ] || [ -f "$PRETRAINED" ] ||
   fail "PRETRAINED=$PRETRAINED: no such file"
-[[ $PREDICTED_GAZE =~ ^(yes|no)$ ]] || fail "PREDICTED_GAZE=$PREDICTED_GAZE: expected yes or no"
+for variable in ACCEPT_DAMAGED PREDICTED_GAZE; do
+  [[ ${!variable} =~ ^(yes|no)$ ]] || fail "$variable=${!variable}: expected yes or no"
+done
 [[ $EPOCHS =~ ^[1-9][0-9]*$ ]] || fail "EPOCHS=$EPOCHS: expected a number from 1"
 [[ $GPUS =~ ^(auto|[1-9][0-9]*)$ ]] || fail "GPUS=$GPUS: expected auto or a number from 1"
 
@@ -137,7 +141,7 @@ write() { # FILE TEXT: whole or not at all
 
 # NAME PROGRAM FLAG...: run a command once; $made is then what it made, for the steps that read that. Beforehand:
 #   from    what it reads: $made of other steps
-#   on      flags that say where it runs, not what comes out; on_gpus=yes: in one process per GPU
+#   on      flags that say where and how it runs, not what comes out; on_gpus=yes: in one process per GPU
 #   place   a directory in which the program goes on; is moved away where something else was begun there
 #   afresh  the flag by which the program replaces what it made from something else
 from='' on='' on_gpus=no place='' afresh='' # not of the environment
@@ -175,7 +179,7 @@ step() {
   # A signal interrupts a wait, after whose end the child's own status is still to be had.
   while :; do
     status=0
-    wait "$child" || status=$?
+    wait "$child" 2> /dev/null || status=$? # bash tells there of a child that was killed
     kill -0 "$child" 2> /dev/null || break
   done
   wait "$child" 2> /dev/null && own=0 || own=$?
@@ -192,7 +196,9 @@ step() {
   [ -z "$asked" ] || stop "in step '$name'"
 }
 
-afresh=--overwrite step prepare scripts/prepare_reflacx.py --raw "$REFLACX" --images "$IMAGES" \
+accept=
+[ "$ACCEPT_DAMAGED" = no ] || accept=--accept_damaged
+on=$accept afresh=--overwrite step prepare scripts/prepare_reflacx.py --raw "$REFLACX" --images "$IMAGES" \
   --out "$OUT/data/reflacx" ${prepare_flags[@]+"${prepare_flags[@]}"}
 prepared=$made
 trees=("$OUT/data/reflacx")
@@ -207,7 +213,9 @@ from=$prepared step check run_pretrain.py --check_data --data_path "${trees[@]}"
 for ((i = 0; i < ${#judged[@]}; i += 4)); do
   name=${judged[i]}-check on="--device $DEVICE" downstream "${judged[@]:i+1:3}" --dry_run --output_dir "$OUT/checks/${judged[i]}"
 done
-if [ ! -e "$imagenet" ] && { [ "$PRETRAINED" = "$imagenet" ] || [[ " ${compare[*]-} " == *" imagenet "* ]]; }; then
+needed=" $PRETRAINED "
+[ "${#judged[@]}" = 0 ] || needed+="${compare[*]-} "
+if [ ! -e "$imagenet" ] && [[ $needed == *" $imagenet "* || $needed == *" imagenet "* ]]; then
   step weights scripts/fetch_weights.py --out "$imagenet"
 fi
 
@@ -215,7 +223,7 @@ if [ "$PREDICTED_GAZE" = yes ]; then
   from=$prepared place=$OUT/gaze on="--device $DEVICE --num_workers $WORKERS" on_gpus=yes step gaze run_gaze.py \
     --data_path "$OUT/data/reflacx" --output_dir "$OUT/gaze" ${gaze_flags[@]+"${gaze_flags[@]}"}
   predictor=$made
-  afresh=--overwrite step prepare_mimic scripts/prepare_mimic.py --images "$MORE_IMAGES" --out "$OUT/data/mimic" \
+  on=$accept afresh=--overwrite step prepare_mimic scripts/prepare_mimic.py --images "$MORE_IMAGES" --out "$OUT/data/mimic" \
     ${mimic_flags[@]+"${mimic_flags[@]}"}
   from="$prepared $predictor $made" afresh=--overwrite on="--device $DEVICE" step predict scripts/predict_gaze.py \
     --weights "$OUT/gaze/best.pth" --tree "$OUT/data/mimic" --real "$OUT/data/reflacx"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -95,9 +96,11 @@ class Chain:
     def end(self, signum: int) -> int:
         """Power off, or a signal to the script alone; returns its status once nothing is left."""
         if signum == signal.SIGKILL:
+            self.job.process.kill()  # first, so that it has no time to tell of its step's end
             for _ in range(2):  # those that were being started, too
                 for pid in processes_with(self.job.token):
-                    os.kill(pid, signum)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signum)
         else:
             self.job.process.send_signal(signum)
         status = self.job.process.wait(120)

@@ -102,6 +102,7 @@ def test_every_command_is_understood_by_its_program(chain):
     check, pretrained = parsed["run_pretrain.py"]
     assert check.check_data and not pretrained.check_data
     assert (pretrained.epochs, pretrained.gaze_weighted, pretrained.blr) == (7, True, 3e-3)
+    assert not parsed["scripts/prepare_reflacx.py"][0].accept_damaged
     (read,), (filled,) = parsed["scripts/prepare_reflacx.py"], parsed["scripts/prepare_mimic.py"]
     assert (read.raw, read.images) == (chain.root / "reflacx", chain.root / "mimic jpg")
     assert pretrained.data_path == [str(read.out), str(filled.out)]
@@ -120,7 +121,7 @@ def test_what_has_changed_is_done_again_and_what_reads_it(chain):
     assert chain.call()[0] == ALL
     before = list(chain.out.glob("pretrain-before-*"))
     assert len(before) == 1  # which was none of ours
-    assert chain.call(WORKERS="1", GPUS="1")[0] == []
+    assert chain.call(WORKERS="1", GPUS="1", ACCEPT_DAMAGED="yes")[0] == []
     assert chain.call(PICTURES="0")[0] == ["pictures"]
     assert chain.call(NIH="nih", PICTURES="0")[0] == ["nih-linear-check", "nih-linear", "table"]
     assert chain.call(EPOCHS="8")[0] == ["check", *ALL[3:]]
@@ -132,6 +133,16 @@ def test_what_has_changed_is_done_again_and_what_reads_it(chain):
     (chain.out / "pretrain").mkdir()
     assert chain.call(EPOCHS="8", PREPARE_FLAGS="--size 0")[0] == ["check", *ALL[3:]]
     assert len(list(chain.out.glob("pretrain-before-*"))) == 2 and not (chain.out / "pretrain").exists()
+
+
+def test_weights_are_fetched_where_they_are_needed(chain):
+    if (ROOT / "preTrain/vit_base_p16_224_timm.pth").exists():
+        pytest.skip("they are there")
+    chain.hook.write_text('[ "$1" != scripts/fetch_weights.py ] || exit 5')
+    fetched = [*ALL[:3], "weights"]
+    assert chain.call(status=5, PRETRAINED="")[0] == fetched
+    assert chain.call(status=5, COMPARE="imagenet")[0] == ["weights"]
+    assert "weights" not in chain.call(COMPARE="imagenet", RSNA="")[0]
 
 
 def test_a_step_that_fails_is_named_and_gone_on_with(chain):
