@@ -26,6 +26,7 @@ from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
+from util.precision import set_tf32
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status
 from util.weights import load_initial_weights
@@ -142,7 +143,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
-    add("--tf32", action="store_true", help="TF32 in float32 matrix products on CUDA")
+    add("--tf32", action="store_true", help="TF32 in float32 products and convolutions on CUDA")
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
@@ -318,8 +319,7 @@ def load_to_go_on(
 def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     """Fill in the defaults that depend on the device and on the number of processes, and seed the weights."""
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
-    if args.tf32:
-        torch.set_float32_matmul_precision("high")
+    set_tf32(args.tf32)
     torch.manual_seed(args.seed)
     if args.lr is None:
         args.lr = absolute_lr(args.blr, args.batch_size * args.accum_iter * ranks.world_size)

@@ -257,8 +257,9 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
-    centre, spread = (torch.tensor(values, device=gray.device).view(1, -1, 1, 1) for values in (mean, std))
-    return (gray.float() / 255 - centre) / spread
+    scaled = gray.float() / 255
+    # With plain numbers: a tensor of them would be copied to the GPU in every step, which waits for it.
+    return torch.cat([(scaled - centre) / spread for centre, spread in zip(mean, std, strict=True)], 1)
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
