@@ -29,7 +29,7 @@ from PIL import Image
 
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
-from scripts.benchmarks.downstream import measure_downstream, measure_encoding_rate
+from scripts.benchmarks.downstream import measure_downstream
 from scripts.benchmarks.gaze import measure_gaze_training, measure_prediction
 from scripts.benchmarks.loading import measure_loader, measure_samples, measure_shared_memory
 from scripts.benchmarks.step import measure_steps
@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> int:
         measure_prediction(report, Path(name), settings, args.quick)
         measure_gaze_training(report, Path(name), settings)
         measure_downstream(report, Path(name) / "downstream", settings)
-        measure_encoding_rate(report, settings)
     for name, value in report.equality.items():
         print(f"{name}: {value:.3g}")
     if args.json:

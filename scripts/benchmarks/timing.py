@@ -45,7 +45,7 @@ class Settings:
     quick: bool = False
     input_size: int = 224
     # Images, epochs, batch and encoder's width of the linear evaluation.
-    downstream: tuple[int, int, int, int] = (100, 50, 8, 192)
+    downstream: tuple[int, int, int, int] = (900, 50, 16, 64)
 
 
 @dataclass
