@@ -44,6 +44,7 @@ from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.jobs import Jobs, digest
 from util.output import hold_output, writing_results
+from util.precision import set_tf32
 from util.pretrained import weights_name
 from util.results import (
     Outcome,
@@ -300,6 +301,7 @@ def judge(
 ) -> list[Outcome]:
     """Scores of the test images by every encoder, fraction and seed. Raises `Stopped`, `UserError`."""
     output_dir = Path(args.output_dir)
+    set_tf32(False)
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     encode_batch = args.encode_batch or ENCODE_BATCH[ranks.device.type]
     common = dict(

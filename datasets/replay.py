@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 import datasets
 from datasets.sampler import TrainBatches
 from datasets.transforms import centre_box, crop_resize_flip
+from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.gaze import (
     FIXATION_COLUMNS,
@@ -169,18 +170,19 @@ def single_image(
     *,
     heatmap: str | os.PathLike | None = None,
     fixations: str | os.PathLike | None = None,
+    dicom_contrast: str = MIMIC_CXR_JPG,
 ) -> Shown:
     """One radiograph with its gaze, resized and cut to the centre square.
 
     Args:
-        image: JPG, PNG or DICOM.
+        image: JPG, PNG or DICOM (in the contrast `dicom_contrast`, of `util.contrast.CONTRASTS`).
         heatmap: 8-bit gray picture of the image's size.
         fixations: CSV with REFLACX's columns, or with those of `util.gaze.FIXATION_COLUMNS`.
 
     Raises:
         UserError: a file that can't be read, or gaze that does not belong to an image of this size.
     """
-    gray = read_radiograph(image)
+    gray = read_radiograph(image, dicom_contrast)
     if fixations is not None:
         columns = read_fixations(fixations)
         if (doubt := check_rectangles(columns, gray.shape, fixations)) is not None:

@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.prepare.predicted import Predictor, fill_tree, predict_files
 from models_gaze import GazeNet, load_gaze_net
 from util.cli import check_device
+from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.cpus import available_cpus
 from util.encoders import digest_of
 from util.errors import UserError, run_cli
+from util.precision import set_tf32
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -39,6 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--out", type=Path, help="where the heatmaps of --images go, 8-bit PNG of the images' sizes and names"
     )
+    add_dicom_contrast(parser)
     add("--shard", metavar="i/n", help="make a share: i from 0 to n - 1, in any order or at once; afterwards the same "
         "command without --shard writes the index")  # fmt: skip
     add(
@@ -62,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.tree is not None:
         report = fill_tree(args.tree, as_predictor(model), real=args.real, **options)
     else:
-        report = predict_files(args.images, args.out, as_predictor(model), **options)
+        report = predict_files(
+            args.images, args.out, as_predictor(model), dicom_contrast=args.dicom_contrast, **options
+        )
     print(report)
     if report.faults:
         print(f"{len(report.faults)} images left out for damaged input, listed above", file=sys.stderr)
@@ -75,6 +80,7 @@ def as_predictor(model: GazeNet) -> Predictor:
     device = model.log_prior.device
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        set_tf32(False)
 
     @torch.inference_mode()
     def maps(images: torch.Tensor) -> torch.Tensor:
@@ -90,6 +96,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--images and --out belong together")
     if args.real and args.tree is None:
         raise UserError("--real: only with --tree")
+    if args.tree is not None and args.dicom_contrast != MIMIC_CXR_JPG:
+        raise UserError(
+            "--dicom_contrast: only with --images; a tree's images are 8-bit since they were prepared"
+        )
     for name in ("batch_size", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")

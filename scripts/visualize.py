@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
 from models_cxrmim import CXRMIM
 from util.cli import check_device, finite_float, seed_number
+from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.figures import check_picture_path, page_path, save_figure
@@ -43,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image", help="one radiograph instead of a data set: JPG, PNG or DICOM")
     add("--heatmap", help="its gaze heatmap, 8-bit gray, of the same size")
     add("--fixations", help="its fixations as CSV, with REFLACX's columns or x, y, duration, sigma_x, ...")
+    add_dicom_contrast(parser)
     add("--masking", choices=MASKINGS, help="what chooses the masked patches")
     add("--mask_ratio", type=finite_float, help="share of masked patches")
     add("--clinical_ratio", type=finite_float, help="share of masked ones among the attended patches")
@@ -71,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--image shows one image; leave out --data_path, --index, --epoch and --step")
     if not args.image and (args.heatmap or args.fixations):
         raise UserError("--heatmap and --fixations belong to --image")
+    if not args.image and args.dicom_contrast != MIMIC_CXR_JPG:
+        raise UserError("--dicom_contrast belongs to --image; images of a tree are 8-bit")
     if args.heatmap and args.fixations:
         raise UserError("--heatmap and --fixations: give one of them")
     if args.per_page is not None and args.per_page < 1:
@@ -83,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(CXRMIM, state, info, given).to(args.device)
 
     if args.image:
-        shown = single_image(model, options, args.image, heatmap=args.heatmap, fixations=args.fixations)
+        gaze = {"heatmap": args.heatmap, "fixations": args.fixations}
+        shown = single_image(model, options, args.image, **gaze, dicom_contrast=args.dicom_contrast)
         if model.masking == "attention" and not (args.heatmap or args.fixations):
             print("no --heatmap or --fixations: no patch is significant, the mask is random")
     else:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 MIMIC_CXR_JPG = "mimic-cxr-jpg"  # what the paper's pictures have
-CONTRASTS = (MIMIC_CXR_JPG, "window", "minmax")
+MEANINGS = {
+    MIMIC_CXR_JPG: "as MIMIC-CXR-JPG was made, histogram equalised (the paper's)",
+    "window": "the file's own VOI LUT or window",
+    "minmax": "its smallest and largest value",
+}
+CONTRASTS = tuple(MEANINGS)  # what `util.dicom.read_dicom` takes
 
 
-def add_dicom_contrast(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dicom_contrast",
-        choices=CONTRASTS,
-        default=MIMIC_CXR_JPG,
-        help="gray of DICOM files: as MIMIC-CXR-JPG was made (the paper's), the file's own window, or its "
-        "smallest and largest value; JPG and PNG are as they are",
-    )
+def add_dicom_contrast(
+    parser: argparse._ActionsContainer,
+    *,
+    default: str = MIMIC_CXR_JPG,
+    further: Mapping[str, str] | None = None,
+) -> None:
+    """The option of every program that reads DICOM; `further` values of one of them, with what they do."""
+    choices = {**(further or {}), **MEANINGS}
+    told = "; ".join(f"{name}: {text}" for name, text in choices.items())
+    helped = f"gray of DICOM files, while JPG and PNG are as they are; {told} (default: %(default)s)"
+    parser.add_argument("--dicom_contrast", choices=tuple(choices), default=default, help=helped)

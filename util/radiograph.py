@@ -11,7 +11,7 @@ from util.dicom import dicom_size, is_dicom, read_dicom
 from util.images import image_size, read_gray
 
 
-def read_radiograph(path: str | os.PathLike, contrast: str = "window") -> np.ndarray:
+def read_radiograph(path: str | os.PathLike, contrast: str) -> np.ndarray:
     """The radiograph as uint8 [H, W], air dark and bone bright; the content tells DICOM from JPG and
     PNG, not the name. `contrast` is what becomes of DICOM's deeper gray, one of `util.contrast.CONTRASTS`.
     Raises `UserError` naming the file."""

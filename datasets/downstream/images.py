@@ -21,11 +21,11 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import util.dicom
-from datasets.cache import Plane, PlaneKind, open_plane
 from datasets.downstream.labelled import LabelledImages
+from datasets.plane import Plane, PlaneKind, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
+from util.contrast import CONTRASTS, add_dicom_contrast
 from util.dicom import dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
 from util.images import image_size, read_intensities
@@ -36,7 +36,8 @@ NORMALISATIONS = {  # mean and std of the three channels
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # published downstream evaluation
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # as the encoder was pretrained
 }
-CONTRASTS = ("maximum", *util.dicom.CONTRASTS)
+MAXIMUM = {"maximum": "stored values by their maximum (published)"}
+DICOM_CONTRASTS = (*MAXIMUM, *CONTRASTS)
 JITTER, JITTER_CHANCE, BLUR_CHANCE, FLIP_CHANCE = 0.4, 0.8, 0.5, 0.5
 BLUR_SIGMA = (0.1, 2.0)
 LOOKED_AT = 64  # files whose headers are read to say what is done with 16 bits
@@ -47,17 +48,19 @@ class Reading:
     """How files become 8-bit gray.
 
     Attributes:
-        dicom_contrast: maximum (published: stored values by their maximum), or one of `util.dicom`'s: window,
+        dicom_contrast: maximum (published: stored values by their maximum), or one of `util.contrast`'s: window,
             minmax, mimic-cxr-jpg (equalised).
         intensity_max: what becomes 255 in 16-bit PNGs, 0 staying 0; None = each file's own range.
     """
 
-    dicom_contrast: str = CONTRASTS[0]
+    dicom_contrast: str = DICOM_CONTRASTS[0]
     intensity_max: float | None = None
 
     def __post_init__(self) -> None:
-        if self.dicom_contrast not in CONTRASTS:
-            raise UserError(f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(CONTRASTS)}")
+        if self.dicom_contrast not in DICOM_CONTRASTS:
+            raise UserError(
+                f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(DICOM_CONTRASTS)}"
+            )
         if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
             raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
 
@@ -195,7 +198,7 @@ def open_squares(
     reading: Reading | None = None,
     num_workers: int | None = None,
 ) -> Plane:
-    """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.cache`).
+    """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
 
     64 KiB an image at most: 7.0 GiB for ChestX-ray14, 12 GiB for CheXpert.
 
@@ -255,7 +258,8 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
     scaled = gray.float().div_(255) if gray.dtype == torch.uint8 else gray / 255
-    # Channel by channel into the result: no copies between, and no constants for a GPU to wait for.
+    # Channel by channel into the result, without copies between, and with plain numbers: a tensor of them would be
+    # copied to the GPU in every step, which waits for it.
     result = scaled.new_empty(len(gray), len(mean), *gray.shape[-2:])
     for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):
         torch.sub(scaled[:, 0], centre, out=result[:, channel]).div_(spread)
@@ -264,12 +268,9 @@ def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `Reading` and of the cache, read back by `reading_from_args`."""
-    add = parser.add_argument_group("image files").add_argument
-    helped = (
-        "maximum: stored values by their maximum (published); window: the file's VOI LUT or window; minmax: its "
-        "smallest and largest value; mimic-cxr-jpg: these, histogram equalised, as MIMIC-CXR-JPG was made"
-    )
-    add("--dicom_contrast", choices=CONTRASTS, default=CONTRASTS[0], help=helped)
+    group = parser.add_argument_group("image files")
+    add_dicom_contrast(group, default=DICOM_CONTRASTS[0], further=MAXIMUM)
+    add = group.add_argument
     helped = "what becomes white in 16-bit PNGs (default: each file's own smallest to largest value)"
     add("--intensity_max", type=finite_float, help=helped)
     helped = "half: mean and std 0.5 (published); imagenet: as the encoder was pretrained"

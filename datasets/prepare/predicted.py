@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from datasets.prepare.work import Made, PrepareReport, finish_tree, versions
 from datasets.raw.readings import Exclusion
 from datasets.raw.walk import Sources, resolved
 from datasets.tree import read_index
+from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.images import read_gray
 from util.progress import Steps
@@ -46,6 +48,8 @@ from util.stop import ignore_stop_signals
 LAYER = "gaze"
 RADIOGRAPHS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 PREDICTED, REAL = "predicted", "real"
+
+Read = Callable[[Path], np.ndarray]  # a file as uint8 [H, W]
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def fill_tree(
             for (key, entry), below in zip(entries.items(), _origins(root, entries))
         ]
         exclusions: list[Exclusion] = []
-        seconds = _make(making, units, predictor, root, batch_size, workers, exclusions)
+        seconds = _make(making, units, predictor, root, read_gray, batch_size, workers, exclusions)
         if part is not None:
             return _part_report(making, exclusions, seconds)
         kinds = Counter(note["gaze"] for _, note in making.notes())
@@ -138,24 +142,26 @@ def predict_files(
     out: Path,
     predictor: Predictor,
     *,
+    dicom_contrast: str = MIMIC_CXR_JPG,
     part: tuple[int, int] | None = None,
     batch_size: int = 32,
     workers: int = 1,
     overwrite: bool = False,
 ) -> PrepareReport:
     """A heatmap of its size for each radiograph (PNG, JPG, DICOM) below `images`: 8-bit gray PNG under the same name
-    below `out`; see `fill_tree`."""
+    below `out`; see `fill_tree`. `dicom_contrast`: one of `util.contrast.CONTRASTS`."""
     images, out = resolved(images), resolved(out)
     if not images.is_dir():
         raise UserError(f"--images {images}: no such directory")
-    options = {"source": "predict_gaze", "predictor": predictor.digest}
+    options = {"source": "predict_gaze", "predictor": predictor.digest, "dicom_contrast": dicom_contrast}
     sources = Sources(images, [out])
     with TreeMaking(out, options, index=LOOSE_INDEX, part=part, overwrite=overwrite) as making:
         exclusions: list[Exclusion] = []
         units = list(_loose_units(images, sources, exclusions))
         if not units:
             raise UserError(f"--images {images}: no {', '.join(RADIOGRAPHS)} is in it or below")
-        seconds = _make(making, units, predictor, images, batch_size, workers, exclusions)
+        read = partial(read_radiograph, contrast=dicom_contrast)
+        seconds = _make(making, units, predictor, images, read, batch_size, workers, exclusions)
         if part is not None:
             return _part_report(making, exclusions, seconds)
         return finish_tree(
@@ -235,19 +241,16 @@ def _loose_units(images: Path, sources: Sources, exclusions: list[Exclusion]) ->
 class _Images(Dataset):
     """Images to predict: the whole image at the predictor's size, or what is wrong with it."""
 
-    def __init__(self, root: Path, tasks: Sequence[Task], size: int):
-        self.root, self.tasks, self.size = root, tasks, size
+    def __init__(self, root: Path, tasks: Sequence[Task], read: Read, size: int):
+        self.root, self.tasks, self.read, self.size = root, tasks, read, size
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, tuple[int, int], str]:
         task = self.tasks[index]
-        path = self.root / task.image
         try:
-            gray = (
-                read_gray(path) if task.foreground else read_radiograph(path)
-            )  # trees hold PNG and JPG alone
+            gray = self.read(self.root / task.image)
         except UserError as error:
             return None, (0, 0), str(error)
         return resize_whole(gray, self.size), gray.shape, ""
@@ -258,8 +261,8 @@ def _as_list(batch: list) -> list:
 
 
 def _make(
-    making: TreeMaking, units: Sequence[Unit], predictor: Predictor, root: Path, batch_size: int, workers: int,
-    exclusions: list[Exclusion],
+    making: TreeMaking, units: Sequence[Unit], predictor: Predictor, root: Path, read: Read, batch_size: int,
+    workers: int, exclusions: list[Exclusion],
 ) -> Counter:  # fmt: skip
     """Make what is not there yet: processes decode, this one predicts, threads write."""
     todo = making.begin(units, versions())
@@ -285,7 +288,7 @@ def _make(
         staging = making.staging
         for start, batch in zip(
             range(0, n_predicted, batch_size),
-            _batches(todo[:n_predicted], predictor, root, batch_size, workers),
+            _batches(todo[:n_predicted], predictor, root, read, batch_size, workers),
         ):
             maps = _predict(batch, predictor, batch_size)
             own = todo[start : start + len(batch)]
@@ -303,9 +306,9 @@ def _make(
 
 
 def _batches(
-    todo: Sequence[Unit], predictor: Predictor, root: Path, batch_size: int, workers: int
+    todo: Sequence[Unit], predictor: Predictor, root: Path, read: Read, batch_size: int, workers: int
 ) -> DataLoader:
-    images = _Images(root, [unit.task for unit in todo], predictor.input_size)
+    images = _Images(root, [unit.task for unit in todo], read, predictor.input_size)
     return DataLoader(
         images,
         batch_size=batch_size,

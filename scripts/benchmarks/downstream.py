@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets.downstream import read_dataset
@@ -28,18 +24,15 @@ from engine_downstream import (
     Encoder,
     HeadOptions,
     Keyed,
-    encode,
     epoch_order,
     known_loss,
     new_head,
-    read_back,
     schedule,
 )
 from engine_frozen import Frozen, linear
-from scripts.benchmarks.timing import Report, Row, Settings, timed
+from scripts.benchmarks.timing import Report, Row, Settings, timed_twice
 from util.encoders import Candidate
 from util.export import read_backbone
-from util.features import FeatureFile
 from util.jobs import Jobs
 from util.roc import auc
 from util.stop import StopSignals
@@ -53,7 +46,7 @@ SHARES = {
 
 
 def measure_downstream(report: Report, root: Path, settings: Settings) -> None:
-    """3 fractions x 3 seeds of linear heads; and encoding against the encoder's bare forward passes."""
+    """3 fractions x 3 seeds of linear heads of a small frozen encoder."""
     n_images, epochs, batch_size, width = settings.downstream
     device = torch.device(settings.device)
     chests = Chests(n_images, size=(192, 160), lesion_kinds=("consolidation",), normal_fraction=0.5)
@@ -69,16 +62,6 @@ def measure_downstream(report: Report, root: Path, settings: Settings) -> None:
     )
     candidate = Candidate("x", "file", read_backbone(root / "x.pth"))
     measure_heads(report, root, images, candidate, HeadOptions(epochs, batch_size, patience=epochs), device)
-    plane = open_squares(images, root / "cache")
-    crops, augmented = (
-        Views(replace(images, strong_augmentation=strong), plane=plane) for strong in (False, True)
-    )
-    gpu = device.type == "cuda"
-    named = "vit_base_patch16_224" if gpu else "vit_small_patch16_224"
-    usual = model if settings.quick else timm.create_model(named, num_classes=0)
-    n_tiny, n_usual = (32, 32) if settings.quick else (16384, 16384) if gpu else (1024, 64)
-    measure_encoding(report, "encoding, 2 blocks, crops", model, crops, n_tiny, device, root)
-    measure_encoding(report, "downstream encoding", usual, augmented, n_usual, device, root)
 
 
 def measure_heads(
@@ -142,13 +125,6 @@ def measure_heads(
         report.equality[title] = float(max(differences))
 
 
-def timed_twice(function: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds by the clock, and of this process on its processors, which other work on the machine disturbs less."""
-    began = time.process_time()
-    elapsed = timed(function, device)
-    return elapsed, time.process_time() - began
-
-
 def published_head(
     encoder: Encoder, views, images, rows: Rows, seed: int, options: HeadOptions
 ) -> np.ndarray:
@@ -182,44 +158,3 @@ def published_head(
             best, state = loss, {name: tensor.clone() for name, tensor in head.state_dict().items()}
     head.load_state_dict(state)
     return logits_of(rows.test).cpu().numpy()
-
-
-def measure_encoding(
-    report: Report, what: str, model: nn.Module, views: Views, n: int, device: torch.device, root: Path
-) -> None:
-    """`encode`, from cached images to features on disk, against forward passes of batches that lie ready."""
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    encoder = Encoder(model.eval().to(device), *normalisation("half"), device, dtype)
-    size, workers = ENCODE_BATCH[device.type], 8 if gpu else 0
-    keys = [(key // len(views), key % len(views)) for key in range(n)]
-    batches = [batch.to(device) for batch in DataLoader(Keyed(views, keys), size)]
-
-    def bare() -> None:
-        for _ in read_back(map(encoder, batches)):
-            pass
-
-    def whole() -> None:
-        with tempfile.TemporaryDirectory(dir=root) as folder, StopSignals() as signals:
-            wanted = []
-            for view in range(keys[-1][0] + 1):
-                images = np.array([image for of, image in keys if of == view])
-                file = FeatureFile(Path(folder, str(view)), len(views), model.embed_dim)
-                wanted.append((view, images, file))
-            encode(
-                encoder, views, wanted, device=device, batch_size=size, num_workers=workers, signals=signals,
-                what="encoding",
-            )  # fmt: skip
-
-    repeats, processor, times = report.settings["repeats"], [], ([], [])
-    for turn in range(repeats + 1):
-        both = [timed_twice(function, device.type) for function in (bare, whole)]
-        if turn:  # the first warms up
-            for into, (elapsed, _) in zip(times, both, strict=True):
-                into.append(elapsed)
-            processor.append(both[0][1] / both[1][1])
-    low, middle, high = np.percentile(processor, (25, 50, 75))
-    shape = f"width {model.embed_dim}, {len(model.blocks)} blocks, {str(dtype).removeprefix('torch.')}, batch {size}"
-    told = f"{workers} workers" if gpu else f"by processor time {middle:.3g} ({low:.3g}..{high:.3g})"
-    report.compare(f"{what}: of bare rate", *times, at_least=0.9, note=f"{shape}; {told}")
-    report.value(what, "images/s", n / float(np.median(times[1])), note=shape)

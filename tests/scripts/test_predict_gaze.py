@@ -69,6 +69,7 @@ def test_loose_dicom_files(study, weights, tmp_path):
         ("--tree a --images b --out c", "pass either"),
         ("--images b", "--images and --out belong together"),
         ("--images b --out c --real d", "--real: only with --tree"),
+        ("--tree a --dicom_contrast window", "--dicom_contrast: only with --images"),
         ("--tree a --shard 2/2", "--shard 2/2"),
         ("--tree a --shard one", "--shard one"),
         ("--tree a --shard 0/2 --overwrite", "can't start a tree afresh|no images.json"),

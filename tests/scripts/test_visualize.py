@@ -19,7 +19,9 @@ from datasets.prepare.readings import prepare
 from datasets.replay import single_image, training_batch, training_dataset
 from datasets.sampler import TrainBatches
 from models_cxrmim import CXRMIM
+from scripts import visualize
 from scripts.visualize import main
+from util.contrast import CONTRASTS
 from util.errors import UserError
 from util.figures import save_figure
 from util.masking import mask_generator
@@ -32,6 +34,7 @@ from util.pictures import (
     reconstruct,
     reconstruction_figure,
 )
+from util.radiograph import read_radiograph
 
 SMALL = dict(img_size=64, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, id_list=(0, 1),
              scale_list=(2.0, 0.5))  # fmt: skip
@@ -42,6 +45,7 @@ ARGS = {
     "mask_ratio": 0.5,
     "clinical_ratio": 0.5,
     "accum_iter": 1,
+    "epochs": 4,
 }
 
 
@@ -242,7 +246,34 @@ def test_heatmap_made_from_fixations(model, tmp_path, text):
     assert divmod(peak, 64) == (20, 32) and shown.batch["attention"].max() == 255
 
 
+@pytest.mark.parametrize("contrast", [None, *CONTRASTS])
+def test_command_reads_dicom_in_the_contrast_that_is_asked_for(
+    checkpoint, tree, tmp_path, monkeypatch, contrast
+):
+    """By default in that of the paper's pictures."""
+    image = make_study(tmp_path, n_images=1, size=64, image_format="dcm", shared_images=0).truth[0].path
+    drawn = []
+    monkeypatch.setattr(
+        visualize, "reconstruction_figure", lambda model, batch, *_, **__: drawn.append(batch["img"])
+    )
+    monkeypatch.setattr(visualize, "save_figure", lambda *_: None)
+    flags = ["--dicom_contrast", contrast] if contrast else []
+    main([str(checkpoint), "--image", str(image), *flags])
+    assert torch.equal(drawn[0][0, 0], torch.from_numpy(read_radiograph(image, contrast or "mimic-cxr-jpg")))
+
+
 # ---------------------------------------------------------------- the command
+
+
+def test_an_epoch_that_never_was_is_refused(checkpoint, tmp_path):
+    """The run of this checkpoint had 4 epochs, and its batches know no end of their own."""
+    out = ["--step", "0", "--out", str(tmp_path / "p.png")]
+    main([str(checkpoint), "--epoch", "3", *out, "--sheet"])
+    for epoch in ("4", "50"):
+        with pytest.raises(UserError, match=f"^--epoch {epoch}: the run had 4 epochs, 0 to 3$"):
+            main([str(checkpoint), "--epoch", epoch, *out])
+    with pytest.raises(UserError, match="--epoch -1"):
+        main([str(checkpoint), "--epoch", "-1", *out])
 
 
 def test_command_draws_samples(checkpoint, tmp_path, capsys):
@@ -297,6 +328,7 @@ def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
         ([str(checkpoint), "--data_path", str(tmp_path / "none")], "none"),
         ([str(checkpoint), "--mask_ratio", "1.0"], "--mask_ratio"),
         ([str(checkpoint), "--heatmap", "x.png"], "--image"),
+        ([str(checkpoint), "--dicom_contrast", "window"], "--image"),
         ([str(checkpoint), "--image", str(image), "--heatmap", str(other)], "small.png: 10 x 12 px"),
         ([str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "f.csv")], "f.csv: column"),
         (

@@ -311,11 +311,11 @@ def test_read_radiograph_goes_by_content(tmp_path):
     picture = Path(tmp_path / "picture.png")
     Image.fromarray(film).save(picture)
     for path in (dicom, picture):
-        np.testing.assert_array_equal(read_radiograph(path), film)
+        np.testing.assert_array_equal(read_radiograph(path, "window"), film)
         assert radiograph_size(path) == (40, 30)
     assert "missing" in error_of(tmp_path / "no.dcm", radiograph_size)
     with pytest.raises(UserError, match="no.jpg"):
-        read_radiograph(tmp_path / "no.jpg")
+        read_radiograph(tmp_path / "no.jpg", "window")
 
 
 # --- the contrast of MIMIC-CXR-JPG ------------------------------------------------------------------
@@ -381,7 +381,7 @@ def test_minmax_does_without_the_window(tmp_path):
 def test_contrasts_of_a_real_film(tmp_path):
     """Equalised, every band of gray is as full as any other; which is brighter stays as it was."""
     path = example("RG1_UNCR.dcm")
-    window, equalised = read_radiograph(path), read_radiograph(path, "mimic-cxr-jpg")
+    window, equalised = read_radiograph(path, "window"), read_radiograph(path, "mimic-cxr-jpg")
     bands = np.bincount(equalised.ravel() // 32, minlength=8) / equalised.size
     assert (
         np.abs(bands - 1 / 8).max()

@@ -218,7 +218,7 @@ def test_dicom_reads_as_the_drawn_picture(tmp_path):
     photometric = set()
     for image, other in zip(as_dicom.truth, as_jpg.truth):
         photometric.add(pydicom.dcmread(image.path).PhotometricInterpretation)
-        difference = read_radiograph(image.path).astype(int) - read_gray(other.path)
+        difference = read_radiograph(image.path, "window").astype(int) - read_gray(other.path)
         assert np.abs(difference).mean() < 3  # JPG's own loss on the film's noise
         assert np.abs(difference).max() < 40
     assert photometric == {"MONOCHROME1", "MONOCHROME2"}
@@ -371,7 +371,7 @@ def test_real_radiograph(tmp_path):
     text = (study.raw / "main_data" / reading.id / "transcription.txt").read_text()
     assert "Simulated reading" in text and "The film is real" in text
     # The spots it dwells on are opacities: brighter than the lung beside them, where the gaze is not.
-    gray = read_radiograph(image.path)
+    gray = read_radiograph(image.path, "window")
     assert gray.shape == (1955, 1841)
     inside = [gray[int(b[1]) : int(b[3]), int(b[0]) : int(b[2])].mean() for b in image.boxes]
     assert min(inside) > gray[430:600, 400:560].mean() + 10

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from trees import smooth
 
 from datasets.build import build_dataset
+from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.pixels import attention_maps
 from datasets.prepare.predicted import Predictor, fill_tree, predict_files
 from datasets.prepare.readings import prepare
+from util.contrast import CONTRASTS
 from util.errors import UserError
 from util.gaze import heatmap_to_uint8
 from util.images import read_gray, write_gray
@@ -229,6 +231,21 @@ def test_loose_files(study, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no .png"):
         predict_files(tmp_path / "empty", tmp_path / "out2", PLAIN)
+
+
+def test_the_contrast_of_loose_dicom_files_decides_their_heatmaps(tmp_path):
+    dicom = make_study(tmp_path / "raw", n_images=1, size=64, image_format="dcm", shared_images=0).images
+    made = {}
+    for contrast in CONTRASTS:
+        report = predict_files(dicom, tmp_path / contrast, PLAIN, dicom_contrast=contrast)
+        assert report.counts["heatmaps"] == 1
+        made[contrast] = next((tmp_path / contrast).rglob("*.png")).read_bytes()
+    predict_files(dicom, tmp_path / "default", PLAIN)
+    assert next((tmp_path / "default").rglob("*.png")).read_bytes() == made["mimic-cxr-jpg"] != made["window"]
+    before = contents(tmp_path / "window")
+    with pytest.raises(UserError, match="dicom_contrast window there, dicom_contrast minmax asked for"):
+        predict_files(dicom, tmp_path / "window", PLAIN, dicom_contrast="minmax")
+    assert contents(tmp_path / "window") == before
 
 
 def test_loose_heatmaps_make_a_tree(study, tmp_path):
