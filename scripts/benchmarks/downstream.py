@@ -85,7 +85,7 @@ def measure_heads(
                 plain[fraction, seed] = auc(images.labels[rows.test, 0], logits[:, 0])
 
             spent.append(timed_twice(published, device.type))
-    plain_seconds, plain_processor = np.sum(spent, 0)
+    plain_seconds, plain_processor = np.sum(spent, 0).tolist()
     spread = np.mean([np.std([plain[fraction, seed] for seed in SEEDS], ddof=1) for fraction in FRACTIONS])
     report.equality["linear evaluation, mean standard deviation of AUCs over seeds"] = float(spread)
     counts = ", ".join(f"{(images.parts == part).sum()} {part}" for part in SHARES)
