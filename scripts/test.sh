@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Run every test in .venv (made on first use). Options go to pytest: bash scripts/test.sh -k masking
 # The long reliability tests run on demand: bash scripts/test.sh -m slow
+# On a GPU: bash scripts/test.sh -m cuda (PYTHON=python3 takes an environment of its own)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 # Tests run in several processes, so each gets one thread.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-2}" "$@"
+parallel=()
+"$PYTHON" -c "import xdist" 2> /dev/null && parallel=(-n "${PYTEST_WORKERS:-2}") || echo "without pytest-xdist: one process"
+exec "$PYTHON" -m pytest ${parallel[@]+"${parallel[@]}"} "$@"

@@ -55,24 +55,24 @@ def run(copy, *command, timeout=240):
         "PYTHONPATH": str(copy.parent / "hide"),
         "OMP_NUM_THREADS": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHON": sys.executable,
     }
-    return subprocess.run(
-        [sys.executable, *command], cwd=copy, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def test_cuda_tests_are_collected(copy):
-    done = run(copy, "-m", "pytest", "-m", "cuda", "--collect-only", "-p", "no:cacheprovider")
+    done = run(copy, "bash", "scripts/test.sh", "-m", "cuda", "--collect-only", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in (
         "test_golden.py::test_gradients",
         "test_no_step_waits_for_the_device",
         "bit_equal_on_one_gpu",
+        "test_fine_tuning",
     ):
         assert name in done.stdout
     assert "error" not in done.stdout.splitlines()[-1]
 
 
 def test_programs_start(copy):
-    done = run(copy, "-c", PARSE)
+    done = run(copy, sys.executable, "-c", PARSE)
     assert done.stdout.endswith("all there\n"), done.stderr
