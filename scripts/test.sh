@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 source scripts/venv.sh
 # Tests run in several processes, so each gets one thread.
 export OMP_NUM_THREADS=1
-parallel=()
-"$PYTHON" -c "import xdist" 2> /dev/null && parallel=(-n "${PYTEST_WORKERS:-2}") || echo "without pytest-xdist: one process"
+# Each takes its share of the files in one piece, so that what they share is made once, and then from the others'.
+parallel=(-n "${PYTEST_WORKERS:-2}" --dist worksteal)
+"$PYTHON" -c "import xdist" > /dev/null 2>&1 || { echo "no pytest-xdist: in one process"; parallel=(); }
 exec "$PYTHON" -m pytest ${parallel[@]+"${parallel[@]}"} "$@"
