@@ -55,7 +55,7 @@ def test_a_relative_python_is_seen_from_where_the_script_is_called(tmp_path, nam
 
 @pytest.mark.parametrize("has_xdist", [True, False])
 def test_the_tests_run_in_one_process_where_pytest_has_no_more(tmp_path, has_xdist):
-    there = 'case $2 in "import xdist") exit %d ;; esac; echo "$*"' % (not has_xdist)
+    there = f'case $2 in "import xdist") exit {int(not has_xdist)} ;; esac; echo "$*"'
     result = run(
         "bash", ROOT / "scripts/test.sh", "-m", "cuda", PYTHON=str(stand_in(tmp_path / "python", there))
     )
