@@ -27,10 +27,12 @@ import json, sys
 out = sys.argv[1]
 losses = [json.loads(line)["train_loss"] for line in open(f"{out}/pretrain/log.txt")]
 print(f"""
-Look at:
-  {out}/pictures.png         image, gaze, mask, HOG target and prediction
-  {out}/gaze/examples.png    gaze of the readers, and predicted
-  {out}/results.png, table.md   what the encoder is worth on labelled images
+Look at these in {out}/:
+  pictures.png                          image, gaze, mask, HOG targets and what was predicted of them
+  gaze/examples.png, gaze/metrics.png   gaze of the readers and predicted, so early hardly more than the mean map
+  downstream/rsna-probe/results.png     what the encoder is worth on labelled images: on 24 test images the intervals
+                                        are too wide to tell it from random weights
+  table.md, results.png                 the same for all data sets and methods together, of which the demo has one
 Made on the way: raw/ (the studies), data/ (the trees that training reads), gaze/, pretrain/ (checkpoints, log.txt,
 TensorBoard events), backbone.pth, downstream/
 loss of pretraining: {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last""")
