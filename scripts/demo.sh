@@ -15,6 +15,8 @@ echo "== Made-up studies: REFLACX's layout with one real radiograph (simulated g
 "$PYTHON" scripts/make_phantom.py --out "$out/raw" --layout rsna --format jpg --n_images 160 --width 210 --height 256 \
   --lesion_kinds consolidation --normal_fraction 0.5
 
+# Nothing of what the environment may have set for a real run.
+unset NIH CHEXPERT SIIM COVIDX GPUS PREPARE_FLAGS DOWNSTREAM_FLAGS ACCEPT_DAMAGED
 REFLACX=$out/raw/reflacx IMAGES=$out/raw/mimic MORE_IMAGES=$out/raw/more/mimic PREDICTED_GAZE=yes RSNA=$out/raw/rsna \
   OUT=$out DEVICE=cpu WORKERS=2 PRETRAINED=none MODEL=cxrmim_vit_tiny_patch16 EPOCHS=20 BATCH_SIZE=8 \
   PRETRAIN_FLAGS="--warmup_epochs 2 --blr 4e-2 --image_every 0" \
