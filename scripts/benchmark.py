@@ -98,7 +98,7 @@ def settings_of(args: argparse.Namespace, device: str) -> Settings:
     if device == "cuda":
         settings = replace(
             settings, batch_size=128, prediction_batch=32, repeats=10, sample_repeats=6, loader_batches=30,
-            workers=(0, 4, 16), training_workers=(4, 16), copies=64, downstream=(100, 15, 8, 192),
+            workers=(0, 4, 16), training_workers=(4, 16), copies=64, downstream=(50, 15, 8, 192),
         )  # fmt: skip
     if args.quick:
         settings = Settings(
