@@ -135,7 +135,7 @@ def watch(chain: Chain) -> dict[str, tuple[float, int]]:
 # Power off, by the scheduler, by Ctrl-C, before a job's time is up: signal and status of the script.
 STATUSES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
 # From and up to which share of a step's time; None: at its last line.
-MOMENTS = {"beginning": (0.0, 0.4), "middle": (0.2, 0.9), "end": None}
+MOMENTS = {"beginning": (0.0, 0.15), "middle": (0.15, 0.9), "end": None}
 
 
 def disturb(chain: Chain, steps: dict[str, tuple[float, int]], chance: random.Random) -> dict[str, list[str]]:
