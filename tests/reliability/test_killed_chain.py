@@ -104,14 +104,17 @@ class Chain:
             time.sleep(0.005)
         return False
 
+    def kill(self) -> None:
+        self.job.process.kill()  # first, so that it has no time to tell of its step's end
+        for _ in range(2):  # those that were being started, too
+            for pid in processes_with(self.job.token):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def end(self, signum: int) -> int:
         """Power off, or a signal to the script alone; returns its status once nothing is left."""
         if signum == signal.SIGKILL:
-            self.job.process.kill()  # first, so that it has no time to tell of its step's end
-            for _ in range(2):  # those that were being started, too
-                for pid in processes_with(self.job.token):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signum)
+            self.kill()
         else:
             self.job.process.send_signal(signum)
         status = self.job.process.wait(120)
@@ -177,8 +180,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_disturbed_in_every_step_the_chain_makes_the_same(data, tmp_path):
+def test_disturbed_in_every_step_the_chain_makes_the_same(data, tmp_path, request):
     chain = Chain(data, tmp_path / "a place")
+    request.addfinalizer(lambda: chain.kill())  # of the one at work when a check fails
     steps = watch(chain)
     assert [name for name in steps if name] == STEPS
     expected = contents(chain.out / "out")
