@@ -117,7 +117,9 @@ case $1 in scripts/make_phantom.py) mkdir -p "$3" ;; scripts/export_backbone.py)
     result = run("bash", ROOT / "scripts/ablate.sh", out, PYTHON=str(python), NOTES=str(notes), **settings)
     assert result.returncode == 0, result.stderr
     calls = [call.split("\0") for call in notes.read_text().removesuffix("\0\0").split("\0\0")]
-    return [words for words in calls if words[0] != "-c"]  # scripts/venv.sh looks at the Python that was given
+    return [
+        words for words in calls if words[0] != "-c"
+    ]  # scripts/venv.sh looks at the Python that was given
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
