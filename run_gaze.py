@@ -339,6 +339,10 @@ def check_args(args: argparse.Namespace) -> None:
                  "print_every", "cache_size"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.cache_size < args.input_size:
+        raise UserError(
+            f"--cache_size {args.cache_size}: below --input_size {args.input_size}, so that images would be enlarged"
+        )
     for name in (
         "num_workers",
         "warmup_epochs",
