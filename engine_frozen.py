@@ -131,8 +131,7 @@ class Features:
 
     def cls(self, view: int, rows: np.ndarray) -> torch.Tensor:
         """Cls tokens, or pixels, of some images in a view, on the device: [len(rows), D]."""
-        values = self.file(view).read(rows)[:, : self.width]
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.frozen.device)
+        return torch.from_numpy(self.file(view).read(rows, self.width)).to(self.frozen.device)
 
 
 def _pixels(gray: torch.Tensor) -> torch.Tensor:
