@@ -39,7 +39,7 @@ from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
 from util.cli import finite_float, seed_number
-from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
+from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.jobs import Jobs, digest
@@ -100,6 +100,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weights", nargs="+", default=[], metavar="NAME=FILE",
         help="encoders to compare: NAME=FILE, imagenet, random, or pixels (no encoder)")  # fmt: skip
     add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
+    add(
+        "--random_model",
+        help=f"timm's name of the random weights' ViT (default: as the first file, or {DEFAULT_MODEL})",
+    )
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
     add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
@@ -279,7 +283,7 @@ def describe(candidate: Candidate) -> str:
         return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
     if backbone is None or candidate.kind == "random":
         shape = (
-            "vit_base_patch16_224" if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
+            candidate.timm_name if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
         )
         return f"{candidate.name}: random weights, {shape}"
     lines = [f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
@@ -325,8 +329,9 @@ def judge(
             )  # fmt: skip
         return outcomes
     candidates = read_candidates(
-        args.weights, imagenet=args.imagenet, tap=args.tap, img_size=args.img_size, num_heads=args.num_heads
-    )
+        args.weights, imagenet=args.imagenet, random_model=args.random_model, tap=args.tap, img_size=args.img_size,
+        num_heads=args.num_heads,
+    )  # fmt: skip
     ranks.say("\n".join(map(describe, candidates)))
     views = open_views(args, images, ranks)
     jobs = Jobs(output_dir / "jobs")

@@ -98,7 +98,7 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys):
     assert "matched   18  cls_token" in printed and "missing    0" in printed
     table = (out / "table.md").read_text()
     assert "| _our$1 | 50% | 2 |" in table and "(published)* | 100%" in table
-    assert Image.open(out / "results.png").size[0] == 1200
+    assert Image.open(out / "results.png").size[0] >= 1200
     split = pd.read_csv(out / "split.csv")
     assert split["split"].value_counts().to_dict() == {"train": 84, "valid": 18, "test": 18}
 
