@@ -182,7 +182,7 @@ def finetune(
     views = tuning.open_views(seed)
     judging = dict(
         mean=tuning.mean, std=tuning.std, dtype=tuning.dtype, batch_size=tuning.test_batch,
-        num_workers=tuning.num_workers, ranks=ranks,
+        num_workers=tuning.num_workers, ranks=ranks, signals=tuning.signals,
     )  # fmt: skip
     core = build(candidate, recipe, len(images.label_names), seed).to(ranks.device)
     optimizer = build_optimizer(core, recipe)
@@ -225,6 +225,14 @@ def finetune(
         state |= {"best_epoch": place.best_epoch, "best_loss": place.best_loss, "best": place.best}
         on_main(ranks, lambda: save_checkpoint(state, folder / CHECKPOINT))
 
+    def judge(part: np.ndarray) -> Tensor:
+        try:
+            return predict(core, views, part, **judging)
+        except Stopped:
+            save()
+            log.close()
+            raise
+
     saved = time.monotonic()
     batches = iter(loader)
     total, done = recipe.epochs * steps, place.epoch * steps + place.step
@@ -237,7 +245,7 @@ def finetune(
                 save()
                 log.close()
                 raise Stopped
-            logits = predict(core, views, rows.valid, **judging)
+            logits = judge(rows.valid)
             loss = float(known_loss(logits, valid_labels, images.task))
             if not math.isfinite(loss):
                 raise UserError(f"{what}, epoch {place.epoch + 1}: the validation loss is {loss}; lower --lr")
@@ -254,10 +262,10 @@ def finetune(
             if ranks.gather(time.monotonic() - saved > 60 * tuning.save_minutes)[0]:
                 save()
                 saved = time.monotonic()
-    log.close()
     del batches, loader
     core.load_state_dict(place.best)
-    scores = probabilities(predict(core, views, rows.test, **judging), images.task).astype(np.float32)
+    scores = probabilities(judge(rows.test), images.task).astype(np.float32)
+    log.close()
 
     def finish() -> None:
         write_tuned(

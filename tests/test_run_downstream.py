@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+import run_downstream
 from run_downstream import main
 from util.errors import UserError
 
@@ -172,7 +175,29 @@ def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path
     with pytest.raises(UserError, match="holds results of another split"):
         main([*argv, "--dry_run", "--split", "subject"])
     assert main([*argv, "--dry_run"]) == 0 and (tmp_path / "split.csv").read_text() == split
+    # Until a run with another split is through, split.csv is that of the results beside it.
+    other = [*argv, "--split", "subject"]
+    results = (tmp_path / "results.csv").read_text()
+    assert main([*other, "--max_minutes", "0"]) == 75
+    assert (tmp_path / "split.csv").read_text() == split
+    assert (tmp_path / "results.csv").read_text() == results
+    assert main(other) == 0 and (tmp_path / "split.csv").read_text() != split
+    tested = pd.read_csv(tmp_path / "split.csv").query("split == 'test'")["id"]
+    assert list(pd.read_csv(tmp_path / "predictions.csv")["id"]) == list(tested)
     assert main(argv) == 0 and (tmp_path / "results.png").exists()
+
+
+def test_a_stop_while_images_are_decoded_comes_at_once(rsna, tmp_path, monkeypatch):
+    plain = run_downstream.open_squares
+
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(run_downstream, "open_squares", stopped)
+    with pytest.raises(SystemExit) as end:
+        main(command(rsna, tmp_path, "--weights", "pixels"))
+    assert end.value.code == 128 + signal.SIGTERM and not list(tmp_path.glob("cache/**/*.u8"))
 
 
 def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):
