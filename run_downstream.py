@@ -45,6 +45,7 @@ from util.figures import save_figure
 from util.files import replace_together
 from util.jobs import Jobs, digest
 from util.output import hold_output, writing_results
+from util.precision import set_tf32
 from util.pretrained import weights_name
 from util.results import (
     Outcome,
@@ -312,6 +313,7 @@ def judge(
 ) -> list[Outcome]:
     """Scores of the test images by every encoder, fraction and seed. Raises `Stopped`, `UserError`."""
     output_dir = Path(args.output_dir)
+    set_tf32(False)
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     common = dict(
         task=images.task,

@@ -31,6 +31,7 @@ from util.output import (
     save_and_prune,
     writing_results,
 )
+from util.precision import set_tf32
 from util.pretrained import stored_weights
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status
@@ -122,6 +123,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
         )
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
+    set_tf32(False)
     torch.manual_seed(args.seed)
     with hold_output(args.output_dir, args.log_dir, ranks=ranks):
         request = GO_ON if args.judge else train(args, ranks, signals)

@@ -26,6 +26,7 @@ from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
+from util.precision import set_tf32
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status
 from util.weights import load_initial_weights
@@ -71,7 +72,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--cache_size", type=int, default=512, help="short side of cached images in pixels; crops are cut from "
         "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")  # fmt: skip
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
-    add("--check_data", action="store_true", help="read every file of the data, list the bad ones, and exit")
+    add(
+        "--check_data",
+        action="store_true",
+        help="read every file of the data and the cache, list the bad ones, and exit",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -138,7 +143,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
-    add("--tf32", action="store_true", help="TF32 in float32 matrix products on CUDA")
+    add("--tf32", action="store_true", help="TF32 in float32 products and convolutions on CUDA")
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
@@ -311,8 +316,7 @@ def load_to_go_on(
 def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     """Fill in the defaults that depend on the device and on the number of processes, and seed the weights."""
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
-    if args.tf32:
-        torch.set_float32_matmul_precision("high")
+    set_tf32(args.tf32)
     torch.manual_seed(args.seed)
     if args.lr is None:
         args.lr = absolute_lr(args.blr, args.batch_size * args.accum_iter * ranks.world_size)
@@ -354,14 +358,20 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace) -> int:
-    """Read the whole tree and list every bad entry; returns the exit status."""
+    """Read the whole tree, and its cache where there is one, and list every bad entry; returns the exit status."""
     problems = datasets.check_data(args.data_path, preload=args.preload)
+    if args.use_cache:
+        problems += datasets.check_caches(
+            args.data_path,
+            preload=args.preload,
+            cache_dir=args.cache_dir,
+            cache_size=args.cache_size,
+            fallback_dir=args.output_dir,
+        )
     for problem in problems:
         print(f"{problem.severity}: {problem.file}: {problem.message}")
-    n_errors = sum(problem.severity == "error" for problem in problems)
-    print(
-        f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {len(problems) - n_errors} warnings"
-    )
+    n_errors, n_warnings = (sum(p.severity == kind for p in problems) for kind in ("error", "warning"))
+    print(f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {n_warnings} warnings")
     return 1 if n_errors else 0
 
 

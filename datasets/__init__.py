@@ -15,6 +15,7 @@ __all__ = [
     "SampleError",
     "add_cache",
     "build_dataset",
+    "check_caches",
     "check_data",
     "detect_tree",
 ]

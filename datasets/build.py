@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.cache import add_cache
+from datasets.cache import add_cache, check_cache
 from datasets.mimic import Mimic
 from datasets.reflacx import Reflacx
 from datasets.tree import ConcatTrees, GazeTree, Problem, SampleError, check_tree
 from util.errors import UserError
 
-__all__ = ["Mimic", "Problem", "Reflacx", "SampleError", "build_dataset", "check_data"]
+__all__ = ["Mimic", "Problem", "Reflacx", "SampleError", "build_dataset", "check_caches", "check_data"]
 
 DataPath = str | os.PathLike | Sequence[str | os.PathLike]
 TREE_TYPES = (Reflacx, Mimic)
@@ -67,6 +67,28 @@ def build_dataset(
 def check_data(data_path: DataPath, preload: bool = False) -> list[Problem]:
     """Read every file of the trees and return every bad entry; none raises but an unreadable index."""
     return [problem for path in _paths(data_path) for problem in check_tree(*detect_tree(path), preload)]
+
+
+def check_caches(
+    data_path: DataPath,
+    *,
+    preload: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    cache_size: int = 512,
+    fallback_dir: str | os.PathLike | None = None,
+) -> list[Problem]:
+    """Read and check the caches that `build_dataset` would use with these settings: notes on those that are whole or
+    not there, warnings about damaged ones. A tree that has no readable index or lacks files is left to `check_data`."""
+    found = []
+    for tree_type, root in map(detect_tree, _paths(data_path)):
+        try:
+            tree = tree_type(root, preload=preload, cache_size=cache_size)
+            found += check_cache(tree, cache_dir, fallback_dir=fallback_dir)
+        except UserError as error:
+            found.append(
+                Problem("note", str(root), f"its cache was not checked, for an error of the tree ({error})")
+            )
+    return found
 
 
 def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:

@@ -53,7 +53,7 @@ class EntryFiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of `check_data`: severity is "error" or "warning"."""
+    """One finding of `check_data`: severity is "error", "warning" or, where all is well, "note"."""
 
     severity: str
     file: str

@@ -6,7 +6,10 @@ published program does it (or the nearest plain way), and ours. The ratio is the
 the turns, its spread their quartiles. Inputs are phantoms of 2544 x 3056 px, made here.
 
     python scripts/benchmark.py                 # CPU or GPU, whichever is there; about 8 minutes on 2 cores
-    python scripts/benchmark.py --json out.json
+    python scripts/benchmark.py --json out.json # written after every part: what is measured is kept
+
+A part that fails is told, the others go on, and the exit status is 1. On a GPU what is not done within --minutes
+is left out, which is told as well; the order is that of importance.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
+import math
 import platform
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,11 +38,13 @@ from scripts.benchmarks.gaze import measure_gaze_training, measure_prediction
 from scripts.benchmarks.loading import measure_loader, measure_samples, measure_shared_memory
 from scripts.benchmarks.step import measure_steps
 from scripts.benchmarks.targets import measure_hog
-from scripts.benchmarks.timing import Report, Settings
+from scripts.benchmarks.timing import Parts, Report, Settings
 from scripts.benchmarks.training import measure_training
-from scripts.benchmarks.variants import measure_variants
+from scripts.benchmarks.variants import VariantSteps, variants
+from util.cli import finite_float
+from util.cpus import available_cpus
 from util.errors import UserError, run_cli
-from util.files import atomic_write
+from util.precision import set_tf32
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -50,6 +56,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 128 on a GPU")
     parser.add_argument(
         "--compile", action="store_true", help="also measure compiled steps (on a GPU always)"
+    )
+    parser.add_argument(
+        "--minutes", type=finite_float, help="stop after so long (default: 7.5 on a GPU, never on a CPU)"
     )
     parser.add_argument("--work_dir", help="where inputs are made and removed again (default: /tmp)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
@@ -64,44 +73,73 @@ def main(argv: list[str] | None = None) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that PyTorch can use")
-    settings = Settings(device=device)
-    if device == "cuda":
-        settings.batch_size, settings.workers, settings.repeats = 128, (0, 4, 16), 20
-    if args.quick:
-        settings = Settings(
-            (330, 380), 2, "cxrmim_vit_tiny_patch16", 2, 2, 2, 224, 2, 3, (0, 1), device
-        )  # fmt: skip
-        settings.downstream, settings.input_size = (40, 1, 4, 64), 64
-    settings.compile, settings.quick = args.compile or device == "cuda" or args.quick, args.quick
-    if args.batch_size:
-        settings.batch_size = args.batch_size
-
+    settings = settings_of(args, device)
+    set_tf32(False)
     report = Report(machine(device), asdict(settings))
+    minutes = args.minutes or (7.5 if device == "cuda" else math.inf)
+    parts = Parts(report, Path(args.json) if args.json else None, minutes)
     print(" | ".join(f"{key}: {value}" for key, value in report.machine.items()))
     header = f"{'':44}  {'baseline':>9}  {'ours':>9}  {'':10}  {'ratio (quartiles)':24}  bar"
     print(header, flush=True)
-    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.work_dir) as name:
-        tree = make_inputs(Path(name), settings)
-        torch.set_num_threads(1)  # as a loader's worker has
-        measure_samples(report, tree, settings)
-        measure_shared_memory(report, tree, settings)
-        measure_loader(report, tree, settings)
-        torch.set_num_threads(threads)
-        measure_hog(report, settings)
-        measure_steps(report, tree, settings)
-        measure_variants(report, tree, settings)
-        measure_training(report, tree, Path(name) / "output", settings)
-        measure_prediction(report, Path(name), settings, args.quick)
-        measure_gaze_training(report, Path(name), settings)
-        measure_downstream(report, Path(name) / "downstream", settings)
-        measure_encoding_rate(report, settings)
+        run_parts(parts, report, Path(name), settings)
     for name, value in report.equality.items():
         print(f"{name}: {value:.3g}")
-    if args.json:
-        with atomic_write(args.json, "w") as file:
-            json.dump(asdict(report), file, indent=2)
-    return 0
+    if report.skipped:
+        print(f"not measured for lack of time: {'; '.join(report.skipped)}")
+    if report.failures:
+        print(f"error: {len(report.failures)} parts failed: {'; '.join(report.failures)}", file=sys.stderr)
+    return 1 if report.failures else 0
+
+
+def settings_of(args: argparse.Namespace, device: str) -> Settings:
+    """Sizes of a run: those of the CPU are `Settings`' own."""
+    settings = Settings(device=device)
+    if device == "cuda":
+        settings = replace(
+            settings, batch_size=128, prediction_batch=32, repeats=10, sample_repeats=6, loader_batches=30,
+            workers=(0, 4, 16), training_workers=(4, 16), copies=64, downstream=(100, 15, 8, 192),
+        )  # fmt: skip
+    if args.quick:
+        settings = Settings(
+            image_size=(330, 380), n_images=2, model="cxrmim_vit_tiny_patch16", batch_size=2, prediction_batch=2,
+            repeats=2, sample_repeats=2, cache_size=224, epochs=2, loader_batches=3, workers=(0, 1),
+            training_workers=(1,), device=device, downstream=(40, 1, 4, 64), input_size=64,
+        )  # fmt: skip
+    if args.batch_size:
+        settings.batch_size = args.batch_size
+    settings.compile, settings.quick = args.compile or device == "cuda" or args.quick, args.quick
+    return settings
+
+
+def run_parts(parts: Parts, report: Report, root: Path, settings: Settings) -> None:
+    """All measurements, with their files in `root`."""
+    tree = make_inputs(root, settings)
+    run = parts.run
+    # The first, which also measures how the cache is built that the others read.
+    run("samples", lambda: measure_samples(report, tree, settings))
+    run("HOG targets", lambda: measure_hog(report, settings))
+    run("parts of a step", lambda: measure_steps(report, tree, settings))
+    steps = VariantSteps(report, tree, settings)
+    compiled = [variant for variant in variants(settings) if variant.compile_mode]
+    for variant in variants(settings):
+        if variant not in compiled:
+            run(f"step: {variant.name}", partial(steps.measure, variant))
+    for workers in settings.training_workers:
+        output = root / f"output-{workers}"
+        run(
+            f"training, {workers} workers", partial(measure_training, report, tree, output, settings, workers)
+        )
+    run("gaze training", lambda: measure_gaze_training(report, root, settings))
+    run("downstream encoding", lambda: measure_encoding_rate(report, settings))
+    run("loader", lambda: measure_loader(report, tree, settings))
+    run("shared memory", lambda: measure_shared_memory(report, tree, settings))
+    for variant in compiled[:2]:  # compiling takes a minute or more each
+        run(f"step: {variant.name}", partial(steps.measure, variant), needs=30)
+    run("gaze prediction", lambda: measure_prediction(report, root, settings))
+    run("linear evaluation", lambda: measure_downstream(report, root / "downstream", settings))
+    for variant in compiled[2:]:
+        run(f"step: {variant.name}", partial(steps.measure, variant), needs=30)
 
 
 def machine(device: str) -> dict:
@@ -111,7 +149,7 @@ def machine(device: str) -> dict:
         cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), cpu)
     result = {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": available_cpus(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -127,7 +165,7 @@ def make_inputs(root: Path, settings: Settings) -> Path:
     """A processed tree in native resolution with JPG images, as the published program reads it."""
     study = make_study(root / "raw", n_images=settings.n_images, size=settings.image_size, shared_images=0)
     with contextlib.redirect_stdout(sys.stderr):
-        prepare(raw=study.raw, images=study.images, out=root / "tree", size=0, workers=os.cpu_count() or 1)
+        prepare(raw=study.raw, images=study.images, out=root / "tree", size=0, workers=available_cpus())
     index = root / "tree" / "reflacx.json"
     entries = json.loads(index.read_text())
     originals = {path.stem: path for path in Path(study.images).rglob("*.jpg")}

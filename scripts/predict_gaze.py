@@ -19,6 +19,7 @@ from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.cpus import available_cpus
 from util.encoders import digest_of
 from util.errors import UserError, run_cli
+from util.precision import set_tf32
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -79,6 +80,7 @@ def as_predictor(model: GazeNet) -> Predictor:
     device = model.log_prior.device
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        set_tf32(False)
 
     @torch.inference_mode()
     def maps(images: torch.Tensor) -> torch.Tensor:

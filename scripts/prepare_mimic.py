@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
+from util.cli import add_accept_damaged
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
@@ -60,6 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
+    add_accept_damaged(parser)
     add(
         "--dry_run",
         action="store_true",
@@ -70,12 +72,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = vars(get_args_parser().parse_args(argv))
+    accepted = args.pop("accept_damaged")
     args["views"] = tuple(args["views"])
     report = prepare_mimic(**args)
     print(report)
     if report.faults:
         print(f"{len(report.faults)} images left out for damaged input, listed above", file=sys.stderr)
-        return 1
+        if not accepted:
+            return 1
     print("nothing written (--dry_run)" if report.dry_run else f"{args['out']} is ready")
     return 0
 

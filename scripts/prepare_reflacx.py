@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import DEFAULT_SIGMA
 from datasets.raw.readings import MAX_BAD
-from util.cli import finite_float
+from util.cli import add_accept_damaged, finite_float
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
@@ -83,13 +83,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="processes; the result does not depend on it",
     )
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
+    add_accept_damaged(parser)
     add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
     return parser  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     args = vars(get_args_parser().parse_args(argv))
-    source = args.pop("source")
+    source, accepted = args.pop("source"), args.pop("accept_damaged")
     report = prepare(**args, source=None if source == "auto" else source)
     print(report)
     if report.seconds:
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"seconds by stage, over all workers: {stages}")
     if report.faults:
         print(f"{len(report.faults)} readings left out for damaged input, listed above", file=sys.stderr)
-        return 1
+        if not accepted:
+            return 1
     print("nothing written (--dry_run)" if report.dry_run else f"{args['out']} is ready")
     return 0
 

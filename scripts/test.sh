@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 source scripts/venv.sh
 # Tests run in several processes, so each gets one thread.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-2}" "$@"
+# Each takes its share of the files in one piece, so that what they share is made once, and then from the others'.
+exec "$PYTHON" -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from reliability_runs import run, run_ranks, signal_at_call
 from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
 
 import engine_tuned
@@ -23,8 +22,6 @@ from run_downstream import main
 from util.encoders import Candidate, read_candidates
 from util.errors import UserError
 from util.export import read_backbone
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def tune(root: Path, out: Path, weights: object, *options: object) -> list[str]:
@@ -63,24 +60,10 @@ def test_best_pth_is_the_epoch_with_the_lowest_validation_loss(tuned):
 
 def test_a_killed_run_goes_on_exactly(rsna, encoder, tuned, tmp_path):  # noqa: F811
     """Stopped by SIGTERM inside an epoch, it ends with the same numbers, to the last digit."""
-    code = (
-        "import sys, os, signal, engine_finetune\n"
-        "from run_downstream import main\n"
-        "whole = engine_finetune.global_loss\n"
-        "steps = []\n"
-        "def stop_at_8(*args):\n"
-        "    steps.append(1)\n"
-        "    if len(steps) == 8: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return whole(*args)\n"
-        "engine_finetune.global_loss = stop_at_8\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
     argv = tune(rsna, tmp_path, encoder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *argv], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    stop = partial(signal_at_call, "engine_finetune", "global_loss", 8, signal.SIGTERM)
+    status, output = run(argv, tmp_path / "log", main=main, fault=stop)
+    assert status == 128 + signal.SIGTERM, output
     assert len(log(tmp_path)) == 1 and len(list(tmp_path.glob("runs/*/checkpoint.pth"))) == 1
     assert main(argv) == 0
     assert log(tmp_path) == log(tuned)
@@ -115,16 +98,11 @@ def test_a_stop_while_judging_comes_at_once_and_costs_nothing(rsna, encoder, tun
 
 
 def test_two_processes_do_what_one_does(rsna, encoder, tuned, tmp_path):  # noqa: F811
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*argv, "run_downstream.py", *tune(rsna, tmp_path, encoder)], cwd=ROOT, env=environment, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    statuses, outputs = run_ranks(tune(rsna, tmp_path, encoder), tmp_path / "log", main=main)
+    assert statuses == [0, 0], "\n".join(outputs)
     scores = [pd.read_csv(out / "predictions.csv")["score"] for out in (tuned, tmp_path)]
     np.testing.assert_allclose(*scores, atol=1e-4)
-    assert result.stdout.count("wrote results.csv") == 1
+    assert ["wrote results.csv" in text for text in outputs] == [True, False]
 
 
 def test_evaluate_judges_best_pth_on_another_folder(rsna, encoder, tuned, tmp_path):  # noqa: F811

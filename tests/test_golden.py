@@ -9,6 +9,7 @@ import torch
 
 from models_cxrmim import CXRMIM, cxrmim_vit_base_patch16
 from util.masking import otsu_foreground, significant_patches
+from util.precision import set_tf32
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -18,6 +19,7 @@ TOLERANCE = {"cpu": (1e-5, 1e-4), "cuda": (1e-4, 1e-4)}
 
 @pytest.fixture(params=DEVICES)
 def device(request):
+    set_tf32(False)  # torch's own default has TF32 in convolutions
     return request.param
 
 
@@ -124,15 +126,14 @@ def test_gradients(golden, batch, mask, make_model, device):
 )
 def test_other_number_formats(golden, batch, mask, make_model, device, how, of_loss, of_gradient):
     model = make_model(gaze_weighted=True)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if how == "tf32" else "highest")
+    set_tf32(how == "tf32")
     try:
         with torch.autocast(device, getattr(torch, how, None), enabled=how != "tf32"):
             loss = model(batch, mask=mask)
         scale = 2.0**10 if how == "float16" else 1.0  # small gradients would underflow
         (scale * loss).backward()
     finally:
-        torch.set_float32_matmul_precision(precision)
+        set_tf32(False)
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm() / scale
     assert loss.item() == pytest.approx(float(golden["loss_weighted"]), abs=of_loss)
     assert norm.item() == pytest.approx(float(golden["grad_norm_weighted"]), rel=of_gradient)

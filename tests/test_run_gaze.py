@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from gaze_trees import edit_index, make_gaze_tree
+from reliability_runs import run
 
 import run_gaze
 from engine_gaze import Best
@@ -202,13 +202,10 @@ def test_a_heatmap_of_zeros_is_one_line_with_workers_too(tmp_path):
     tree = make_gaze_tree(tmp_path / "tree", 12)
     zero = tree / "attention/s10004/P10004R0.png"  # a test image
     write_gray(zero, np.zeros_like(read_gray(zero)))
-    command = [sys.executable, "run_gaze.py", *SMALL.split(), "--data_path", str(tree)]
-    command += ["--output_dir", str(tmp_path / "out"), "--num_workers", "1", "--epochs", "1"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1 and "P10004R0.png: the heatmap is zero" in done.stderr
+    argv = [*SMALL.split(), "--data_path", str(tree), "--output_dir", str(tmp_path / "out")]
+    status, output = run([*argv, "--num_workers", "1", "--epochs", "1"], tmp_path / "log", main=run_gaze.main)
+    assert status == 1 and "Traceback" not in output
+    assert "P10004R0.png: the heatmap is zero" in output.strip().splitlines()[-1]
 
 
 def test_leak_between_trees_is_refused(tree, tmp_path):

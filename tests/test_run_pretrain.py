@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reliability_runs import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models.vision_transformer import VisionTransformer
 
@@ -246,18 +247,14 @@ def test_weights_of_another_model_are_refused(tree, tmp_path):
         train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'small.pth'}")
 
 
-def run_launcher(launcher, tree, out, flags=""):
-    command = [sys.executable, "-m", *launcher.split(), "run_pretrain.py", *SMALL.split(), "--epochs", "1"]
-    command += ["--data_path", str(tree), "--output_dir", str(out), *flags.split()]
+def test_torch_distributed_launch_as_published_with_two_processes(tree, tmp_path):
+    """It passes --local-rank (--local_rank in older versions). torchrun: tests/reliability/test_launchers.py."""
+    command = [sys.executable, *"-m torch.distributed.launch --nproc_per_node 2 run_pretrain.py".split()]
+    command += f"{SMALL} --epochs 1 --batch_size 2 --data_path".split()
+    command += [str(tree), "--output_dir", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-
-
-def test_torchrun_with_two_processes(tree, tmp_path):
-    result = run_launcher(
-        "torch.distributed.run --standalone --nproc_per_node 2", tree, tmp_path, "--batch_size 2"
     )
     assert result.returncode == 0, result.stderr
     assert "effective batch  4 = 2 x 1 accumulated x 2 processes" in result.stdout
@@ -267,16 +264,9 @@ def test_torchrun_with_two_processes(tree, tmp_path):
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
 
 
-def test_torch_distributed_launch_as_published(tree, tmp_path):
-    """It passes --local-rank (--local_rank in older versions), and errors are one line there too."""
-    result = run_launcher("torch.distributed.launch --nproc_per_node 1", tree, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "checkpoint-0.pth").exists()
-
-
 def test_without_launcher_an_error_is_one_line_and_the_status_is_not_zero(tmp_path):
-    command = [sys.executable, "run_pretrain.py", *SMALL.split(), "--data_path", str(tmp_path / "none")]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("error: --data_path")
-    assert "Traceback" not in result.stderr
+    argv = f"{SMALL} --id_list 0 1 --scale_list 4 0.5 --data_path".split()
+    status, output = run([*argv, str(tmp_path / "none")], tmp_path / "log")
+    assert status == 1
+    assert output.strip().splitlines()[-1].startswith("error: --data_path")
+    assert "Traceback" not in output

@@ -19,6 +19,15 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dist_url", default="env://", help="where the processes meet")
 
 
+def add_accept_damaged(parser: argparse.ArgumentParser) -> None:
+    """The flag by which a preparation that left out damaged files ends well, for what comes behind it."""
+    parser.add_argument(
+        "--accept_damaged",
+        action="store_true",
+        help="exit status 0, not 1, where damaged files were listed and left out",
+    )
+
+
 def finite_float(text: str) -> float:
     """The `type` of every number with a fraction: nan and inf pass comparisons that no use of them survives."""
     try:

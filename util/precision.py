@@ -1,4 +1,4 @@
-"""Mixed precision with few casts.
+"""Number formats: what float32 means on a GPU, and mixed precision with few casts.
 
 Under autocast, torch casts every weight and bias by a kernel of its own in the forward pass and each gradient
 by another in the backward pass: for ViT-B that is a quarter of all kernels of a step, each of them so
@@ -12,6 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+
+def set_tf32(enabled: bool) -> None:
+    """Whether CUDA rounds the factors of float32 products and convolutions to TF32 (10 bits of mantissa).
+
+    torch's own default is neither: products in float32, convolutions in TF32.
+    """
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.allow_tf32 = enabled
+
 
 MATRIX_MODULES = (nn.Linear, nn.modules.conv._ConvNd)
 

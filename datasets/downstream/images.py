@@ -21,8 +21,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.cache import Plane, PlaneKind, open_plane
 from datasets.downstream.labelled import LabelledImages
+from datasets.plane import Plane, PlaneKind, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
 from util.contrast import CONTRASTS, add_dicom_contrast
@@ -198,7 +198,7 @@ def open_squares(
     reading: Reading | None = None,
     num_workers: int | None = None,
 ) -> Plane:
-    """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.cache`).
+    """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
 
     64 KiB an image at most: 7.0 GiB for ChestX-ray14, 12 GiB for CheXpert.
 
@@ -257,8 +257,9 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
-    centre, spread = (torch.tensor(values, device=gray.device).view(1, -1, 1, 1) for values in (mean, std))
-    return (gray.float() / 255 - centre) / spread
+    scaled = gray.float() / 255
+    # With plain numbers: a tensor of them would be copied to the GPU in every step, which waits for it.
+    return torch.cat([(scaled - centre) / spread for centre, spread in zip(mean, std, strict=True)], 1)
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:

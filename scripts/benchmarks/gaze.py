@@ -30,9 +30,10 @@ BATCHES = 6
 SIZE = (624, 512)  # of a film that prepare_mimic.py has scaled to short side 512
 
 
-def measure_prediction(report: Report, root: Path, settings: Settings, quick: bool) -> None:
+def measure_prediction(report: Report, root: Path, settings: Settings) -> None:
     """Seconds for some batches of images: bare forward passes, and from the files of a tree to the files of a tree."""
-    n_images = BATCHES * settings.batch_size
+    batch_size, quick = settings.prediction_batch, settings.quick
+    n_images = BATCHES * batch_size
     height, width = settings.image_size if quick else SIZE
     study = make_study(root / "films", n_images=n_images, size=(height, width), shared_images=0)
     with contextlib.redirect_stdout(sys.stderr):
@@ -41,17 +42,17 @@ def measure_prediction(report: Report, root: Path, settings: Settings, quick: bo
     model = GazeNet("test_resnet", input_size=64) if quick else GazeNet()
     predictor = as_predictor(model.eval().to(settings.device))
     side = predictor.input_size
-    batch = torch.randint(0, 256, (settings.batch_size, 1, side, side), dtype=torch.uint8)
+    batch = torch.randint(0, 256, (batch_size, 1, side, side), dtype=torch.uint8)
 
     def forward() -> None:
         for _ in range(BATCHES):
             predictor.maps(batch)
 
     def fill() -> None:
-        options = {"batch_size": settings.batch_size, "workers": available_cpus(), "overwrite": True}
+        options = {"batch_size": batch_size, "workers": available_cpus(), "overwrite": True}
         assert fill_tree(root / "images", predictor, **options).counts["entries"] == n_images
 
-    times = alternate(forward, fill, settings.repeats, settings.device)
+    times = alternate(forward, fill, min(settings.repeats, 5), settings.device)
     name = model.config["backbone"]
     note = f"{name} at {side} px, {n_images} images of {width} x {height} px"
     report.compare("gaze prediction of a tree", *times, at_least=0.8, note=note)

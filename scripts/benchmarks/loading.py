@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from datasets import build_dataset
 from datasets.sampler import TrainBatches
 from datasets.transforms import grid_size, random_crop_box, sample_rng, scale_box
-from scripts.benchmarks.timing import Report, Settings, alternate, timed
+from scripts.benchmarks.timing import Report, Settings, alternate, one_thread, timed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
@@ -53,6 +53,7 @@ class PublishedLoading(Dataset):
         }
 
 
+@one_thread()
 def measure_samples(report: Report, tree: Path, settings: Settings) -> None:
     """One sample in one thread: published way, our native way, from the cache; and how the cache is built."""
     native = build_dataset(tree, preload=True, use_cache=False, cache_size=settings.cache_size)
@@ -114,10 +115,11 @@ def float_crop_difference(dataset, index: int) -> float:
     return (crop.clamp(0, 1) * 255 - dataset[(0, index)]["img"].float()).abs().max().item()
 
 
+@one_thread()
 def measure_loader(report: Report, tree: Path, settings: Settings) -> None:
     """Samples per second of a DataLoader as training sets it up."""
-    cached = build_dataset(tree, preload=True, cache_size=settings.cache_size)
-    published = PublishedLoading(cached)
+    cached = build_dataset([tree] * settings.copies, preload=True, cache_size=settings.cache_size)
+    published = PublishedLoading(build_dataset(tree, preload=True, use_cache=False))
     batch_size = min(settings.batch_size, len(cached))
     one = float(np.median([timed(lambda: published[(0, 0)]) for _ in range(3)]))
     warnings.filterwarnings("ignore", message=".*worker processes in total")  # more than CPUs: on purpose
@@ -150,6 +152,7 @@ def restart_gap(dataset: Dataset, batch_size: int, workers: int) -> float:
     return float(np.median([timed(lambda: next(iter(loader))) for _ in range(3)]))
 
 
+@one_thread()
 def measure_shared_memory(report: Report, tree: Path, settings: Settings) -> None:
     """Two processes, like two ranks, read every pixel of one cache; what the second adds to memory."""
     if not os.path.exists("/proc/self/smaps_rollup"):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from util.files import atomic_write
 
 
 @dataclass
@@ -40,6 +48,9 @@ class Settings:
     epochs: int = 8
     loader_batches: int = 60
     workers: tuple[int, ...] = (0, 1, 2, 4)
+    training_workers: tuple[int, ...] = (2,)
+    copies: int = 2  # how often each image is in what is trained on
+    prediction_batch: int = 8
     device: str = "cpu"
     compile: bool = False
     quick: bool = False
@@ -54,6 +65,9 @@ class Report:
     settings: dict
     rows: list[Row] = field(default_factory=list)
     equality: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # that the parts took
+    failures: dict[str, str] = field(default_factory=dict)  # of the parts that failed
+    skipped: list[str] = field(default_factory=list)  # parts that there was no time for
 
     def compare(
         self,
@@ -109,6 +123,80 @@ class Report:
     def add(self, row: Row) -> None:
         self.rows.append(row)
         print(format_row(row), flush=True)
+
+
+class TimeIsUp(BaseException):
+    """The time limit has passed. Not an `Exception`, which a library that tries things out might swallow."""
+
+
+class Parts:
+    """The parts of a run, one after the other: a part that fails or lasts too long costs its own rows alone.
+
+    Args:
+        path: where the report is written to after every part; None: nowhere.
+        minutes: of all parts together.
+    """
+
+    def __init__(self, report: Report, path: Path | None, minutes: float):
+        self.report, self.path, self.minutes = report, path, minutes
+        self.deadline = time.monotonic() + 60 * minutes
+
+    def run(self, name: str, measure: Callable[[], object], *, needs: float = 0.0) -> None:
+        """Run a part, if `needs` seconds are left; what it raises is told and kept in the report."""
+        began = time.monotonic()
+        left = self.deadline - began
+        if left <= needs:
+            self._skip(name, "not begun")
+        else:
+            try:
+                with _time_limit(left):
+                    measure()
+            except TimeIsUp:
+                self._skip(name, "broken off")
+            except Exception as error:
+                traceback.print_exc()
+                self.report.failures[name] = f"{type(error).__name__}: {error}"
+                print(f"{name}: FAILED, see above: {type(error).__name__}", flush=True)
+            self.report.seconds[name] = round(time.monotonic() - began, 1)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        if self.path is not None:
+            with atomic_write(self.path, "w") as file:
+                json.dump(asdict(self.report), file, indent=2)
+
+    def _skip(self, name: str, what: str) -> None:
+        self.report.skipped.append(name)
+        print(f"{name}: {what}, {self.minutes:g} minutes are over (--minutes)", flush=True)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeIsUp` inside, in the main thread, after so long; and again, where that was lost."""
+    if math.isinf(seconds):
+        yield
+        return
+
+    def stop(signum, frame) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 20)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As a loader's worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def format_row(row: Row) -> str:

@@ -30,8 +30,8 @@ class TimedBatches:
         return batch
 
 
-def measure_training(report: Report, tree: Path, output: Path, settings: Settings) -> None:
-    """A real run of run_pretrain.py, watched from outside: data wait, and the gap between epochs."""
+def measure_training(report: Report, tree: Path, output: Path, settings: Settings, workers: int) -> None:
+    """A real run of run_pretrain.py, watched from outside: rate, data wait, and the gap between epochs."""
     epochs: list[tuple[float, float, TimedBatches]] = []  # began, ended, batches
     original = run_pretrain.train_one_epoch
 
@@ -43,14 +43,14 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
         epochs.append((began, time.perf_counter(), training.batches))
         return result
 
-    workers = 2 if settings.device == "cpu" else settings.workers[-1]
-    batch_size = min(settings.batch_size, settings.n_images)
+    trees = [str(tree)] * settings.copies
+    batch_size = min(settings.batch_size, settings.n_images * settings.copies)
     run_pretrain.train_one_epoch = watched
     try:
         with contextlib.redirect_stdout(sys.stderr):
             run_pretrain.main(
                 [
-                    *("--data_path", str(tree), str(tree), "--preload", "--gaze_weighted"),
+                    *("--data_path", *trees, "--preload", "--gaze_weighted"),
                     *("--model", settings.model, "--pretrained", "none", "--device", settings.device),
                     *("--batch_size", str(batch_size)),
                     *("--epochs", str(settings.epochs), "--warmup_epochs", "1"),
@@ -64,16 +64,20 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
     steps = len(waits) // len(epochs)
     seconds = sum(ended - began for began, ended, _ in epochs) - waits[0]
     share = sum(waits[1:]) / seconds
-    note = f"{len(waits)} steps in {len(epochs)} epochs, {workers} workers; first batch {waits[0]:.2f} s"
-    report.value("data wait in a real training", "share", share, below=0.03, note=note)
+    # A device warms up in the first epoch.
+    per_image = sum(ended - began for began, ended, _ in epochs[1:]) / (len(epochs[1:]) * steps * batch_size)
+    note = f"{1 / per_image:.4g} images/s at batch {batch_size}, {workers} workers"
+    report.value(f"real training, {workers} workers, per image", "s", per_image, note=note)
+    note = f"{len(waits)} steps in {len(epochs)} epochs; first batch {waits[0]:.2f} s"
+    report.value(f"data wait in a real training, {workers} workers", "share", share, below=0.03, note=note)
     gaps = [
         after[0] - before[1] + waits[(i + 1) * steps] for i, (before, after) in enumerate(pairwise(epochs))
     ]
     report.value(
-        "gap between two epochs",
+        f"gap between two epochs, {workers} workers",
         "s",
         float(np.median(gaps)),
         below=0.2,
-        baseline=restart_gap(build_dataset(tree, cache_size=settings.cache_size), batch_size, workers),
+        baseline=restart_gap(build_dataset(trees, cache_size=settings.cache_size), batch_size, workers),
         note=f"largest {max(gaps):.3f} s; baseline: workers started anew",
     )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from datasets import build_dataset
 from scripts.benchmarks.operations import CASTS, count_flops, count_kernels, count_operations
-from scripts.benchmarks.step import OurStep, PlainStep, peak_memory
+from scripts.benchmarks.step import OurStep, PlainStep, peak_memory, ready_batch
 from scripts.benchmarks.timing import Report, Settings, alternate, timed
+from util.errors import UserError
+from util.precision import set_tf32
 
 REFLACX_IMAGES, PUBLISHED_EPOCHS = 2616, 400
 
@@ -26,7 +29,8 @@ class Variant(NamedTuple):
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """What there is on this device, or, in a quick run, on any; `settings.compile` adds the compiled ones."""
+    """What there is on this device, or, in a quick run, on any; `settings.compile` adds the compiled ones, the
+    likeliest to be used first, since compiling takes long."""
     everything = settings.device == "cuda" or settings.quick
     eager = [Variant("float32", None), Variant("bfloat16", torch.bfloat16)]
     if everything:
@@ -36,66 +40,79 @@ def variants(settings: Settings) -> list[Variant]:
     modes = {"compiled": "default"} | ({"CUDA graphs": "reduce-overhead"} if everything else {})
     return eager + [
         variant._replace(name=f"{variant.name}, {name}", compile_mode=mode)
+        for variant in (eager[-1:] if settings.quick else eager[::-1])  # tracing is the same for all
         for name, mode in modes.items()
-        for variant in (
-            eager[-1:] if settings.quick else eager
-        )  # tracing takes long, and is the same for all
     ]
 
 
-def measure_variants(report: Report, tree: Path, settings: Settings) -> None:
+class VariantSteps:
     """Each variant's step against the plain step of the same inputs, in turns: float16 on a GPU, as published."""
-    dataset = build_dataset(
-        tree, preload=True, cache_size=settings.cache_size, input_size=settings.input_size
-    )
-    samples = [dataset[(0, i % len(dataset))] for i in range(settings.batch_size)]
-    batch = torch.utils.data.default_collate(samples)
-    on_gpu = settings.device == "cuda"
-    if on_gpu:
-        batch = {key: value.pin_memory() for key, value in batch.items()}
-    baseline = PlainStep(settings, batch, torch.float16 if on_gpu else None)
-    baseline.watched = False
-    flops, plain_name = None, "float16" if on_gpu else "float32"
-    for variant in variants(settings):
-        with _precision(variant):
-            step = OurStep(settings, batch, variant.dtype)
-            step.watched = False
-            if flops is None:
-                flops = count_flops(step)
-            operations = count_operations(step)
-            if (
-                variant.compile_mode is not None
-            ):  # a quick run is to show that it runs, not to wait for a compiler
-                step.model.compile(
-                    **({"backend": "eager"} if settings.quick else {"mode": variant.compile_mode})
-                )
-            times = alternate(baseline, step, settings.repeats, settings.device)
-            seconds = float(np.median(times[1]))
-            rate = settings.batch_size / seconds
-            hours = REFLACX_IMAGES * PUBLISHED_EPOCHS / rate / 3600
-            note = (
-                f"{rate:.4g} images/s, so {hours:.3g} h for the published 400 epochs; baseline: {plain_name}"
-            )
-            report.compare(f"step: {variant.name}", *times, note=note)
-            ceiling = product_rate(variant.dtype or torch.float32, settings)
-            report.value(
-                f"step: {variant.name}, arithmetic", "TFLOP/s", flops / seconds / 1e12,
-                note=f"{flops / seconds / ceiling:.0%} of a large matrix product's {ceiling / 1e12:.3g} here",
-            )  # fmt: skip
-            if variant.compile_mode is None:
-                casts = sum(operations[name] for name in CASTS)
-                report.value(
-                    f"step: {variant.name}, operations",
-                    "launches",
-                    sum(operations.values()),
-                    note=f"{casts} casts",
-                )
-            if on_gpu:
-                report.value(f"step: {variant.name}, kernels", "launches", count_kernels(step))
-            memory = [peak_memory(one, settings.device) for one in (baseline, step)]
-            if memory[1]:
-                report.value(f"step: {variant.name}, peak memory", "MiB", memory[1], baseline=memory[0])
-        torch.compiler.reset()
+
+    def __init__(self, report: Report, tree: Path, settings: Settings):
+        self.report, self.tree, self.settings = report, tree, settings
+        self.on_gpu = settings.device == "cuda"
+
+    @cached_property
+    def batch(self) -> dict[str, Tensor]:
+        return ready_batch(self.tree, self.settings)
+
+    @cached_property
+    def baseline(self) -> PlainStep:
+        step = PlainStep(self.settings, self.batch, torch.float16 if self.on_gpu else None)
+        step.watched = False
+        return step
+
+    @cached_property
+    def flops(self) -> int:
+        """Of a step, whatever its number format."""
+        return count_flops(self._step(None))
+
+    def _step(self, dtype: torch.dtype | None) -> OurStep:
+        step = OurStep(self.settings, self.batch, dtype)
+        step.watched = False
+        return step
+
+    def measure(self, variant: Variant) -> None:
+        try:
+            with _precision(variant):
+                self._measure(variant)
+        finally:
+            torch.compiler.reset()
+
+    def _measure(self, variant: Variant) -> None:
+        report, settings, name = self.report, self.settings, f"step: {variant.name}"
+        flops, step = self.flops, self._step(variant.dtype)
+        if variant.compile_mode is not None:
+            # A quick run is to show that it runs, not to wait for a compiler.
+            how = {"backend": "eager"} if settings.quick else {"mode": variant.compile_mode}
+            step.model.compile(**how)
+            # With CUDA graphs the first step runs as it is, and the second is recorded.
+            started = timed(lambda: [step() for _ in range(3)], settings.device)
+            report.value(f"{name}, start", "s", started, note="the first 3 steps, most of it compiling")
+        times = alternate(self.baseline, step, settings.repeats, settings.device)
+        seconds = float(np.median(times[1]))
+        rate = settings.batch_size / seconds
+        hours = REFLACX_IMAGES * PUBLISHED_EPOCHS / rate / 3600
+        plain = "float16" if self.on_gpu else "float32"
+        note = f"{rate:.4g} images/s, so {hours:.3g} h for the published 400 epochs; baseline: {plain}"
+        report.compare(name, *times, note=note)
+        ceiling = product_rate(variant.dtype or torch.float32, settings)
+        report.value(
+            f"{name}, arithmetic", "TFLOP/s", flops / seconds / 1e12,
+            note=f"{flops / seconds / ceiling:.0%} of a large matrix product's {ceiling / 1e12:.3g} here",
+        )  # fmt: skip
+        if variant.compile_mode is None:
+            found, before = count_operations(step), count_operations(self.baseline)
+            note = f"{sum(found[cast] for cast in CASTS)} casts; operations of torch, some of several kernels"
+            report.value(f"{name}, operations", "launches", found.total(), baseline=before.total(), note=note)
+        if self.on_gpu:
+            kernels = [count_kernels(one) for one in (self.baseline, step)]
+            if not all(kernels):
+                raise UserError(f"{name}: the profiler saw no kernel; it needs CUPTI, and the right to trace")
+            report.value(f"{name}, kernels", "launches", kernels[1], baseline=kernels[0])
+        memory = [peak_memory(one, settings.device) for one in (self.baseline, step)]
+        if memory[1]:
+            report.value(f"{name}, peak memory", "MiB", memory[1], baseline=memory[0])
 
 
 def product_rate(dtype: torch.dtype, settings: Settings) -> float:
@@ -109,9 +126,8 @@ def product_rate(dtype: torch.dtype, settings: Settings) -> float:
 
 @contextlib.contextmanager
 def _precision(variant: Variant) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
+    set_tf32(variant.tf32)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        set_tf32(False)

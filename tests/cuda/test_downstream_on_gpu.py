@@ -13,6 +13,7 @@ import torch
 from datasets.downstream.images import normalisation
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL
 from engine_downstream import Encoder, FeatureFile, HeadOptions, encode, train_heads
+from util.precision import set_tf32
 from util.stop import StopSignals
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -48,8 +49,8 @@ def features_on(device, dtype, folder, n=10, side=32):
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)], ids=str
 )
 @pytest.mark.parametrize("device", DEVICES)
-def test_features_are_those_of_the_cpu_in_float32(device, dtype, tolerance, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's default for convolutions
+def test_features_are_those_of_the_cpu_in_float32(device, dtype, tolerance, tmp_path):
+    set_tf32(False)
     expected = features_on("cpu", torch.float32, tmp_path / "cpu")
     found = features_on(device, dtype, tmp_path / "device")
     assert expected.std() > 0.5

@@ -26,13 +26,15 @@ class Without(PathFinder):
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
 PROGRAMS = ("run_pretrain", "run_gaze", "run_downstream", "scripts.benchmark", "scripts.predict_gaze")
-PARSE = f"""
-import importlib.util
+CHECK = f"""
+import importlib.util, sys
 for name in {HIDDEN}:
     assert importlib.util.find_spec(name) is None, name
 for name in {PROGRAMS}:
     importlib.import_module(name).get_args_parser().format_help()
-print("all there")
+print("all there", flush=True)
+import pytest
+sys.exit(pytest.main(["-m", "cuda", "--collect-only", "-p", "no:cacheprovider"]))
 """
 
 
@@ -61,9 +63,10 @@ def run(copy, *command, timeout=240):
     )
 
 
-def test_cuda_tests_are_collected(copy):
-    done = run(copy, "-m", "pytest", "-m", "cuda", "--collect-only", "-p", "no:cacheprovider")
+def test_programs_start_and_cuda_tests_are_collected(copy):
+    done = run(copy, "-c", CHECK)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("all there\n")
     for name in (
         "test_golden.py::test_gradients",
         "test_no_step_waits_for_the_device",
@@ -71,8 +74,3 @@ def test_cuda_tests_are_collected(copy):
     ):
         assert name in done.stdout
     assert "error" not in done.stdout.splitlines()[-1]
-
-
-def test_programs_start(copy):
-    done = run(copy, "-c", PARSE)
-    assert done.stdout.endswith("all there\n"), done.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ if __name__ == "__main__":
 import engine_pretrain
 import run_pretrain
 from datasets import cache
-from util import checkpoint, output
+from util import checkpoint, console, output
 from util.errors import run_cli
 from util.images import write_gray
 
@@ -87,12 +88,21 @@ def start_process(target: Callable, *args) -> multiprocessing.Process:
 
 
 class Run:
-    """A run of `run_pretrain.py` in a process, or one of its ranks, with all it prints in `output`."""
+    """A run of `run_pretrain.py`, or of another program's `main`, in a process, or one of its ranks, with all it
+    prints in `output`."""
 
-    def __init__(self, argv: list[str], log: Path, *, fault: Callable | None = None, env: dict | None = None):
+    def __init__(
+        self,
+        argv: list[str],
+        log: Path,
+        *,
+        fault: Callable | None = None,
+        env: dict | None = None,
+        main: Callable = run_pretrain.main,
+    ):
         self.log = log
         self.began = time.monotonic()
-        self.process = start_process(_run, argv, str(log), fault, env or {})
+        self.process = start_process(_run, main, argv, str(log), fault, env or {})
 
     @property
     def pid(self) -> int:
@@ -118,7 +128,7 @@ class Run:
             time.sleep(0.01)
 
 
-def _run(argv: list[str], log: str, fault: Callable | None, env: dict[str, str]) -> None:
+def _run(main: Callable, argv: list[str], log: str, fault: Callable | None, env: dict[str, str]) -> None:
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -126,11 +136,11 @@ def _run(argv: list[str], log: str, fault: Callable | None, env: dict[str, str])
     os.environ.update(env)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a run of its own
-    sys.argv = ["run_pretrain.py", *argv]
+    sys.argv = [f"{main.__module__}.py", *argv]
     shrink_model()
     if fault is not None:
         fault()
-    run_cli(partial(run_pretrain.main, argv))
+    run_cli(partial(main, argv))
 
 
 def run(argv: list[str], log: Path, **kwargs) -> tuple[int, str]:
@@ -140,7 +150,7 @@ def run(argv: list[str], log: Path, **kwargs) -> tuple[int, str]:
 
 
 def start_ranks(
-    argv: list[str], log: Path, *, faults: dict[int, Callable] | None = None, n: int = 2
+    argv: list[str], log: Path, *, faults: dict[int, Callable] | None = None, n: int = 2, **kwargs
 ) -> list[Run]:
     """A run of `n` ranks, as a launcher would start it, each with its own fault and log."""
     with socket.socket() as free:
@@ -149,7 +159,7 @@ def start_ranks(
     return [
         Run(argv, log.with_name(f"{log.name}.{rank}"), fault=(faults or {}).get(rank),
             env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port)})
+                 "MASTER_PORT": str(port)}, **kwargs)
         for rank in range(n)
     ]  # fmt: skip
 
@@ -219,6 +229,20 @@ def send_self(signum: int) -> None:
 def signal_at(epoch: int, step: int, signum: int) -> None:
     """Send this process a signal before a step."""
     at_step(epoch, step, partial(send_self, signum))
+
+
+def signal_at_call(module: str, name: str, number: int, signum: int) -> None:
+    """Send this process a signal before the `number`-th call of a module's function."""
+    place = importlib.import_module(module)
+    original, calls = getattr(place, name), []
+
+    def patched(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            send_self(signum)
+        return original(*args, **kwargs)
+
+    setattr(place, name, patched)
 
 
 def kill_once_then_pause(rank: int, kill_epoch: int, pause_epoch: int) -> None:
@@ -386,6 +410,7 @@ def full_output() -> None:
 
 def unread_output() -> None:
     """What is printed goes to a pipe that is full and that nobody reads, as under a stopped pager."""
+    console.PATIENCE_SECONDS = 0.5
     _, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):

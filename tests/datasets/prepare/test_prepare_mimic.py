@@ -237,6 +237,8 @@ def test_damaged_files_are_left_out_by_name(source, tmp_path, capsys):
     entries = json.loads((tmp_path / "out" / INDEX).read_text())
     assert [entry["dicom_id"] for entry in entries] == [ids[6]]
     assert check_data(tmp_path / "out", preload=True) == []
+    assert script.main([*arguments, "--views", "all", "--accept_damaged"]) == 0
+    assert "5 images left out for damaged input" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,8 @@ def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
     assert f"{n_faults} readings left out for damaged input" in printed.err
     assert len(entries_of(tmp_path / "out")) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mimic", "out", "reflacx"]  # nothing escaped
+    assert main([*arguments, "--accept_damaged"]) == 0
+    assert f"{n_faults} readings left out for damaged input" in capsys.readouterr().err
 
 
 def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):

@@ -1,0 +1,184 @@
+"""Every step that runs on a GPU, on one that is not there: nothing is on the wrong device, and nothing waits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fake_gpu import CUDA, HostWaitError, fake_gpu, needs_fake_gpu
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+import engine_finetune
+import engine_pretrain
+import run_gaze
+import run_pretrain
+from datasets.downstream.images import normalisation
+from datasets.downstream.labelled import MULTICLASS, MULTILABEL
+from engine_downstream import Encoder
+from engine_finetune import RECIPES, Place, Tuning, build_optimizer
+from engine_gaze import Sums
+from engine_gaze import train_one_epoch as train_gaze_epoch
+from engine_pretrain import Meters, Training, train_one_epoch
+from models_gaze import GazeNet
+from util.distributed import Ranks
+from util.finite import FiniteWatch, make_scaler
+from util.logging import Progress
+from util.lr_sched import parameter_groups
+from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
+from util.progress import Steps
+from util.stop import GO_ON, PAUSE
+
+pytestmark = needs_fake_gpu
+SIDE, BATCH = 64, 2
+
+
+class _Event:
+    def record(self) -> None:
+        pass
+
+
+class _StopAfter:
+    """Asks to stop after so many optimiser steps, before the watch reads what the first copied to the host."""
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    @property
+    def request(self) -> int:
+        self.left -= 1
+        return PAUSE if self.left == 0 else GO_ON
+
+
+class _Watch(FiniteWatch):
+    def settle(self) -> int:
+        assert len(self._unread) == 2 and all(step.copied is not None for step in self._unread)
+        return GO_ON
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    monkeypatch.setattr("torch.cuda.Event", _Event)
+    return _Watch(CUDA, _StopAfter(2), sample_names=lambda epoch, step: [])
+
+
+def pixels(*shape):
+    return torch.zeros(*shape, dtype=torch.uint8)
+
+
+def training(model: nn.Module, optimizer, batch, args, ranks: Ranks, watch) -> Training:
+    scaler = make_scaler(args.dtype, ranks.device)
+    progress = Progress(9, 0, BATCH, enabled=False)
+    return Training(model, model, optimizer, scaler, iter([batch] * 9), 9, 9, watch, ranks, None, progress)
+
+
+@pytest.mark.parametrize(
+    ("masking", "flags"),
+    [
+        ("attention", "--dtype float16 --gaze_weighted --clip_grad 1 --accum_iter 2"),
+        ("random", "--dtype bfloat16"),
+        ("block", "--dtype float32"),
+    ],
+)
+def test_pretraining(masking, flags, watch, monkeypatch):
+    args = run_pretrain.get_args_parser().parse_args(
+        f"--model cxrmim_vit_tiny_patch16 --input_size {SIDE} --id_list 0 0 1 1 --masking {masking} --lr 1e-3 "
+        f"{flags}".split()
+    )
+    model = run_pretrain.build_model(args)
+    asked = []
+    # A generator of a GPU's numbers can't be made without one.
+    monkeypatch.setattr(engine_pretrain, "mask_generator", lambda *place: asked.append(place))
+    with fake_gpu(model, monkeypatch) as ranks:
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
+        planes = {"attention": pixels(BATCH, SIDE, SIDE), "foreground": pixels(BATCH, SIDE, SIDE)}
+        batch = {"img": pixels(BATCH, 1, SIDE, SIDE), **planes}
+        place = training(model, optimizer, batch, args, ranks, watch)
+        meters = Meters.zeros(4, ranks.device)
+        assert train_one_epoch(place, 0, 0, meters, args) == (2 * args.accum_iter, PAUSE)
+    assert {place[-1] for place in asked} == {CUDA}
+
+
+def test_gaze_training(watch, monkeypatch):
+    args = run_gaze.get_args_parser().parse_args(
+        ["--data_path", "none", "--dtype", "float16", "--cc_weight", "1"]
+    )
+    model = GazeNet("test_resnet", input_size=SIDE, width=16)
+    with fake_gpu(model, monkeypatch) as ranks:
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
+        batch = {"img": pixels(BATCH, 1, SIDE, SIDE), "target": torch.zeros(BATCH, SIDE // 4, SIDE // 4)}
+        place = training(model, optimizer, batch, args, ranks, watch)
+        assert train_gaze_epoch(place, 0, 0, Sums.zeros(ranks.device), args) == (2, PAUSE)
+
+
+@pytest.mark.parametrize(("recipe", "task"), [("published", MULTILABEL), ("layer_decay", MULTICLASS)])
+def test_fine_tuning(recipe, task, watch, monkeypatch):
+    options = {"drop_path_rate": RECIPES[recipe].drop_path, "global_pool": RECIPES[recipe].pool}
+    model = small_vit(num_classes=3, **options)
+
+    class Images:
+        pass
+
+    Images.task = task
+    with fake_gpu(model, monkeypatch) as ranks:
+        optimizer = build_optimizer(model, RECIPES[recipe])
+        mean, std = normalisation("imagenet")
+        tuning = Tuning(
+            Images, None, RECIPES[recipe], mean, std, torch.bfloat16, test_batch=2, num_workers=0, ranks=ranks,
+            signals=None,
+        )  # fmt: skip
+        batches = iter([(pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3))] * 9)
+        sums = torch.zeros(2, dtype=torch.float64, device=CUDA)
+        with Steps("test", 9, "steps", enabled=False) as progress:
+            request = engine_finetune._train_epoch(
+                tuning, model, model, optimizer, make_scaler("bfloat16", CUDA), batches, 9, Place(), sums, 0, watch,
+                progress,
+            )  # fmt: skip
+        assert request == PAUSE
+
+
+def small_vit(**options) -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=SIDE, embed_dim=48, depth=2, num_heads=3, **options
+    )
+
+
+def test_frozen_encoder(monkeypatch):
+    model = small_vit(num_classes=0)
+    with fake_gpu(model, monkeypatch):
+        encoder = Encoder(model, *normalisation("imagenet"), CUDA, torch.bfloat16)
+        features = encoder(pixels(BATCH, 1, 80, 80).to(CUDA, non_blocking=True))
+    assert features.device == CUDA and features.shape == (BATCH, 96)
+
+
+@pytest.mark.parametrize("masking", list(MASKINGS))
+def test_masks_of_a_heatmap_alone(masking, monkeypatch):
+    with fake_gpu(nn.Linear(1, 1), monkeypatch):
+        attention = torch.zeros(BATCH, SIDE, SIDE, device=CUDA)
+        assert otsu_foreground(attention).device == CUDA
+        mask = draw_mask(masking, MaskRequest({"attention": attention}, 16))
+    assert mask.device == CUDA and mask.shape == (BATCH, 16)
+
+
+def test_what_waits_or_fails_is_found(monkeypatch):
+    """The fake GPU itself: what it is there to find."""
+    with fake_gpu(nn.Linear(1, 1), monkeypatch):
+        there, here = torch.zeros(3, device=CUDA), torch.zeros(3)
+        with pytest.raises(RuntimeError, match="two devices"):
+            there + here
+        with pytest.raises(DataDependentOutputException):
+            bool(there.sum() > 0)
+        for waits in (
+            lambda: torch.tensor([1.0], device=CUDA),
+            lambda: there.cpu(),
+            lambda: here.to(CUDA),
+            lambda: there.copy_(here),
+            lambda: torch.as_tensor(np.zeros(3), device=CUDA),
+            lambda: there[torch.tensor([0, 1])],
+            lambda: there.index_put_((torch.tensor([0]),), there[:1]),
+        ):
+            with pytest.raises(HostWaitError):
+                waits()
+        there.copy_(here, non_blocking=True)
+        assert torch.where(there > 0, there, 1.0).device == CUDA

@@ -1,0 +1,181 @@
+"""scripts/reproduce.sh on made-up data, killed and stopped in every step: the same results as undisturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from reliability_runs import processes_with, wait_until_gone
+from test_launchers import ROOT, Launched
+
+from datasets.phantom.labelled import Chests
+from datasets.phantom.nih import make_nih
+from datasets.phantom.reflacx import make_study
+from datasets.phantom.rsna import make_rsna
+
+SETTINGS = {
+    "PREDICTED_GAZE": "yes",
+    "DEVICE": "cpu",
+    "WORKERS": "1",
+    "PRETRAINED": "none",
+    "MODEL": "cxrmim_vit_tiny_patch16",
+    "EPOCHS": "3",
+    "BATCH_SIZE": "4",
+    "PREPARE_FLAGS": "--size 64 --workers 1",
+    "MIMIC_FLAGS": "--size 64 --workers 1 --views all",
+    "PRETRAIN_FLAGS": "--input_size 64 --warmup_epochs 1 --image_every 0 --print_every 1 --save_every 1",
+    "GAZE_FLAGS": "--backbone resnet18 --weights none --input_size 64 --epochs 2 --batch_size 4",
+    "DOWNSTREAM_FLAGS": "--batch_size 8 --epochs 2 --views 2 --bootstrap 50",
+    "COMPARE": "random",
+    "FRACTIONS": "0.5 1",
+    "SEEDS": "43 44",
+    "PICTURES": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+STEPS = (
+    "prepare check rsna-linear-check nih-linear-check gaze prepare_mimic predict pretrain export pictures "
+    "rsna-linear nih-linear table"
+).split()
+# For the user, and the same whenever it is made.
+KEPT = ("*.csv", "*.md", "*.png", "backbone.pth")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small studies in the four layouts, in a place with a blank, as variables of reproduce.sh."""
+    root = tmp_path_factory.mktemp("made up")
+    read = make_study(root, 8, size=(96, 80))
+    more = make_study(root / "more", 4, seed=1, size=(96, 80), shared_images=0)
+    rsna = make_rsna(root, Chests(48, 2, (64, 56), ["consolidation"], normal_fraction=0.5))
+    nih = make_nih(root, Chests(56, 0, (64, 56)))
+    return {
+        "REFLACX": str(read.raw),
+        "IMAGES": str(read.images),
+        "MORE_IMAGES": str(more.images),
+        "RSNA": str(rsna.raw),
+        "NIH": str(nih.raw),
+    }
+
+
+class Chain:
+    """Calls of reproduce.sh with one OUT, which is what they print into one log."""
+
+    def __init__(self, data: dict[str, str], out: Path):
+        self.data, self.out = data, out
+        out.mkdir(parents=True)
+        self.calls = 0
+
+    def start(self) -> None:
+        self.calls += 1
+        self.job = Launched(
+            ["bash", str(ROOT / "scripts/reproduce.sh")],
+            self.out / f"call-{self.calls}.txt",
+            OUT=str(self.out / "out"),
+            **SETTINGS,
+            **self.data,
+        )
+
+    @property
+    def text(self) -> str:
+        return self.job.log.read_text()
+
+    def running(self) -> tuple[str, int]:
+        """The step at work, and how many lines it has printed."""
+        lines = self.text.splitlines()
+        starts = [i for i, line in enumerate(lines) if line.startswith("== ") and "done before" not in line]
+        return (lines[starts[-1]][3:], len(lines) - starts[-1]) if starts else ("", 0)
+
+    def ended(self) -> bool:
+        return self.job.process.poll() is not None
+
+    def end(self, signum: int) -> int:
+        """Power off, or a signal to the script alone; returns its status once nothing is left."""
+        if signum == signal.SIGKILL:
+            self.job.process.kill()  # first, so that it has no time to tell of its step's end
+            for _ in range(2):  # those that were being started, too
+                for pid in processes_with(self.job.token):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signum)
+        else:
+            self.job.process.send_signal(signum)
+        status = self.job.process.wait(120)
+        wait_until_gone(lambda: processes_with(self.job.token), 60)
+        return status
+
+
+def watch(chain: Chain) -> dict[str, tuple[float, int]]:
+    """Seconds and printed lines of each step of an undisturbed call."""
+    chain.start()
+    began, found = {}, {}
+    while not chain.ended():
+        name, lines = chain.running()
+        began.setdefault(name, time.monotonic())
+        found[name] = (time.monotonic() - began[name], lines)
+        time.sleep(0.02)
+    assert chain.job.wait(60) == 0, chain.text
+    return found
+
+
+def disturb(chain: Chain, steps: dict[str, tuple[float, int]], chance: random.Random) -> dict[str, list[str]]:
+    """End the chain in each step at its start, somewhere in it and at its last line, and call it again each time.
+
+    Returns what was done in each step; a step that was faster than the signal meant for its end has one less.
+    """
+    plan = {name: ["start", "middle", "end"] for name in steps}
+    done = {name: [] for name in steps}
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1]
+    statuses = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+    chain.start()
+    while True:
+        name, _ = chain.running()
+        if plan.get(name):
+            moment, began = plan[name].pop(0), time.monotonic()
+            seconds, lines = steps[name]
+            wait = chance.uniform(0.1, 0.9) * seconds if moment == "middle" else 0
+            while chain.running()[0] == name and not chain.ended():
+                if time.monotonic() >= began + wait and (
+                    moment != "end" or chain.running()[1] >= lines or time.monotonic() > began + 60
+                ):
+                    break
+                time.sleep(0.01)
+            if chain.running()[0] == name and not chain.ended():
+                signum = signals[0]
+                signals.append(signals.pop(0))
+                status = chain.end(signum)
+                if status != 0:  # else it was the last step, which ended before the signal came
+                    assert status == statuses[signum], chain.text
+                    done[name].append(f"{signum.name} at its {moment}")
+                    chain.start()
+        elif chain.ended():
+            assert chain.job.wait(60) == 0, chain.text
+            return done
+        time.sleep(0.01)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What the chain leaves for its user, but for the checkpoints and what tells its time."""
+    files = {file for pattern in KEPT for file in out.rglob(pattern) if "steps" not in file.parts}
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(files)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_disturbed_in_every_step_the_chain_makes_the_same(data, tmp_path):
+    chain = Chain(data, tmp_path / "a place")
+    steps = watch(chain)
+    assert [name for name in steps if name] == STEPS
+    expected = contents(chain.out / "out")
+    assert {"table.md", "results.png", "backbone.pth", "pictures.png", "gaze/metrics.csv"} < set(expected)
+    chain.out.rename(tmp_path / "undisturbed")  # so that both are made in the same place
+    chain = Chain(data, tmp_path / "a place")
+    done = disturb(chain, {name: steps[name] for name in STEPS}, random.Random(17))
+    print(f"{chain.calls} calls", *(f"{name}: {', '.join(what)}" for name, what in done.items()), sep="\n")
+    assert all(done.values()), f"not disturbed: {[name for name in done if not done[name]]}"
+    found = contents(chain.out / "out")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []

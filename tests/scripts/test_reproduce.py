@@ -1,0 +1,231 @@
+"""scripts/reproduce.sh with a stand-in for Python that notes what it is given. Real runs: tests/reliability."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts/reproduce.sh"
+# Notes its words and does what the file HOOK says with them. `-c` is the question for the number of GPUs.
+STAND_IN = r"""#!/usr/bin/env bash
+if [ "$1" = -c ]; then echo "${N_GPUS:-2}"; exit; fi
+printf '%s\0' "$@" '' >> "$NOTES"
+if [ -e "$HOOK" ]; then . "$HOOK"; fi
+"""
+
+
+class Chain:
+    """Calls of the script in a place with blanks, where data for them lie."""
+
+    def __init__(self, root: Path):
+        self.root = root / "a place"
+        for name in ("reflacx", "mimic jpg", "rsna", "nih"):
+            (self.root / name).mkdir(parents=True)
+        (self.root / "bin").mkdir()
+        self.tool("python", STAND_IN)
+        self.notes, self.hook, self.out = self.root / "notes", self.root / "hook", self.root / "an out"
+        self.out.mkdir()
+        (self.out / "table.md").write_text("the table\n")
+        self.env = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+            "PATH": f"{self.root / 'bin'}:{os.environ['PATH']}",
+            "PYTHON": "bin/python",
+            "NOTES": str(self.notes),
+            "HOOK": str(self.hook),
+            "REFLACX": "reflacx",
+            "IMAGES": "mimic jpg",
+            "RSNA": "rsna",
+            "OUT": "an out",
+            "PRETRAINED": "none",
+            "COMPARE": "random",
+            "EPOCHS": "7",
+        }
+
+    def tool(self, name: str, text: str) -> None:
+        (self.root / "bin" / name).write_text(text)
+        (self.root / "bin" / name).chmod(0o755)
+
+    def start(self, script: Path = SCRIPT, **settings: str) -> subprocess.Popen:
+        self.notes.write_text("")
+        return subprocess.Popen(
+            ["bash", script], cwd=self.root, env=self.env | settings, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def call(self, script: Path = SCRIPT, status: int = 0, **settings: str) -> tuple[list[str], str]:
+        """Steps that were run, and what was said on stderr."""
+        process = self.start(script, **settings)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == status, out + err
+        return [line[3:] for line in out.splitlines() if line[:3] == "== " and "done before" not in line], err
+
+    def commands(self) -> list[list[str]]:
+        return [call.split("\0") for call in self.notes.read_text().removesuffix("\0\0").split("\0\0")]
+
+    def until_noted(self, text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in self.notes.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def chain(tmp_path) -> Chain:
+    return Chain(tmp_path)
+
+
+ALL = "prepare check rsna-linear-check pretrain export pictures rsna-linear table".split()
+
+
+def test_every_command_is_understood_by_its_program(chain):
+    settings = {
+        "PREDICTED_GAZE": "yes", "NIH": "nih", "METHODS": "linear probe finetune", "DEVICE": "cpu", "GPUS": "2",
+        "COMPARE": "", "PREPARE_FLAGS": "--split train", "MIMIC_FLAGS": "--views all", "FRACTIONS": "0.01 1",
+    }  # fmt: skip
+    chain.call(**settings)
+    parsed: dict[str, list] = {}
+    for words in chain.commands():
+        if words[:2] == ["-m", "torch.distributed.run"]:
+            assert words[2:5] == ["--standalone", "--nproc_per_node", "2"]
+            assert words[5] in ("run_gaze.py", "run_pretrain.py")
+            words = words[5:]
+        module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+        parsed.setdefault(words[0], []).append(module.get_args_parser().parse_args(words[1:]))
+    check, pretrained = parsed["run_pretrain.py"]
+    assert check.check_data and not pretrained.check_data
+    assert (pretrained.epochs, pretrained.gaze_weighted, pretrained.blr) == (7, True, 3e-3)
+    assert not parsed["scripts/prepare_reflacx.py"][0].accept_damaged
+    (read,), (filled,) = parsed["scripts/prepare_reflacx.py"], parsed["scripts/prepare_mimic.py"]
+    assert (read.raw, read.images) == (chain.root / "reflacx", chain.root / "mimic jpg")
+    assert pretrained.data_path == [str(read.out), str(filled.out)]
+    dry, judged = parsed["run_downstream.py"][:6], parsed["run_downstream.py"][6:]
+    assert all(args.dry_run for args in dry) and not any(args.dry_run for args in judged)
+    assert [(args.dataset, args.method) for args in judged] == [
+        (dataset, method) for dataset in ("rsna", "nih") for method in ("linear", "probe", "finetune")
+    ]
+    assert all(args.weights == [f"ours={chain.out}/backbone.pth"] for args in judged)
+    (table,) = parsed["scripts/summarize_results.py"]
+    assert table.results == [f"{args.output_dir}/results.csv" for args in judged]
+
+
+def test_what_has_changed_is_done_again_and_what_reads_it(chain):
+    (chain.out / "pretrain").mkdir()
+    assert chain.call()[0] == ALL
+    before = list(chain.out.glob("pretrain-before-*"))
+    assert len(before) == 1  # which was none of ours
+    assert chain.call(WORKERS="1", GPUS="1", ACCEPT_DAMAGED="yes")[0] == []
+    assert chain.call(PICTURES="0")[0] == ["pictures"]
+    assert chain.call(NIH="nih", PICTURES="0")[0] == ["nih-linear-check", "nih-linear", "table"]
+    assert chain.call(EPOCHS="8")[0] == ["check", *ALL[3:]]
+    # Ended between two steps: what was made from the old tree is still known to be old.
+    chain.hook.write_text('[ "$1 $2" != "run_pretrain.py --check_data" ]')
+    assert chain.call(status=1, EPOCHS="8", PREPARE_FLAGS="--size 0")[0] == ["prepare", "check"]
+    assert "--overwrite" in chain.commands()[0]
+    chain.hook.unlink()
+    (chain.out / "pretrain").mkdir()
+    assert chain.call(EPOCHS="8", PREPARE_FLAGS="--size 0")[0] == ["check", *ALL[3:]]
+    assert len(list(chain.out.glob("pretrain-before-*"))) == 2 and not (chain.out / "pretrain").exists()
+
+
+def test_weights_are_fetched_where_they_are_needed(chain):
+    if (ROOT / "preTrain/vit_base_p16_224_timm.pth").exists():
+        pytest.skip("they are there")
+    chain.hook.write_text('[ "$1" != scripts/fetch_weights.py ] || exit 5')
+    fetched = [*ALL[:3], "weights"]
+    assert chain.call(status=5, PRETRAINED="")[0] == fetched
+    assert chain.call(status=5, COMPARE="imagenet")[0] == ["weights"]
+    assert "weights" not in chain.call(COMPARE="imagenet", RSNA="")[0]
+
+
+def test_a_step_that_fails_is_named_and_gone_on_with(chain):
+    chain.hook.write_text('[ "$1" != scripts/export_backbone.py ] || exit 3')
+    steps, told = chain.call(status=3)
+    assert steps == ALL[:5] and told.startswith("error: step 'export' ended with status 3")
+    chain.hook.unlink()
+    assert chain.call()[0] == ALL[4:]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"REFLACX": "", "IMAGES": ""}, "set REFLACX"),
+        ({"NIH": "nowhere"}, "NIH={root}/nowhere: no such directory"),
+        ({"PRETRAINED": "no.pth"}, "PRETRAINED={root}/no.pth: no such file"),
+        ({"PREDICTED_GAZE": "true"}, "PREDICTED_GAZE=true: expected yes or no"),
+        ({"EPOCHS": "many"}, "EPOCHS=many"),
+        ({"METHODS": " "}, "METHODS is empty"),
+        ({"N_GPUS": "0"}, "DEVICE=cuda: torch sees no GPU"),
+        ({"GPUS": "3"}, "GPUS=3: torch sees 2"),
+        ({"OUT": "hook"}, "OUT={root}/hook: can't be written"),
+    ],
+    ids=str,
+)
+def test_what_can_not_work_is_refused_at_once(chain, wrong, told):
+    chain.hook.touch()
+    steps, err = chain.call(status=1, **wrong)
+    assert steps == [] and err.startswith("error: " + told.format(root=chain.root)) and err.count("\n") == 1
+    assert not chain.notes.read_text()
+
+
+def test_words_behind_it_are_refused(chain):
+    result = subprocess.run(
+        ["bash", SCRIPT, "RSNA=rsna"], env=chain.env, cwd=chain.root, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and result.stderr.startswith(
+        "error: RSNA=rsna: this script takes variables"
+    )
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)],
+)
+def test_a_signal_lets_the_step_save_and_ends_the_script(chain, signum, status):
+    """Also where the step has come to its end meanwhile. Before its time is up a job goes back into the queue."""
+    chain.tool("scontrol", '#!/usr/bin/env bash\necho "$*" >> "$NOTES"\n')
+    chain.hook.write_text(
+        """trap 'sleep 0.2; echo saved >> "$NOTES"; exit 0' TERM
+        if [ "$1" = run_pretrain.py ]; then echo started >> "$NOTES"; while :; do sleep 0.02; done; fi"""
+    )
+    process = chain.start(SLURM_JOB_ID="77")
+    chain.until_noted("started")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert err == f"stopped by {signum.name} in step 'check'; the same command goes on from here\n"
+    assert chain.notes.read_text().split("saved\n")[1] == ("requeue 77\n" if status == 75 else "")
+
+
+def test_one_at_a_time_in_an_out_even_where_the_script_was_killed(chain):
+    chain.hook.write_text('if [ "$1" = run_pretrain.py ]; then echo $$ >> "$NOTES.pid"; exec sleep 60; fi')
+    process = chain.start()
+    chain.until_noted("run_pretrain.py")
+    steps, err = chain.call(status=1)
+    assert steps == [] and err.count("\n") == 1
+    assert f"process {process.pid} on" in err and "step check is at work there" in err
+    process.kill()
+    process.wait(60)  # the step goes on
+    assert chain.call(status=1)[0] == []
+    os.kill(int(Path(f"{chain.notes}.pid").read_text()), signal.SIGKILL)
+    chain.hook.unlink()
+    assert chain.call()[0] == ALL[1:]
+
+
+def test_as_a_job_of_slurm(chain, tmp_path):
+    """sbatch runs a copy; in a shell of salloc the script lies where it is, wherever that was started."""
+    chain.hook.write_text("exit 4")
+    spool = tmp_path / "spool/job77/slurm_script"
+    spool.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, spool)
+    chain.call(spool, status=4, SLURM_SUBMIT_DIR=str(ROOT))
+    chain.call(SCRIPT, status=4, SLURM_SUBMIT_DIR=str(tmp_path))
+    steps, err = chain.call(spool, status=1, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert steps == [] and err == f"error: {tmp_path} is not the repository; call sbatch in its root\n"
