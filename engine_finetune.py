@@ -32,7 +32,7 @@ from engine_downstream import (
     steps_per_epoch,
 )
 from engine_tuned import predict
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoint import fitting, load_checkpoint, save_checkpoint
 from util.distributed import Ranks, on_main, parallel
 from util.encoders import PIXELS, RANDOM, Candidate, digest_of
 from util.errors import UserError
@@ -190,12 +190,13 @@ def finetune(
     place, sums = Place(), torch.zeros(2, dtype=torch.float64, device=ranks.device)
     if on_main(ranks, (folder / CHECKPOINT).exists):
         state = load_checkpoint(folder / CHECKPOINT)
-        core.load_state_dict(state["model"])
-        restore_optimizer(optimizer, scaler, state)
-        sums.copy_(own_sums(state, ranks))
-        place = Place(
-            state["epoch"] + 1, state["step"], state["best_epoch"], state["best_loss"], state["best"]
-        )
+        with fitting(folder / CHECKPOINT):
+            core.load_state_dict(state["model"])
+            restore_optimizer(optimizer, scaler, state)
+            sums.copy_(own_sums(state, ranks))
+            place = Place(
+                state["epoch"] + 1, state["step"], state["best_epoch"], state["best_loss"], state["best"]
+            )
         ranks.say(f"{what}: goes on from epoch {place.epoch + 1}, step {place.step}")
     data = TrainingViews(views, rows.train, images.labels)
     loader = train_loader(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from util.checkpoint import load_checkpoint
+from util.checkpoint import CheckpointError, fitting, load_checkpoint
 from util.errors import UserError
 from util.weights import resample_pos_embed, summarize_keys
 
@@ -245,12 +245,15 @@ def load_gaze_net(path: str | os.PathLike) -> GazeNet:
     config, weights = state.get("config"), state["model"]
     if not isinstance(config, dict) or "log_prior" not in weights:
         raise UserError(f"{path}: not a gaze predictor; pass best.pth of run_gaze.py")
-    model = GazeNet(**config)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path}: its tensors and its options don't fit: {str(error)[:200]}") from None
-    model.seen = state.get("seen", [])
+        with fitting(path):
+            model = GazeNet(**config)
+            model.load_state_dict(weights)
+            model.seen = list(state.get("seen", []))
+    except CheckpointError:
+        raise
+    except UserError as error:  # of a backbone that timm doesn't have
+        raise UserError(f"{path}: {error}") from None
     return model.eval()
 
 

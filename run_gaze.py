@@ -16,7 +16,7 @@ from engine_gaze import Best, Sums, centre_prior, describe_run, train_one_epoch,
 from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoint import fitting, load_checkpoint, save_checkpoint
 from util.cli import add_launch_arguments, finite_float, seed_number
 from util.errors import UserError, run_cli
 from util.export import read_backbone
@@ -159,11 +159,12 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     sums, best, epoch, step = Sums.zeros(ranks.device), Best(), 0, 0
     if resumed is not None:
         state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(samples[TRAIN]), identity), ranks)
-        core.load_state_dict(state["model"])
-        core.seen = state.get("seen", [])
-        restore_optimizer(optimizer, scaler, state, watch)
-        sums.sums.copy_(own_sums(state, ranks))
-        best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
+        with fitting(resumed):
+            core.load_state_dict(state["model"])
+            core.seen = list(state.get("seen", []))
+            restore_optimizer(optimizer, scaler, state, watch)
+            sums.sums.copy_(own_sums(state, ranks))
+            best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
     else:
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
         for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
@@ -283,7 +284,9 @@ def load_to_go_on(
         raise UserError(f"{path}: a checkpoint of another program; pass one of run_gaze.py")
     if not state["optimizer"]:
         raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
-    if table := describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting)):
+    with fitting(path):
+        table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
+    if table:
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     if state["config"] != core.config:
         raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")

@@ -17,7 +17,7 @@ from datasets.sampler import train_loader
 from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
 from util import distributed
 from util.architecture import check_same_model
-from util.checkpoint import load_checkpoint
+from util.checkpoint import fitting, load_checkpoint
 from util.cli import add_launch_arguments, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
@@ -235,9 +235,10 @@ def set_up(
     epoch, step = args.start_epoch, 0
     if resumed is not None:
         state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(dataset), samples), ranks)
-        core.load_state_dict(state["model"])
-        restore_optimizer(optimizer, scaler, state, watch)
-        meters.sums.copy_(own_sums(state, ranks))
+        with fitting(resumed):
+            core.load_state_dict(state["model"])
+            restore_optimizer(optimizer, scaler, state, watch)
+            meters.sums.copy_(own_sums(state, ranks))
         epoch, step = state["epoch"] + 1, state["step"]
     loader = train_loader(
         dataset, args.batch_size, ranks, seed=args.seed, epochs=args.epochs, epoch=epoch, step=step,
@@ -306,7 +307,9 @@ def load_to_go_on(
 ) -> dict:
     """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
     state = load_checkpoint(path)
-    if table := describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting)):
+    with fitting(path):
+        table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
+    if table:
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     check_same_model(state.get("model_config", {}), core.config, path)
     announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))

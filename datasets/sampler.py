@@ -103,7 +103,7 @@ def train_loader(
         mend: what to do about a data set that fills no step, added to the message.
 
     Raises:
-        UserError: if the data set doesn't fill a single optimiser step.
+        UserError: the data set doesn't fill a single optimiser step, or an epoch has no such step.
     """
     try:
         sampler = TrainBatches(
@@ -112,6 +112,11 @@ def train_loader(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--{error}{mend}") from None
+    if step >= sampler.steps_per_epoch:
+        raise UserError(
+            f"the checkpoint is at step {step} of epoch {epoch + 1}, and an epoch has {sampler.steps_per_epoch}; go on "
+            "from another"
+        )
     return SampleLoader(
         dataset,
         batch_sampler=sampler,

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,6 +28,13 @@ from util.weights import build_model, read_state_dict
 # Options whose default is what the checkpoint stores.
 STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "id_list", "scale_list", "num_heads",
           "decoder_num_heads")  # fmt: skip
+
+# Of the options that a batch is made from.
+KINDS = {
+    **dict.fromkeys(("seed", "epochs", "batch_size", "accum_iter", "cache_size"), Integral),
+    **dict.fromkeys(("mask_ratio", "clinical_ratio", "min_crop_ratio"), Real),
+    "data_path": (str, list, tuple),
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -60,6 +70,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(options: Mapping[str, Any], path: Path) -> None:
+    """Refuse stored options that no run has: the file may be another program's."""
+    for name, kind in KINDS.items():
+        if name in options and not isinstance(options[name], kind):
+            raise UserError(
+                f"{path}: its stored {name} is {str(options[name])[:60]!r}, of which no batch can be made"
+            )
+
+
 def _listed(value) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
@@ -84,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     state, info = read_state_dict(local_file(args.checkpoint))
     given = {name: value for name, value in vars(args).items() if name in STORED and value is not None}
     options = {**info.args, **given}
+    check_options(options, info.path)
     model = build_model(CXRMIM, state, info, given).to(args.device)
 
     if args.image:

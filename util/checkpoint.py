@@ -15,12 +15,13 @@ which older files lack. `util.output` names, lists and keeps the files, `util.re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +44,14 @@ KEYS = (
     "format",
 )
 
+PARAMETERS = ("weight", "bias", "cls_token", "pos_embed")  # ends of the names of what is trained
+
+# Type and least value of what any run writes; what an older one lacks passes.
+_KINDS = (
+    ("model", dict, None), ("optimizer", dict, None), ("scaler", dict, None), ("args", dict, None),
+    ("meters", dict, None), ("watch", dict, None), ("model_config", dict, None), ("epoch", int, -1),
+    ("step", int, 0), ("world_size", int, 1), ("dataset_size", int, 0),
+)  # fmt: skip
 _MARK = b"cxrmim sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 
@@ -85,7 +94,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, after checking its digest.
 
     Nothing but plain types and tensors is ever unpickled. Raises CheckpointError, which names the file,
-    when it is missing, truncated, altered, unsafe or not a checkpoint of this program.
+    when it is missing, truncated, altered, unsafe, without weights or not a checkpoint of this program.
     """
     path = Path(path)
     verify_checkpoint(path)
@@ -105,7 +114,30 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"{path}: checkpoint format {state['format']}, this program reads {FORMAT}; "
             "use the version of the program that wrote it"
         )
+    for key, kind, lowest in _KINDS:
+        value = state.get(key, kind())
+        if type(value) is not kind or (lowest is not None and value < lowest):
+            raise CheckpointError(f"{path}: its {key!r} is {str(value)[:40]!r}, which no run has written")
+    check_weights(path, state["model"])
     return state
+
+
+@contextlib.contextmanager
+def fitting(path: str | os.PathLike) -> Iterator[None]:
+    """What is put back from a checkpoint inside fits what it is put into, or else CheckpointError, which names it."""
+    try:
+        yield
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{path}: what it holds doesn't fit this program ({what})") from error
 
 
 def load_options(path: str | os.PathLike) -> dict[str, Any]:
@@ -150,6 +182,50 @@ def verify_checkpoint(path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path}: no such checkpoint; check --resume") from error
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def verify_archive(path: str | os.PathLike) -> None:
+    """Check the bytes of any file of torch.save against the checksums that it has, which torch.load does not: the digest
+    inside, or else the CRC-32 of each record of its zip archive. Older kinds of file have none.
+
+    Raises CheckpointError.
+    """
+    if is_checkpoint(path):
+        verify_checkpoint(path)
+    elif zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.comment.startswith(_MARK):
+                    raise CheckpointError(f"{path}: cut short or damaged at its end; copy it again")
+                for record in archive.infolist():
+                    if record.CRC:  # 0: saved without (torch.serialization.set_crc32_options)
+                        with archive.open(record) as content:
+                            while content.read(1 << 22):
+                                pass
+        except CheckpointError:
+            raise
+        except Exception as error:  # zipfile's own, zlib's, struct's, whatever the damage leads to
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise CheckpointError(f"{path}: damaged ({reason}); download or copy it again") from None
+
+
+def check_weights(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
+    """Refuse what can be no weights: parameters that are no dense floating-point tensors, or not finite.
+
+    Raises CheckpointError, which names the file and the first such tensor.
+    """
+    for name, value in state.items():
+        if not str(name).endswith(PARAMETERS):
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: {name} is no tensor but {type(value).__name__}")
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            kind = "without its numbers" if value.is_meta else f"of type {value.dtype}, {value.layout}"
+            raise CheckpointError(f"{path}: {name} is {kind}, which can't be weights; save them as float32")
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} has {int((~value.isfinite()).sum())} values that are not finite"
+            )
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:

@@ -165,14 +165,23 @@ def build_backbone(backbone: Backbone, num_classes: int = 0, **options) -> Visio
     """
     if num_classes == 0:
         options["weight_init"] = "skip"  # every tensor comes from the file
-    model = timm.create_model(
-        backbone.timm_name,
-        num_classes=num_classes,
-        # As pretraining prepares images; timm's own weights of these names use 0.5 and crop_pct 0.9.
-        pretrained_cfg_overlay={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0},
-        **backbone.timm_args,
-        **options,
-    )
+    try:
+        model = timm.create_model(
+            backbone.timm_name,
+            num_classes=num_classes,
+            # As pretraining prepares images; timm's own weights of these names use 0.5 and crop_pct 0.9.
+            pretrained_cfg_overlay={
+                "mean": IMAGENET_DEFAULT_MEAN,
+                "std": IMAGENET_DEFAULT_STD,
+                "crop_pct": 1.0,
+            },
+            **backbone.timm_args,
+            **options,
+        )
+    except (AssertionError, ValueError, RuntimeError) as error:  # sizes or heads that no ViT has
+        raise UserError(
+            f"{backbone.source.path}: not an encoder of timm's ViT: {' '.join(str(error).split())}"
+        ) from None
     own = model.state_dict()
     state = dict(backbone.state)
     if "fc_norm.weight" in own and "norm.weight" not in own:  # where the head takes the mean of the tokens

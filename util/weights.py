@@ -25,6 +25,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from util.architecture import FREE_CONFIG, config_of_older_file, notes_on_config
+from util.checkpoint import check_weights, verify_archive
 from util.errors import UserError
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -125,8 +126,8 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         Names without wrapper prefixes -> tensors, and what the file says about itself.
 
     Raises:
-        UserError: the file is missing, cut short, of another kind, holds no tensors by name, or holds
-            Python objects that could run code.
+        UserError: the file is missing, cut short, damaged as far as its checksums tell, of another kind, holds no
+            tensors by name, weights that are no finite numbers, or Python objects that could run code.
     """
     path = Path(path)
     if path.is_dir():
@@ -142,6 +143,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         content, metadata = _read_safetensors(path)
         state = content
     else:
+        verify_archive(path)
         content = _read_torch(path)
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
@@ -149,6 +151,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         state_is_wrapped = wrapper is not None
         state = content[wrapper] if wrapper else content
         metadata = content.get("metadata") if wrapper else None
+        metadata = metadata if isinstance(metadata, Mapping) else {}  # another program's may be anything
     state = {_strip_prefixes(str(name)): value for name, value in state.items()}
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
@@ -157,6 +160,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
             f"{path}: no state dict in it ({what}); expected name -> tensor, plain or under "
             f"{' or '.join(map(repr, WRAPPER_KEYS))}"
         )
+    check_weights(path, state)
     more = content if state_is_wrapped else {}
     args = more.get("args")
     if isinstance(args, argparse.Namespace):
@@ -169,7 +173,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         epoch=int(epoch) if isinstance(epoch, (int, np.integer)) else None,
         world_size=world_size if isinstance(world_size, int) else 1,
         config=dict(config) if isinstance(config, Mapping) else {},
-        metadata={str(key): str(value) for key, value in dict(metadata or {}).items()},
+        metadata={str(key): str(value) for key, value in metadata.items()},
     )
 
 

@@ -309,6 +309,17 @@ def test_command_draws_one_image(checkpoint, tree, tmp_path, capsys):
     assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.parametrize(
+    "stored", [{"seed": "a"}, {"batch_size": None}, {"data_path": 5}, {"mask_ratio": "b"}, {"epochs": "many"}]
+)
+def test_stored_options_that_no_run_has_are_one_line(checkpoint, tmp_path, stored):
+    content = torch.load(checkpoint, weights_only=True)
+    content["args"] |= stored
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=rf"odd.pth: its stored {next(iter(stored))} is"):
+        main([str(tmp_path / "odd.pth"), "--epoch", "0", "--step", "0", "--out", str(tmp_path / "p.png")])
+
+
 def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
     image = next(tree.glob("images/*/*.png"))
     other = tmp_path / "small.png"

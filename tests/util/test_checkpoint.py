@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from made_checkpoints import make_state, write
 
 from util import checkpoint
-from util.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, verify_checkpoint
+from util.checkpoint import CheckpointError, fitting, load_checkpoint, save_checkpoint, verify_checkpoint
 from util.errors import UserError
 
 Usage = collections.namedtuple("Usage", "free")
@@ -170,3 +171,43 @@ def test_write_error_half_way_leaves_everything_as_it_was(tmp_path):
     assert "checkpoint-1.pth: can't write the checkpoint, which needs 3" in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"epoch": "two"}, "'epoch' is 'two'"),
+        ({"epoch": -5}, "'epoch' is '-5'"),
+        ({"step": 1.5}, "'step'"),
+        ({"world_size": 0}, "'world_size'"),
+        ({"args": 3}, "'args'"),
+        ({"optimizer": None}, "'optimizer'"),
+        ({"watch": 3}, "'watch'"),
+        ({"model": [torch.zeros(2)]}, "'model'"),
+        ({"model": {"norm.weight": "x"}}, "norm.weight is no tensor but str"),
+        ({"model": {"norm.weight": torch.zeros(2, dtype=torch.int64)}}, "norm.weight is of type torch.int64"),
+        (
+            {"model": {"norm.bias": torch.tensor([1, float("nan")])}},
+            "norm.bias has 1 values that are not finite",
+        ),
+    ],
+)
+def test_content_that_no_run_has_written_is_refused(tmp_path, change, reason):
+    """With a digest that fits: somebody's own file."""
+    path = tmp_path / "made.pth"
+    save_checkpoint(make_state() | change, path)
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))}: .*{reason}") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_is_one_line(tmp_path):
+    for error in (KeyError("sums"), RuntimeError("size\n mismatch"), TypeError("x")):
+        with (
+            pytest.raises(CheckpointError, match=f"^a.pth: .*{type(error).__name__}") as caught,
+            fitting("a.pth"),
+        ):
+            raise error
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="^as it is$"), fitting("a.pth"):
+        raise UserError("as it is")

@@ -14,10 +14,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from made_checkpoints import make_state
 from timm.layers import resample_abs_pos_embed
 
 from models_cxrmim import CXRMIM, cxrmim_vit_base_patch16, cxrmim_vit_tiny_patch16
 from util.architecture import check_same_model
+from util.checkpoint import save_checkpoint
 from util.errors import UserError
 from util.weights import build_model, load_initial_weights, read_state_dict, summarize_keys
 
@@ -374,3 +376,67 @@ def test_what_is_no_weights_file_at_all_is_one_line(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a readable weights file"):
         read_state_dict(path)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_every_flipped_bit_that_changes_a_number_is_found(signed, tmp_path):
+    """torch.load checks neither the CRC-32 of its archive's records nor this program's digest."""
+    weights = {f"blocks.{i}.norm1.weight": torch.randn(64) for i in range(3)}
+    path = tmp_path / "w.pth"
+    if signed:
+        save_checkpoint(make_state() | {"model": weights}, path)
+    else:
+        torch.save({"model": weights}, path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    inside = whole.index(weights["blocks.1.norm1.weight"].numpy().tobytes())
+    for at in [*range(inside, inside + 256, 16), *rng.integers(0, len(whole), 60).tolist()]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            state, _ = read_state_dict(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        else:  # in bytes that nobody reads
+            assert not signed and at not in range(inside, inside + 256)
+            assert state.keys() == weights.keys() and all(torch.equal(state[k], weights[k]) for k in weights)
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="w.pth"):
+            read_state_dict(path)
+    path.write_bytes(whole)
+    read_state_dict(path)
+
+
+def test_archive_that_was_saved_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save({"blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_state_dict(path)[0]["blocks.0.norm1.weight"].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.ones(3, dtype=torch.int32), "of type torch.int32"),
+        (torch.ones(3, dtype=torch.complex64), "of type torch.complex64"),
+        (torch.ones(3).to_sparse(), "sparse"),
+        (torch.ones(3, device="meta"), "without its numbers"),
+        (torch.tensor([0, float("inf")]), "1 values that are not finite"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(value, reason, tmp_path):
+    path = save(
+        {"model": {"bn.num_batches_tracked": torch.tensor(3), "blocks.0.norm1.weight": value}},
+        tmp_path / "w.pth",
+    )
+    with pytest.raises(UserError, match=rf"w.pth: blocks.0.norm1.weight (is|has) .*{reason}"):
+        read_state_dict(path)
+
+
+def test_metadata_of_another_program_may_be_anything(tmp_path):
+    for metadata in ("by somebody", 3, [1], None):
+        path = save(
+            {"model": {"blocks.0.norm1.weight": torch.ones(3)}, "metadata": metadata}, tmp_path / "w.pth"
+        )
+        assert read_state_dict(path)[1].metadata == {}
