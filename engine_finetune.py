@@ -199,12 +199,15 @@ def finetune(
             )
         ranks.say(f"{what}: goes on from epoch {place.epoch + 1}, step {place.step}")
     data = TrainingViews(views, rows.train, images.labels)
+    steps = steps_per_epoch(len(data), recipe.batch_size)
+    epoch, step = divmod(
+        place.epoch * steps + place.step, steps
+    )  # behind an epoch that is still to be validated
     loader = train_loader(
-        data, recipe.batch_size // ranks.world_size, ranks, seed=seed, epochs=recipe.epochs, epoch=place.epoch,
-        step=place.step, num_workers=tuning.num_workers, mend="; lower it, or raise --fractions",
+        data, recipe.batch_size // ranks.world_size, ranks, seed=seed, epochs=recipe.epochs, epoch=epoch, step=step,
+        num_workers=tuning.num_workers, mend="; lower it, or raise --fractions",
     )  # fmt: skip
     sampler = loader.batch_sampler
-    steps = sampler.steps_per_epoch
     watch = FiniteWatch(
         ranks.device,
         tuning.signals,
