@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +23,11 @@ from util.lr_sched import learning_rate
 from util.progress import Steps
 from util.stop import StopSignals, ignore_stop_signals
 
-WRITE_IMAGES = 512  # features are brought to disk so many images at a time
+# Features are brought to disk after so many images, or so many seconds: what a killed run loses.
+WRITE_IMAGES, WRITE_SECONDS = 512, 10.0
+# Images per forward pass of a frozen encoder. On a CPU larger batches leave its caches, and each of their tensors is
+# memory that the system hands out anew; the features are the same.
+ENCODE_BATCH = {"cpu": 16, "cuda": 64}
 
 
 class Stopped(Exception):
@@ -113,38 +119,69 @@ def encode(
         worker_init_fn=ignore_stop_signals,
     )
     files = {view: file for view, _, file in lacking}
-    waiting: deque[tuple[int, Tensor]] = deque()  # the device works on one batch while the last is read back
-    ready: list[np.ndarray] = []
-    place = 0  # of the first key whose features are not on disk
+    place = 0  # of the first key whose features were not handed to `store`
 
-    def store(all_of_them: bool) -> None:
-        nonlocal place
-        values = np.concatenate(ready)
+    def encoded() -> Iterator[Tensor]:
+        for gray in loader:
+            yield encoder(gray.to(device, non_blocking=True))
+            if signals.request:
+                return
+
+    def store(first: int, parts: list[np.ndarray]) -> None:
+        values = np.concatenate(parts)
         if not np.isfinite(values).all():
             raise UserError(
                 f"{what}: features are not finite (NaN or infinite); pass --dtype float32, or weights that are sound"
             )
-        ready.clear()
-        for view, span in _runs(keys[place : place + len(values)]):
-            images = np.array([image for _, image in keys[place + span.start : place + span.stop]])
+        for view, span in _runs(keys[first : first + len(values)]):
+            images = np.array([image for _, image in keys[first + span.start : first + span.stop]])
             file = files[view]
             file.write(images, values[span, : file.width])
-        place += len(values)
 
-    with Steps(what, len(keys), "images") as steps:
-        for gray in loader:
-            waiting.append((len(gray), encoder(gray.to(device, non_blocking=True))))
-            if len(waiting) > 1:
-                count, features = waiting.popleft()
-                ready.append(features.cpu().numpy())
-                steps.add(count)
-                if sum(map(len, ready)) >= WRITE_IMAGES or signals.request:
-                    store(False)
-            if signals.request:
-                break
-        ready += [features.cpu().numpy() for _, features in waiting]
-        store(True)
-    return place
+    # A thread waits for the disk, so that the encoder does not.
+    with Steps(what, len(keys), "images") as steps, ThreadPoolExecutor(1) as writer:
+        writing: Future = writer.submit(lambda: None)
+        ready: list[np.ndarray] = []
+        n_ready, began = 0, time.monotonic()
+        for features in read_back(encoded()):
+            ready.append(features.numpy())
+            n_ready += len(features)
+            steps.add(len(features))
+            if n_ready >= WRITE_IMAGES or time.monotonic() - began >= WRITE_SECONDS:
+                writing.result()
+                writing = writer.submit(store, place, ready)
+                place, ready, n_ready, began = place + n_ready, [], 0, time.monotonic()
+        writing.result()
+        if ready:
+            store(place, ready)
+    return place + n_ready
+
+
+def read_back(results: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors of a device on the CPU, each handed out when the next is under way: a GPU does not wait for the host.
+
+    The copy is asked for behind the work that makes the tensor and waited for alone; a plain `.cpu()` would wait for
+    the next tensor's work too.
+    """
+    waiting: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def arrived() -> Tensor:
+        tensor, done = waiting
+        if done is not None:
+            done.synchronize()
+        return tensor
+
+    for result in results:
+        copy = result.to("cpu", non_blocking=True)  # into pinned memory
+        done = None
+        if result.is_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(result.device))
+        if waiting is not None:
+            yield arrived()
+        waiting = copy, done
+    if waiting is not None:
+        yield arrived()
 
 
 def _runs(keys: Sequence[tuple[int, int]]) -> Iterator[tuple[int, slice]]:
@@ -281,6 +318,7 @@ def train_heads(
 
     with Steps(what, options.epochs * n_steps, "steps") as progress:
         for epoch in range(options.epochs):
+            features = None  # not two views at once
             features = views[epoch % len(views)]()
             order = torch.from_numpy(np.stack([epoch_order(seed, epoch, n) for seed in seeds])).to(
                 valid.device
@@ -299,19 +337,20 @@ def train_heads(
                 judged = torch.stack(
                     [known_loss(valid @ w + b, valid_labels, task) for w, b in zip(weight, bias, strict=True)]
                 )
-            if not torch.isfinite(judged[sorted(running)]).all():
+            train_loss, valid_loss = total.tolist(), judged.tolist()
+            if not all(math.isfinite(valid_loss[i]) for i in running):
                 raise UserError(f"{what}, epoch {epoch + 1}: the validation loss is not finite; lower --lr")
             for i in sorted(running):
                 train_losses, valid_losses = history[i]
-                train_losses.append(total[i].item() / n_steps)
-                valid_losses.append(judged[i].item())
+                train_losses.append(train_loss[i] / n_steps)
+                valid_losses.append(valid_loss[i])
                 if best[i] is None or valid_losses[-1] < valid_losses[best[i].epoch]:
                     best[i] = Head(
                         weight[i].detach().T.clone(), bias[i, 0].detach().clone(), epoch, train_losses, valid_losses
                     )  # fmt: skip
                 elif epoch - best[i].epoch >= options.patience:
                     running.remove(i)
-            progress.add(n_steps, f"validation loss {judged.mean().item():.4f}")
+            progress.add(n_steps, f"validation loss {np.mean(valid_loss):.4f}")
             if signals.request:
                 return None
             if not running:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -10,7 +12,7 @@ from torch.utils.data import Dataset
 
 from datasets.downstream.images import CENTRE
 from datasets.downstream.labelled import MULTICLASS, TEST, LabelledImages
-from engine_downstream import Stopped, network_input, probabilities
+from engine_downstream import Stopped, network_input, probabilities, read_back
 from util.distributed import Ranks
 from util.errors import UserError
 from util.loading import SampleLoader
@@ -64,15 +66,20 @@ def predict(
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
+
+    def judged() -> Iterator[Tensor]:
+        for gray in loader:
+            if signals.request:
+                return
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                found = model(network_input(gray.to(device, non_blocking=True), model, mean, std))
+            yield found.float()
+
     logits = [torch.empty(0, model.num_classes)]
-    for gray in loader:
-        if signals.request:
-            break
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = model(network_input(gray.to(device, non_blocking=True), model, mean, std))
-        logits.append(found.float().cpu())
+    for found in read_back(judged()):
+        logits.append(found)
         if progress is not None:
-            progress.add(len(gray))
+            progress.add(len(found))
     gathered, requests = zip(*ranks.gather((torch.cat(logits).numpy(), signals.request)), strict=True)
     if any(requests):
         raise Stopped

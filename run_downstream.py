@@ -33,7 +33,7 @@ from datasets.downstream.labelled import (
 )
 from datasets.downstream.partition import in_folds
 from datasets.downstream.tree import ANY_FINDING
-from engine_downstream import HeadOptions, Stopped
+from engine_downstream import ENCODE_BATCH, HeadOptions, Stopped
 from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
@@ -143,7 +143,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--bootstrap", type=int, default=1000, help="draws of subjects for the intervals")
     add("--min_positives", type=int, default=1,
         help="the mean leaves out labels with fewer test images with or without them")  # fmt: skip
-    add("--encode_batch", type=int, default=64, help="images per forward pass of a frozen encoder")
+    batches = ", ".join(f"{batch} on {device.upper()}" for device, batch in ENCODE_BATCH.items())
+    add("--encode_batch", type=int,
+        help=f"images per forward pass of an encoder that is not trained (default: {batches})")  # fmt: skip
     add("--num_workers", type=int, default=4, help="processes that read images")
     add("--device", default="cuda", help="cuda or cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
@@ -213,7 +215,7 @@ def check_args(args: argparse.Namespace) -> None:
         "min_positives",
         "folds",
     ):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("num_workers", "weight_decay"):
         if not 0 <= getattr(args, name) < math.inf:
@@ -315,6 +317,7 @@ def judge(
     output_dir = Path(args.output_dir)
     set_tf32(False)
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    encode_batch = args.encode_batch or ENCODE_BATCH[ranks.device.type]
     common = dict(
         task=images.task,
         dataset=images.name,
@@ -329,7 +332,7 @@ def judge(
             views, outcomes = open_views(args, images, ranks), []
         for name, model in tuned.items():
             labels, rows, scores, warning = evaluate(
-                name, model, images, views, dtype=dtype, batch_size=args.encode_batch,
+                name, model, images, views, dtype=dtype, batch_size=encode_batch,
                 num_workers=args.num_workers, ranks=ranks, signals=signals,
             )  # fmt: skip
             columns = [images.label_names.index(label) for label in labels]
@@ -360,7 +363,7 @@ def judge(
             tuning = Tuning(
                 images=images, open_views=lambda seed: Views(images, seed=seed, plane=views.plane, reading=views.reading),
                 recipe=replace(RECIPES[args.recipe], **settings), mean=mean, std=std, dtype=dtype,
-                test_batch=args.encode_batch, num_workers=args.num_workers, ranks=ranks, signals=signals,
+                test_batch=encode_batch, num_workers=args.num_workers, ranks=ranks, signals=signals,
             )  # fmt: skip
             found = finetune_all(
                 tuning, candidate, fractions=args.fractions, seeds=args.seeds, n_folds=args.folds, jobs=jobs,
@@ -372,7 +375,7 @@ def judge(
                 images=images, views=views, views_key=views_key, files_key=files_key, study_key=study_key,
                 fractions=args.fractions, seeds=args.seeds, n_folds=args.folds, n_views=args.views, heads=heads,
                 features_dir=Path(args.features_dir or output_dir / "features"), jobs=jobs, device=ranks.device,
-                dtype=dtype, batch_size=args.encode_batch, num_workers=args.num_workers, signals=signals,
+                dtype=dtype, batch_size=encode_batch, num_workers=args.num_workers, signals=signals,
             )  # fmt: skip
             found = (linear if args.method == "linear" else probe)(frozen, candidate, mean, std)
         for (kind, fraction, seed), (rows, scores) in found.items():

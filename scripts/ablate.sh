@@ -73,7 +73,7 @@ study() { # NAME IMAGES SEED: a phantom study, prepared
       --height "$IMAGE_SIZE" --shared_images 0 --normal_fraction 0.4 --lesion_kinds "${kinds[@]}" \
       --lesion_size "$LESION_SIZE" --lesion_contrast "$LESION_CONTRAST" --dwell_ratio "$DWELL_RATIO" || return 1
     "$PYTHON" scripts/prepare_reflacx.py --raw "$OUT/$1/raw/reflacx" --images "$OUT/$1/raw/mimic" \
-      --out "$OUT/$1/tree" --size "$IMAGE_SIZE" > "$OUT/$1/prepare.txt" || return 1
+      --out "$OUT/$1/tree" --size "$IMAGE_SIZE" --workers 2 > "$OUT/$1/prepare.txt" || return 1
     touch "$OUT/$1/done"
   fi
 }

@@ -5,7 +5,7 @@ Every row holds two measurements that were taken in turns: the *baseline*, writt
 published program does it (or the nearest plain way), and ours. The ratio is the median of the ratios of
 the turns, its spread their quartiles. Inputs are phantoms of 2544 x 3056 px, made here.
 
-    python scripts/benchmark.py                 # CPU or GPU, whichever is there; about 8 minutes on 2 cores
+    python scripts/benchmark.py                 # CPU or GPU, whichever is there; about 20 minutes on 2 cores
     python scripts/benchmark.py --json out.json # written after every part: what is measured is kept
 
 A part that fails is told, the others go on, and the exit status is 1. On a GPU what is not done within --minutes
@@ -33,7 +33,8 @@ from PIL import Image
 
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
-from scripts.benchmarks.downstream import measure_downstream, measure_encoding_rate
+from scripts.benchmarks.downstream import measure_downstream
+from scripts.benchmarks.encoding import measure_encoding
 from scripts.benchmarks.gaze import measure_gaze_training, measure_prediction
 from scripts.benchmarks.loading import measure_loader, measure_samples, measure_shared_memory
 from scripts.benchmarks.step import measure_steps
@@ -98,7 +99,7 @@ def settings_of(args: argparse.Namespace, device: str) -> Settings:
     if device == "cuda":
         settings = replace(
             settings, batch_size=128, prediction_batch=32, repeats=10, sample_repeats=6, loader_batches=30,
-            workers=(0, 4, 16), training_workers=(4, 16), copies=64, downstream=(100, 15, 8, 192),
+            workers=(0, 4, 16), training_workers=(4, 16), copies=64, downstream=(240, 15, 8, 192),
         )  # fmt: skip
     if args.quick:
         settings = Settings(
@@ -131,7 +132,7 @@ def run_parts(parts: Parts, report: Report, root: Path, settings: Settings) -> N
             f"training, {workers} workers", partial(measure_training, report, tree, output, settings, workers)
         )
     run("gaze training", lambda: measure_gaze_training(report, root, settings))
-    run("downstream encoding", lambda: measure_encoding_rate(report, settings))
+    run("downstream encoding", lambda: measure_encoding(report, root / "encoding", settings))
     run("loader", lambda: measure_loader(report, tree, settings))
     run("shared memory", lambda: measure_shared_memory(report, tree, settings))
     for variant in compiled[:2]:  # compiling takes a minute or more each

@@ -15,6 +15,8 @@ echo "== Made-up studies: REFLACX's layout with one real radiograph (simulated g
 "$PYTHON" scripts/make_phantom.py --out "$out/raw" --layout rsna --format jpg --n_images 160 --width 210 --height 256 \
   --lesion_kinds consolidation --normal_fraction 0.5
 
+# Nothing of what the environment may have set for a real run.
+unset NIH CHEXPERT SIIM COVIDX GPUS PREPARE_FLAGS DOWNSTREAM_FLAGS ACCEPT_DAMAGED
 REFLACX=$out/raw/reflacx IMAGES=$out/raw/mimic MORE_IMAGES=$out/raw/more/mimic PREDICTED_GAZE=yes RSNA=$out/raw/rsna \
   OUT=$out DEVICE=cpu WORKERS=2 PRETRAINED=none MODEL=cxrmim_vit_tiny_patch16 EPOCHS=20 BATCH_SIZE=8 \
   PRETRAIN_FLAGS="--warmup_epochs 2 --blr 4e-2 --image_every 0" \
@@ -27,10 +29,12 @@ import json, sys
 out = sys.argv[1]
 losses = [json.loads(line)["train_loss"] for line in open(f"{out}/pretrain/log.txt")]
 print(f"""
-Look at:
-  {out}/pictures.png         image, gaze, mask, HOG target and prediction
-  {out}/gaze/examples.png    gaze of the readers, and predicted
-  {out}/results.png, table.md   what the encoder is worth on labelled images
+Look at these in {out}/:
+  pictures.png                          image, gaze, mask, HOG targets and what was predicted of them
+  gaze/examples.png, gaze/metrics.png   gaze of the readers and predicted, so early hardly more than the mean map
+  downstream/rsna-probe/results.png     what the encoder is worth on labelled images: on 24 test images the intervals
+                                        are too wide to tell it from random weights
+  table.md, results.png                 the same for all data sets and methods together, of which the demo has one
 Made on the way: raw/ (the studies), data/ (the trees that training reads), gaze/, pretrain/ (checkpoints, log.txt,
 TensorBoard events), backbone.pth, downstream/
 loss of pretraining: {losses[0]:.4f} in the first epoch, {losses[-1]:.4f} in the last""")

@@ -42,18 +42,19 @@ fail() {
   exit 1
 }
 
-# Paths are as seen from where this is called; sbatch runs a copy of this file that lies elsewhere.
+# Paths are as seen from where this is called; sbatch runs a copy of this file that lies elsewhere. Below the repository
+# they are told from its root on, so that one place has one name.
 called_from=$PWD
-data=(REFLACX IMAGES MORE_IMAGES RSNA NIH CHEXPERT SIIM COVIDX)
-for variable in "${data[@]}" OUT PRETRAINED; do
-  case ${!variable} in
-    '' | /* | none | output_dir/reproduce | "$imagenet") ;;
-    *) printf -v "$variable" %s "$called_from/${!variable}" ;;
-  esac
-done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -e scripts/venv.sh ] || cd "${SLURM_SUBMIT_DIR:-.}"
 [ -e scripts/venv.sh ] || fail "$PWD is not the repository; call sbatch in its root"
+data=(REFLACX IMAGES MORE_IMAGES RSNA NIH CHEXPERT SIIM COVIDX)
+for variable in "${data[@]}" OUT PRETRAINED; do
+  case ${!variable} in
+    '' | none | output_dir/reproduce | "$imagenet") ;;
+    *) printf -v "$variable" %s "$(cd "$called_from" && realpath -ms --relative-base="$OLDPWD" -- "${!variable}")" ;;
+  esac
+done
 
 # --- Whatever can be wrong is told now, not after hours of work
 [ $# = 0 ] || fail "$1: this script takes variables in front of it, no words behind it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+import engine_downstream
+import util.features
 from engine_downstream import (
     HeadOptions,
     encode,
@@ -211,6 +214,27 @@ def test_a_stop_keeps_what_was_encoded(tmp_path):
     views.read.clear()
     views.request = 0
     assert encode(numbers, views, [(0, np.arange(20), file)], signals=Quiet(), **options) == 20 - done
+    assert file.read(np.arange(20))[:, 0].tolist() == list(range(20))
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_is_kept(tmp_path, monkeypatch):
+    """Numbers are on disk before their rows count, whatever the thread that writes is doing then."""
+    monkeypatch.setattr(engine_downstream, "WRITE_IMAGES", 6)
+    views, file = Numbers(), FeatureFile(tmp_path / "f", 20, 2)
+    options = dict(device=torch.device("cpu"), batch_size=3, num_workers=0, signals=Quiet(), what="e")
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(len(file.missing(np.arange(20))))
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(util.features.os, "fdatasync", full)
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        encode(numbers, views, [(0, np.arange(20), file)], **options)
+    assert calls == [20, 14]
+    assert file.missing(np.arange(20)).tolist() == list(range(6, 20))
+    assert encode(numbers, views, [(0, np.arange(20), file)], **options) == 14
     assert file.read(np.arange(20))[:, 0].tolist() == list(range(20))
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+import engine_frozen
 import run_downstream
 from run_downstream import main
 from util.errors import UserError
@@ -88,7 +89,7 @@ def check_aucs(out: Path) -> pd.DataFrame:
     return results
 
 
-def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys):
+def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "a run"
     weights = ["--weights", f"_our$1={encoder}", "random", "pixels"]
     assert main(command(rsna, out, *weights, "--fractions", "0.5", "1", "--seeds", "43", "44")) == 0
@@ -114,6 +115,17 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys):
     main(command(rsna, out, *weights, "--fractions", "0.5", "1", "--seeds", "43", "44"))
     assert (out / "results.csv").read_text() == first
     assert "encoded" not in capsys.readouterr().out
+
+    # Features that are all there are read only: the folder may be others' to write.
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")] if "features" in path.parts}
+
+    before = times()
+    other = command(rsna, tmp_path / "b", *weights, "--seeds", "44", "--features_dir", out / "features")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_frozen, "file_lock", None)
+        assert main(other) == 0
+    assert "random: 0 images encoded" in capsys.readouterr().out and times() == before
 
 
 def test_the_same_heads_whatever_stands_beside_them(rsna, encoder, tmp_path):

@@ -18,13 +18,23 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main` as a command: exit with its status; with 1 and one line for a `UserError`; with 130
-    when interrupted. An output that dies or fills up changes none of it (`util.console`)."""
+    """Run `main` as a command: exit with its status; with 1 and one line for a `UserError`, and for a GPU
+    whose memory is full; with 130 when interrupted. An output that dies or fills up changes none of it (`util.console`)."""
     make_output_unfailing()
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; to print an error needs no torch
+            raise
+        told = ". ".join(str(error).split(". ")[:2])
+        print(
+            f"error: {told}: lower --batch_size (for frozen encoders --encode_batch), or free the GPU of what "
+            "else runs there (nvidia-smi)",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ last rows at most, and a full disk is an error instead of a signal.
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from util.errors import UserError
 
 DTYPE = np.dtype("<f4")
+DONE = 1  # the mark of a row that is there
 
 
 class FeatureFile:
@@ -35,6 +37,8 @@ class FeatureFile:
         try:
             self.numbers.parent.mkdir(parents=True, exist_ok=True)
             for file, size in ((self.numbers, n_rows * width * DTYPE.itemsize), (self.marks, n_rows)):
+                if file.exists() and file.stat().st_size == size:
+                    continue  # nothing is written where all is there: it may be others' to write
                 with open(file, "ab") as opened:
                     found = opened.tell()
                     if found == 0:
@@ -48,7 +52,7 @@ class FeatureFile:
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Those of `rows` that are not there yet, in their order."""
-        return rows[np.fromfile(self.marks, np.uint8)[rows] != 1]
+        return rows[np.fromfile(self.marks, np.uint8)[rows] != DONE]
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Fill in rows, durably: `values` [len(rows), width]. Raises `UserError` on a full disk."""
@@ -56,29 +60,32 @@ class FeatureFile:
         if values.shape != (len(rows), self.width):
             raise ValueError(f"features {values.shape} for {len(rows)} rows of {self.width}")
         row_bytes = self.width * DTYPE.itemsize
+        starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)  # of rows that follow one another
+        spans = [slice(*pair) for pair in pairwise([*starts.tolist(), len(rows)])]
         try:
             with open(self.numbers, "r+b", buffering=0) as file:
-                for row, value in zip(rows.tolist(), values, strict=True):
-                    _write_at(file.fileno(), value.tobytes(), row * row_bytes)
+                for span in spans:
+                    _write_at(file.fileno(), values[span].data, int(rows[span.start]) * row_bytes)
                 os.fdatasync(file.fileno())
             with open(self.marks, "r+b", buffering=0) as file:
-                for row in rows.tolist():
-                    _write_at(file.fileno(), b"\1", row)
+                for span in spans:
+                    _write_at(file.fileno(), bytes([DONE]) * (span.stop - span.start), int(rows[span.start]))
         except OSError as error:
             raise UserError(
                 f"{self.numbers}: can't write features: {error.strerror}; make room or choose another "
                 "--features_dir, and run the same command again: what was encoded is kept"
             ) from None
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """A copy of some rows, float32 [len(rows), width]; they must be there."""
+    def read(self, rows: np.ndarray, width: int | None = None) -> np.ndarray:
+        """A copy of the first `width` numbers, or all, of some rows: float32 [len(rows), width]; they must be there."""
         if len(lacking := self.missing(rows)):
             raise ValueError(f"{self.numbers}: {len(lacking)} of {len(rows)} rows were never written")
-        return np.array(np.memmap(self.numbers, DTYPE, "r", shape=(self.n_rows, self.width))[rows])
+        mapped = np.memmap(self.numbers, DTYPE, "r", shape=(self.n_rows, self.width))
+        return np.asarray(mapped)[:, :width][rows]
 
 
-def _write_at(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written

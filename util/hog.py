@@ -80,7 +80,8 @@ class HOGPyramid(nn.Module):
         bins = torch.where(bins < 0, bins + self.nbins, bins)  # opposite directions share a bin
         bins = torch.where(bins == self.nbins, 0, bins)  # exactly 180 degrees
         # Bin by bin, so that no [N, nbins, H, W] buffer is written and nothing is scattered.
-        planes = [F.avg_pool2d(torch.where(bins == b, magnitude, 0), cell) for b in range(self.nbins)]
+        zero = magnitude.new_zeros(())  # a number here would be a kernel of its own on a GPU, for every bin
+        planes = [F.avg_pool2d(torch.where(bins == b, magnitude, zero), cell) for b in range(self.nbins)]
         return torch.stack(planes, 1)
 
 

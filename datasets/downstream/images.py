@@ -257,9 +257,13 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
-    scaled = gray.float() / 255
-    # With plain numbers: a tensor of them would be copied to the GPU in every step, which waits for it.
-    return torch.cat([(scaled - centre) / spread for centre, spread in zip(mean, std, strict=True)], 1)
+    scaled = gray.float().div_(255) if gray.dtype == torch.uint8 else gray / 255
+    # Channel by channel into the result, without copies between, and with plain numbers: a tensor of them would be
+    # copied to the GPU in every step, which waits for it.
+    result = scaled.new_empty(len(gray), len(mean), *gray.shape[-2:])
+    for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):
+        torch.sub(scaled[:, 0], centre, out=result[:, channel]).div_(spread)
+    return result
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +15,44 @@ from torch.utils.data import DataLoader
 
 from datasets.downstream import read_dataset
 from datasets.downstream.images import CENTRE, Views, normalisation, open_squares
+from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
 from datasets.downstream.partition import Rows, partitions
 from datasets.phantom.labelled import Chests
 from datasets.phantom.rsna import make_rsna
-from engine_downstream import Encoder, HeadOptions, Keyed, epoch_order, known_loss, new_head, schedule
+from engine_downstream import (
+    ENCODE_BATCH,
+    Encoder,
+    HeadOptions,
+    Keyed,
+    epoch_order,
+    known_loss,
+    new_head,
+    schedule,
+)
 from engine_frozen import Frozen, linear
-from scripts.benchmarks.timing import Report, Row, Settings, timed
+from scripts.benchmarks.timing import Report, Row, Settings, timed_twice
 from util.encoders import Candidate
 from util.export import read_backbone
 from util.jobs import Jobs
 from util.roc import auc
 from util.stop import StopSignals
 
-FRACTIONS, SEEDS = (0.3, 0.6, 1.0), (43, 44, 45)
+FRACTIONS, SEEDS, VIEWS = (0.3, 0.6, 1.0), (43, 44, 45), 10
+SHARES = {
+    TRAIN: 4,
+    VALID: 1,
+    TEST: 10,
+}  # testing costs the plain loop nothing, and makes AUCs worth comparing
 
 
 def measure_downstream(report: Report, root: Path, settings: Settings) -> None:
-    """3 fractions x 3 seeds of linear heads; and encoding against the encoder's bare forward passes."""
+    """3 fractions x 3 seeds of linear heads of a small frozen encoder."""
     n_images, epochs, batch_size, width = settings.downstream
     device = torch.device(settings.device)
     chests = Chests(n_images, size=(192, 160), lesion_kinds=("consolidation",), normal_fraction=0.5)
     images = read_dataset("rsna", make_rsna(root, chests, image_format="jpg").raw)
+    parts = np.resize(np.repeat(list(SHARES), list(SHARES.values())), n_images)
+    images = replace(images, parts=np.random.default_rng(0).permutation(parts))
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_base_patch16_224", embed_dim=width, depth=2, num_heads=width // 64, num_classes=0
@@ -43,70 +61,75 @@ def measure_downstream(report: Report, root: Path, settings: Settings) -> None:
         {"state_dict": model.state_dict(), "metadata": {"num_heads": str(width // 64)}}, root / "x.pth"
     )
     candidate = Candidate("x", "file", read_backbone(root / "x.pth"))
-    # Without early stopping both do the same steps.
-    options = HeadOptions(epochs=epochs, batch_size=batch_size, patience=epochs)
+    measure_heads(report, root, images, candidate, HeadOptions(epochs, batch_size, patience=epochs), device)
+
+
+def measure_heads(
+    report: Report,
+    root: Path,
+    images: LabelledImages,
+    candidate: Candidate,
+    options: HeadOptions,
+    device: torch.device,
+) -> None:
+    """All heads from stored features, of some views and of one per epoch, against the plain published loop, which
+    draws new views for every seed. Without early stopping all do the same steps."""
     encoder = Encoder(candidate.build().eval().to(device), *normalisation("half"), device)
-    plain: dict[tuple[float, int], float] = {}
-
-    def published() -> None:
-        for fraction in FRACTIONS:
-            (rows,) = partitions(images, fraction, seed=0, n_folds=2, validate=True)
-            for seed in SEEDS:
-                plain[fraction, seed] = published_head(
-                    encoder, Views(images, seed=seed), images, rows, seed, options
-                )
-
-    found: dict = {}
-
-    def ours() -> None:
-        with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals:
-            plane = open_squares(images, root / "cache")
-            frozen = Frozen(
-                images=images, views=Views(images, plane=plane), views_key="", files_key="", study_key="",
-                fractions=FRACTIONS, seeds=SEEDS, n_folds=2, n_views=10, heads=options, features_dir=root / "features",
-                jobs=Jobs(root / "jobs"), device=device, dtype=torch.float32, batch_size=64, num_workers=0, signals=signals,
-            )  # fmt: skip
-            found.update(linear(frozen, candidate, *normalisation("half")))
-
-    fast, slow = timed(ours, settings.device), timed(published, settings.device)
-    ratio = slow / fast
-    note = f"{n_images} images, {epochs} epochs, width {width}; once each, since the baseline takes long"
-    report.add(
-        Row(
-            "linear evaluation, 3 fractions x 3 seeds",
-            "s",
-            slow,
-            fast,
-            ratio,
-            None,
-            1,
-            ">= 10",
-            ratio >= 10,
-            note,
-        )
-    )
-    differences, spreads = [], []
+    plain, spent = {}, []
     for fraction in FRACTIONS:
-        own = [
-            auc(images.labels[rows, 0], scores[:, 0])
-            for (_, share, _), (rows, scores) in found.items()
-            if share == fraction
-        ]
-        theirs = [plain[fraction, seed] for seed in SEEDS]
-        differences.append(abs(np.mean(own) - np.mean(theirs)))
-        spreads.append(np.std(theirs, ddof=1))
-    report.equality["linear evaluation, largest difference of mean AUCs over fractions"] = float(
-        max(differences)
-    )
-    report.equality["linear evaluation, mean standard deviation of AUCs over seeds"] = float(np.mean(spreads))
-    measure_encoding(
-        report, encoder, Views(images, plane=open_squares(images, root / "cache")), len(images), device
-    )
+        (rows,) = partitions(images, fraction, seed=0, n_folds=2, validate=True)
+        for seed in SEEDS:
+
+            def published(rows: Rows = rows, fraction: float = fraction, seed: int = seed) -> None:
+                logits = published_head(encoder, Views(images, seed=seed), images, rows, seed, options)
+                plain[fraction, seed] = auc(images.labels[rows.test, 0], logits[:, 0])
+
+            spent.append(timed_twice(published, device.type))
+    plain_seconds, plain_processor = np.sum(spent, 0).tolist()
+    spread = np.mean([np.std([plain[fraction, seed] for seed in SEEDS], ddof=1) for fraction in FRACTIONS])
+    report.equality["linear evaluation, mean standard deviation of AUCs over seeds"] = float(spread)
+    counts = ", ".join(f"{(images.parts == part).sum()} {part}" for part in SHARES)
+    for n_views in (VIEWS, options.epochs):
+        found: dict = {}
+
+        def ours(n_views: int = n_views, found: dict = found) -> None:
+            with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals:
+                place = root / f"views{n_views}"
+                plane = open_squares(images, place / "cache")
+                frozen = Frozen(
+                    images=images, views=Views(images, plane=plane), views_key="", files_key="", study_key="",
+                    fractions=FRACTIONS, seeds=SEEDS, n_folds=2, n_views=n_views, heads=options,
+                    features_dir=place / "features", jobs=Jobs(place / "jobs"), device=device, dtype=torch.float32,
+                    batch_size=ENCODE_BATCH[device.type], num_workers=0, signals=signals,
+                )  # fmt: skip
+                found |= linear(frozen, candidate, *normalisation("half"))
+
+        seconds, processor = timed_twice(ours, device.type)
+        ratio = plain_seconds / seconds
+        what = f"{len(FRACTIONS)} fractions x {len(SEEDS)} seeds"
+        name = f"linear evaluation, {what}" if n_views == VIEWS else "linear evaluation, a view per epoch"
+        bar, met = (">= 10", ratio >= 10) if n_views == VIEWS else (None, None)
+        note = (
+            f"{counts}; {options.epochs} epochs, {n_views} views, width {encoder.model.embed_dim}; once each; "
+            f"{plain_processor / processor:.3g}x by processor time"
+        )
+        report.add(Row(name, "s", plain_seconds, seconds, ratio, None, 1, bar, met, note))
+        differences = []
+        for fraction in FRACTIONS:
+            own = []
+            for seed in SEEDS:
+                rows, scores = found["", fraction, seed]
+                own.append(auc(images.labels[rows, 0], scores[:, 0]))
+            differences.append(abs(np.mean(own) - np.mean([plain[fraction, seed] for seed in SEEDS])))
+        title = f"linear evaluation, {n_views} views, largest difference of mean AUCs over fractions"
+        report.equality[title] = float(max(differences))
 
 
-def published_head(encoder: Encoder, views, images, rows: Rows, seed: int, options: HeadOptions) -> float:
+def published_head(
+    encoder: Encoder, views, images, rows: Rows, seed: int, options: HeadOptions
+) -> np.ndarray:
     """The published loop: in every epoch read, augment and encode the training images, then the validation
-    images; test the best epoch. Returns the test AUC."""
+    images; test the best epoch. Returns the test images' logits, [n, C]."""
 
     def features(keys: list[tuple[int, int]]):
         for gray in DataLoader(Keyed(views, keys), options.batch_size):
@@ -134,41 +157,4 @@ def published_head(encoder: Encoder, views, images, rows: Rows, seed: int, optio
         if loss < best:
             best, state = loss, {name: tensor.clone() for name, tensor in head.state_dict().items()}
     head.load_state_dict(state)
-    return auc(images.labels[rows.test, 0], logits_of(rows.test)[:, 0].cpu().numpy())
-
-
-def measure_encoding(report: Report, encoder: Encoder, views: Views, n: int, device: torch.device) -> None:
-    """Views read, augmented and encoded as `encode` does, against the bare forward passes of ready batches."""
-    keys = [(view, i) for view in range(2) for i in range(n)]
-    batches = list(DataLoader(Keyed(views, keys), 64))
-
-    def bare() -> None:
-        for gray in batches:
-            encoder(gray.to(device)).cpu()
-
-    def whole() -> None:
-        for gray in DataLoader(Keyed(views, keys), 64):
-            encoder(gray.to(device)).cpu()
-
-    repeats = report.settings["repeats"]
-    times = [(timed(bare, device.type), timed(whole, device.type)) for _ in range(repeats + 1)][1:]
-    report.compare("encoding against bare forward passes", *(list(column) for column in zip(*times, strict=True)),
-                   note="ratio: share of the bare rate; in this process, without workers")  # fmt: skip
-
-
-def measure_encoding_rate(report: Report, settings: Settings) -> None:
-    """A frozen ViT-B at 224 px, as run_downstream.py encodes with it, on images that are ready in memory."""
-    device = torch.device(settings.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    smaller = {"embed_dim": 64, "depth": 2, "num_heads": 1} if settings.quick else {}
-    model = timm.create_model("vit_base_patch16_224", num_classes=0, **smaller).eval().to(device)
-    encoder = Encoder(model, *normalisation("half"), device, dtype)
-    gray = torch.randint(256, (settings.batch_size, 1, 224, 224), dtype=torch.uint8)
-
-    def encode() -> None:
-        encoder(gray.to(device)).cpu()
-
-    seconds = [timed(encode, device.type) for _ in range(settings.repeats + 1)][1:]
-    rate = settings.batch_size / float(np.median(seconds))
-    note = f"width {model.embed_dim}, {len(model.blocks)} blocks, {str(dtype).removeprefix('torch.')}"
-    report.value("downstream encoding", "images/s", rate, note=note)
+    return logits_of(rows.test).cpu().numpy()

@@ -1,20 +1,27 @@
-"""Frozen encoders and linear heads on a GPU: features and weights are the CPU's.
+"""Frozen encoders, linear heads and fine-tuning on a GPU: features, weights and losses are the CPU's.
 
 Each test runs on the CPU as well, so that it works on the first GPU.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
 import torch
+from host_waits import no_host_waits
 
 from datasets.downstream.images import normalisation
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL
 from engine_downstream import Encoder, FeatureFile, HeadOptions, encode, train_heads
+from engine_finetune import RECIPES, Place, Tuning, _train_epoch, build_optimizer
+from util import distributed
+from util.finite import FiniteWatch, make_scaler
 from util.precision import set_tf32
-from util.stop import StopSignals
+from util.progress import Steps
+from util.stop import GO_ON, StopSignals
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", GPU]
@@ -86,3 +93,58 @@ def test_stacked_heads_have_the_weights_of_heads_trained_alone_on_the_cpu(device
         torch.testing.assert_close(head.bias.cpu(), alone.bias, rtol=0, atol=1e-4)
         assert head.valid_losses == pytest.approx(alone.valid_losses, abs=1e-4)
     assert not torch.allclose(together[0].weight, together[1].weight, atol=1e-2)
+
+
+def fine_tuned_on(device, dtype, n, *, recipe="published", size=4, side=32):
+    """Mean loss of n steps of fine-tuning as run_downstream.py does them, from the same weights."""
+    generator = torch.Generator().manual_seed(0)
+    given = []
+    for _ in range(n):
+        gray = torch.randint(256, (size, 1, side, side), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(2, (size, 3), generator=generator).float()
+        labels[0, 0] = torch.nan  # unknown
+        given.append(tuple(t.pin_memory() if device == "cuda" else t for t in (gray, labels)))
+    ranks = distributed.start(device)
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=side, embed_dim=48, depth=2, num_heads=3, num_classes=3
+    ).to(ranks.device)
+    recipe = RECIPES[recipe]
+    scaler = make_scaler(str(dtype).removeprefix("torch."), ranks.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    with (
+        StopSignals() as signals,
+        no_host_waits(given, device) as batches,
+        Steps("test", n, "steps", enabled=False) as progress,
+    ):
+        tuning = Tuning(
+            SimpleNamespace(task=MULTILABEL), None, recipe, *normalisation("half"), dtype, test_batch=size,
+            num_workers=0, ranks=ranks, signals=signals,
+        )  # fmt: skip
+        watch = FiniteWatch(
+            ranks.device, signals, half=dtype == torch.float16, sample_names=lambda epoch, step: [f"{step}"]
+        )
+        request = _train_epoch(
+            tuning, model, model, build_optimizer(model, recipe), scaler, batches, n, Place(), sums, 0, watch, progress
+        )  # fmt: skip
+    assert request == GO_ON
+    loss, count = sums.tolist()
+    assert count == n
+    return loss / n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_fine_tuning_waits_for_nothing(device, dtype):
+    assert 0.3 < fine_tuned_on(device, dtype, 8, recipe="layer_decay") < 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "tolerance"),
+    [(torch.float32, 1, 1e-4), (torch.float32, 4, 1e-2), (torch.bfloat16, 1, 3e-2)],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_fine_tuning_has_the_losses_of_the_cpu_in_float32(device, dtype, n, tolerance):
+    set_tf32(False)
+    expected = fine_tuned_on("cpu", torch.float32, n)
+    assert fine_tuned_on(device, dtype, n) == pytest.approx(expected, rel=tolerance)

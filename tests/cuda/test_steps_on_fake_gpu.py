@@ -16,7 +16,7 @@ import run_gaze
 import run_pretrain
 from datasets.downstream.images import normalisation
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL
-from engine_downstream import Encoder
+from engine_downstream import Encoder, read_back
 from engine_finetune import RECIPES, Place, Tuning, build_optimizer
 from engine_gaze import Sums
 from engine_gaze import train_one_epoch as train_gaze_epoch
@@ -150,6 +150,24 @@ def test_frozen_encoder(monkeypatch):
         encoder = Encoder(model, *normalisation("imagenet"), CUDA, torch.bfloat16)
         features = encoder(pixels(BATCH, 1, 80, 80).to(CUDA, non_blocking=True))
     assert features.device == CUDA and features.shape == (BATCH, 96)
+
+
+def test_features_are_waited_for_when_the_next_are_under_way(monkeypatch):
+    told = []
+
+    class Event:
+        def record(self, stream: None) -> None:
+            told.append("asked for")
+
+        def synchronize(self) -> None:
+            told.append("waited for")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    with fake_gpu(nn.Linear(1, 1), monkeypatch):
+        found = list(read_back(torch.zeros(2, 3, device=CUDA) for _ in range(3)))
+    assert told == ["asked for", *2 * ["asked for", "waited for"], "waited for"]
+    assert [tensor.device.type for tensor in found] == 3 * ["cpu"]
 
 
 @pytest.mark.parametrize("masking", list(MASKINGS))

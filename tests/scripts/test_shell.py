@@ -53,6 +53,16 @@ def test_a_relative_python_is_seen_from_where_the_script_is_called(tmp_path, nam
         assert result.returncode == 0 and f"own python in {ROOT}:" in result.stdout, result.stderr
 
 
+@pytest.mark.parametrize("has_xdist", [True, False])
+def test_the_tests_run_in_one_process_where_pytest_has_no_more(tmp_path, has_xdist):
+    there = f'case $2 in "import xdist") exit {int(not has_xdist)} ;; esac; echo "$*"'
+    result = run(
+        "bash", ROOT / "scripts/test.sh", "-m", "cuda", PYTHON=str(stand_in(tmp_path / "python", there))
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("-m cuda\n") and ("-n 2" in result.stdout) == has_xdist
+
+
 @pytest.mark.parametrize("name", ["test.sh", "pretrain.sh"])
 def test_a_signal_to_a_wrapper_reaches_the_program(tmp_path, name):
     """The wrapper is the program by then: the same process."""

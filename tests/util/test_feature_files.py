@@ -15,6 +15,9 @@ def test_rows_are_kept_and_numbers_that_were_deleted_are_missing(tmp_path):
     kept = FeatureFile(tmp_path / "view", 4, 3)
     assert kept.missing(np.arange(4)).tolist() == [0, 2]
     assert np.array_equal(kept.read(np.array([1, 3])), values[::-1])
+    kept.write(np.array([], np.int64), values[:0])
+    kept.write(np.array([0, 1, 2]), values[[0, 0, 1]])  # neighbours go in one piece, and over what was there
+    assert np.array_equal(kept.read(np.array([0, 1, 2, 3])), values[[0, 0, 1, 0]])
     (tmp_path / "view.f32").unlink()  # the large file, to make room
     assert FeatureFile(tmp_path / "view", 4, 3).missing(np.arange(4)).tolist() == [0, 1, 2, 3]
     with pytest.raises(UserError, match="damaged; move it away"):
