@@ -38,7 +38,7 @@ from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
-from util.cli import finite_float, seed_number
+from util.cli import Parser, finite_float, seed_number
 from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.figures import save_figure
@@ -89,12 +89,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "run_downstream.py",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("run_downstream.py", description=__doc__, formatter_class=HelpFormatter)
     add_arguments(parser)
     add_image_arguments(parser)
     parser.add_argument("--dry_run", action="store_true", help="read the tables, write split.csv, and stop")
