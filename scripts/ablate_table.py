@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.ablation import format_seed_table, seed_table
 from util.ablation_figure import ablation_figure
+from util.cli import Parser
 from util.errors import run_cli
 from util.figures import save_figure
 from util.files import atomic_write
@@ -19,9 +20,7 @@ from util.tables import read_table
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "results",
         nargs="+",
