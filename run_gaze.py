@@ -17,7 +17,7 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import fitting, load_checkpoint, save_checkpoint
-from util.cli import add_launch_arguments, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, finite_float, seed_number
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
@@ -42,8 +42,8 @@ BEST = "best.pth"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "run_gaze.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        "run_gaze.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )  # fmt: skip
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", required=True, help="processed tree, or several")
@@ -100,7 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--max_minutes",
         type=finite_float,
         default=None,
-        help="stop after so long, with a checkpoint, exit status 75",
+        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first",
     )
     add("--judge", default=None, metavar="PATH", help="don't train: judge this best.pth on the test images")
 
@@ -339,6 +339,10 @@ def check_args(args: argparse.Namespace) -> None:
                  "print_every", "cache_size"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.cache_size < args.input_size:
+        raise UserError(
+            f"--cache_size {args.cache_size}: below --input_size {args.input_size}, so that images would be enlarged"
+        )
     for name in (
         "num_workers",
         "warmup_epochs",

@@ -18,7 +18,7 @@ from engine_pretrain import Meters, Training, describe_run, epoch_record, pictur
 from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import fitting, load_checkpoint
-from util.cli import add_launch_arguments, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
@@ -48,11 +48,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: the published flags with their names, meanings and defaults, and ours."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "run_pretrain.py",
         description="Pretrain CXR-MIM on chest X-rays with gaze heatmaps.",
         formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", default=["../data/reflacx-1.0.0/"], help="processed tree, or several")
@@ -171,7 +170,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--max_minutes",
         type=finite_float,
         default=None,
-        help="stop after so long, with a checkpoint, exit status 75",
+        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first",
     )
     add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
 

@@ -2,7 +2,7 @@
 # Does the gaze prior help? {attention, random, block} masking x {unweighted, weighted} loss x seeds on a
 # made-up study, then a logistic regression for lesion presence and type on a second study.
 #
-#   bash scripts/ablate.sh [OUT]             tiny models: a check of the machinery; 22 minutes of CPU time
+#   bash scripts/ablate.sh [OUT]             tiny models: a check of the machinery; 20 minutes of CPU time
 #   PRESET=gpu bash scripts/ablate.sh [OUT]  ViT-B at 224 px, small lesions: docs/ablation.md says how it was sized
 #   LESION_SIZE=0.6 SEEDS="0 1 2 3 4" bash scripts/ablate.sh output_dir/ablate_small_lesions
 #

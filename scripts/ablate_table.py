@@ -11,15 +11,16 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.ablation import format_seed_table, seed_table
+from util.ablation_figure import ablation_figure
+from util.cli import Parser
 from util.errors import run_cli
+from util.figures import save_figure
 from util.files import atomic_write
 from util.tables import read_table
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "results",
         nargs="+",
@@ -34,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=10,
         help="leave out labels with fewer test images with or without",
     )
-    parser.add_argument("--out", default="table.csv", help="CSV to write")
+    parser.add_argument("--out", default="table.csv", help="CSV to write, and a PNG of the same name")
     return parser
 
 
@@ -47,9 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     table = seed_table(results[~(fewest < args.min_positives)], args.reference)
     with atomic_write(args.out, "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")
+    picture = Path(args.out).with_suffix(".png")
+    save_figure(ablation_figure(table, args.reference), picture)
     print(format_seed_table(table))
     print(f"mean over seeds (95% interval, Student's t); differences to {args.reference}, paired by seed")
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out} and {picture}")
     return 0
 
 

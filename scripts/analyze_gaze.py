@@ -13,17 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import SOURCES
 from datasets.raw.egd import DEFAULT_SIGMA
-from util.cli import finite_float, seed_number
+from util.cli import Parser, finite_float, seed_number
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__ + " Damaged readings are listed and left out; the exit status is 1 then.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -42,16 +42,14 @@ from scripts.benchmarks.targets import measure_hog
 from scripts.benchmarks.timing import Parts, Report, Settings
 from scripts.benchmarks.training import measure_training
 from scripts.benchmarks.variants import VariantSteps, variants
-from util.cli import finite_float
+from util.cli import Parser, finite_float
 from util.cpus import available_cpus
 from util.errors import UserError, run_cli
 from util.precision import set_tf32
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 128 on a GPU")

@@ -20,7 +20,7 @@ from datasets.phantom.real import add_real_radiograph
 from datasets.phantom.reflacx import make_study
 from datasets.phantom.rsna import make_rsna
 from datasets.phantom.study import PhantomStudy
-from util.cli import finite_float, seed_number
+from util.cli import Parser, finite_float, seed_number
 from util.errors import UserError, run_cli
 
 LAYOUTS = ("reflacx", "egd", "rsna", "nih", "chexpert")
@@ -36,9 +36,7 @@ ONLY_FOR = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--out",
         required=True,

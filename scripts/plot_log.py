@@ -8,15 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.cli import Parser
 from util.curves import loss_figure, read_log, run_names
 from util.errors import UserError, run_cli
 from util.figures import check_picture_path, save_figure
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run, or its log.txt")
     parser.add_argument("--names", nargs="+", help="names of the runs in the legend (default: their folders)")
     parser.add_argument("--out", default="loss.png", help="picture to write: .png, .pdf, .svg or .jpg")

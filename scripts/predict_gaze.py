@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.predicted import Predictor, fill_tree, predict_files
 from models_gaze import GazeNet, load_gaze_net
-from util.cli import check_device
+from util.cli import Parser, check_device
 from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.cpus import available_cpus
 from util.encoders import digest_of
@@ -23,12 +23,11 @@ from util.precision import set_tf32
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__
         + " Damaged images are listed and left out; the exit status is 1 then. An interrupted run "
         "goes on where it stopped; a second run changes nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="best.pth of run_gaze.py")

@@ -10,18 +10,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
-from util.cli import add_accept_damaged
+from util.cli import Parser, add_accept_damaged
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__ + " Damaged files are listed at the end and left out; the exit status is 1 then. "
         "An interrupted run goes on where it stopped; a second run changes nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

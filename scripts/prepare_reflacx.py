@@ -12,18 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import DEFAULT_SIGMA
 from datasets.raw.readings import MAX_BAD
-from util.cli import add_accept_damaged, finite_float
+from util.cli import Parser, add_accept_damaged, finite_float
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__ + " Damaged files and readings are listed at the end and left out; the exit "
         "status is 1 then. An interrupted run goes on where it stopped; a second run changes nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -13,6 +13,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.cli import Parser
 from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.results import MEAN, summary_table, write_text
@@ -23,9 +24,7 @@ COLUMNS = ("weights", "dataset", "method", "fraction", "seed", "label", "low", "
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "summarize_results.py", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+    parser = Parser("summarize_results.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("results", nargs="+", help="results.csv of run_downstream.py")
     parser.add_argument("--out", required=True, help="directory of table.md and results.png")
     return parser

@@ -14,6 +14,15 @@ if [ -z "${PYTHON:-}" ]; then
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
     echo "$wanted" > .venv/installed
   fi
-elif [[ $PYTHON == */* && $PYTHON != /* ]]; then
-  PYTHON=$OLDPWD/$PYTHON # as seen from where the script was called
+else
+  # As seen from where the script was called.
+  [[ $PYTHON == */* && $PYTHON != /* ]] && PYTHON=$OLDPWD/$PYTHON
+  lacking=$("$PYTHON" -c 'from importlib.util import find_spec
+lacking = [name for name in ("torch", "timm") if not find_spec(name)]
+print(" and no ".join(lacking))
+raise SystemExit(len(lacking))' 2> /dev/null) || {
+    echo "error: PYTHON=$PYTHON ${lacking:+has no }${lacking:-is no Python that runs};" \
+      "install requirements.txt there, or unset PYTHON" >&2
+    exit 1
+  }
 fi

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
 from models_cxrmim import CXRMIM
-from util.cli import check_device, finite_float, seed_number
+from util.cli import Parser, check_device, finite_float, seed_number
 from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.download import local_file
 from util.errors import UserError, run_cli
@@ -38,11 +38,10 @@ KINDS = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Options that are not given are those stored in the checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint of pretraining, or a published one")

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from collections.abc import Sequence
 
 import torch
 
 from util.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of every program: no abbreviations, and no empty values, such as a shell makes of "$UNSET", which as
+    a path would be the current directory."""
+
+    # None is said by an empty word where the published program says it so.
+    MAY_BE_EMPTY = ("--resume",)
+
+    def __init__(self, prog: str | None = None, **kwargs):
+        super().__init__(prog, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        option = ""
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--"):
+                option, equals, value = word.partition("=")
+            else:
+                equals, value = True, word
+            if equals and not value and option not in self.MAY_BE_EMPTY:
+                self.error(f"argument {option or '1'}: the value is empty; give one, or leave the option out")
+        return super().parse_known_args(args, namespace)
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:

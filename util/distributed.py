@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -181,4 +182,7 @@ def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
 def stop() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
+        # torch 2.7 ends gloo's threads while it holds Python's lock, for which one of them may be waiting, to
+        # give back the tensor of the last exchange: for ever. This thread asleep, it gets the lock.
+        time.sleep(0.1)
         dist.destroy_process_group()

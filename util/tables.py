@@ -39,6 +39,12 @@ def check_relative_path(value: str, what: str) -> str:
     return value
 
 
+def table_file(path: Path) -> Path:
+    """Where a table is that may be gzipped: with .gz behind its name if it is there so, and not as it is named."""
+    zipped = path.with_name(f"{path.name}.gz")
+    return zipped if zipped.exists() and not path.exists() else path
+
+
 def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ()) -> pd.DataFrame:
     """A CSV file by column name, extra columns tolerated, blanks around names and cells taken off. The
     rows' index is their line in the file (of a record over several lines, its first).

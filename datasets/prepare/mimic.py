@@ -228,6 +228,11 @@ class Excluded:
         for number, line in enumerate(lines, start=1):
             if text := line.partition("#")[0].strip():
                 text = check_id(text, f"{path}: line {number}: one dicom_id or subject_id a line, but")
+                if re.fullmatch(r"\d+\.\d*", text):
+                    raise UserError(
+                        f"{path}: line {number}: {text} is an id that was taken for a number; write all its digits"
+                    )
+                text = re.sub(r"\.(jpe?g|png|dcm|dicom)$", "", text, flags=re.IGNORECASE)
                 self.ids.add(text.casefold())
         self.ids -= {"dicom_id", "subject_id"}  # a header
         if not self.ids:
@@ -246,6 +251,11 @@ class Excluded:
             self._unused -= hit
             if not hit:
                 kept[name] = row
+        names = (name for name in self._unused if not name.isdigit())
+        cut_off = match_ids(names, rows, cut_off=True)
+        for name, own in (*cut_off.found.items(), *((n, c[0]) for n, c in cut_off.ambiguous.items())):
+            # Left out in silence, it would be trained on.
+            raise UserError(f"{self.path}: {name} is no image here, but {own} begins like it: is it cut off?")
         if self.path is not None:
             counts["- of --exclude"] = len(rows) - len(kept)
         return kept
@@ -271,7 +281,7 @@ def _read_metadata(path: Path, views: Sequence[str], notes: list[str]) -> pd.Dat
     any_view = "all" in views
     required = _ID_COLUMNS if any_view else (*_ID_COLUMNS, _VIEW_COLUMN)
     table = read_table(path, required, text=required)
-    twice = table["dicom_id"][table["dicom_id"].duplicated()]
+    twice = table["dicom_id"][table["dicom_id"].str.casefold().duplicated()]
     if not twice.empty:
         raise UserError(f"{path}: line {twice.index[0]}, column 'dicom_id': {twice.iloc[0]} appears twice")
     if not any_view:

@@ -22,7 +22,15 @@ from datasets.raw.readings import (
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS
 from util.ids import IdMatch, match_ids
-from util.tables import bad_cells, check_id, check_relative_path, parse_bool, read_table, to_numbers
+from util.tables import (
+    bad_cells,
+    check_id,
+    check_relative_path,
+    parse_bool,
+    read_table,
+    table_file,
+    to_numbers,
+)
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
 LABELS = ("Normal", "CHF", "pneumonia")
@@ -70,13 +78,14 @@ class EgdReading(Reading):
             self.fixations_path,
             max_bad=max_bad,
             damaged=bad_cells(self.rows, numbers),
+            repeated=self.rows.duplicated(),
             rules={"off the picture": (x < 0) | (y < 0) | (x >= width) | (y >= height)},
         )
 
 
 def find_egd_root(raw: Path) -> Path | None:
     """The directory that holds master_sheet.csv: `raw` or one below it; None if none does. UserError if several do."""
-    return only_root(raw, lambda root: (root / "master_sheet.csv").is_file())
+    return only_root(raw, lambda root: table_file(root / "master_sheet.csv").is_file())
 
 
 def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
@@ -91,7 +100,7 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
     if root is None:
         raise UserError(f"{raw}: no master_sheet.csv here or one directory below (egd-cxr/1.0.0)")
     result = RawReadings("egd", [])
-    path = root / "master_sheet.csv"
+    path = table_file(root / "master_sheet.csv")
     master = read_table(path, (*_MASTER_TEXT, *LABELS), text=_MASTER_TEXT)
     sheet = {}
     for line, row in zip(master.index, master.to_dict("records")):
@@ -103,7 +112,7 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
         except UserError as error:
             result.exclusions.append(Exclusion(name, "unusable master sheet row", str(error), is_fault=True))
 
-    path = root / "fixations.csv"
+    path = table_file(root / "fixations.csv")
     table = read_table(path, (*_FIXATION_TEXT, _TIME, *_POSITION), text=_FIXATION_TEXT)
     columns = [*_FIXATION_TEXT, _TIME, *_POSITION, *(c for c in (_DURATION,) if c in table)]
     match = match_ids(table["DICOM_ID"], master["dicom_id"], cut_off=True)

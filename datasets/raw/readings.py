@@ -47,12 +47,13 @@ def usable_fixations(
     *,
     max_bad: float = MAX_BAD,
     damaged: Mapping[int, str] | None = None,
+    repeated: Sequence[bool] | None = None,
     rules: Mapping[str, Sequence[bool]] | None = None,
 ) -> Fixations:
     """The rows of `fixations` (`FIXATION_COLUMNS`, indexed by line) that can be used.
 
     Left out as bad: a cell that is no finite number (of the rectangle: no number), a sigma that is not
-    positive, a negative duration; by rule: a duration of 0, and what `rules` name, True for each row
+    positive, a negative duration, a row that is `repeated`, which would count twice; by rule: a duration of 0, and what `rules` name, True for each row
     that goes. `damaged` says of lines what their file has instead of a number.
 
     Raises `UserError` naming `path` where more than the share `max_bad` of all rows is bad.
@@ -67,6 +68,7 @@ def usable_fixations(
             "not a finite number": unreadable | fixations.index.isin(list(damaged)),
             "angular resolution not positive": (fixations[["sigma_x", "sigma_y"]] <= 0).any(axis=1),
             "negative duration": fixations["duration"] < 0,
+            "the same row again": pd.Series(False if repeated is None else repeated, fixations.index, bool),
         }
         n_kinds_of_bad = len(reasons)
         reasons |= {name: pd.Series(rule, fixations.index, bool) for name, rule in (rules or {}).items()}

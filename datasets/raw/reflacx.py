@@ -35,6 +35,7 @@ from util.tables import (
     numeric_columns,
     parse_bool,
     read_table,
+    table_file,
     to_numbers,
 )
 
@@ -65,6 +66,7 @@ TEXT_LABELS: Mapping[int, tuple[str, ...]] = {1: (), 2: ("Other",), 3: ("Other",
 
 _ID_COLUMNS = ("id", "split", "image", "dicom_id", "subject_id")
 _SIZE_COLUMNS = ("image_size_x", "image_size_y")
+METADATA_FILES = ("metadata_phase_*.csv", "metadata_phase_*.csv.gz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,13 @@ class ReflacxReading(Reading):
             rules["on the screen's button"] = on_the_button(fixations, screen)
             rules["outside of the image shown"] = off_the_image_shown(fixations)
         damaged = bad_cells(table, numbers)
-        return usable_fixations(fixations, path, max_bad=max_bad, damaged=damaged, rules=rules)
+        again = table.duplicated()  # times of its own tell each fixation from every other
+        return usable_fixations(
+            fixations, path, max_bad=max_bad, damaged=damaged, repeated=again, rules=rules
+        )
 
     def load_ellipses(self) -> pd.DataFrame:
-        path = self.directory / "anomaly_location_ellipses.csv"
+        path = table_file(self.directory / "anomaly_location_ellipses.csv")
         table = read_table(path, ELLIPSE_COLUMNS)
         ellipses = pd.DataFrame(numeric_columns(table, ELLIPSE_COLUMNS, path))
         for label in (*CERTAINTY_LABELS[self.phase], *BOOL_LABELS[self.phase], *TEXT_LABELS[self.phase]):
@@ -101,7 +106,7 @@ class ReflacxReading(Reading):
         return ellipses
 
     def load_chest_box(self) -> tuple[float, float, float, float]:
-        path = self.directory / "chest_bounding_box.csv"
+        path = table_file(self.directory / "chest_bounding_box.csv")
         columns = ELLIPSE_COLUMNS[:4]
         table = numeric_columns(read_table(path, columns), columns, path)
         if len(table["xmin"]) != 1:
@@ -112,9 +117,11 @@ class ReflacxReading(Reading):
 def find_root(raw: Path) -> Path | None:
     """The directory that holds main_data/: `raw`, one below or one above it; None if none does. UserError if
     several do."""
-    if raw.name == "main_data" and any(raw.glob("metadata_phase_*.csv")):
+    if raw.name == "main_data" and any(next(raw.glob(name), None) for name in METADATA_FILES):
         return raw.parent
-    return only_root(raw, lambda root: any((root / "main_data").glob("metadata_phase_*.csv")))
+    return only_root(
+        raw, lambda root: any(next((root / "main_data").glob(name), None) for name in METADATA_FILES)
+    )
 
 
 def read_reflacx(raw: Path) -> RawReadings:
@@ -132,7 +139,7 @@ def read_reflacx(raw: Path) -> RawReadings:
     result = RawReadings("reflacx", [])
     seen: set[str] = set()
     for phase in PHASES:
-        path = root / "main_data" / f"metadata_phase_{phase}.csv"
+        path = _metadata(root / "main_data", phase)
         if path.exists():
             _read_phase(path, phase, seen, result)
         else:
@@ -145,12 +152,16 @@ def read_reflacx(raw: Path) -> RawReadings:
 
 def _note_unnamed(main_data: Path, seen: set[str], result: RawReadings) -> None:
     """Readings that are there but not in their phase's metadata would be lost without a word."""
-    phases = [f"P{phase}" for phase in PHASES if (main_data / f"metadata_phase_{phase}.csv").exists()]
+    phases = [f"P{phase}" for phase in PHASES if _metadata(main_data, phase).exists()]
     names = [path.name for path in main_data.iterdir() if path.is_dir() and path.name[:2].upper() in phases]
     if unnamed := sorted(set(names) - seen):
         result.notes.append(
             f"{len(unnamed)} directories of {main_data} are of no reading in the metadata, e.g. {unnamed[0]}"
         )
+
+
+def _metadata(main_data: Path, phase: int) -> Path:
+    return table_file(main_data / f"metadata_phase_{phase}.csv")
 
 
 def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> None:
@@ -224,7 +235,7 @@ def _parse_row(row: dict, path: Path, line: int, phase: int) -> ReflacxReading |
         split=row["split"],
         phase=phase,
         source="reflacx",
-        fixations_path=path.parent / name / "fixations.csv",
+        fixations_path=table_file(path.parent / name / "fixations.csv"),
     )
 
 

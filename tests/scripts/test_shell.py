@@ -91,6 +91,21 @@ def test_a_half_made_environment_is_made_anew(tmp_path):
     assert (tmp_path / ".venv/mark").exists()
 
 
+@pytest.mark.parametrize(
+    ("python", "told"),
+    [
+        ("bare/bin/python", "bare/bin/python has no torch and no timm"),
+        ("missing/python", "missing/python is no Python that runs"),
+    ],
+)
+def test_a_python_without_the_requirements_is_one_line(tmp_path, python, told):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    result = run("bash", ROOT / "scripts/test.sh", cwd=tmp_path, PYTHON=python)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: PYTHON=") and told in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def ablation_commands(tmp_path, out, **settings) -> list[list[str]]:
     """What scripts/ablate.sh calls, program and words; stand-ins that only note what they were given."""
     python = stand_in(
@@ -101,7 +116,10 @@ case $1 in scripts/make_phantom.py) mkdir -p "$3" ;; scripts/export_backbone.py)
     notes = tmp_path / "notes"
     result = run("bash", ROOT / "scripts/ablate.sh", out, PYTHON=str(python), NOTES=str(notes), **settings)
     assert result.returncode == 0, result.stderr
-    return [call.split("\0") for call in notes.read_text().removesuffix("\0\0").split("\0\0")]
+    calls = [call.split("\0") for call in notes.read_text().removesuffix("\0\0").split("\0\0")]
+    return [
+        words for words in calls if words[0] != "-c"
+    ]  # scripts/venv.sh looks at the Python that was given
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])

@@ -34,6 +34,33 @@ def test_numbers_are_taken_and_words_are_not(capsys):
     assert "'fast' is not a number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--output_dir", ""], "--output_dir"),
+        (["--output_dir="], "--output_dir"),
+        (["--data_path", "a", ""], "--data_path"),
+        (["--seed", "1", "--cache_dir", "", "--epochs", "1"], "--cache_dir"),
+    ],
+)
+def test_an_empty_value_is_refused_by_its_flag(words, option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_pretrain.get_args_parser().parse_args(words)
+    assert stopped.value.code == 2
+    assert f"error: argument {option}: the value is empty" in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_said_by_an_empty_word_as_published():
+    assert run_pretrain.get_args_parser().parse_args(["--resume", ""]).resume == ""
+
+
+def test_every_program_has_the_parser_that_refuses_empty_values():
+    files = [*ROOT.glob("run_*.py"), *ROOT.glob("scripts/*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    assert sum("= Parser(" in text for text in texts) >= 15
+    assert not any("argparse.ArgumentParser(" in text for text in texts)
+
+
 def test_no_program_takes_a_float_that_may_be_nan():
     files = [
         *ROOT.glob("*.py"),

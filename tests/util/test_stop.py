@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from util import distributed
 from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, Agreement, StopSignals, exit_status
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def agreeing_rank(rank: int, world_size: int, store: str, values: list[list[int]
     seen.append(agreement.settle([rank])[0])
     seen.append(agreement.collect()[0])
     queue.put((rank, seen))
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 def test_ranks_agree_one_step_late_on_the_largest(tmp_path):

@@ -195,6 +195,27 @@ def test_excluded_ids_and_subjects(source, tmp_path):
         prepare_mimic(study.images, heatmaps, tmp_path / "out", exclude=listed)
 
 
+def test_excluded_ids_that_are_damaged_are_no_absence(source, tmp_path):
+    """An id that excludes nothing would be trained on: cut off, or read as a number; file names are taken."""
+    study, _ = source
+    first, listed = study.truth[0], tmp_path / "test_images.txt"
+
+    def run():
+        return prepare_mimic(
+            study.images, None, tmp_path / "out", views=("all",), exclude=listed, dry_run=True
+        ).counts["- of --exclude"]
+
+    for name in (f"{first.dicom_id}.jpg", f"{first.dicom_id.upper()}.DCM"):
+        listed.write_text(name)
+        assert run() == 1
+    listed.write_text(first.dicom_id[:-5])
+    with pytest.raises(UserError, match=f"but {first.dicom_id} begins like it: is it cut off"):
+        run()
+    listed.write_text(f"{first.dicom_id}\n{first.subject_id}.0\n")
+    with pytest.raises(UserError, match="line 2: .*taken for a number"):
+        run()
+
+
 def test_dry_run_writes_nothing(source, tmp_path):
     study, heatmaps = source
     report = prepare_mimic(study.images, heatmaps, tmp_path / "out", dry_run=True)

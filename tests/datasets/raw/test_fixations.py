@@ -51,6 +51,19 @@ def test_bad_rows_are_left_out_counted_and_named(reading):
     assert found.bad[3] == "line 5, angular resolution not positive"
 
 
+def test_a_row_given_twice_does_not_count_twice(reading):
+    whole = reading.load_fixations().table
+    table = pd.read_csv(reading.fixations_path, dtype=str)
+    pd.concat([table, table.iloc[[2, 5]]]).to_csv(reading.fixations_path, index=False)
+    found = reading.load_fixations()
+    pd.testing.assert_frame_equal(found.table, whole)
+    assert found.left_out == {"the same row again": 2} and len(found.bad) == 2
+    assert found.bad[0] == f"line {len(table) + 2}, the same row again"
+    pd.concat([table, table]).to_csv(reading.fixations_path, index=False)  # written twice over
+    with pytest.raises(UserError, match="the same row again; .* more than --max_bad_fixations"):
+        reading.load_fixations()
+
+
 def test_a_reading_falls_with_more_bad_rows_than_allowed(reading):
     n = len(reading.load_fixations().table)
     allowed = int(0.1 * n)

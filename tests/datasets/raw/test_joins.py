@@ -1,5 +1,7 @@
 """A join that fails never looks like absence: cut-off ids, letter case, blanks, ids that look like numbers."""
 
+import gzip
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -143,3 +145,25 @@ def test_reflacx_ids_with_leading_zeros_and_blanks_stay_text(reflacx):
     by_id = {reading.id: reading.subject_id for reading in raw.readings}
     assert by_id == dict(zip(table["id"].str.strip(), ["007", "1e5", "10.0"]))
     assert all(np.isfinite(reading.load_fixations().table["x"]).all() for reading in raw.readings)
+
+
+@pytest.mark.parametrize("layout", ["reflacx", "egd"])
+def test_gzipped_tables_are_those_of_the_data_set(layout, tmp_path):
+    """With .gz behind their names: not there would be no readings, in silence."""
+    if layout == "egd":
+        raw, read = make_egd(tmp_path, n_images=3, size=(60, 48)).raw, read_egd
+    else:
+        study = make_study(tmp_path, n_images=3, shared_images=1, size=(60, 48), readers=2)
+        raw, read = study.raw, read_reflacx
+    before = read(raw)
+    for path in list(raw.rglob("*.csv")):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    after = read(raw)
+    assert [reading.id for reading in after.readings] == [reading.id for reading in before.readings] != []
+    assert (after.notes, len(after.exclusions)) == (before.notes, len(before.exclusions))
+    assert all(len(reading.load_fixations().table) for reading in after.readings)
+    if layout == "reflacx":
+        assert all(
+            reading.load_chest_box() and reading.load_ellipses() is not None for reading in after.readings
+        )
