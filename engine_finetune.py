@@ -182,7 +182,7 @@ def finetune(
     views = tuning.open_views(seed)
     judging = dict(
         mean=tuning.mean, std=tuning.std, dtype=tuning.dtype, batch_size=tuning.test_batch,
-        num_workers=tuning.num_workers, ranks=ranks,
+        num_workers=tuning.num_workers, ranks=ranks, signals=tuning.signals,
     )  # fmt: skip
     core = build(candidate, recipe, len(images.label_names), seed).to(ranks.device)
     optimizer = build_optimizer(core, recipe)
@@ -199,12 +199,15 @@ def finetune(
             )
         ranks.say(f"{what}: goes on from epoch {place.epoch + 1}, step {place.step}")
     data = TrainingViews(views, rows.train, images.labels)
+    steps = steps_per_epoch(len(data), recipe.batch_size)
+    epoch, step = divmod(
+        place.epoch * steps + place.step, steps
+    )  # behind an epoch that is still to be validated
     loader = train_loader(
-        data, recipe.batch_size // ranks.world_size, ranks, seed=seed, epochs=recipe.epochs, epoch=place.epoch,
-        step=place.step, num_workers=tuning.num_workers, mend="; lower it, or raise --fractions",
+        data, recipe.batch_size // ranks.world_size, ranks, seed=seed, epochs=recipe.epochs, epoch=epoch, step=step,
+        num_workers=tuning.num_workers, mend="; lower it, or raise --fractions",
     )  # fmt: skip
     sampler = loader.batch_sampler
-    steps = sampler.steps_per_epoch
     watch = FiniteWatch(
         ranks.device,
         tuning.signals,
@@ -226,6 +229,14 @@ def finetune(
         state |= {"best_epoch": place.best_epoch, "best_loss": place.best_loss, "best": place.best}
         on_main(ranks, lambda: save_checkpoint(state, folder / CHECKPOINT))
 
+    def judge(part: np.ndarray) -> Tensor:
+        try:
+            return predict(core, views, part, **judging)
+        except Stopped:
+            save()
+            log.close()
+            raise
+
     saved = time.monotonic()
     batches = iter(loader)
     total, done = recipe.epochs * steps, place.epoch * steps + place.step
@@ -238,7 +249,7 @@ def finetune(
                 save()
                 log.close()
                 raise Stopped
-            logits = predict(core, views, rows.valid, **judging)
+            logits = judge(rows.valid)
             loss = float(known_loss(logits, valid_labels, images.task))
             if not math.isfinite(loss):
                 raise UserError(f"{what}, epoch {place.epoch + 1}: the validation loss is {loss}; lower --lr")
@@ -255,10 +266,10 @@ def finetune(
             if ranks.gather(time.monotonic() - saved > 60 * tuning.save_minutes)[0]:
                 save()
                 saved = time.monotonic()
-    log.close()
     del batches, loader
     core.load_state_dict(place.best)
-    scores = probabilities(predict(core, views, rows.test, **judging), images.task).astype(np.float32)
+    scores = probabilities(judge(rows.test), images.task).astype(np.float32)
+    log.close()
 
     def finish() -> None:
         write_tuned(

@@ -100,14 +100,29 @@ class Features:
 
     def file(self, view: int) -> FeatureFile:
         two = view == CENTRE and not self.is_pixels
-        return FeatureFile(
-            self.folder / ("centre" if view == CENTRE else f"view-{view:03d}"),
-            len(self.frozen.images),
-            self.width * (1 + two),
-        )
+        return FeatureFile(self._path(view), len(self.frozen.images), self.width * (1 + two))
+
+    def _path(self, view: int) -> Path:
+        return self.folder / ("centre" if view == CENTRE else f"view-{view:03d}")
+
+    def are_there(self, wanted: dict[int, np.ndarray]) -> bool:
+        """Whether nothing is missing of {view: images}; writes nothing, so the folder may be others' to write."""
+        return all(
+            self._path(view).with_suffix(suffix).exists() for view in wanted for suffix in (".f32", ".done")
+        ) and not any(len(self.file(view).missing(images)) for view, images in wanted.items())
 
     def fill(self, wanted: dict[int, np.ndarray]) -> None:
         """Encode what is missing of {view: images}. Raises `Stopped`, `UserError`."""
+        frozen = self.frozen
+        n = 0 if self.are_there(wanted) else self._encode(wanted)
+        if frozen.signals.request:
+            raise Stopped
+        total = sum(map(len, wanted.values()))
+        frozen.say(
+            f"{self.candidate.name}: {n} images encoded, {total - n} were there already ({self.folder})"
+        )
+
+    def _encode(self, wanted: dict[int, np.ndarray]) -> int:
         frozen = self.frozen
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,16 +133,10 @@ class Features:
         mend = "wait for it, or choose another --features_dir"
         with file_lock(self.folder / "lock", what=f"features {self.folder}", mend=mend):
             files = [(view, np.sort(images), self.file(view)) for view, images in wanted.items()]
-            n = encode(
+            return encode(
                 self.encoder, frozen.views, files, device=frozen.device, batch_size=frozen.batch_size,
                 num_workers=frozen.num_workers, signals=frozen.signals, what=f"{self.candidate.name}: encoding",
             )  # fmt: skip
-        if frozen.signals.request:
-            raise Stopped
-        total = sum(map(len, wanted.values()))
-        frozen.say(
-            f"{self.candidate.name}: {n} images encoded, {total - n} were there already ({self.folder})"
-        )
 
     def cls(self, view: int, rows: np.ndarray) -> torch.Tensor:
         """Cls tokens, or pixels, of some images in a view, on the device: [len(rows), D]."""

@@ -47,11 +47,15 @@ def predict(
     batch_size: int,
     num_workers: int,
     ranks: Ranks,
+    signals: StopSignals,
     progress: Steps | None = None,
-    signals: StopSignals | None = None,
 ) -> Tensor:
     """Logits of images in their centre crop, float32 [len(rows), C] on the CPU; the ranks share the work, and
-    all get the whole."""
+    all get the whole.
+
+    Raises:
+        Stopped: on all ranks, where a stop was asked of any.
+    """
     device = ranks.device
     model.eval()
     own = rows[ranks.rank :: ranks.world_size]
@@ -65,6 +69,8 @@ def predict(
 
     def judged() -> Iterator[Tensor]:
         for gray in loader:
+            if signals.request:
+                return
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 found = model(network_input(gray.to(device, non_blocking=True), model, mean, std))
             yield found.float()
@@ -74,9 +80,9 @@ def predict(
         logits.append(found)
         if progress is not None:
             progress.add(len(found))
-        if signals is not None and signals.request:
-            raise Stopped
-    gathered = ranks.gather(torch.cat(logits).numpy())
+    gathered, requests = zip(*ranks.gather((torch.cat(logits).numpy(), signals.request)), strict=True)
+    if any(requests):
+        raise Stopped
     whole = np.empty((len(rows), model.num_classes), np.float32)
     for rank, part in enumerate(gathered):
         whole[rank :: ranks.world_size] = part
@@ -138,7 +144,7 @@ def evaluate(
     with Steps(f"{name}: testing", len(rows), "images", enabled=ranks.is_main) as progress:
         logits = predict(
             tuned.model.to(ranks.device), views, rows, mean=tuned.mean, std=tuned.std, dtype=dtype,
-            batch_size=batch_size, num_workers=num_workers, ranks=ranks, progress=progress, signals=signals,
+            batch_size=batch_size, num_workers=num_workers, ranks=ranks, signals=signals, progress=progress,
         )  # fmt: skip
     scores = probabilities(logits, tuned.task).astype(np.float32)
     return shared, rows, scores[:, [tuned.labels.index(label) for label in shared]], warning

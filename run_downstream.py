@@ -38,9 +38,10 @@ from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
 from util.cli import Parser, check_least, finite_float, seed_number
-from util.encoders import IMAGENET, PIXELS, Candidate, named_files, read_candidates
+from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.figures import save_figure
+from util.files import replace_together
 from util.jobs import Jobs, digest
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
@@ -59,6 +60,7 @@ from util.stop import StopSignals, exit_status
 from util.tuned import read_tuned
 from util.weights import summarize_keys
 
+SPLIT, RESULTS = "split.csv", ("results.csv", "predictions.csv", "table.md", "results.png")
 METHODS = ("linear", "probe", "finetune", "evaluate")
 RECIPE_HELP = {
     "epochs": "where training ends at the latest",
@@ -95,6 +97,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weights", nargs="+", default=[], metavar="NAME=FILE",
         help="encoders to compare: NAME=FILE, imagenet, random, or pixels (no encoder)")  # fmt: skip
     add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
+    add(
+        "--random_model",
+        help=f"timm's name of the random weights' ViT (default: as the first file, or {DEFAULT_MODEL})",
+    )
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
     add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
@@ -161,7 +167,8 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
     """Read, judge and report; returns the exit status (util/stop.py)."""
     if ranks.world_size > 1 and args.method != "finetune":
         raise UserError(f"--method {args.method} runs in one process; start it without torchrun")
-    images = read_from_args(args, need_images=not args.dry_run)
+    with signals.at_once():  # so far there is nothing to save
+        images = read_from_args(args, need_images=not args.dry_run)
     ranks.say("\n".join([*images.notes, split_table(images)]))
     if not args.weights and not args.dry_run:
         raise UserError("--weights: name at least one encoder: NAME=FILE, imagenet, random or pixels")
@@ -235,24 +242,31 @@ def start_output(output_dir: Path, images: LabelledImages, args: argparse.Namesp
                 f"{images.name}, {args.method}; choose another"
             )
     try:
-        if args.dry_run and all((output_dir / name).exists() for name in ("results.csv", "split.csv")):
-            _check_split_of_results(output_dir, images)
-        write_split(images, output_dir / "split.csv")
+        if not _holds_other_results(output_dir, images):
+            write_split(images, output_dir / SPLIT)
+        elif args.dry_run:
+            raise UserError(
+                f"--output_dir {output_dir}: holds results of another split; choose another for this --dry_run"
+            )
+        else:
+            print(
+                f"{output_dir} holds results of another split: they stay, with its split.csv, until these are made"
+            )
         if not args.dry_run:
             write_text(json.dumps(study), path)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: can't be written: {error.strerror}") from None
 
 
-def _check_split_of_results(output_dir: Path, images: LabelledImages) -> None:
-    """`UserError` where split.csv is that of results and `images` have another: a dry run leaves results as they are."""
+def _holds_other_results(output_dir: Path, images: LabelledImages) -> bool:
+    """Whether results are there, and split.csv beside them is not that of `images`."""
+    if not any((output_dir / name).exists() for name in RESULTS):
+        return False
+    if not (output_dir / SPLIT).exists():
+        return True
     with tempfile.TemporaryDirectory() as folder:
-        write_split(images, Path(folder, "split.csv"))
-        same = filecmp.cmp(Path(folder, "split.csv"), output_dir / "split.csv", shallow=False)
-    if not same:
-        raise UserError(
-            f"--output_dir {output_dir}: holds results of another split; choose another for this --dry_run"
-        )
+        write_split(images, Path(folder, SPLIT))
+        return not filecmp.cmp(Path(folder, SPLIT), output_dir / SPLIT, shallow=False)
 
 
 def describe(candidate: Candidate) -> str:
@@ -262,7 +276,7 @@ def describe(candidate: Candidate) -> str:
         return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
     if backbone is None or candidate.kind == "random":
         shape = (
-            "vit_base_patch16_224" if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
+            candidate.timm_name if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
         )
         return f"{candidate.name}: random weights, {shape}"
     lines = [f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
@@ -293,8 +307,9 @@ def judge(
         not_in_mean=(ANY_FINDING,) if args.dataset == "tree" else (),
     )
     if args.method == "evaluate":
-        tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
-        views, outcomes = open_views(args, images, ranks), []
+        with signals.at_once():
+            tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
+            views, outcomes = open_views(args, images, ranks), []
         for name, model in tuned.items():
             labels, rows, scores, warning = evaluate(
                 name, model, images, views, dtype=dtype, batch_size=encode_batch,
@@ -309,11 +324,13 @@ def judge(
                 )
             )  # fmt: skip
         return outcomes
-    candidates = read_candidates(
-        args.weights, imagenet=args.imagenet, tap=args.tap, img_size=args.img_size, num_heads=args.num_heads
-    )
-    ranks.say("\n".join(map(describe, candidates)))
-    views = open_views(args, images, ranks)
+    with signals.at_once():
+        candidates = read_candidates(
+            args.weights, imagenet=args.imagenet, random_model=args.random_model, tap=args.tap, img_size=args.img_size,
+            num_heads=args.num_heads,
+        )  # fmt: skip
+        ranks.say("\n".join(map(describe, candidates)))
+        views = open_views(args, images, ranks)
     jobs = Jobs(output_dir / "jobs")
     views_key = [asdict(views.reading), images.strong_augmentation]
     files_key, study_key = files_digest(images), study_digest(images)
@@ -376,11 +393,12 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     first = outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
     figure = results_figure(table, [line for line in title if line])
-    with writing_results(output_dir):
-        write_predictions(outcomes, output_dir / "predictions.csv")
-        write_results(table, output_dir / "results.csv")
-        write_text(text, output_dir / "table.md")
-        save_figure(figure, output_dir / "results.png")
+    with writing_results(output_dir), replace_together(output_dir, first=SPLIT) as fresh:
+        write_split(images, fresh / SPLIT)
+        write_predictions(outcomes, fresh / "predictions.csv")
+        write_results(table, fresh / "results.csv")
+        write_text(text, fresh / "table.md")
+        save_figure(figure, fresh / "results.png")
     print(text)
     print(f"wrote results.csv, predictions.csv, table.md and results.png into {output_dir}")
 

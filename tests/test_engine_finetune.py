@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from reliability_runs import run, run_ranks, signal_at_call
 from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
 
+import engine_tuned
 from engine_finetune import RECIPES, Recipe, build, build_optimizer
 from run_downstream import main
 from util.encoders import Candidate, read_candidates
@@ -68,6 +70,32 @@ def test_a_killed_run_goes_on_exactly(rsna, encoder, tuned, tmp_path):  # noqa: 
     assert log(tmp_path) == log(tuned)
     for name in ("results.csv", "predictions.csv"):
         assert (tmp_path / name).read_text() == (tuned / name).read_text()
+
+
+def test_a_stop_while_judging_comes_at_once_and_costs_nothing(rsna, encoder, tuned, tmp_path, monkeypatch):  # noqa: F811
+    """SIGTERM in the second validation, then in the test: neither is finished, and the same numbers come out."""
+    argv = tune(rsna, tmp_path, encoder, "--encode_batch", "8")  # three batches to judge
+    plain, calls, last = engine_tuned.network_input, [], 0
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(engine_tuned, "network_input", counted)
+    for last, epochs in ((5, 1), (8, 3)):
+        calls.clear()
+        assert main(argv) == 128 + signal.SIGTERM
+        assert len(calls) == last and len(log(tmp_path)) == epochs
+        assert not (tmp_path / "results.csv").exists()
+    last = 0
+    assert main(argv) == 0
+    for own, whole in zip(log(tmp_path), log(tuned), strict=True):
+        assert own["train_loss"] == whole["train_loss"]
+        assert own["valid_loss"] == pytest.approx(whole["valid_loss"], abs=1e-6)
+    scores = [pd.read_csv(out / "predictions.csv")["score"] for out in (tuned, tmp_path)]
+    np.testing.assert_allclose(*scores, atol=1e-6)
 
 
 def test_two_processes_do_what_one_does(rsna, encoder, tuned, tmp_path):  # noqa: F811

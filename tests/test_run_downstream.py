@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+import engine_frozen
+import run_downstream
 from run_downstream import main
 from util.errors import UserError
 
@@ -85,7 +89,7 @@ def check_aucs(out: Path) -> pd.DataFrame:
     return results
 
 
-def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys):
+def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "a run"
     weights = ["--weights", f"_our$1={encoder}", "random", "pixels"]
     assert main(command(rsna, out, *weights, "--fractions", "0.5", "1", "--seeds", "43", "44")) == 0
@@ -98,7 +102,7 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys):
     assert "matched   18  cls_token" in printed and "missing    0" in printed
     table = (out / "table.md").read_text()
     assert "| _our$1 | 50% | 2 |" in table and "(published)* | 100%" in table
-    assert Image.open(out / "results.png").size[0] == 1200
+    assert Image.open(out / "results.png").size[0] >= 1200
     split = pd.read_csv(out / "split.csv")
     assert split["split"].value_counts().to_dict() == {"train": 84, "valid": 18, "test": 18}
 
@@ -111,6 +115,17 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys):
     main(command(rsna, out, *weights, "--fractions", "0.5", "1", "--seeds", "43", "44"))
     assert (out / "results.csv").read_text() == first
     assert "encoded" not in capsys.readouterr().out
+
+    # Features that are all there are read only: the folder may be others' to write.
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")] if "features" in path.parts}
+
+    before = times()
+    other = command(rsna, tmp_path / "b", *weights, "--seeds", "44", "--features_dir", out / "features")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_frozen, "file_lock", None)
+        assert main(other) == 0
+    assert "random: 0 images encoded" in capsys.readouterr().out and times() == before
 
 
 def test_the_same_heads_whatever_stands_beside_them(rsna, encoder, tmp_path):
@@ -172,7 +187,29 @@ def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path
     with pytest.raises(UserError, match="holds results of another split"):
         main([*argv, "--dry_run", "--split", "subject"])
     assert main([*argv, "--dry_run"]) == 0 and (tmp_path / "split.csv").read_text() == split
+    # Until a run with another split is through, split.csv is that of the results beside it.
+    other = [*argv, "--split", "subject"]
+    results = (tmp_path / "results.csv").read_text()
+    assert main([*other, "--max_minutes", "0"]) == 75
+    assert (tmp_path / "split.csv").read_text() == split
+    assert (tmp_path / "results.csv").read_text() == results
+    assert main(other) == 0 and (tmp_path / "split.csv").read_text() != split
+    tested = pd.read_csv(tmp_path / "split.csv").query("split == 'test'")["id"]
+    assert list(pd.read_csv(tmp_path / "predictions.csv")["id"]) == list(tested)
     assert main(argv) == 0 and (tmp_path / "results.png").exists()
+
+
+def test_a_stop_while_images_are_decoded_comes_at_once(rsna, tmp_path, monkeypatch):
+    plain = run_downstream.open_squares
+
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(run_downstream, "open_squares", stopped)
+    with pytest.raises(SystemExit) as end:
+        main(command(rsna, tmp_path, "--weights", "pixels"))
+    assert end.value.code == 128 + signal.SIGTERM and not list(tmp_path.glob("cache/**/*.u8"))
 
 
 def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -17,7 +17,7 @@ from util.export import Backbone, build_backbone, read_backbone
 
 RANDOM, IMAGENET, PIXELS = "random", "imagenet", "pixels"
 RANDOM_SEED = 0  # of random weights that stay frozen: the same for all seeds of the heads
-DEFAULT_NAME = "vit_base_patch16_224"  # of random weights that stand alone
+DEFAULT_MODEL = "vit_base_patch16_224"  # of random weights that stand alone
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,20 @@ class Candidate:
     Attributes:
         kind: "file", or one of the three words.
         backbone: what is loaded; for "random" the architecture that it copies, or None; None for "pixels".
+        timm_name: for "random" weights that copy none.
     """
 
     name: str
     kind: str
     backbone: Backbone | None = None
+    timm_name: str = DEFAULT_MODEL
 
     @property
     def architecture(self) -> list:
         """What the weights' own numbers don't tell of the model, such as how many heads share them: plain content."""
         backbone = self.backbone
         return (
-            [DEFAULT_NAME] if backbone is None else [backbone.timm_name, backbone.timm_args, backbone.block]
+            [self.timm_name] if backbone is None else [backbone.timm_name, backbone.timm_args, backbone.block]
         )
 
     def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> VisionTransformer:
@@ -53,7 +55,7 @@ class Candidate:
             model = build_backbone(self.backbone, n_outputs, **options)
         else:
             name, args = (
-                (DEFAULT_NAME, {})
+                (self.timm_name, {})
                 if self.backbone is None
                 else (self.backbone.timm_name, self.backbone.timm_args)
             )
@@ -86,17 +88,22 @@ def read_candidates(
     texts: Sequence[str],
     *,
     imagenet: str | Path,
+    random_model: str | None = None,
     tap: str = "last",
     img_size: int | None = None,
     num_heads: int | None = None,
 ) -> list[Candidate]:
     """What `--weights` names, each NAME=FILE, FILE, imagenet, random or pixels; read, and reported in print.
 
-    `random` copies the architecture of the first file, cut off at its tap likewise.
+    `random` copies the architecture of the first file, cut off at its tap likewise, unless `random_model` names one
+    of timm's.
 
     Raises:
-        UserError: a name twice, a file that can't be read, or less than a whole encoder in it.
+        UserError: a name twice, a file that can't be read, less than a whole encoder in it, or a model that is no ViT
+            of timm's.
     """
+    if random_model is not None:
+        _check_model(random_model, texts)
     candidates = []
     for text, (name, path) in zip(texts, named_files(texts), strict=True):
         kind = text if text in (RANDOM, IMAGENET, PIXELS) else "file"
@@ -111,9 +118,23 @@ def read_candidates(
         elif kind == "file":
             backbone = read_backbone(path, tap=tap, img_size=img_size, num_heads=num_heads)
         candidates.append(Candidate(name, kind, backbone))
+    if random_model is not None:
+        return [replace(c, timm_name=random_model) if c.kind == RANDOM else c for c in candidates]
     template = next((candidate.backbone for candidate in candidates if candidate.kind == "file"), None)
     template = template or next((c.backbone for c in candidates if c.backbone is not None), None)
-    return [Candidate(c.name, c.kind, template) if c.kind == RANDOM else c for c in candidates]
+    return [replace(c, backbone=template) if c.kind == RANDOM else c for c in candidates]
+
+
+def _check_model(name: str, texts: Sequence[str]) -> None:
+    """`UserError` for a --random_model that names no ViT, or that no `random` among --weights asks for."""
+    if RANDOM not in texts:
+        raise UserError(f"--random_model {name}: has no effect without random among --weights; leave it out")
+    if name not in timm.list_models(module="vision_transformer"):
+        raise UserError(f"--random_model {name}: no such ViT in timm; e.g. {DEFAULT_MODEL}")
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    if type(model) is not VisionTransformer or model.cls_token is None or model.num_prefix_tokens != 1:
+        raise UserError(f"--random_model {name}: has no cls token before its patches; e.g. {DEFAULT_MODEL}")
 
 
 def digest_of(model: nn.Module) -> str:

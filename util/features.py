@@ -37,6 +37,8 @@ class FeatureFile:
         try:
             self.numbers.parent.mkdir(parents=True, exist_ok=True)
             for file, size in ((self.numbers, n_rows * width * DTYPE.itemsize), (self.marks, n_rows)):
+                if file.exists() and file.stat().st_size == size:
+                    continue  # nothing is written where all is there: it may be others' to write
                 with open(file, "ab") as opened:
                     found = opened.tell()
                     if found == 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,32 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
             os.unlink(temporary)
         raise
     fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def replace_together(folder: str | os.PathLike, *, first: str) -> Iterator[Path]:
+    """A temporary directory to write files into, which on success replace those of their names in `folder`.
+
+    They are all whole on disk before anything is replaced. Where the file `first` changes, the old others are removed
+    before it does: wherever this is cut off, none stands beside a `first` that it was not made with. For one process at
+    a time.
+    """
+    folder = Path(folder)
+    fresh = folder / f"{TEMPORARY_PREFIX}together"
+    shutil.rmtree(fresh, ignore_errors=True)  # of a killed process
+    fresh.mkdir()
+    try:
+        yield fresh
+        others = sorted(path.name for path in fresh.iterdir() if path.name != first)
+        if not (folder / first).exists() or not filecmp.cmp(fresh / first, folder / first, shallow=False):
+            for name in others:
+                (folder / name).unlink(missing_ok=True)
+            fsync_directory(folder)
+        for name in (first, *others):
+            os.replace(fresh / name, folder / name)
+        fsync_directory(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def fsync_directory(path: str | os.PathLike) -> None:

@@ -1,7 +1,11 @@
-"""results.png: AUC over label fraction, or, of a single fraction, AUC per label with intervals."""
+"""results.png: AUC over label fraction, or, of a single fraction, AUC per label with intervals.
+
+Every line is named where it ends, and rows are named beside their axis: with 20 encoders no legend can be searched.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,18 +14,23 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from util.curves import COLORS, LINE_STYLES
-from util.figures import fit_lines, plain
+from util.figures import LETTER_PER_POINT, fit_lines, plain
 from util.results import MEAN
 
 MARKERS = "os^vDPX<>"
 MEASURE_WORDS = {"auc": "area under the ROC curve, mean over labels", "accuracy": "accuracy"}
+NAME_POINTS, NAME_LETTERS = 7.5, 34  # size of names, and how long their lines are
+LINE_INCHES = 1.25 * NAME_POINTS / 72
+FEW = 5  # so many bands, or marks side by side, can be told apart
 
 
 def results_figure(table: pd.DataFrame, title: Sequence[str]) -> Figure:
     """The picture of `results_table`, under lines that say what it shows."""
     measure = "accuracy" if "accuracy" in table else "auc"
-    several = table["fraction"].nunique() > 1
-    figure = (_over_fractions if several else _per_label)(table, measure)
+    if table["fraction"].nunique() > 1:
+        figure = _over_fractions(table, measure)
+    else:
+        figure = (_per_label if table["weights"].nunique() <= FEW else _per_weights)(table, measure)
     lines = fit_lines("\n".join(title), figure.get_figwidth(), 8.5)
     figure.suptitle("\n".join(lines), fontsize=8.5)
     return figure
@@ -32,100 +41,219 @@ def summary_figure(means: pd.DataFrame) -> Figure:
     share of labels, or, of a single share, marks side by side; bands and bars are +- one standard deviation over
     seeds."""
     runs = list(dict.fromkeys(zip(means["dataset"], means["method"], means["measure"], strict=True)))
-    names = list(dict.fromkeys(means["weights"]))
+    names = _by_final_value(means, "value")
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.4), dpi=200, layout="constrained")
+    wrapped = [_wrapped(name) for name in names]
+    lines = sum(text.count("\n") + 1 for text in wrapped)
+    size = (4.2 * columns + _width(wrapped) + 0.5, max(3.6 * rows + 0.4, LINE_INCHES * (1.45 * lines + 2)))
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    entries = {}
     for axes, (dataset, method, measure) in zip(panels, runs, strict=False):
         own = means[(means["dataset"] == dataset) & (means["method"] == method)]
         _mean_over_fractions(axes, own, "value", names)
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         sizes = sorted({int(n) for n in own["n"]})
         axes.set_title(
             plain(f"{dataset}, {method}: {' / '.join(f'{n:,}' for n in sizes)} test images"), fontsize=8.5
         )
         axes.set_ylabel(MEASURE_WORDS[measure], fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25, lw=0.5)
+        _finish(axes)
     for axes in panels[len(runs) :]:
         axes.set_axis_off()
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=min(3, len(names)), fontsize=8, frameon=False)
+    figure.legend([entries[text] for text in wrapped], wrapped, loc="outside right center", fontsize=NAME_POINTS,
+                  frameon=False, title="the best at the largest share first", title_fontsize=NAME_POINTS)  # fmt: skip
     return figure
 
 
 def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
-    """The mean over labels against the share of training images; bands are +- one standard deviation over
-    seeds."""
-    figure = Figure(figsize=(6, 4.6), dpi=200, layout="constrained")
+    """The mean over labels against the share of training images, each line named where it ends."""
+    mean = table[table["label"] == MEAN]
+    names = _by_final_value(mean, measure)
+    last = mean[mean["fraction"] == mean["fraction"].max()].groupby("weights")[measure].mean()
+    texts = [_wrapped(f"{last[name]:.3f}  {name}") for name in names]
+    lines = [text.count("\n") + 1.4 for text in texts]
+    size = (5.2 + _width(texts), max(4.4, LINE_INCHES * sum(lines) + 1.4))
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    mean = table[table["label"] == MEAN]
-    names = list(dict.fromkeys(mean["weights"]))
     _mean_over_fractions(axes, mean, measure, names)
     axes.set_ylabel(MEASURE_WORDS[measure], fontsize=8)
-    _finish(figure, axes, len(names))
+    _finish(axes)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    share = np.array(lines) * LINE_INCHES / (size[1] - 1.3)  # of the axes' height, at least
+    wanted = [(last[name] - low) / (high - low) for name in names]
+    for name, text, place in zip(names, texts, _spread_out(wanted, share), strict=True):
+        color = _style(names.index(name))["color"]
+        axes.annotate(
+            text, (100 * mean["fraction"].max(), last[name]), (1.06, place), "data", "axes fraction", annotation_clip=False,
+            fontsize=NAME_POINTS, va="center", arrowprops=dict(arrowstyle="-", color=color, lw=0.6, shrinkA=1, shrinkB=3, relpos=(0, 0.5)),
+        )  # fmt: skip
     return figure
 
 
+def _by_final_value(mean: pd.DataFrame, column: str) -> list[str]:
+    """Names of the weights, the best of their largest share of labels first."""
+    final = mean[mean["fraction"] == mean.groupby("weights")["fraction"].transform("max")]
+    return list(
+        final.groupby("weights", sort=False)[column].mean().sort_values(ascending=False, kind="stable").index
+    )
+
+
+def _spread_out(wanted: Sequence[float], sizes: np.ndarray) -> np.ndarray:
+    """Places near the wanted ones, which fall, for texts of these sizes that must not overlap, within 0 to 1."""
+    below = np.r_[0, np.cumsum((sizes[:-1] + sizes[1:]) / 2)]  # of each text's middle under the first one's
+    # Neighbours that would overlap move as one block, to the mean of what its members want.
+    blocks: list[list[float]] = []
+    for value in np.asarray(wanted) + below:
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) < np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    tops = np.concatenate([np.full(len(block), np.mean(block)) for block in blocks])
+    return tops.clip(below[-1] + sizes[-1] / 2, max(1 - sizes[0] / 2, below[-1] + sizes[-1] / 2)) - below
+
+
+def _wrapped(name: str) -> str:
+    """A name as matplotlib shows it letter by letter, in lines of `NAME_LETTERS`; nothing is cut."""
+    return "\n".join(plain(line) for line in textwrap.wrap(name, NAME_LETTERS) or [""])
+
+
+def _width(texts: Sequence[str]) -> float:
+    """Inches that the longest line takes."""
+    return max(len(line) for text in texts for line in text.split("\n")) * LETTER_PER_POINT * NAME_POINTS / 72
+
+
+def _style(i: int) -> dict:
+    """Colour, marker and line of the i-th weights: 63 differ in colour or marker, 28 in colour or line."""
+    return dict(
+        color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
+        ms=4, lw=1.4,
+    )  # fmt: skip
+
+
 def _mean_over_fractions(axes, mean: pd.DataFrame, column: str, names: Sequence[str]) -> None:
-    """A line per weights, in the colours of `names`, with a band of one standard deviation over seeds; of a single
-    share of labels a mark per weights with a bar, side by side."""
-    single = mean["fraction"].nunique() == 1
+    """A line per weights, with a band of one standard deviation over seeds, or bars where bands would hide one
+    another; of a single share of labels a mark per weights with a bar, side by side."""
+    fractions = np.sort(mean["fraction"].unique())
+    single = len(fractions) == 1
+    spreads = 0
     for i, name in enumerate(names):
         by_fraction = mean[mean["weights"] == name].groupby("fraction")[column]
-        centre, spread = by_fraction.mean(), by_fraction.std(ddof=1).fillna(0)
-        style = dict(label=plain(name), color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.4,
-                     ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)])  # fmt: skip
+        centre, spread = by_fraction.mean(), by_fraction.std(ddof=1)
+        spreads += spread.notna().sum()
+        x, style = 100 * centre.index.to_numpy(), _style(i) | {"label": _wrapped(name)}
         if single:
-            axes.errorbar([i] * len(centre), centre, yerr=spread, capsize=3, **style)
-            continue
-        x = 100 * centre.index.to_numpy()
-        axes.plot(x, centre, **style)
-        axes.fill_between(x, centre - spread, centre + spread, color=style["color"], alpha=0.18, lw=0)
-    ticks = sorted(100 * mean["fraction"].unique())
+            axes.errorbar([i] * len(centre), centre, yerr=spread.fillna(0), capsize=3, **style)
+        elif len(names) > FEW:
+            # Side by side, so that the bars do not hide one another.
+            x = x * (fractions[-1] / fractions[0]) ** (0.03 * ((i + 0.5) / len(names) - 0.5))
+            axes.errorbar(
+                x, centre, yerr=spread.fillna(0), elinewidth=0.7, capsize=1.5, capthick=0.7, **style
+            )
+        else:
+            axes.plot(x, centre, **style)
+            axes.fill_between(x, centre - spread, centre + spread, color=style["color"], alpha=0.18, lw=0)
     share = "share of the training images that have labels"
+    bars = "bars" if single or len(names) > FEW else "bands"
+    told = f"\n{bars}: ± one standard deviation over seeds" if spreads else ""
     if single:
         axes.set_xticks([])
         axes.set_xlim(-0.7, len(names) - 0.3)
-        axes.set_xlabel(f"{share}: {ticks[0]:g}%", fontsize=8)
+        axes.set_xlabel(f"{share}: {100 * fractions[0]:g}%{told}", fontsize=8)
         return
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
+    axes.set_xticks(100 * fractions, [f"{100 * fraction:g}%" for fraction in fractions])
     axes.minorticks_off()
-    axes.set_xlabel(f"{share}, log scale", fontsize=8)
+    axes.set_xlabel(f"{share}, log scale{told}", fontsize=8)
 
 
 def _per_label(table: pd.DataFrame, measure: str) -> Figure:
     """A line of marks per label, a colour per weights: mean over seeds, and the interval of the first seed."""
-    table = table[table[measure].notna()]
-    labels, names = list(dict.fromkeys(table["label"])), list(dict.fromkeys(table["weights"]))
-    height = 1.6 + len(labels) * (0.16 * len(names) + 0.14) + 0.2 * (len(names) // 2)
-    figure = Figure(figsize=(7, height), dpi=200, layout="constrained")
+    table, labels = _judged(table, measure)
+    names = list(dict.fromkeys(table["weights"]))
+    wrapped = [_wrapped(name) for name in names]
+    height = 1.6 + len(labels) * (0.16 * len(names) + 0.14)
+    size = (6 + _width(wrapped), max(height, LINE_INCHES * "\n".join(wrapped).count("\n") + 1))
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for i, name in enumerate(names):
-        part = table[table["weights"] == name].groupby("label", sort=False)
-        centre = part[measure].mean().loc[labels].to_numpy()
-        first = part[["low", "high"]].first().loc[labels].to_numpy()
-        place = np.arange(len(labels)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        # A percentile interval may leave the value outside where there are few images.
-        spread = np.clip([centre - first[:, 0], first[:, 1] - centre], 0, None)
-        style = dict(color=COLORS[i % len(COLORS)], fmt=MARKERS[i % len(MARKERS)], ms=3.5, lw=1)
-        axes.errorbar(centre, place, xerr=np.nan_to_num(spread), label=plain(name), **style)
-    if measure == "auc":
-        axes.axvline(0.5, color="0.6", lw=0.8, zorder=0)
-    axes.set_yticks(range(len(labels)), [plain(label) for label in labels], fontsize=8)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    word = "accuracy" if measure == "accuracy" else "area under the ROC curve"
-    axes.set_xlabel(f"{word}, mean over seeds; 95% bootstrap interval over subjects (first seed)", fontsize=8)
-    _finish(figure, axes, len(names))
+    for i, (name, text) in enumerate(zip(names, wrapped, strict=True)):
+        place = np.arange(len(labels)) + 0.5 + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        _intervals(axes, table[table["weights"] == name], measure, "label", labels, place, _style(i), text)
+    _rows(axes, list(map(plain, labels)), measure, np.arange(len(labels)) + 0.5, len(labels))
+    axes.set_xlabel(_interval_words(measure), fontsize=8)
+    figure.legend(loc="outside right center", fontsize=NAME_POINTS, frameon=False)
     return figure
 
 
-def _finish(figure: Figure, axes, n_names: int) -> None:
+def _per_weights(table: pd.DataFrame, measure: str) -> Figure:
+    """A panel per label and for the mean, in each a row per weights, the best mean on top: for more weights than can
+    be told apart by colour."""
+    names = _by_final_value(table[table["label"] == MEAN], measure)
+    table, labels = _judged(table, measure)
+    columns = min(4, len(labels))
+    rows = -(-len(labels) // columns)
+    wrapped = [_wrapped(name) for name in names]
+    lines = np.array([text.count("\n") + 1.4 for text in wrapped])
+    places = np.cumsum(lines) - lines / 2  # rows as high as their names, downwards
+    size = (max(6, _width(wrapped) + 2.4 * columns), rows * (0.6 + LINE_INCHES * lines.sum()) + 0.8)
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axes, label in zip(panels, labels, strict=False):
+        style = dict(color=COLORS[0], marker="o", ms=4, lw=1.4)
+        _intervals(axes, table[table["label"] == label], measure, "weights", names, places, style)
+        axes.set_title(plain(label), fontsize=8.5)
+        _rows(axes, wrapped, measure, places, lines.sum())
+        axes.tick_params(labelsize=NAME_POINTS)
+    for axes in panels[len(labels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("\n".join(fit_lines(_interval_words(measure), size[0], 8)), fontsize=8)
+    return figure
+
+
+def _intervals(
+    axes, table: pd.DataFrame, measure: str, column: str, order: Sequence[str], place: np.ndarray, style: dict,
+    text: str = "",
+) -> None:  # fmt: skip
+    """Means over seeds at these places, with the interval of the first seed."""
+    groups = table.groupby(column, sort=False)
+    centre = groups[measure].mean().reindex(order).to_numpy()
+    first = groups[["low", "high"]].first().reindex(order).to_numpy()
+    # A percentile interval may leave the value outside where there are few images.
+    spread = np.clip([centre - first[:, 0], first[:, 1] - centre], 0, None)
+    axes.errorbar(
+        centre, place, xerr=np.nan_to_num(spread), label=text, **style | {"ls": "", "lw": 1, "ms": 3.5}
+    )
+
+
+def _judged(table: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, list[str]]:
+    """The rows with a value, and their labels; the mean of one label is that label and stands there once."""
+    table = table[table[measure].notna()]
+    labels = list(dict.fromkeys(table["label"]))
+    if len(labels) == 2 and table["label"].iloc[-1] == MEAN:
+        labels.remove(MEAN)
+    return table, labels
+
+
+def _rows(axes, texts: Sequence[str], measure: str, places: np.ndarray, height: float) -> None:
+    """Rows at these places below the top, named beside the axis."""
+    if measure == "auc":
+        axes.axvline(0.5, color="0.6", lw=0.8, zorder=0)
+    axes.set_ylim(height, 0)
+    _finish(axes)
+    axes.set_yticks(places, texts)
+
+
+def _interval_words(measure: str) -> str:
+    word = "accuracy" if measure == "accuracy" else "area under the ROC curve"
+    return f"{word}, mean over seeds; bars: 95% bootstrap interval over subjects (first seed)"
+
+
+def _finish(axes) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(2, n_names), fontsize=7.5, frameon=False)

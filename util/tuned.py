@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from util.encoders import DEFAULT_NAME, Candidate
+from util.encoders import Candidate
 from util.errors import UserError
 from util.files import atomic_write
 from util.weights import read_state_dict
@@ -65,7 +65,7 @@ def write_tuned(
     arguments = {} if backbone is None else dict(backbone.timm_args)
     arguments |= {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
     metadata = {
-        "timm_model": DEFAULT_NAME if backbone is None else backbone.timm_name,
+        "timm_model": candidate.timm_name if backbone is None else backbone.timm_name,
         "timm_args": json.dumps(arguments),
         "labels": json.dumps(list(labels)),
         "weights": candidate.name,

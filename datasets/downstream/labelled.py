@@ -162,18 +162,23 @@ def check_classes(images: LabelledImages) -> list[str]:
                 f"{images.name}: label {label!r} is {'absent from' if positive == 0 else 'present in'} every "
                 "training image where it is known; name the labels to keep by --labels"
             )
-    positive, negative = counts[TEST]
-    lone = (positive == 0) | ((negative == 0) & (images.task == MULTILABEL))
-    if (lone.all() and images.task == MULTILABEL) or (positive > 0).sum() < 1 + (images.task == MULTICLASS):
-        raise UserError(
-            f"{images.name}: the test images are all of one kind, so nothing can be judged; take another --split or --split_seed"
-        )
-    return [
-        f"{images.name}: {label!r} has {int(positive[i])} images with and {int(negative[i])} without it in test; "
-        "left out of the mean"
-        for i, label in enumerate(images.label_names)
-        if lone[i]
-    ]
+    lines, classes = [], images.task == MULTICLASS
+    for part, use in ((VALID, "its validation loss tells little"), (TEST, "left out of the mean")):
+        positive, negative = counts[part]
+        lone = (positive == 0) | ((negative == 0) & (not classes))
+        if (positive > 0).sum() < 2 if classes else lone.all():
+            raise UserError(
+                f"{images.name}: the {'validation' if part == VALID else part} images are all of one kind, so nothing "
+                "can be judged; take another --split or --split_seed"
+            )
+        if part == TEST or not (in_folds or classes):
+            lines += [
+                f"{images.name}: {label!r} has {int(positive[i])} images with and {int(negative[i])} without it in "
+                f"{part}; {use}"
+                for i, label in enumerate(images.label_names)
+                if lone[i]
+            ]
+    return lines
 
 
 def lone_in_fractions(images: LabelledImages, fractions: Sequence[float]) -> list[str]:

@@ -35,7 +35,7 @@ def measure_encoding(report: Report, root: Path, settings: Settings) -> None:
     named = "vit_base_patch16_224" if gpu else "vit_small_patch16_224"
     tiny = timm.create_model("vit_base_patch16_224", embed_dim=64, depth=2, num_heads=1, num_classes=0)
     usual = tiny if settings.quick else timm.create_model(named, num_classes=0)
-    n_tiny, n_usual = (32, 32) if settings.quick else (1024, 8192 if gpu else 64)
+    n_tiny, n_usual = (32, 32) if settings.quick else (1024, 2048 if gpu else 64)
     repeats = settings.repeats // 2 if gpu else settings.repeats
     if not gpu:
         measure_encoder(report, "encoding, tiny encoder", tiny, crops, n_tiny, root, settings.device, repeats)

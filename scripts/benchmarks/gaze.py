@@ -53,6 +53,7 @@ def measure_prediction(report: Report, root: Path, settings: Settings) -> None:
         assert fill_tree(root / "images", predictor, **options).counts["entries"] == n_images
 
     times = alternate(forward, fill, min(settings.repeats, 5), settings.device)
+    torch.backends.cudnn.deterministic = False  # as it was before `as_predictor`
     name = model.config["backbone"]
     note = f"{name} at {side} px, {n_images} images of {width} x {height} px"
     report.compare("gaze prediction of a tree", *times, at_least=0.8, note=note)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from util.curves import loss_figure
 from util.gaze_pictures import Example, examples_figure
 from util.pictures import contact_sheet, reconstruction_figure
 from util.results import MEAN
-from util.results_figure import results_figure
+from util.results_figure import results_figure, summary_figure
 from util.saliency_table import metrics_figure
 
 # One "$" pair is a formula to matplotlib, and a broken one an error; a label with "_" first is left out.
@@ -81,3 +83,45 @@ def test_no_text_is_cut_or_read_as_a_formula(draw):
         box = text.get_window_extent(canvas.get_renderer())
         assert box.x0 > -2 and box.y0 > -2 and box.x1 < width + 2 and box.y1 < height + 2, text.get_text()
     assert all(legend.get_texts() for legend in figure.legends)
+
+
+def made_up_results(n: int, fractions: list[float]) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [
+        [f"_encoder $ {i:02d}" + " of a long name" * (i == 7), "x", "linear", fraction, seed, label, rng.random(), 0, 1, 9, 5]
+        for i in range(n) for fraction in fractions for seed in (43, 44) for label in ("A", MEAN)
+    ]  # fmt: skip
+    columns = "weights dataset method fraction seed label auc low high n n_positive".split()
+    return pd.DataFrame(rows, columns=columns)
+
+
+@pytest.mark.parametrize("fractions", [[0.01, 1.0], [1.0]], ids=["over fractions", "one fraction"])
+def test_many_encoders_are_named_from_the_best_on_and_no_name_hides_another(fractions):
+    table = made_up_results(25, fractions)
+    figure = results_figure(table, ["title"])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    texts = axes.texts if len(fractions) > 1 else axes.get_yticklabels()
+    final = table[(table["fraction"] == 1) & (table["label"] == MEAN)].groupby("weights")["auc"].mean()
+    wanted = final.sort_values(ascending=False).index
+    assert [text.get_text().replace("\n", " ").partition("_")[2] for text in texts] == [
+        name[1:].replace("$", r"\$") for name in wanted
+    ]
+    boxes = [Text.get_window_extent(text) for text in texts]  # without its line
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
+    styles = {(line.get_color(), line.get_linestyle()) for line in axes.lines if len(line.get_xdata()) > 1}
+    assert len(styles) >= (25 if len(fractions) > 1 else 1)
+
+
+def test_the_summary_of_many_encoders_names_each_and_tells_what_its_bars_are():
+    table = made_up_results(25, [0.1, 1.0])
+    means = table[table["label"] == MEAN].assign(measure="auc", value=table["auc"])
+    figure = summary_figure(means)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 25
+    box = legend.get_window_extent()
+    assert box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1
+    assert "bars: ± one standard deviation over seeds" in figure.axes[0].get_xlabel()

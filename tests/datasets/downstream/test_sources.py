@@ -523,13 +523,17 @@ def test_classes_that_cannot_be_judged_are_told_or_refused():
         "made up: 'L1' has 0 images with and 2 without it in test; left out of the mean"
     ]
     for labels, parts, said in (
-        ([[1], [0], [1], [0], [1], [1]], "ttvvee", "nothing can be judged"),
+        ([[1], [0], [1], [0], [1], [1]], "ttvvee", "the test images are all of one kind"),
+        ([[1], [0], [0], [0], [1], [0]], "ttvvee", "the validation images are all of one kind"),
         ([[0], [0], [1], [0], [1], [0]], "ttvvee", "'L0' is absent from every training image"),
         ([[1], [1], [1], [0], [1], [0]], "ttvvee", "'L0' is present in every training image"),
         ([[1], [0], [1], [0]], "ttee", "no image is in valid"),
     ):
         with pytest.raises(UserError, match=said):
             check_classes(made_up(labels, parts))
+    assert check_classes(made_up([[1, 1], [0, 0], [1, 0], [0, 0], [1, 1], [0, 0]], "ttvvee")) == [
+        "made up: 'L1' has 0 images with and 2 without it in valid; its validation loss tells little"
+    ]
     eye = np.eye(3).tolist()
     notes = check_classes(made_up(eye + eye + eye[:2], "tttvvvee", "multiclass"))
     assert notes == ["made up: 'L2' has 0 images with and 2 without it in test; left out of the mean"]
