@@ -5,7 +5,7 @@ Every row holds two measurements that were taken in turns: the *baseline*, writt
 published program does it (or the nearest plain way), and ours. The ratio is the median of the ratios of
 the turns, its spread their quartiles. Inputs are phantoms of 2544 x 3056 px, made here.
 
-    python scripts/benchmark.py                 # CPU or GPU, whichever is there; about 20 minutes on 2 cores
+    python scripts/benchmark.py                 # CPU or GPU, whichever is there; some 12 minutes on 2 cores
     python scripts/benchmark.py --json out.json # written after every part: what is measured is kept
 
 A part that fails is told, the others go on, and the exit status is 1. On a GPU what is not done within --minutes
