@@ -17,7 +17,8 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import fitting, load_checkpoint, save_checkpoint
-from util.cli import Parser, add_launch_arguments, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
+from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.finite import FiniteWatch, make_scaler
@@ -111,6 +112,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
+    for name in ("weights", "resume", "judge"):
+        setattr(args, name, local_file(getattr(args, name)))
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
         return run(args, signals)
@@ -320,6 +323,7 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     """Judge the best model on the test images; for rank 0."""
     path = Path(args.judge or Path(args.output_dir) / BEST)
     model = load_gaze_net(path).to(ranks.device)
+    check_cache_size(args, model.input_size)
     study = GazeStudy(args.data_path, cache_size=args.cache_size)
     if told := study.leave_out(frozenset(model.seen)):
         print(told)
@@ -333,32 +337,22 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         print(write_judgement(model, study, Path(args.output_dir), ranks.device))
 
 
+def check_cache_size(args: argparse.Namespace, input_size: int) -> None:
+    if args.use_cache and args.cache_size < input_size:
+        raise UserError(
+            f"--cache_size {args.cache_size}: below the input's {input_size} px, so that images would be enlarged; "
+            "pass more, or --no_cache"
+        )
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    for name in ("batch_size", "epochs", "patience", "input_size", "decoder_width", "save_every", "keep",
-                 "print_every", "cache_size"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.cache_size < args.input_size:
-        raise UserError(
-            f"--cache_size {args.cache_size}: below --input_size {args.input_size}, so that images would be enlarged"
-        )
-    for name in (
-        "num_workers",
-        "warmup_epochs",
-        "weight_decay",
-        "lr",
-        "min_lr",
-        "cc_weight",
-        "skip_nonfinite",
-        "seed",
-    ):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("clip_grad", "max_minutes"):
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise UserError(f"--{name} {value}: must not be negative")
+    check_least(args, 1, "batch_size", "epochs", "patience", "input_size", "decoder_width", "save_every", "keep",
+                "print_every", "cache_size")  # fmt: skip
+    check_least(args, 0, "num_workers", "warmup_epochs", "weight_decay", "lr", "min_lr", "cc_weight", "clip_grad",
+                "skip_nonfinite", "max_minutes")  # fmt: skip
+    if not args.judge:
+        check_cache_size(args, args.input_size)
     if args.input_size % 32 or args.input_size < 64:
         raise UserError(f"--input_size {args.input_size}: must be divisible by 32, and at least 64")
     if args.decoder_width % 8:

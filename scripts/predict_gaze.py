@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.predicted import Predictor, fill_tree, predict_files
 from models_gaze import GazeNet, load_gaze_net
-from util.cli import Parser, check_device
+from util.cli import Parser, check_device, check_least
 from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.cpus import available_cpus
+from util.download import local_file
 from util.encoders import digest_of
 from util.errors import UserError, run_cli
 from util.precision import set_tf32
@@ -30,7 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="best.pth of run_gaze.py")
+    add("--weights", required=True, help="best.pth of run_gaze.py, a file or an http(s) address")
     add(
         "--tree", type=Path, help="tree of images alone, made by scripts/prepare_mimic.py; is filled in place"
     )
@@ -58,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_args(args)
-    model = load_gaze_net(args.weights).to(check_device(args.device))
+    model = load_gaze_net(local_file(args.weights)).to(check_device(args.device))
     options = {"part": parse_shard(args.shard), "batch_size": args.batch_size, "workers": args.workers}
     options["overwrite"] = args.overwrite
     if args.tree is not None:
@@ -99,9 +100,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             "--dicom_contrast: only with --images; a tree's images are 8-bit since they were prepared"
         )
-    for name in ("batch_size", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    check_least(args, 1, "batch_size", "workers")
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

@@ -172,6 +172,7 @@ def test_a_model_is_not_judged_on_those_who_trained_it(trained, tmp_path):
         ("--batch_size 0", "--batch_size 0"),
         ("--batch_size 99", "--batch_size 99|batch_size 99"),
         ("--decoder_width 12", "--decoder_width 12"),
+        ("--cache_size 63", "--cache_size 63: below the input's 64 px"),
         ("--lr -1", "--lr -1"),
         ("--judge nothing.pth", "--judge nothing.pth: no such file"),
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
@@ -192,6 +193,8 @@ def test_checkpoints_of_something_else_are_refused(tree, trained, backbone, tmp_
         train(tree, trained, "--backbone test_convnext --epochs 9")
     with pytest.raises(UserError, match="has another encoder"):
         train(tree, trained, f"--weights {backbone} --epochs 9")
+    with pytest.raises(UserError, match="--cache_size 63: below the input's 64 px"):  # of the judged model
+        train(tree, tmp_path / "b", f"--judge {trained / 'best.pth'} --cache_size 63")
     foreign = tmp_path / "foreign.pth"
     torch.save({"model": {}}, foreign)
     with pytest.raises(UserError, match=r"foreign.pth: not a checkpoint"):

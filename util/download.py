@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -15,11 +16,22 @@ import torch
 from util.errors import UserError
 from util.locks import file_lock
 
-SCHEMES = ("http", "https", "file")
+_ADDRESS = re.compile(r"(https?|file):", re.IGNORECASE)
 # The beginning of the SHA-256 in a name, as torch.hub's names have it: resnet18-5c106cde.pth. Shorter
 # digits are numbers: checkpoint-399.pth.
 _HASH = re.compile(r"-([a-f0-9]{8,64})\.")
 _TIMEOUT = 30.0  # seconds without an answer
+
+
+def address_name(text: str | None) -> str | None:
+    """The name of the file that an address names, "" where it names none; None for what is no address."""
+    if not _ADDRESS.match(text or ""):
+        return None
+    try:
+        name = Path(unquote(urlsplit(text).path)).name
+    except ValueError as error:
+        _refuse(text, f"is no address ({error})")
+    return "" if name == ".." else name
 
 
 def local_file(name: str | None) -> str | None:
@@ -31,23 +43,21 @@ def local_file(name: str | None) -> str | None:
     Raises:
         UserError: no answer, no such file there, a download that broke off, or another SHA-256.
     """
-    parts = urlsplit(name or "")
-    if parts.scheme not in SCHEMES:
+    file_name = address_name(name)
+    if file_name is None:
         return name
+    parts = urlsplit(name)
     if parts.scheme == "file":
         return (
-            url2pathname(unquote(parts.path))
-            if parts.netloc in ("", "localhost")
-            else _refuse(name, "names a host")
+            url2pathname(parts.path) if parts.netloc in ("", "localhost") else _refuse(name, "names a host")
         )
-    file_name = Path(unquote(parts.path)).name
     if not file_name:
         _refuse(name, "ends in no file name")
     folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(name.encode()).hexdigest()[:12])
     path = folder / file_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(folder / "lock", what=f"the download of {name}", wait=True):
+        with file_lock(folder.with_suffix(".lock"), what=f"the download of {name}", wait=True):
             if not path.exists():
                 _download(name, path)
     except URLError as error:  # HTTPError is one
@@ -66,7 +76,12 @@ def _download(address: str, path: Path) -> None:
     digest = _HASH.search(path.name)
     print(f"downloading {address} to {path}", flush=True)
     part = path.with_name(f"{path.name}.part")
-    torch.hub.download_url_to_file(address, str(part), digest and digest.group(1), progress=True)
+    others = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)  # torch.hub waits for ever
+    try:
+        torch.hub.download_url_to_file(address, str(part), digest and digest.group(1), progress=True)
+    finally:
+        socket.setdefaulttimeout(others)
     if length is not None and part.stat().st_size != int(length):
         got = part.stat().st_size
         part.unlink()

@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from util.download import address_name, local_file
 from util.errors import UserError
 from util.export import Backbone, build_backbone, read_backbone
 
@@ -68,20 +69,24 @@ class Candidate:
 
 
 def named_files(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, path) of NAME=FILE, or of FILE, which then gives the name. Raises `UserError` for a name twice."""
+    """(name, path) of NAME=FILE, or of FILE, which then gives the name; addresses are downloaded (`local_file`).
+
+    Raises `UserError` for a name twice, before anything is downloaded.
+    """
     found = []
     for text in texts:
-        name, equals, path = text.partition("=")
+        alone = address_name(text)  # an address may have an equals sign in it
+        name, equals, path = ("", "", "") if alone else text.partition("=")
         if equals and not (name and path):
             raise UserError(f"--weights {text}: expected NAME=FILE, imagenet, random or pixels")
         if not equals:
-            name, path = Path(text).stem, text
+            name, path = Path(alone or text).stem, text
         if not name.isprintable() or name != name.strip():
             raise UserError(f"--weights {name!r}: a name of printable characters without blanks around it")
         if name in (other for other, _ in found):
             raise UserError(f"--weights: {name} is named twice; give each NAME=FILE a name of its own")
         found.append((name, path))
-    return found
+    return [(name, local_file(path)) for name, path in found]
 
 
 def read_candidates(
@@ -109,6 +114,7 @@ def read_candidates(
         kind = text if text in (RANDOM, IMAGENET, PIXELS) else "file"
         backbone = None
         if kind == IMAGENET:
+            imagenet = local_file(imagenet)
             if not Path(imagenet).exists():
                 raise UserError(
                     f"--weights imagenet: {imagenet} is not there; scripts/fetch_weights.py makes it, or name it "

@@ -5,16 +5,25 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import export_backbone
+import predict_gaze
 import pytest
 import torch
+import visualize
+from gaze_trees import make_gaze_tree
 
+import run_gaze
+import run_pretrain
+import util.download
 from util.download import local_file
+from util.encoders import named_files, read_candidates
 from util.errors import UserError
 
 WEIGHTS = b"some weights" * 1000
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
 
 
+LET_GO = threading.Event()  # of downloads that stall
 ASKED: list[str] = []  # paths that the server was asked for
 
 
@@ -27,6 +36,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(WEIGHTS)))
         self.end_headers()
+        if "stalled" in self.path:
+            LET_GO.wait(20)
+            return
         self.wfile.write(WEIGHTS[:500] if "broken" in self.path else WEIGHTS)
 
     def log_message(self, *args):
@@ -40,7 +52,7 @@ def address(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     ASKED.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -62,7 +74,13 @@ def test_the_sha_256_in_a_name_is_checked(address):
 
 
 @pytest.mark.parametrize(
-    "name, words", [("none.pth", "Not Found"), ("broken.pth", "broke off after 500 of"), ("", "no file name")]
+    "name, words",
+    [
+        ("none.pth", "Not Found"),
+        ("broken.pth", "broke off after 500 of"),
+        ("", "no file name"),
+        ("a/..", "no file name"),
+    ],
 )
 def test_what_cannot_be_had_is_named_and_not_kept(address, name, words):
     for _ in range(2):
@@ -75,6 +93,58 @@ def test_nobody_there_and_paths(address, tmp_path):
     with pytest.raises(UserError, match="can't be downloaded"):
         local_file("http://127.0.0.1:9/x.pth")
     assert local_file(None) is None and local_file("") == "" and local_file("a/b.pth") == "a/b.pth"
-    assert local_file(f"file://{tmp_path}/a%20b.pth") == f"{tmp_path}/a b.pth"
+    assert local_file(f"file://{tmp_path}/a%20b%2525.pth") == f"{tmp_path}/a b%25.pth"
+    with pytest.raises(UserError, match="is no address"):
+        local_file("http://[bad/x.pth")
     with pytest.raises(UserError, match="names a host"):
         local_file("file://elsewhere/a.pth")
+
+
+def test_a_server_that_stalls_is_told(address, monkeypatch):
+    monkeypatch.setattr(util.download, "_TIMEOUT", 0.2)
+    LET_GO.clear()
+    with pytest.raises(UserError, match="stalled.pth: can't be downloaded.*timed out"):
+        local_file(f"{address}/stalled.pth")
+    LET_GO.set()
+    assert Path(local_file(f"{address}/lock")).read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (run_pretrain.main, "--data_path a --device cpu --model cxrmim_vit_tiny_patch16 --pretrained"),
+        (
+            run_pretrain.main,
+            "--data_path a --device cpu --model cxrmim_vit_tiny_patch16 --batch_size 4 --no_cache --pretrained none "
+            "--resume",
+        ),
+        (run_gaze.main, "--data_path a --device cpu --weights"),
+        (run_gaze.main, "--data_path a --device cpu --weights none --judge"),
+        (
+            run_gaze.main,
+            "--data_path a --device cpu --weights none --backbone test_resnet --no_cache --resume",
+        ),
+        (predict_gaze.main, "--device cpu --tree a --weights"),
+        (visualize.main, "--device cpu --out a.png"),
+        (export_backbone.main, "a.pth"),
+    ],
+)
+def test_every_program_reads_weights_by_address(main, flags, address, tmp_path, monkeypatch):
+    """As far as the words about what was downloaded: it is no weights file."""
+    monkeypatch.chdir(tmp_path)
+    if "--resume" in flags:
+        make_gaze_tree(tmp_path / "a")
+    name = f"{address}/checkpoint-7.pth?download=1"
+    arguments = [name, *flags.split()] if main is export_backbone.main else [*flags.split(), name]
+    with pytest.raises(UserError, match=r"torch home/.*/checkpoint-7.pth: (truncated|not a readable)"):
+        main(arguments)
+
+
+def test_encoders_to_compare_may_be_addresses(address):
+    alone, named = f"{address}/a/x.pth?a=b", f"{address}/b/x.pth?c=d"
+    [(first, one), (second, two)] = named_files([alone, f"ours={named}"])
+    assert (first, second) == ("x", "ours") and one != two
+    assert Path(one).read_bytes() == Path(two).read_bytes() == WEIGHTS
+    for texts, imagenet in (([f"ours={named}"], ""), (["imagenet"], named)):
+        with pytest.raises(UserError, match="torch home/.*/x.pth: not a readable"):
+            read_candidates(texts, imagenet=imagenet)
