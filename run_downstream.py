@@ -6,7 +6,6 @@ import argparse
 import filecmp
 import hashlib
 import json
-import math
 import tempfile
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -38,7 +37,7 @@ from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
 from util import distributed
-from util.cli import Parser, finite_float, seed_number
+from util.cli import Parser, check_least, finite_float, seed_number
 from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, named_files, read_candidates
 from util.errors import UserError, run_cli
 from util.figures import save_figure
@@ -200,22 +199,10 @@ def check_args(args: argparse.Namespace) -> None:
             setattr(
                 args, name, getattr(RECIPES[args.recipe if args.method == "finetune" else "published"], name)
             )
-    for name in (
-        "views",
-        "epochs",
-        "batch_size",
-        "patience",
-        "encode_batch",
-        "bootstrap",
-        "min_positives",
-        "folds",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("num_workers", "weight_decay"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
-    if not 0 < args.lr < math.inf:
+    check_least(args, 1, "views", "epochs", "batch_size", "patience", "encode_batch", "bootstrap", "min_positives",
+                "folds")  # fmt: skip
+    check_least(args, 0, "num_workers", "weight_decay", "max_minutes")
+    if not 0 < args.lr:
         raise UserError(f"--lr {args.lr}: must be above 0")
     if not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: must be at least 0 and below 1")
@@ -230,8 +217,6 @@ def check_args(args: argparse.Namespace) -> None:
                 )
             if values.count(value) > 1:
                 raise UserError(f"--{name}: {value} is named twice")
-    if args.max_minutes is not None and not args.max_minutes >= 0:
-        raise UserError(f"--max_minutes {args.max_minutes}: must not be negative")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay}: must be above 0, at most 1")
     if not 0 <= args.drop_path < 1:

@@ -17,7 +17,7 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import fitting, load_checkpoint, save_checkpoint
-from util.cli import Parser, add_launch_arguments, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import read_backbone
@@ -347,28 +347,12 @@ def check_cache_size(args: argparse.Namespace, input_size: int) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    for name in ("batch_size", "epochs", "patience", "input_size", "decoder_width", "save_every", "keep",
-                 "print_every", "cache_size"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    check_least(args, 1, "batch_size", "epochs", "patience", "input_size", "decoder_width", "save_every", "keep",
+                "print_every", "cache_size")  # fmt: skip
+    check_least(args, 0, "num_workers", "warmup_epochs", "weight_decay", "lr", "min_lr", "cc_weight", "clip_grad",
+                "skip_nonfinite", "max_minutes")  # fmt: skip
     if not args.judge:
         check_cache_size(args, args.input_size)
-    for name in (
-        "num_workers",
-        "warmup_epochs",
-        "weight_decay",
-        "lr",
-        "min_lr",
-        "cc_weight",
-        "skip_nonfinite",
-        "seed",
-    ):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("clip_grad", "max_minutes"):
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise UserError(f"--{name} {value}: must not be negative")
     if args.input_size % 32 or args.input_size < 64:
         raise UserError(f"--input_size {args.input_size}: must be divisible by 32, and at least 64")
     if args.decoder_width % 8:

@@ -18,7 +18,7 @@ from engine_pretrain import Meters, Training, describe_run, epoch_record, pictur
 from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import fitting, load_checkpoint
-from util.cli import Parser, add_launch_arguments, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
@@ -326,18 +326,10 @@ def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    for name in ("batch_size", "epochs", "accum_iter", "input_size", "hog_nbins", "decoder_num_heads",
-                 "save_every", "print_every", "cache_size"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("num_workers", "decoder_depth", "warmup_epochs", "weight_decay", "blr", "min_lr", "start_epoch",
-                 "skip_nonfinite", "image_every"):  # fmt: skip
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
-    for name, lowest in (("keep", 1), ("lr", 0), ("clip_grad", 0), ("max_minutes", 0)):
-        value = getattr(args, name)
-        if value is not None and not value >= lowest:
-            raise UserError(f"--{name} {value}: must be at least {lowest}")
+    check_least(args, 1, "batch_size", "epochs", "accum_iter", "input_size", "hog_nbins", "decoder_num_heads",
+                "save_every", "keep", "print_every", "cache_size")  # fmt: skip
+    check_least(args, 0, "num_workers", "decoder_depth", "warmup_epochs", "weight_decay", "lr", "blr", "min_lr",
+                "clip_grad", "start_epoch", "skip_nonfinite", "image_every", "max_minutes")  # fmt: skip
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
     if args.cache_size < args.input_size:

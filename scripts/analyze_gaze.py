@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.analysis.measure import analyze
-from datasets.prepare.readings import SOURCES
-from datasets.raw.egd import DEFAULT_SIGMA
+from datasets.prepare.options import add_raw_options
 from util.cli import Parser, finite_float, seed_number
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
@@ -24,13 +23,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__ + " Damaged readings are listed and left out; the exit status is 1 then.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_raw_options(parser)
     add = parser.add_argument
-    add(
-        "--raw",
-        type=Path,
-        required=True,
-        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above",
-    )
     add(
         "--images",
         type=Path,
@@ -38,7 +32,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it, having no image sizes",
     )
     add("--out", type=Path, required=True, help="directory for the tables and gaze_analysis.png")
-    add("--source", choices=["auto", *SOURCES], default="auto", help="which data set --raw holds")
     add("--split", choices=["all", "train", "validate", "test"], default="all", help="readings to use")
     add("--size", type=int, default=256, help="short side of the heatmaps, px")
     add(
@@ -59,12 +52,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--bootstrap", dest="n_bootstrap", type=int, default=2000, help="bootstrap samples of the intervals")
     add("--examples", dest="n_examples", type=int, default=3, help="images to show")
     add("--seed", type=seed_number, default=0, help="of the bootstrap")
-    add(
-        "--sigma",
-        type=finite_float,
-        default=None,
-        help=f"EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; {DEFAULT_SIGMA:g} where none is given",
-    )
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     return parser  # fmt: skip

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.predicted import Predictor, fill_tree, predict_files
 from models_gaze import GazeNet, load_gaze_net
-from util.cli import Parser, check_device
+from util.cli import Parser, check_device, check_least
 from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.cpus import available_cpus
 from util.download import local_file
@@ -100,9 +100,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             "--dicom_contrast: only with --images; a tree's images are 8-bit since they were prepared"
         )
-    for name in ("batch_size", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    check_least(args, 1, "batch_size", "workers")
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

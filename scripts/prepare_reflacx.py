@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.prepare.readings import SOURCES, prepare
-from datasets.raw.egd import DEFAULT_SIGMA
+from datasets.prepare.options import add_raw_options
+from datasets.prepare.readings import prepare
 from datasets.raw.readings import MAX_BAD
 from util.cli import Parser, add_accept_damaged, finite_float
 from util.contrast import add_dicom_contrast
@@ -24,13 +24,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "status is 1 then. An interrupted run goes on where it stopped; a second run changes nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_raw_options(parser)
     add = parser.add_argument
-    add(
-        "--raw",
-        type=Path,
-        required=True,
-        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above",
-    )
     add(
         "--images",
         type=Path,
@@ -38,7 +33,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="root of MIMIC-CXR-JPG or of MIMIC-CXR (DICOM), any depth, both kinds may be mixed",
     )
     add("--out", type=Path, required=True, help="where the processed tree goes")
-    add("--source", choices=["auto", *SOURCES], default="auto", help="which data set --raw holds")
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
     add(
         "--readings",
@@ -53,12 +47,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="all",
         help="'all' is what the paper pretrains on; 'train' keeps REFLACX's validation and test images out "
         "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)",
-    )
-    add(
-        "--sigma",
-        type=finite_float,
-        default=None,
-        help=f"EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; {DEFAULT_SIGMA:g} where none is given",
     )
     add(
         "--max_bad_fixations",

@@ -1,5 +1,7 @@
 """What several test files read (and never write to): a small phantom study, raw and processed; a backbone."""
 
+import signal
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,12 @@ from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
 
 torch.set_num_threads(1)  # tests run in parallel processes
+
+# Under nohup SIGHUP is ignored and in the background of a script SIGINT, which each process would inherit; the tests are
+# about the usual case.
+for signum, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, usual)
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,15 @@ def seed_number(text: str) -> int:
     return seed
 
 
+def check_least(args: argparse.Namespace, least: float, *names: str) -> None:
+    """Raises `UserError`, by the flag's name, for the first of these options that is given and below `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            what = "must not be negative" if least == 0 else f"must be at least {least:g}"
+            raise UserError(f"--{name} {value}: {what}")
+
+
 def check_device(device: str) -> str:
     """The device's name if it is there: cpu, or cuda or cuda:N. Raises `UserError`."""
     try:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
 from reliability_runs import MODEL, make_tree, run, run_ranks
-
-# Under nohup, as CI may run, SIGHUP is ignored, which each process would inherit; the tests are about the usual case.
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
