@@ -73,7 +73,7 @@ def check_same_model(config: Mapping[str, Any], own: Mapping[str, Any], path: st
 def _told_heads(info: WeightsInfo) -> int | None:
     """Attention heads of a file's encoder where it says them itself."""
     heads = info.config.get("num_heads", info.metadata.get("num_heads"))
-    if heads is not None and not str(heads).isdigit():
+    if heads is not None and not (str(heads).isdecimal() and int(heads)):
         raise UserError(f"{info.path}: says that its encoder has {heads!r} attention heads; not a number")
     return None if heads is None else int(heads)
 
@@ -95,6 +95,10 @@ def attention_heads(
     if told is not None:
         if num_heads not in (None, told):
             raise UserError(f"--num_heads {num_heads}: {info.path} says that it has {told}")
+        if width % told:
+            raise UserError(
+                f"{info.path}: says that its encoder has {told} attention heads, which don't divide its width {width}"
+            )
         return told, "stored in the file"
     if num_heads is not None:
         if num_heads < 1 or width % num_heads:

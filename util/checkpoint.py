@@ -135,6 +135,8 @@ def fitting(path: str | os.PathLike) -> Iterator[None]:
         RuntimeError,
         AttributeError,
         AssertionError,
+        ArithmeticError,
+        MemoryError,
     ) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{path}: what it holds doesn't fit this program ({what})") from error

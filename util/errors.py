@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
 from util.console import make_output_unfailing
+
+# What the system says of a place that the user named, whatever was to be done there.
+_OF_A_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -18,13 +24,18 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main` as a command: exit with its status; with 1 and one line for a `UserError`, and for a GPU
-    whose memory is full; with 130 when interrupted. An output that dies or fills up changes none of it (`util.console`)."""
+    """Run `main` as a command: exit with its status; with 1 and one line for a `UserError`, for a place where this user
+    may not read or write, that is full or whose name is too long, and for a GPU whose memory is full; with 130 when interrupted. An output that dies or fills up changes none of it (`util.console`)."""
     make_output_unfailing()
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _OF_A_PLACE or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; to print an error needs no torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,9 +91,22 @@ def read_tuned(path: str | os.PathLike) -> Tuned:
     try:
         model = timm.create_model(facts["timm_model"], **json.loads(facts["timm_args"]))
         model.load_state_dict(state)
-        mean, std = (tuple(json.loads(facts[name])) for name in ("mean", "std"))
-        return Tuned(model, json.loads(facts["labels"]), facts["task"], mean, std, facts["dataset"],
-                     float(facts["fraction"]), int(facts["seed"]), frozenset(json.loads(facts["seen"])))  # fmt: skip
+        mean, std, labels, seen = (json.loads(facts[name]) for name in ("mean", "std", "labels", "seen"))
+        if not _are(str, labels) or not len(labels) == len(set(labels)) == model.num_classes:
+            raise ValueError(f"{model.num_classes} outputs, labels {labels}")
+        for name, values in (("mean", mean), ("std", std)):
+            lowest = 1e-6 if name == "std" else -math.inf
+            if not _are((int, float), values) or len(values) not in (1, 3):
+                raise ValueError(f"{name} {values}")
+            if not all(lowest < value < math.inf for value in values):
+                raise ValueError(f"{name} {values}")
+        if not _are(str, seen):
+            raise ValueError("the list of subjects who trained it can't be read")
+        fraction = float(facts["fraction"])
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction {fraction}")
+        return Tuned(model, labels, facts["task"], tuple(mean), tuple(std), facts["dataset"], fraction,
+                     int(facts["seed"]), frozenset(seen))  # fmt: skip
     except KeyError as error:
         raise UserError(
             f"{info.path}: not a {BEST} of --method finetune ({error} is not in its metadata); "
@@ -100,3 +114,7 @@ def read_tuned(path: str | os.PathLike) -> Tuned:
         ) from None
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{info.path}: damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def _are(kinds: type | tuple[type, ...], values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kinds) for value in values)

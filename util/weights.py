@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +191,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle's protocol: what comes of it is told below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: what torch raises depends on where a damaged file ends
         found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"Trying to [^\n]*", str(error))
@@ -225,8 +227,10 @@ def resample_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     Bicubic with antialiasing (timm.layers.resample_abs_pos_embed); the same tensor where sizes agree.
 
     Raises:
-        ValueError: N is not a square number.
+        ValueError: N is not a square number, or another shape.
     """
+    if pos_embed.ndim != 3 or pos_embed.shape[0] != 1 or pos_embed.shape[1] < 2:
+        raise ValueError(f"a position embedding of shape {list(pos_embed.shape)}")
     count = pos_embed.shape[1] - 1
     if count == grid[0] * grid[1]:
         return pos_embed

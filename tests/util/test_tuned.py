@@ -1,0 +1,60 @@
+"""util/tuned.py: a best.pth that can't be judged by is one line, not a wrong number."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+from util.errors import UserError
+from util.export import read_backbone
+from util.tuned import read_tuned
+
+FACTS = {
+    "timm_model": "vit_base_patch16_224", "labels": ["a", "b"], "mean": [0.5], "std": [0.5], "task": "multilabel",
+    "dataset": "rsna", "fraction": 1.0, "seed": 3, "seen": [], "num_heads": 1,
+    "timm_args": {"embed_dim": 32, "depth": 1, "num_heads": 1, "img_size": 32, "num_classes": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def state():
+    return timm.create_model(FACTS["timm_model"], **FACTS["timm_args"]).state_dict()
+
+
+def save(state, path, **facts):
+    told = {name: v if isinstance(v, str) else json.dumps(v) for name, v in (FACTS | facts).items()}
+    torch.save({"state_dict": state, "metadata": told}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"labels": 3}, {"labels": ["a"]}, {"labels": []}, {"labels": ["a", "a"]}, {"mean": []}, {"mean": ["a"]},
+        {"mean": "x"}, {"std": [0]}, {"std": [1, 1, 1, 1]}, {"std": "[NaN]"}, {"fraction": "nan"}, {"seed": 1.5},
+        {"seen": "3"}, {"seen": '"abc"'}, {"timm_model": "nothing"}, {"timm_args": "{bad"}, {"timm_args": {"depth": -1}},
+    ],
+)  # fmt: skip
+def test_facts_that_no_run_wrote_are_refused(state, tmp_path, facts):
+    assert read_tuned(save(state, tmp_path / "good.pth")).labels == ["a", "b"]
+    path = save(state, tmp_path / "odd.pth", **facts)
+    with pytest.raises(UserError, match=f"^{path}: damaged") as caught:
+        read_tuned(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("heads", ["0", "x", "-1", "5"])
+def test_heads_that_cannot_be_are_refused(state, tmp_path, heads):
+    assert read_backbone(save(state, tmp_path / "good.pth")).num_heads == 1
+    path = save(state, tmp_path / "odd.pth", num_heads=heads)
+    with pytest.raises(UserError, match=f"^{path}: says that its encoder has '?{heads}'? attention heads"):
+        read_backbone(path)
+
+
+def test_position_embedding_of_another_rank_is_refused(state, tmp_path):
+    path = save(state | {"pos_embed": torch.zeros(1, 1, 1, 2, 2)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=f"^{path}: not a ViT"):
+        read_backbone(path, img_size=64)
