@@ -203,12 +203,16 @@ def find_damage(path: Path, files: Sequence[Path], num_workers: int | None = Non
 
     Raises one of `ABSENT` where there is nothing that this user can read.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: a directory where a file of the cache belongs; move it away")
     with open(path, "rb") as file:
         descriptor = file.fileno()
         try:
             table = _read_table(descriptor, path)
         except UserError as error:
             return Damage(str(error).removeprefix(f"{path}: "))
+        except OSError as error:  # a disk that can't give these bytes
+            return Damage(f"can't be read ({error.strerror})")
 
         def check(start: int) -> list[int]:
             some = range(start, min(start + PICTURES_AT_ONCE, len(table)))
@@ -334,7 +338,10 @@ def _faults_told(path: Path, kind: PlaneKind, table: np.ndarray):
         raise UserError(f"{error}{kind.advice}") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise UserError(
+                f"{error.filename or path}: {error.strerror}, so the cache can't be made; "
+                "name another place by --cache_dir, or pass --no_cache"
+            ) from None
         free = shutil.disk_usage(path.parent).free
         raise UserError(
             f"{path.parent}: the cache needs {_pixels_end(table) / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "

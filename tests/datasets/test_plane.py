@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -104,6 +105,26 @@ def test_without_a_whole_table_the_plane_is_built_anew(tree, capfd):
         build(tree)
         [warning] = warnings_of(capfd)
         assert str(path) in warning and "built anew" in warning and path.read_bytes() == whole
+
+
+def test_a_disk_that_cannot_give_or_take_the_bytes(tree, capfd, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    build(tree)
+    path = gray_plane(tree)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.plane.os, "pread", fails)
+        assert "can't be read (Input/output error)" in check_caches(tree, cache_size=128)[0].message
+    flip(path, path.stat().st_size - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.plane.os, "pwrite", fails)
+        with pytest.raises(UserError, match=f"^{path}: Input/output error.*--cache_dir"):
+            build(tree)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=f"^{path}: a directory"):
+        build(tree)
 
 
 def test_mending_that_is_broken_off_is_finished_by_the_next_start(tree, capfd, monkeypatch):
