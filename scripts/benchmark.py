@@ -46,6 +46,7 @@ from util.cli import Parser, finite_float
 from util.cpus import available_cpus
 from util.errors import UserError, run_cli
 from util.precision import set_tf32
+from util.stop import StopSignals
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -67,8 +68,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
 
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: no such directory to write into")
+    if args.minutes is not None and args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes:g}: must be above 0")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
+    if args.work_dir and not Path(args.work_dir).is_dir():
+        raise UserError(f"--work_dir {args.work_dir}: no such directory")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that PyTorch can use")
@@ -80,15 +85,21 @@ def main(argv: list[str] | None = None) -> int:
     print(" | ".join(f"{key}: {value}" for key, value in report.machine.items()))
     header = f"{'':44}  {'baseline':>9}  {'ours':>9}  {'':10}  {'ratio (quartiles)':24}  bar"
     print(header, flush=True)
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.work_dir) as name:
-        run_parts(parts, report, Path(name), settings)
+    parts.write()  # so that a place where it can't be is told now
+    with StopSignals() as signals, signals.at_once():  # what was made below work_dir is removed
+        with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.work_dir) as name:
+            run_parts(parts, report, Path(name), settings)
+    report.whole = True
+    parts.write()
     for name, value in report.equality.items():
         print(f"{name}: {value:.3g}")
     if report.skipped:
         print(f"not measured for lack of time: {'; '.join(report.skipped)}")
     if report.failures:
         print(f"error: {len(report.failures)} parts failed: {'; '.join(report.failures)}", file=sys.stderr)
-    return 1 if report.failures else 0
+    if not report.rows:
+        print("error: nothing was measured", file=sys.stderr)
+    return 1 if report.failures or not report.rows else 0
 
 
 def settings_of(args: argparse.Namespace, device: str) -> Settings:

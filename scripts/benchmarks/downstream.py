@@ -93,7 +93,7 @@ def measure_heads(
         found: dict = {}
 
         def ours(n_views: int = n_views, found: dict = found) -> None:
-            with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals:
+            with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals, signals.at_once():
                 place = root / f"views{n_views}"
                 plane = open_squares(images, place / "cache")
                 frozen = Frozen(

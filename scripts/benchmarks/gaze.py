@@ -90,7 +90,7 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
             optimizer.zero_grad(set_to_none=True)
 
     def ours() -> None:
-        with StopSignals() as signals:
+        with StopSignals() as signals, signals.at_once():
             half = args.dtype == "float16"
             watch = FiniteWatch(ranks.device, signals, half=half, sample_names=lambda epoch, step: [])
             training = Training(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from util.errors import UserError
 from util.files import atomic_write
 
 
@@ -68,6 +69,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)  # that the parts took
     failures: dict[str, str] = field(default_factory=dict)  # of the parts that failed
     skipped: list[str] = field(default_factory=list)  # parts that there was no time for
+    whole: bool = False  # whether the run came to its end
 
     def compare(
         self,
@@ -160,9 +162,17 @@ class Parts:
             self.report.seconds[name] = round(time.monotonic() - began, 1)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        if self.path is not None:
+        self.write()
+
+    def write(self) -> None:
+        """Write the report as it is by now. Raises `UserError`."""
+        if self.path is None:
+            return
+        try:
             with atomic_write(self.path, "w") as file:
                 json.dump(asdict(self.report), file, indent=2)
+        except OSError as error:
+            raise UserError(f"--json {self.path}: can't be written: {error.strerror}") from None
 
     def _skip(self, name: str, what: str) -> None:
         self.report.skipped.append(name)

@@ -48,7 +48,7 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
     run_pretrain.train_one_epoch = watched
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            run_pretrain.main(
+            status = run_pretrain.main(
                 [
                     *("--data_path", *trees, "--preload", "--gaze_weighted"),
                     *("--model", settings.model, "--pretrained", "none", "--device", settings.device),
@@ -60,6 +60,8 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
             )
     finally:
         run_pretrain.train_one_epoch = original
+    if status:  # a signal ended it: of this program, too
+        raise SystemExit(status)
     waits = epochs[0][2].waits
     steps = len(waits) // len(epochs)
     seconds = sum(ended - began for began, ended, _ in epochs) - waits[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -22,7 +24,7 @@ def report(tmp_path_factory):
     torch.set_num_threads(threads)
     assert [file.name for file in path.iterdir()] == ["out.json"]  # inputs are removed
     report = json.loads((path / "out.json").read_text())
-    assert report["seconds"] and not report["failures"] and not report["skipped"]
+    assert report["seconds"] and report["whole"] and not report["failures"] and not report["skipped"]
     return report
 
 
@@ -121,6 +123,36 @@ def test_a_failed_part_is_the_exit_status(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "run_parts", lambda parts, *others: parts.run("it", fails))
     assert benchmark.main(["--device", "cpu", "--work_dir", str(tmp_path)]) == 1
     assert "error: 1 parts failed: it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--minutes 0", "--minutes -1", "--batch_size 0", "--work_dir none", "--json .", "--json none/a"],
+    ids=str,
+)
+def test_what_can_not_work_is_told_before_anything_is_measured(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "run_parts", lambda *others: pytest.fail("begun"))
+    with pytest.raises(UserError, match=flags.split()[0]):
+        benchmark.main(["--quick", "--device", "cpu", *flags.split()])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_measured_nothing_or_was_ended_says_so(tmp_path, monkeypatch, capsys):
+    argv = ["--device", "cpu", "--work_dir", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(benchmark, "run_parts", lambda parts, *others: None)
+    assert benchmark.main(argv) == 1 and "error: nothing was measured" in capsys.readouterr().err
+
+    def ended(parts, report, root, settings):
+        (root / "input").touch()
+        parts.run("it", lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(benchmark, "run_parts", ended)
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(argv)
+    assert end.value.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert not json.loads((tmp_path / "out.json").read_text())["whole"]
 
 
 def test_settings_of_a_gpu_measure_what_was_asked():
