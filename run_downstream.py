@@ -30,9 +30,9 @@ from datasets.downstream.labelled import (
     split_table,
     write_split,
 )
-from datasets.downstream.partition import in_folds
+from datasets.downstream.partition import in_folds, partitions
 from datasets.downstream.tree import ANY_FINDING
-from engine_downstream import ENCODE_BATCH, HeadOptions, Stopped
+from engine_downstream import ENCODE_BATCH, HeadOptions, Stopped, steps_per_epoch
 from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate
@@ -91,7 +91,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("run_downstream.py", description=__doc__, formatter_class=HelpFormatter)
     add_arguments(parser)
     add_image_arguments(parser)
-    parser.add_argument("--dry_run", action="store_true", help="read the tables, write split.csv, and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="read the tables and --weights, write split.csv, and stop"
+    )
 
     add = parser.add_argument_group("encoders").add_argument
     add("--weights", nargs="+", default=[], metavar="NAME=FILE",
@@ -182,6 +184,9 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
             for line in [*check_classes(images), *lone_in_fractions(images, args.fractions)]:
                 ranks.say(line)
         if args.dry_run:
+            with signals.at_once():
+                for line in look_ahead(args, images):
+                    ranks.say(line)
             return 0
         try:
             outcomes = judge(args, images, ranks, signals)
@@ -290,6 +295,27 @@ def describe(candidate: Candidate) -> str:
     return "\n".join(lines)
 
 
+def candidates_of(args: argparse.Namespace) -> list[Candidate]:
+    """The encoders of --weights, read. Raises `UserError`."""
+    return read_candidates(
+        args.weights, imagenet=args.imagenet, random_model=args.random_model, tap=args.tap, img_size=args.img_size,
+        num_heads=args.num_heads,
+    )  # fmt: skip
+
+
+def look_ahead(args: argparse.Namespace, images: LabelledImages) -> list[str]:
+    """What --weights are, for a --dry_run. `UserError` for what a run would refuse after reading many images: weights
+    that can't be read, and shares of the training images that are less than a batch."""
+    if args.method in ("linear", "finetune"):
+        for fraction in args.fractions:
+            for seed in args.seeds if in_folds(images) else args.seeds[:1]:
+                for rows in partitions(images, fraction, seed=seed, n_folds=args.folds, validate=True):
+                    steps_per_epoch(len(rows.train), args.batch_size)
+    if args.method == "evaluate":
+        return [f"{name}: {path}" for name, path in named_files(args.weights) if read_tuned(path)]
+    return list(map(describe, candidates_of(args)))
+
+
 def judge(
     args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks, signals: StopSignals
 ) -> list[Outcome]:
@@ -325,10 +351,7 @@ def judge(
             )  # fmt: skip
         return outcomes
     with signals.at_once():
-        candidates = read_candidates(
-            args.weights, imagenet=args.imagenet, random_model=args.random_model, tap=args.tap, img_size=args.img_size,
-            num_heads=args.num_heads,
-        )  # fmt: skip
+        candidates = candidates_of(args)
         ranks.say("\n".join(map(describe, candidates)))
         views = open_views(args, images, ranks)
     jobs = Jobs(output_dir / "jobs")

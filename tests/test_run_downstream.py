@@ -220,6 +220,20 @@ def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, cap
     assert "Pneumonia" in capsys.readouterr().out
 
 
+def test_dry_run_tells_what_a_run_would_refuse_hours_later(rsna, tmp_path, capsys):
+    argv = command(rsna, tmp_path, "--dry_run", "--batch_size", "8", "--fractions", "1", "0.08")
+    with pytest.raises(UserError, match="--batch_size 8: there are only 7 images"):
+        main(argv)
+    assert main([*argv, "--method", "probe"]) == 0  # which has no batches
+    assert main([*argv[:-1], "0.1", "--weights", "random", "pixels"]) == 0
+    assert "random: random weights" in capsys.readouterr().out
+    for method in ("linear", "evaluate"):
+        with pytest.raises(UserError, match="none.pth"):
+            main([*argv[:-1], "0.1", "--method", method, "--weights", f"ours={tmp_path}/none.pth"])
+    with pytest.raises(UserError, match=r"only \d images"):
+        main([*argv, "--split", "folds", "--folds", "3"])
+
+
 def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
     """The same weights with another number of attention heads are another encoder."""
     torch.manual_seed(1)

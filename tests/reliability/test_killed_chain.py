@@ -40,8 +40,8 @@ SETTINGS = {
     "PYTHONUNBUFFERED": "1",
 }
 STEPS = (
-    "prepare check rsna-linear-check nih-linear-check gaze prepare_mimic predict pretrain export pictures "
-    "rsna-linear nih-linear table"
+    "prepare check rsna-linear-check nih-linear-check gaze prepare_mimic predict pretrain export "
+    "rsna-linear nih-linear table pictures"
 ).split()
 # For the user, and the same whenever it is made.
 KEPT = ("*.csv", "*.md", "*.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import shutil
 import signal
@@ -82,7 +83,7 @@ def chain(tmp_path) -> Chain:
     return Chain(tmp_path)
 
 
-ALL = "prepare check rsna-linear-check pretrain export pictures rsna-linear table".split()
+ALL = "prepare check rsna-linear-check pretrain export rsna-linear table pictures".split()
 
 
 def test_every_command_is_understood_by_its_program(chain):
@@ -126,7 +127,7 @@ def test_what_has_changed_is_done_again_and_what_reads_it(chain):
     assert chain.call(NIH="nih", PICTURES="0")[0] == ["nih-linear-check", "nih-linear", "table"]
     assert chain.call(EPOCHS="8")[0] == ["check", *ALL[3:]]
     # Ended between two steps: what was made from the old tree is still known to be old.
-    chain.hook.write_text('[ "$1 $2" != "run_pretrain.py --check_data" ]')
+    chain.hook.write_text('[[ "$*" != *--check_data* ]]')
     assert chain.call(status=1, EPOCHS="8", PREPARE_FLAGS="--size 0")[0] == ["prepare", "check"]
     assert "--overwrite" in chain.commands()[0]
     chain.hook.unlink()
@@ -135,12 +136,55 @@ def test_what_has_changed_is_done_again_and_what_reads_it(chain):
     assert len(list(chain.out.glob("pretrain-before-*"))) == 2 and not (chain.out / "pretrain").exists()
 
 
+def test_what_was_begun_and_left_goes_on_and_an_out_can_be_moved(chain):
+    """Also where power went off before a mark was on the disk: what lies there is kept, not taken for ours."""
+    chain.hook.write_text('[[ "$*" != *"--pretrained none"* ]] || { mkdir "$OUT/pretrain"; kill -9 $PPID; }')
+    assert chain.call(status=-9)[0] == ALL[:4]
+    chain.hook.unlink()
+    chain.out = chain.out.rename(chain.root / "moved")
+    assert chain.call(OUT="moved", REFLACX="./mimic jpg/../reflacx")[0] == ALL[3:]
+    assert (chain.out / "pretrain").exists() and not list(chain.out.glob("pretrain-before-*"))
+    assert chain.call(OUT="moved")[0] == []
+    (chain.out / "steps/pretrain").write_text("")
+    assert chain.call(OUT="moved")[0] == ALL[3:]
+    assert len(list(chain.out.glob("pretrain-before-*"))) == 1
+
+
+def test_any_number_of_gpus_takes_the_same_steps(chain):
+    """The GPUs share a batch, as the paper's one GPU has it."""
+    chain.hook.write_text('[[ "$*" != *"--pretrained none"* ]] || exit 3')
+    for gpus, images in (("1", 12), ("2", 6)):
+        chain.call(status=3, GPUS=gpus, BATCH_SIZE="12")
+        words = chain.commands()[-1]
+        assert words[words.index("--batch_size") + 1] == str(images)
+        assert ("torch.distributed.run" in words) == (gpus == "2")
+    assert chain.call(status=3, GPUS="2", BATCH_SIZE="14")[0] == ["check", "pretrain"]
+    # Somebody's own flag comes later, and wins.
+    chain.call(status=3, DEVICE="cpu", PRETRAIN_FLAGS="--batch_size 5")
+    words = chain.commands()[-1]
+    assert [w for f, w in itertools.pairwise(words) if f == "--batch_size"] == ["128", "5"]
+
+
+def test_names_that_a_shell_has_exported_and_a_link_change_nothing(chain):
+    """CDPATH, by which cd goes elsewhere; names that the script uses; a place behind a link, as .. goes from there."""
+    (chain.root / "scripts").mkdir()
+    (chain.root / "far/rsna").mkdir(parents=True)
+    (chain.root / "far/place").mkdir()
+    (chain.root / "link").symlink_to("far/place")
+    names = "from on launch place afresh name made state what mark child asked count judged trees".split()
+    dirty = dict.fromkeys(names, "--planted") | {"CDPATH": str(chain.root), "RSNA": "link/../rsna"}
+    assert chain.call(COMPARE="other=hook pixels", **dirty)[0] == ALL
+    for words in chain.commands():
+        assert not any("planted" in word for word in words)
+    judged = chain.commands()[-3]
+    assert str(chain.root / "far/rsna") in judged and f"other={chain.hook}" in judged
+
+
 def test_weights_are_fetched_where_they_are_needed(chain):
     if (ROOT / "preTrain/vit_base_p16_224_timm.pth").exists():
         pytest.skip("they are there")
     chain.hook.write_text('[ "$1" != scripts/fetch_weights.py ] || exit 5')
-    fetched = [*ALL[:3], "weights"]
-    assert chain.call(status=5, PRETRAINED="")[0] == fetched
+    assert chain.call(status=5, PRETRAINED="")[0] == ["prepare", "weights"]
     assert chain.call(status=5, COMPARE="imagenet")[0] == ["weights"]
     assert "weights" not in chain.call(COMPARE="imagenet", RSNA="")[0]
 
@@ -164,6 +208,12 @@ def test_a_step_that_fails_is_named_and_gone_on_with(chain):
         ({"METHODS": " "}, "METHODS is empty"),
         ({"N_GPUS": "0"}, "DEVICE=cuda: torch sees no GPU"),
         ({"GPUS": "3"}, "GPUS=3: torch sees 2"),
+        ({"GPUS": "0"}, "GPUS=0: expected auto or a number from 1"),
+        ({"BATCH_SIZE": "5"}, "BATCH_SIZE=5: 2 GPUs can't share it"),
+        ({"DEVICE": "cdua"}, "DEVICE=cdua: expected cuda or cpu"),
+        ({"WORKERS": "four"}, "WORKERS=four: expected a number from 0"),
+        ({"PICTURES": "0 -1"}, "PICTURES=0 -1: expected numbers"),
+        ({"PRETRAIN_FLAGS": "--epochs 5"}, "PRETRAIN_FLAGS=--epochs 5: set EPOCHS"),
         ({"OUT": "hook"}, "OUT={root}/hook: can't be written"),
     ],
     ids=str,
