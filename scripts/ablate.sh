@@ -8,7 +8,8 @@
 #
 # Goes on where it stopped. The images are phantoms: what it says is about them.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+given=${1:-${OUT:-}} called_from=$PWD
+CDPATH='' cd "$(dirname "$0")/.."
 source scripts/venv.sh
 
 # PARTS: trees that each study is made in, side by side. GROUPS_OF: what one call of run_downstream.py judges.
@@ -25,7 +26,8 @@ case ${PRESET:=cpu} in
     ;;
   *) echo "error: PRESET=$PRESET: expected cpu or gpu" >&2; exit 1 ;;
 esac
-OUT=${1:-$OUT}
+# As seen from where this is called.
+[ -z "$given" ] || OUT=$(root=$PWD && cd "$called_from" && realpath -m --relative-base="$root" -- "$given")
 # Of the phantom: usual extent and contrast of lesions times these; gaze density inside lesions over outside.
 : "${LESION_CONTRAST:=1.0}" "${DWELL_RATIO:=6.0}" "${LESION_KINDS:=nodule mass consolidation effusion}"
 
@@ -38,7 +40,14 @@ if [ "$MODEL" = base ]; then
   fi
 fi
 export OMP_NUM_THREADS=1 PYTHON OUT EPOCHS INPUT_SIZE IMAGE_SIZE MODEL BATCH_SIZE DEVICE WORKERS WEIGHTS
+for images in "$N_IMAGES" "$N_PROBE"; do
+  ((images % PARTS == 0)) || { echo "error: $images images can't be made in PARTS=$PARTS of one size" >&2; exit 1; }
+done
 mkdir -p "$OUT"
+exec 9>> "$OUT/.lock" # what is started here has it too
+status=0
+flock --conflict-exit-code 100 --nonblock 9 2> /dev/null || status=$?
+[ "$status" != 100 ] || { echo "error: another call is at work in $OUT, or what it started" >&2; exit 1; }
 
 settings="$MODEL from $WEIGHTS, $N_IMAGES and $N_PROBE images of $IMAGE_SIZE px in $PARTS parts, input $INPUT_SIZE px, \
 $EPOCHS epochs, batch $BATCH_SIZE; lesions $LESION_SIZE $LESION_CONTRAST $DWELL_RATIO $LESION_KINDS"
@@ -101,7 +110,8 @@ pretrain() { # NAME MASKING SEED [--gaze_weighted]
       --warmup_epochs $((EPOCHS / 10)) --lr 5e-4 --masking "$2" --seed "$3" ${4:+"$4"} "${cache[@]}" \
       --num_workers "$WORKERS" --save_every "$EPOCHS" --output_dir "$run" \
       > "$run/out.txt" 2>&1 || { echo "error: $1 failed, see $run/out.txt" >&2; return 1; }
-    "$PYTHON" scripts/export_backbone.py "$run/checkpoint-$((EPOCHS - 1)).pth" "$run/backbone.pth" > /dev/null
+    "$PYTHON" scripts/export_backbone.py "$run/checkpoint-$((EPOCHS - 1)).pth" "$run/backbone.pth" > /dev/null ||
+      { echo "error: $1: no export" >&2; return 1; }
     rm -f "$run"/checkpoint-*.pth
   fi
   echo "pretrained $1"

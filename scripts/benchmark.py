@@ -45,6 +45,7 @@ from scripts.benchmarks.variants import VariantSteps, variants
 from util.cli import Parser, finite_float
 from util.cpus import available_cpus
 from util.errors import UserError, run_cli
+from util.files import check_file_place
 from util.precision import set_tf32
 
 
@@ -67,8 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
 
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: no such directory to write into")
+    if args.json:
+        check_file_place(args.json, "--json")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that PyTorch can use")

@@ -4,7 +4,7 @@
 # CPU cores once .venv is there. Everything lands in output_dir/demo/, anew in each run; the same numbers come out each
 # time. Nothing in it is of medical use: the models are tiny, the chests and the gaze invented.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd "$(dirname "$0")/.."
 source scripts/venv.sh
 out=output_dir/demo
 rm -rf "$out"

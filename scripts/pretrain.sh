@@ -3,7 +3,7 @@
 # behind the command: bash scripts/pretrain.sh --dtype bfloat16
 # A second call goes on from the newest checkpoint in output_dir. Other nodes: scripts/slurm_pretrain.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd "$(dirname "$0")/.."
 # Set PYTHON to use an environment of your own.
 if [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; then
   PYTHON=${PYTHON:-python3}

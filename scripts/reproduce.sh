@@ -46,7 +46,7 @@ fail() {
 
 called_from=$PWD
 # sbatch runs a copy of this file that lies elsewhere, and is called in the repository.
-CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." 2> /dev/null || :
+CDPATH='' cd "$(dirname "$0")/.." 2> /dev/null || :
 [ -e scripts/venv.sh ] || cd "${SLURM_SUBMIT_DIR:-.}"
 [ -e scripts/venv.sh ] || fail "$PWD is not the repository; call sbatch in its root"
 
@@ -223,63 +223,68 @@ step() {
   made=$(sha256sum < "$mark" | cut -c 1-16)
 }
 
-accept=
-[ "$ACCEPT_DAMAGED" = no ] || accept=--accept_damaged
-on=$accept afresh=--overwrite step prepare scripts/prepare_reflacx.py --raw "$REFLACX" --images "$IMAGES" \
-  --out "$OUT/data/reflacx" $PREPARE_FLAGS
-prepared=$made
-trees=("$OUT/data/reflacx")
-pretrain=(--preload --gaze_weighted --model "$MODEL" --epochs "$EPOCHS" $PRETRAIN_FLAGS)
-needed=" $PRETRAINED "
-[ "${#judged[@]}" = 0 ] || needed+="$COMPARE "
-if [ ! -e "$imagenet" ] && [[ $needed == *" $imagenet "* || $needed == *" imagenet "* ]]; then
-  step weights scripts/fetch_weights.py --out "$imagenet"
-fi
-
-# The flags of what comes later, too, and the tables of the labelled images, and the encoders to compare with.
-from="$prepared, batches of $BATCH_SIZE" on="--batch_size $BATCH_SIZE" \
-  step check run_pretrain.py --check_data --data_path "${trees[@]}" "${pretrain[@]}"
 judge() { # STEP DATASET METHOD DIRECTORY OUTPUT_DIR FLAG...
   step "$1" run_downstream.py --dataset "$2" --method "$3" --data_path "$4" --output_dir "$5" \
     --fractions $FRACTIONS --seeds $SEEDS "${@:6}" $DOWNSTREAM_FLAGS
 }
-for ((i = 0; i < ${#judged[@]}; i += 4)); do
-  on="--device $DEVICE" judge "${judged[i]}-check" "${judged[@]:i+1:3}" "$OUT/checks/${judged[i]}" --dry_run \
-    ${compare[@]+--weights "${compare[@]}"}
-done
 
-if [ "$PREDICTED_GAZE" = yes ]; then
-  from=$prepared place=$OUT/gaze on="--device $DEVICE --num_workers $WORKERS" step gaze run_gaze.py \
-    --data_path "$OUT/data/reflacx" --output_dir "$OUT/gaze" $GAZE_FLAGS
-  predictor=$made
-  on=$accept afresh=--overwrite step prepare_mimic scripts/prepare_mimic.py --images "$MORE_IMAGES" \
-    --out "$OUT/data/mimic" $MIMIC_FLAGS
-  from="$prepared $predictor $made" afresh=--overwrite on="--device $DEVICE" step predict scripts/predict_gaze.py \
-    --weights "$OUT/gaze/best.pth" --tree "$OUT/data/mimic" --real "$OUT/data/reflacx"
+# In a function, which bash reads whole: this file may be edited while it runs.
+chain() {
+  accept=
+  [ "$ACCEPT_DAMAGED" = no ] || accept=--accept_damaged
+  on=$accept afresh=--overwrite step prepare scripts/prepare_reflacx.py --raw "$REFLACX" --images "$IMAGES" \
+    --out "$OUT/data/reflacx" $PREPARE_FLAGS
   prepared=$made
-  trees+=("$OUT/data/mimic")
-fi
+  trees=("$OUT/data/reflacx")
+  pretrain=(--preload --gaze_weighted --model "$MODEL" --epochs "$EPOCHS" $PRETRAIN_FLAGS)
+  needed=" $PRETRAINED "
+  [ "${#judged[@]}" = 0 ] || needed+="$COMPARE "
+  if [ ! -e "$imagenet" ] && [[ $needed == *" $imagenet "* || $needed == *" imagenet "* ]]; then
+    step weights scripts/fetch_weights.py --out "$imagenet"
+  fi
 
-from="$prepared, batches of $BATCH_SIZE" place=$OUT/pretrain launch=$launcher \
-  on="--batch_size $((BATCH_SIZE / GPUS)) --device $DEVICE --num_workers $WORKERS" step pretrain run_pretrain.py \
-  --data_path "${trees[@]}" --pretrained "$PRETRAINED" --output_dir "$OUT/pretrain" "${pretrain[@]}"
-pretrained=$made
-checkpoint=$OUT/pretrain/checkpoint-$((EPOCHS - 1)).pth
-from=$pretrained step export scripts/export_backbone.py "$checkpoint" "$OUT/backbone.pth"
-exported=$made
+  # The flags of what comes later, too, and the tables of the labelled images, and the encoders to compare with.
+  from="$prepared, batches of $BATCH_SIZE" on="--batch_size $BATCH_SIZE" \
+    step check run_pretrain.py --check_data --data_path "${trees[@]}" "${pretrain[@]}"
+  for ((i = 0; i < ${#judged[@]}; i += 4)); do
+    on="--device $DEVICE" judge "${judged[i]}-check" "${judged[@]:i+1:3}" "$OUT/checks/${judged[i]}" --dry_run \
+      ${compare[@]+--weights "${compare[@]}"}
+  done
 
-results=() all=
-for ((i = 0; i < ${#judged[@]}; i += 4)); do
-  folder=$OUT/downstream/${judged[i]}
-  from=$exported on="--device $DEVICE --num_workers $WORKERS" judge "${judged[@]:i:4}" "$folder" \
-    --weights "ours=$OUT/backbone.pth" ${compare[@]+"${compare[@]}"}
-  results+=("$folder/results.csv")
-  all+="$made "
-done
-if [ "${#results[@]}" -gt 0 ]; then
-  from=$all step table scripts/summarize_results.py "${results[@]}" --out "$OUT"
-  cat "$OUT/table.md"
-fi
-from=$pretrained step pictures scripts/visualize.py "$checkpoint" --data_path "$OUT/data/reflacx" \
-  ${PICTURES:+--index $PICTURES} --device cpu --out "$OUT/pictures.png"
-echo "everything is in $OUT"
+  if [ "$PREDICTED_GAZE" = yes ]; then
+    from=$prepared place=$OUT/gaze on="--device $DEVICE --num_workers $WORKERS" step gaze run_gaze.py \
+      --data_path "$OUT/data/reflacx" --output_dir "$OUT/gaze" $GAZE_FLAGS
+    predictor=$made
+    on=$accept afresh=--overwrite step prepare_mimic scripts/prepare_mimic.py --images "$MORE_IMAGES" \
+      --out "$OUT/data/mimic" $MIMIC_FLAGS
+    from="$prepared $predictor $made" afresh=--overwrite on="--device $DEVICE" step predict scripts/predict_gaze.py \
+      --weights "$OUT/gaze/best.pth" --tree "$OUT/data/mimic" --real "$OUT/data/reflacx"
+    prepared=$made
+    trees+=("$OUT/data/mimic")
+  fi
+
+  from="$prepared, batches of $BATCH_SIZE" place=$OUT/pretrain launch=$launcher \
+    on="--batch_size $((BATCH_SIZE / GPUS)) --device $DEVICE --num_workers $WORKERS" step pretrain run_pretrain.py \
+    --data_path "${trees[@]}" --pretrained "$PRETRAINED" --output_dir "$OUT/pretrain" "${pretrain[@]}"
+  pretrained=$made
+  checkpoint=$OUT/pretrain/checkpoint-$((EPOCHS - 1)).pth
+  from=$pretrained step export scripts/export_backbone.py "$checkpoint" "$OUT/backbone.pth"
+  exported=$made
+
+  results=() all=
+  for ((i = 0; i < ${#judged[@]}; i += 4)); do
+    folder=$OUT/downstream/${judged[i]}
+    from=$exported on="--device $DEVICE --num_workers $WORKERS" judge "${judged[@]:i:4}" "$folder" \
+      --weights "ours=$OUT/backbone.pth" ${compare[@]+"${compare[@]}"}
+    results+=("$folder/results.csv")
+    all+="$made "
+  done
+  if [ "${#results[@]}" -gt 0 ]; then
+    from=$all step table scripts/summarize_results.py "${results[@]}" --out "$OUT"
+    cat "$OUT/table.md"
+  fi
+  from=$pretrained step pictures scripts/visualize.py "$checkpoint" --data_path "$OUT/data/reflacx" \
+    ${PICTURES:+--index $PICTURES} --device cpu --out "$OUT/pictures.png"
+  echo "everything is in $OUT"
+}
+chain; exit

@@ -15,7 +15,10 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+# sbatch runs a copy of this file that lies elsewhere, and is called in the repository.
+CDPATH='' cd "$(dirname "$0")/.." 2> /dev/null || :
+[ -e scripts/venv.sh ] || cd "${SLURM_SUBMIT_DIR:-.}"
+[ -e scripts/venv.sh ] || { echo "error: $PWD is not the repository; call sbatch in its root" >&2; exit 1; }
 
 if [[ $# -lt 2 ]]; then
     echo "usage: sbatch [--array=0-7] scripts/slurm_predict_gaze.sh BEST.pth TREE [flags of predict_gaze.py]" >&2
@@ -29,7 +32,7 @@ if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
     first=${SLURM_ARRAY_TASK_MIN:-0}
     count=${SLURM_ARRAY_TASK_COUNT:-1}
     if [[ $((SLURM_ARRAY_TASK_MAX - first + 1)) -ne $count ]]; then
-        echo "--array: needs consecutive numbers, such as 0-7" >&2
+        echo "error: --array: needs consecutive numbers, such as 0-7" >&2
         exit 1
     fi
     shard=(--shard "$((SLURM_ARRAY_TASK_ID - first))/$count")

@@ -18,7 +18,10 @@
 # USR1 to this script, 120 s before the time limit: time for a step and a checkpoint.
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
+# sbatch runs a copy of this file that lies elsewhere, and is called in the repository.
+CDPATH='' cd "$(dirname "$0")/.." 2> /dev/null || :
+[ -e scripts/venv.sh ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit
+[ -e scripts/venv.sh ] || { echo "error: $PWD is not the repository; call sbatch in its root" >&2; exit 1; }
 
 OUTPUT_DIR=${OUTPUT_DIR:-./output_dir/cxrmim}
 seed=(--seed 0)

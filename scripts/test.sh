@@ -3,7 +3,7 @@
 # The long reliability tests run on demand: bash scripts/test.sh -m slow
 # On a GPU: bash scripts/test.sh -m cuda (PYTHON=python3 takes an environment of its own)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd "$(dirname "$0")/.."
 source scripts/venv.sh
 # Tests run in several processes, so each gets one thread.
 export OMP_NUM_THREADS=1

@@ -7,8 +7,6 @@ import math
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from util.errors import UserError
 
 
@@ -85,6 +83,8 @@ def check_least(args: argparse.Namespace, least: float, *names: str) -> None:
 
 def check_device(device: str) -> str:
     """The device's name if it is there: cpu, or cuda or cuda:N. Raises `UserError`."""
+    import torch  # the preparations share this file, and start without it
+
     try:
         kind = torch.device(device)
     except RuntimeError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +53,37 @@ def test_a_relative_python_is_seen_from_where_the_script_is_called(tmp_path, nam
     for python in ("own/python", str(tmp_path / "own/python")):
         result = run("bash", ROOT / "scripts" / name, "--flag", cwd=tmp_path, PYTHON=python)
         assert result.returncode == 0 and f"own python in {ROOT}:" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("name", ["slurm_pretrain.sh", "slurm_predict_gaze.sh", "reproduce.sh"])
+def test_a_job_of_slurm_finds_the_repository(tmp_path, name):
+    """sbatch runs a copy; in a shell of salloc the script lies where it is, wherever that was started. And CDPATH, by
+    which cd goes elsewhere, is no matter."""
+    (tmp_path / "scripts").mkdir()
+    python = stand_in(tmp_path / "python", 'echo "in $PWD: $*"; [ "$1" = -c ] || exit 3')
+    stand_in(tmp_path / "bin/srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    stand_in(tmp_path / "bin/scontrol", "echo localhost")
+    spool = tmp_path / "spool/job77/slurm_script"
+    spool.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / name, spool)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CDPATH": str(tmp_path), "DEVICE": "cpu",
+           "PYTHON": str(python), "REFLACX": str(tmp_path), "IMAGES": str(tmp_path), "OUT": str(tmp_path / "out")}  # fmt: skip
+    words = ["best.pth", "tree"] if name == "slurm_predict_gaze.sh" else []
+    for script, submitted, cwd in (
+        (spool, ROOT, ROOT), (ROOT / "scripts" / name, tmp_path, tmp_path), (Path("scripts") / name, ROOT, ROOT),
+    ):  # fmt: skip
+        result = run("bash", script, *words, cwd=cwd, SLURM_SUBMIT_DIR=str(submitted), **env)
+        assert result.returncode == 3 and f"in {ROOT}:" in result.stdout, result.stderr
+    result = run("bash", spool, *words, cwd=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), **env)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path} is not the repository; call sbatch in its root\n"
+
+
+def test_the_demo_takes_nothing_that_the_environment_has_for_a_real_run():
+    told = re.findall(r'"\$\{([A-Z_]+):?=', (ROOT / "scripts/reproduce.sh").read_text())
+    demo = (ROOT / "scripts/demo.sh").read_text()
+    assert len(told) >= 25
+    assert [n for n in told if not re.search(rf"\b{n}=|^unset .*\b{n}\b", demo, re.MULTILINE)] == []
 
 
 @pytest.mark.parametrize("has_xdist", [True, False])
@@ -177,8 +210,32 @@ def test_the_ablation_names_the_lesions_as_the_readings_do(tmp_path):
 def test_the_ablation_refuses_another_study_and_preset(tmp_path):
     settings = {"SEEDS": "0", "JOBS": "1"}
     ablation_commands(tmp_path, tmp_path / "out", **settings)
-    for wrong, told in (({"N_PROBE": "8"}, "other settings"), ({"PRESET": "tpu"}, "expected cpu or gpu")):
+    for wrong, told in (
+        ({"N_PROBE": "8"}, "other settings"),
+        ({"PRESET": "tpu"}, "expected cpu or gpu"),
+        ({"PARTS": "3"}, "can't be made in PARTS=3"),
+    ):
         result = run(
             "bash", ROOT / "scripts/ablate.sh", tmp_path / "out", PYTHON=str(tmp_path / "python"), **settings, **wrong
         )  # fmt: skip
         assert result.returncode == 1 and told in result.stderr
+
+
+def test_an_ablation_keeps_checkpoints_that_were_not_exported_and_is_alone(tmp_path):
+    """Its OUT is seen from where it is called; a second call there waits for what the first has left at work."""
+    python = stand_in(
+        tmp_path / "python",
+        """if [ "$1" = scripts/export_backbone.py ]; then exit 3; fi
+while [ $# -gt 1 ]; do
+  case $1 in --output_dir) mkdir -p "$2"; touch "$2/checkpoint-19.pth" ;; --out) mkdir -p "$2" ;; esac; shift
+done""",
+    )
+    settings = {"SEEDS": "0", "JOBS": "1", "PYTHON": str(python)}
+    result = run("bash", ROOT / "scripts/ablate.sh", "out", cwd=tmp_path, **settings)
+    assert result.returncode != 0 and "error: random_weighted_s0: no export" in result.stderr
+    assert "pretrained" not in result.stdout
+    assert len(list(tmp_path.glob("out/runs/*/checkpoint-19.pth"))) == 6
+    with open(tmp_path / "out/.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run("bash", ROOT / "scripts/ablate.sh", "out", cwd=tmp_path, **settings)
+    assert result.returncode == 1 and "another call is at work" in result.stderr

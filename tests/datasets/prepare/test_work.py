@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_a_run_without_work_and_the_makers_import_no_more_than_they_need():
     heavy = "{'torch', 'matplotlib', 'torchvision', 'timm'}"
     program = f"""
-import sys, datasets.prepare.readings, datasets.prepare.mimic
+import sys, scripts.prepare_reflacx, scripts.prepare_mimic
 print({heavy} & set(sys.modules))
 import datasets.prepare.mimic_maps, datasets.prepare.reading_maps
 print({heavy} & set(sys.modules) - {{'torch', 'torchvision'}})
