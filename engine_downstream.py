@@ -284,10 +284,10 @@ def train_heads(
     signals: StopSignals,
     what: str,
 ) -> list[Head] | None:
-    """Train one linear head per seed on the same images, side by side: one product for all of them.
+    """Train one linear head per seed on the same images, side by side: one reading of a view, and one optimiser's step, for all.
 
     Epoch e sees view e modulo their number. A head stops after `patience` epochs without a lower validation
-    loss; what the others do after that does not touch it.
+    loss; what the others do after that does not touch it. A head is the same to the bit whatever is beside it.
 
     Args:
         views: of the training images, each read when its turn comes: () -> features [N, D].
@@ -303,14 +303,12 @@ def train_heads(
     n_steps = steps_per_epoch(n, options.batch_size)
     starts = [new_head(valid.shape[1], n_labels, seed) for seed in seeds]
     like = {"device": valid.device, "dtype": valid.dtype}
-    weight = (
-        torch.stack([start.weight.detach().T for start in starts]).to(**like).requires_grad_()
-    )  # [H, D, C]
-    bias = (
-        torch.stack([start.bias.detach()[None] for start in starts]).to(**like).requires_grad_()
-    )  # [H, 1, C]
+    # A product and a loss each: one for all is computed in another order for another number of heads, and so would differ
+    # in the last bits when a killed run goes on with the heads that are left.
+    weights = [start.weight.detach().T.contiguous().to(**like).requires_grad_() for start in starts]  # [D, C]
+    biases = [start.bias.detach().to(**like).requires_grad_() for start in starts]
     optimizer = torch.optim.Adam(
-        [weight, bias], lr=options.lr, weight_decay=options.weight_decay, foreach=True
+        [*weights, *biases], lr=options.lr, weight_decay=options.weight_decay, foreach=True
     )
     best: list[Head | None] = [None] * len(seeds)
     running = set(range(len(seeds)))
@@ -328,14 +326,20 @@ def train_heads(
                 for group in optimizer.param_groups:
                     group["lr"] = schedule(epoch * n_steps + step, n_steps, options)
                 rows = order[:, step * options.batch_size : (step + 1) * options.batch_size]  # [H, B]
-                losses = known_loss(torch.baddbmm(bias, features[rows], weight), labels[rows], task)
+                losses = torch.stack([
+                    known_loss(torch.addmm(b, features[own], w), labels[own], task)
+                    for b, own, w in zip(biases, rows, weights, strict=True)
+                ])  # fmt: skip
                 optimizer.zero_grad(set_to_none=True)
                 losses.sum().backward()
                 optimizer.step()
                 total += losses.detach()
             with torch.no_grad():
                 judged = torch.stack(
-                    [known_loss(valid @ w + b, valid_labels, task) for w, b in zip(weight, bias, strict=True)]
+                    [
+                        known_loss(valid @ w + b, valid_labels, task)
+                        for w, b in zip(weights, biases, strict=True)
+                    ]
                 )
             train_loss, valid_loss = total.tolist(), judged.tolist()
             if not all(math.isfinite(valid_loss[i]) for i in running):
@@ -346,7 +350,7 @@ def train_heads(
                 valid_losses.append(valid_loss[i])
                 if best[i] is None or valid_losses[-1] < valid_losses[best[i].epoch]:
                     best[i] = Head(
-                        weight[i].detach().T.clone(), bias[i, 0].detach().clone(), epoch, train_losses, valid_losses
+                        weights[i].detach().T.clone(), biases[i].detach().clone(), epoch, train_losses, valid_losses
                     )  # fmt: skip
                 elif epoch - best[i].epoch >= options.patience:
                     running.remove(i)

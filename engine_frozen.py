@@ -26,7 +26,7 @@ from engine_downstream import (
 from engine_probe import principal_components, probe_scores, standardise
 from util.encoders import PIXELS, Candidate, digest_of
 from util.errors import UserError
-from util.features import FeatureFile
+from util.features import SUFFIXES, FeatureFile
 from util.jobs import Jobs, digest
 from util.locks import file_lock
 from util.stop import StopSignals
@@ -97,10 +97,13 @@ class Features:
         ]
         self.key = digest(content)
         self.folder = frozen.features_dir / self.key
+        self._files: dict[int, FeatureFile] = {}  # kept, since each checks its rows once
 
     def file(self, view: int) -> FeatureFile:
-        two = view == CENTRE and not self.is_pixels
-        return FeatureFile(self._path(view), len(self.frozen.images), self.width * (1 + two))
+        if view not in self._files:
+            two = view == CENTRE and not self.is_pixels
+            self._files[view] = FeatureFile(self._path(view), len(self.frozen.images), self.width * (1 + two))
+        return self._files[view]
 
     def _path(self, view: int) -> Path:
         return self.folder / ("centre" if view == CENTRE else f"view-{view:03d}")
@@ -108,7 +111,7 @@ class Features:
     def are_there(self, wanted: dict[int, np.ndarray]) -> bool:
         """Whether nothing is missing of {view: images}; writes nothing, so the folder may be others' to write."""
         return all(
-            self._path(view).with_suffix(suffix).exists() for view in wanted for suffix in (".f32", ".done")
+            Path(f"{self._path(view)}.{suffix}").exists() for view in wanted for suffix in SUFFIXES
         ) and not any(len(self.file(view).missing(images)) for view, images in wanted.items())
 
     def fill(self, wanted: dict[int, np.ndarray]) -> None:
@@ -133,6 +136,12 @@ class Features:
         mend = "wait for it, or choose another --features_dir"
         with file_lock(self.folder / "lock", what=f"features {self.folder}", mend=mend):
             files = [(view, np.sort(images), self.file(view)) for view, images in wanted.items()]
+            for _, images, file in files:
+                file.missing(images)
+                if file.n_damaged:
+                    frozen.say(
+                        f"warning: {file.numbers}: {file.n_damaged} rows do not fit their checksums; encoding them again"
+                    )
             return encode(
                 self.encoder, frozen.views, files, device=frozen.device, batch_size=frozen.batch_size,
                 num_workers=frozen.num_workers, signals=frozen.signals, what=f"{self.candidate.name}: encoding",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import filecmp
-import hashlib
 import json
 import tempfile
 from dataclasses import asdict, fields, replace
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from datasets.downstream import add_arguments, read_from_args
+from datasets.downstream.choices import AUTO, PUBLISHED
 from datasets.downstream.images import (
     Views,
     add_image_arguments,
@@ -24,10 +24,14 @@ from datasets.downstream.images import (
     reading_from_args,
 )
 from datasets.downstream.labelled import (
+    TEST,
     LabelledImages,
     check_classes,
+    check_min_positives,
+    files_digest,
     lone_in_fractions,
     split_table,
+    study_digest,
     write_split,
 )
 from datasets.downstream.partition import in_folds, partitions
@@ -42,7 +46,8 @@ from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, named_file
 from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.files import replace_together
-from util.jobs import Jobs, digest
+from util.heeded import METHODS, without_effect
+from util.jobs import Jobs
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
 from util.pretrained import weights_name
@@ -61,7 +66,6 @@ from util.tuned import read_tuned
 from util.weights import summarize_keys
 
 SPLIT, RESULTS = "split.csv", ("results.csv", "predictions.csv", "table.md", "results.png")
-METHODS = ("linear", "probe", "finetune", "evaluate")
 RECIPE_HELP = {
     "epochs": "where training ends at the latest",
     "batch_size": "training images per step, over all processes",
@@ -155,11 +159,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    useless = without_effect(args, parser)
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
         with signals.off():
             ranks = distributed.start(args.device)
+        if useless:
+            ranks.say(f"warning: without effect here: {', '.join(useless)}")
         status = run(args, ranks, signals)
         distributed.stop()
     return status
@@ -183,6 +191,8 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
         if args.method != "evaluate":
             for line in [*check_classes(images), *lone_in_fractions(images, args.fractions)]:
                 ranks.say(line)
+            tested = images.indices("" if in_folds(images) else TEST)
+            check_min_positives(args.min_positives, images, images.labels[tested])
         if args.dry_run:
             with signals.at_once():
                 for line in look_ahead(args, images):
@@ -342,6 +352,7 @@ def judge(
                 num_workers=args.num_workers, ranks=ranks, signals=signals,
             )  # fmt: skip
             columns = [images.label_names.index(label) for label in labels]
+            check_min_positives(args.min_positives, images, images.labels[np.ix_(rows, columns)])
             outcomes.append(
                 Outcome(
                     **common, weights=name, fraction=model.fraction, seed=model.seed, label_names=labels,
@@ -412,7 +423,8 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     notes = [NARROW] if in_folds(images) else []
     notes += [outcome.note for outcome in outcomes if outcome.note]
     table = results_table(outcomes)
-    text = markdown_table(outcomes, notes)
+    as_published = args.split in (AUTO, PUBLISHED) and not (args.labels or args.where)
+    text = markdown_table(outcomes, notes, published=as_published)
     first = outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
     figure = results_figure(table, [line for line in title if line])
@@ -424,24 +436,6 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
         save_figure(figure, fresh / "results.png")
     print(text)
     print(f"wrote results.csv, predictions.csv, table.md and results.png into {output_dir}")
-
-
-def files_digest(images: LabelledImages) -> str:
-    """Of all image files in order, by place, size and time of change."""
-    found = []
-    for file in images.files:
-        try:
-            stat = file.stat()
-        except OSError as error:
-            raise UserError(f"{file}: can't be read ({error.strerror})") from None
-        found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-    return digest(found)
-
-
-def study_digest(images: LabelledImages) -> str:
-    """Of what is to be learnt: ids, subjects, parts and labels."""
-    labels = hashlib.sha256(images.labels.tobytes()).hexdigest()
-    return digest([images.ids, images.subjects.tolist(), images.parts.tolist(), images.label_names, labels])
 
 
 if __name__ == "__main__":

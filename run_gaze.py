@@ -21,6 +21,7 @@ from util.cli import Parser, add_launch_arguments, check_least, finite_float, se
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import read_backbone
+from util.files import atomic_write
 from util.finite import FiniteWatch, make_scaler
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
@@ -168,6 +169,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
             restore_optimizer(optimizer, scaler, state, watch)
             sums.sums.copy_(own_sums(state, ranks))
             best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
+        distributed.on_main(ranks, lambda: bring_best(resumed, Path(args.output_dir), best))
     else:
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
         for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
@@ -295,6 +297,24 @@ def load_to_go_on(
         raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")
     announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))
     return state
+
+
+def bring_best(resumed: Path, output_dir: Path, best: Best) -> None:
+    """Where the checkpoint is of another directory, take the best model so far along into `output_dir`: the run may find
+    no better one, and what is judged there must be its own. UserError where it is in neither."""
+    source, target = resumed.parent / BEST, output_dir / BEST
+    if best.epoch < 0 or resumed.parent.resolve() == output_dir.resolve():
+        return
+    for path in (target, source):
+        if path.exists() and load_checkpoint(path).get("best") == asdict(best):
+            if path is source:
+                with atomic_write(target) as file:
+                    file.write(source.read_bytes())
+            return
+    raise UserError(
+        f"{source}: not there, or not the best model (epoch {best.epoch + 1}, validation KLD {best.kld:.4f}) of the run "
+        f"that {resumed} goes on; put it there"
+    )
 
 
 def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]:

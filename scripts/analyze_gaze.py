@@ -16,6 +16,7 @@ from util.cli import Parser, finite_float, seed_number
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
+from util.files import check_folder_place
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -60,6 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = vars(get_args_parser().parse_args(argv))
     out, source = args.pop("out"), args.pop("source")
+    check_folder_place(out, "--out")
     args["size_thresholds"] = tuple(args["size_thresholds"])
     analysis = analyze(**args, source=None if source == "auto" else source)
     written = analysis.write(out)

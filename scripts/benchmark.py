@@ -45,6 +45,7 @@ from scripts.benchmarks.variants import VariantSteps, variants
 from util.cli import Parser, finite_float
 from util.cpus import available_cpus
 from util.errors import UserError, run_cli
+from util.files import check_file_place
 from util.precision import set_tf32
 from util.stop import StopSignals
 
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
     if args.work_dir and not Path(args.work_dir).is_dir():
         raise UserError(f"--work_dir {args.work_dir}: no such directory")
+    if args.json:
+        check_file_place(args.json, "--json")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU that PyTorch can use")

@@ -22,6 +22,7 @@ from datasets.phantom.rsna import make_rsna
 from datasets.phantom.study import PhantomStudy
 from util.cli import Parser, finite_float, seed_number
 from util.errors import UserError, run_cli
+from util.files import check_folder_place
 
 LAYOUTS = ("reflacx", "egd", "rsna", "nih", "chexpert")
 # Options that only some layouts have; None where they are not given.
@@ -95,6 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
+    check_folder_place(args.out, "--out")
     layout = args.layout
     if args.egd:
         if layout not in ("reflacx", "egd"):

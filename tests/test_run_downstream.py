@@ -128,13 +128,38 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys, monkeypa
     assert "random: 0 images encoded" in capsys.readouterr().out and times() == before
 
 
-def test_the_same_heads_whatever_stands_beside_them(rsna, encoder, tmp_path):
-    tables = []
-    for name, seeds in (("a", ["43", "44"]), ("b", ["44"])):
+def test_the_same_heads_whatever_stands_beside_them(rsna, encoder, tmp_path, capsys):
+    """To the bit, so that a run killed between two heads of one training ends as an undisturbed one."""
+
+    def scores(name: str, *seeds: str) -> list[str]:
         main(command(rsna, tmp_path / name, "--weights", encoder, "--seeds", *seeds))
-        table = pd.read_csv(tmp_path / name / "predictions.csv")
-        tables.append(table[table["seed"] == 44]["score"].to_numpy())
-    np.testing.assert_allclose(*tables, atol=1e-6)
+        lines = (tmp_path / name / "predictions.csv").read_text().splitlines()
+        return [line for line in lines if line.startswith("encoder,1,44,")]
+
+    whole = scores("a", "43", "44", "45")
+    assert whole == scores("b", "44") and len(whole) == 18
+
+    # Features that were damaged on the disk are made again.
+    (features,) = (tmp_path / "a").rglob("view-001.f32")
+    numbers = bytearray(features.read_bytes())
+    numbers[3::256] = bytes(value ^ 0x20 for value in numbers[3::256])  # an exponent in each image's row
+    features.write_bytes(numbers)
+    for job in (tmp_path / "a" / "jobs").iterdir():
+        job.unlink()
+    capsys.readouterr()
+    assert scores("a", "43", "44", "45") == whole
+    printed = capsys.readouterr().out
+    assert "84 rows do not fit their checksums" in printed and "encoder: 84 images encoded" in printed
+
+
+def test_flags_without_effect_are_told(rsna, encoder, tmp_path, capsys):
+    options = ["--method", "probe", "--recipe", "layer_decay", "--normalisation", "half", "--tap", "0"]
+    main(command(rsna, tmp_path, "--weights", "pixels", *options, "--folds", "3"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert told == [
+        "warning: without effect here: --views, --recipe, --epochs, --batch_size, --folds (without --split folds), "
+        "--tap (without a file in --weights)"
+    ]
 
 
 def test_probe_in_grouped_folds_tests_every_image_once(rsna, encoder, tmp_path, capsys):
@@ -242,10 +267,11 @@ def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
     found = []
     for heads in (1, 2):
         options = ["--weights", tmp_path / "plain.pth", "--num_heads", heads, "--seeds", "43", "--views", "1"]
-        assert main(command(rsna, tmp_path / "out", *options)) == 0
+        assert main(command(rsna, tmp_path / "out", *options, "--split", "subject")) == 0
         found.append(pd.read_csv(tmp_path / "out" / "predictions.csv")["score"])
         assert "0 were there already" in capsys.readouterr().out
     assert (found[0] != found[1]).any()
+    assert "(published)" not in (tmp_path / "out" / "table.md").read_text()  # which is on another split
 
 
 def test_a_share_of_one_class_and_features_that_overflow_are_told(rsna, encoder, tmp_path, capsys):
@@ -281,6 +307,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--bootstrap", "0"], "--bootstrap 0"),
         (["--views", "0"], "--views 0"),
+        (["--weights", "pixels", "--min_positives", "10"], "--min_positives 10: no label has so many test images"),
         (["--warmup", "1"], "--warmup 1.0"),
         (["--device", "abacus"], "--device abacus"),
         (["--weights", "pixels", "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),

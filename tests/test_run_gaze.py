@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from reliability_runs import run
 import run_gaze
 from engine_gaze import Best
 from models_gaze import load_gaze_net
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.images import read_gray, write_gray
 from util.saliency import FIXATION_METRICS, MAP_METRICS
@@ -120,6 +122,22 @@ def test_paused_after_every_step_is_bit_equal(tree, tmp_path, capsys):
     before = (tmp_path / "parts" / "metrics.csv").read_bytes()
     assert train(tree, tmp_path / "parts", flags) == 0
     assert (tmp_path / "parts" / "metrics.csv").read_bytes() == before
+
+
+def test_going_on_elsewhere_takes_the_best_model_along(tree, trained, tmp_path):
+    """The best.pth that is judged is that of the run that is gone on, whatever was there before."""
+    last = max(trained.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.split("-")[1]))
+    state, whole = load_checkpoint(last), (trained / "best.pth").read_bytes()
+    best = Best(**state["best"])
+    save_checkpoint(state | {"best": asdict(Best())}, tmp_path / "best.pth")  # another run's
+    for _ in range(2):
+        run_gaze.bring_best(last, tmp_path, best)
+        assert (tmp_path / "best.pth").read_bytes() == whole
+    run_gaze.bring_best(last, trained, best)
+    (tmp_path / "lone").mkdir()
+    lone = shutil.copy(last, tmp_path / "lone")
+    with pytest.raises(UserError, match="lone/best.pth: not there"):
+        train(tree, tmp_path / "out", f"--epochs 9 --lr 5e-3 --resume {lone}")
 
 
 def test_stops_early_and_stays_stopped(tree, tmp_path, capsys):

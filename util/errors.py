@@ -11,6 +11,7 @@ from util.console import make_output_unfailing
 # What the system says of a place that the user named, whatever was to be done there.
 _OF_A_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 )  # fmt: skip
 
 

@@ -33,13 +33,15 @@ def check_picture_path(path: str | os.PathLike) -> Path:
     """The path, if a picture can be written there.
 
     Raises:
-        UserError: unknown suffix, or its folder does not exist.
+        UserError: unknown suffix, its folder does not exist, or it is a folder itself.
     """
     path = Path(path)
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"{path}: pictures are written as {', '.join(PICTURE_SUFFIXES)}; choose such a name")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder to write {path.name} into")
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name a picture to write")
     return path
 
 

@@ -11,7 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from util.errors import UserError
+
 TEMPORARY_PREFIX = ".tmp-"
+
+
+def check_file_place(path: str | os.PathLike, option: str) -> None:
+    """UserError where no file can be written at `path`: to be asked before the work whose result goes there."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a directory; name a file to write")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{option} {path}: no such directory to write into")
+
+
+def check_folder_place(path: str | os.PathLike, option: str) -> None:
+    """UserError where no directory can be made at `path`, or no file in the one that is there; nothing is made."""
+    path = Path(path).resolve()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} {path}: {there} is no directory; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {there} can't be written; choose another place")
 
 
 @contextlib.contextmanager

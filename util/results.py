@@ -157,9 +157,10 @@ def left_out(outcome: Outcome) -> str:
     return f"the mean leaves out {' and '.join(texts)}" if texts else ""
 
 
-def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
+def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str], *, published: bool = True) -> str:
     """The paper's table: percent, mean +- standard deviation over seeds, per label and mean, per weights and
-    fraction, with the mean's 95% interval over test subjects; the published numbers in rows of their own."""
+    fraction, with the mean's 95% interval over test subjects; with `published` the published numbers in rows of their
+    own, which tell something beside the same labels and split only."""
     first = outcomes[0]
     groups: dict[tuple[str, float], list[Outcome]] = {}
     for outcome in outcomes:
@@ -196,7 +197,7 @@ def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
         _, low, high = interval(values[:, :, shown[-1]].mean(0))
         between = "" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
         lines.append(_row([weights, f"{100 * fraction:g}%", str(len(group)), *cells, between]))
-    for name, value in PUBLISHED.get((first.dataset, first.method), ()):
+    for name, value in PUBLISHED.get((first.dataset, first.method), ()) if published else ():
         empty = [""] * (len(first.label_names) if several else 0)
         lines.append(_row([f"*{name} (published)*", "100%", "", *empty, f"*{value:.2f}*", ""]))
     return "\n".join(lines) + "\n"

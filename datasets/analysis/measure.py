@@ -193,7 +193,7 @@ def analyze(
     found = SOURCES[source][1](raw, **sigma_option(source, sigma))
     readings = [reading for reading in found.readings if split in ("all", reading.split)]
     if not readings:
-        raise UserError(f"{raw}: no usable reading of split {split!r} ({found.n_found} in all)")
+        raise UserError(f"{raw}: {found.none_of(split)}")
     exclusions, notes = list(found.exclusions), list(found.notes)
     paths: dict[str, str] = {}
     if images is not None:

@@ -34,16 +34,16 @@ def read_chexpert(paths: list[Path], choices: Choices) -> LabelledImages:
     """
     folder = Folder(paths[0])
     path = choices.csv or folder.table("train.csv")
-    tests = folder.tables("valid.csv")
+    test = folder.table_if_any("valid.csv")
     wanted = list(choices.labels or JUDGED)
     if unknown := [label for label in wanted if label not in FINDINGS]:
         raise UserError(f"chexpert: --labels {unknown[0]}: has {', '.join(FINDINGS)}")
     notes: list[str] = []
-    tables = [_read(file, wanted, choices, notes) for file in (path, *tests[:1])]
+    tables = [_read(file, wanted, choices, notes) for file in (path, test) if file]
     table = pd.concat(tables)
     subjects = table["patient"].to_numpy(str)
     official = np.repeat([TRAIN, TEST], [len(tables[0]), len(table) - len(tables[0])])
-    if not tests and choices.split in (AUTO, PUBLISHED):
+    if test is None and choices.split in (AUTO, PUBLISHED):
         raise UserError(
             f"{folder.root}: valid.csv, which is the test, is not in it or below; pass --split subject to test "
             "on some of train.csv"

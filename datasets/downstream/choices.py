@@ -66,6 +66,8 @@ class Choices:
             if (value := getattr(self, name)) not in allowed:
                 known = ", ".join(word for word in allowed if word)
                 raise UserError(f"--{name} {value}: expected one of {known}")
+        if not self.separator:
+            raise UserError("--separator '': expected what stands between two names, such as '|'")
         if self.split_seed < 0:
             raise UserError(f"--split_seed {self.split_seed}: expected 0 or more")
 

@@ -30,6 +30,7 @@ PART_NAMES = {
     "train": TRAIN, "training": TRAIN, "valid": VALID, "validate": VALID, "validation": VALID, "val": VALID,
     "dev": VALID, "test": TEST, "testing": TEST,
 }  # fmt: skip
+LIST_SIGNS = "|;,["
 NO_FINDING = ("", "no finding", "normal")
 LISTS = ("train.txt", "test.txt", "val.txt", "*_list.txt", "valid.csv", "test.csv", "*split*.csv")
 
@@ -51,7 +52,7 @@ def read_csv(paths: list[Path], choices: Choices) -> LabelledImages:
     table = join_same(table, choices.image_column, [*choices.label_columns, *extra], path, notes)
     ids = list(table[choices.image_column])
     if subject:
-        check_ids(table, subject, path)
+        check_ids(table, subject, path, subjects=True)
     subjects = one_spelling("csv", table[subject if subject else choices.image_column], notes)
     reason = f"each has its own {subject!r}" if subject else "name the subjects by --subject_column"
     notes += own_subjects_note("csv", subjects, reason)
@@ -105,10 +106,29 @@ def _labels(
     names = sorted(set().union(*rows))
     if not names:
         raise UserError(f"{path}: column {columns[0]!r} names no finding in any row")
+    notes += _odd_names(names, columns[0], choices.separator)
     labels = one_hot(rows, names)
     if choices.empty == IGNORE:
         labels[(cells == "").to_numpy()] = np.nan
     return names, labels
+
+
+def _odd_names(names: list[str], column: str, separator: str) -> list[str]:
+    """Warnings of names that look like several in one, and of two that may be one."""
+    notes = []
+    if several := [name for name in names if any(sign in name for sign in LIST_SIGNS)]:
+        notes.append(
+            f"warning: csv: column {column!r}: {several[0]!r} is taken for one finding, with {separator!r} between "
+            "findings; name another --separator if these are several"
+        )
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(name.casefold(), name)
+        if other != name:
+            notes.append(
+                f"warning: csv: column {column!r}: {other!r} and {name!r} are taken for two findings"
+            )
+    return notes
 
 
 def _is_number(text: str) -> bool:

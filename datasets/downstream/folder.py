@@ -66,6 +66,14 @@ class Folder:
             )
         return found[0]
 
+    def table_if_any(self, *patterns: str) -> Path | None:
+        """The one file whose name fits, None where there is none. `UserError` where there are several."""
+        found = self.tables(*patterns)
+        if len(found) > 1:
+            names = " and ".join(str(path.relative_to(self.root)) for path in found[:2])
+            raise UserError(f"{self.root}: {names} could both be meant; keep one of them below it")
+        return found[0] if found else None
+
     def images(self, names: Sequence[str], notes: list[str]) -> list[Path | None]:
         """The file of each name, None where there is none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import pandas as pd
 
 from util.errors import UserError
 from util.files import atomic_write
+from util.jobs import digest
 
 TRAIN, VALID, TEST = PARTS = ("train", "valid", "test")
 MULTILABEL, MULTICLASS = "multilabel", "multiclass"
@@ -181,6 +183,15 @@ def check_classes(images: LabelledImages) -> list[str]:
     return lines
 
 
+def check_min_positives(least: int, images: LabelledImages, labels: np.ndarray) -> None:
+    """`UserError` where --min_positives leaves no label for the mean over test images with these labels [N, C]."""
+    counts = np.stack([(labels == value).sum(0) for value in (0, 1)])
+    if images.task == MULTILABEL and not (counts >= least).all(0).any():
+        raise UserError(
+            f"--min_positives {least}: no label has so many test images with it, and as many without; lower it"
+        )
+
+
 def lone_in_fractions(images: LabelledImages, fractions: Sequence[float]) -> list[str]:
     """Lines about labels that a share of the training images has of one kind only: what is learnt of these says
     nothing about the encoder. Empty for grouped folds, which differ by seed."""
@@ -229,6 +240,24 @@ def write_split(images: LabelledImages, path: str | os.PathLike) -> None:
     table = pd.concat([table, labels], axis=1)
     with atomic_write(path, "w") as file:
         table.to_csv(file, index=False)
+
+
+def files_digest(images: LabelledImages) -> str:
+    """Of all image files in order, by place, size and time of change."""
+    found = []
+    for file in images.files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise UserError(f"{file}: can't be read ({error.strerror})") from None
+        found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    return digest(found)
+
+
+def study_digest(images: LabelledImages) -> str:
+    """Of what is to be learnt: ids, subjects, parts and labels."""
+    labels = hashlib.sha256(images.labels.tobytes()).hexdigest()
+    return digest([images.ids, images.subjects.tolist(), images.parts.tolist(), images.label_names, labels])
 
 
 def _counts(labels: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def read_nih(paths: list[Path], choices: Choices) -> LabelledImages:
     path = choices.csv or folder.table(TABLE)
     table = read_rows(path, [ID, LABELS, PATIENT], choices)
     check_ids(table, ID, path)
-    check_ids(table, PATIENT, path)
+    check_ids(table, PATIENT, path, subjects=True)
     notes: list[str] = []
     table = join_same(table, ID, [LABELS, PATIENT], path, notes)
     rows = []

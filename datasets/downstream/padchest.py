@@ -29,7 +29,7 @@ def read_padchest(paths: list[Path], choices: Choices) -> LabelledImages:
     path = choices.csv or folder.table(TABLE)
     table = read_rows(path, [ID, LABELS, PATIENT, VIEW], choices)
     check_ids(table, ID, path)
-    check_ids(table, PATIENT, path)
+    check_ids(table, PATIENT, path, subjects=True)
     notes: list[str] = []
     frontal = table[table[VIEW].isin(FRONTAL)]
     known = frontal[~frontal[LABELS].isin(("", "nan"))]  # the real table has the word in one row

@@ -17,6 +17,7 @@ from util.subjects import same_subjects
 from util.tables import read_table
 
 VALUE_OF = {ZEROS: 0.0, ONES: 1.0, IGNORE: np.nan}
+NO_VALUE = ("", "nan", "none", "null", "n/a", "<na>")
 WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 # What the published CheXpert run takes -1 for; 0 for labels that are not here.
 PUBLISHED_UNCERTAIN = {"Atelectasis": 1.0, "Edema": 1.0, "Pleural Effusion": 1.0}
@@ -55,11 +56,14 @@ def keep_where(table: pd.DataFrame, path: Path, choices: Choices) -> pd.DataFram
     return table
 
 
-def check_ids(table: pd.DataFrame, column: str, path: Path) -> None:
-    """`UserError` naming the first line without a value in an id's column."""
-    empty = table.index[table[column] == ""]
-    if len(empty):
-        raise UserError(f"{path}: line {empty[0]}, column {column!r}: the cell is empty; give every row one")
+def check_ids(table: pd.DataFrame, column: str, path: Path, *, subjects: bool = False) -> None:
+    """`UserError` naming the first line without a value in an id's column; of `subjects`, also what programs write
+    where there is none, or all these rows would be one person."""
+    none = table[column].str.lower().isin(NO_VALUE if subjects else ("",))
+    if none.any():
+        line, cell = table.index[none][0], table[column][none].iloc[0]
+        problem = f"{cell!r} names nobody" if cell else "the cell is empty"
+        raise UserError(f"{path}: line {line}, column {column!r}: {problem}; give every row one")
 
 
 def label_values(

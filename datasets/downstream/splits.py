@@ -17,7 +17,12 @@ def split_70_15_15(n: int) -> tuple[np.ndarray, np.ndarray]:
 
     scikit-learn's `train_test_split(test_size=0.3, random_state=0)`, then of the 30%
     `train_test_split(test_size=0.5, random_state=0)`, whose first half is test and second valid.
+
+    Raises:
+        UserError: fewer than the 4 rows that give each part one.
     """
+    if n < 4:
+        raise UserError(f"{n} images are too few to train, validate and test on; keep more rows of the table")
     train, rest = train_test_split(np.arange(n), test_size=0.3, random_state=0)
     test, valid = train_test_split(rest, test_size=0.5, random_state=0)
     parts = np.repeat([TRAIN, VALID, TEST], [len(train), len(valid), len(test)])

@@ -29,18 +29,18 @@ def read_vindr(paths: list[Path], choices: Choices) -> LabelledImages:
     """
     folder = Folder(paths[0])
     path = choices.csv or folder.table(*TRAIN_TABLES)
-    tests = folder.tables(*TEST_TABLES)
+    test_path = folder.table_if_any(*TEST_TABLES)
     train = _majority(read_rows(path, [ID, NAME, READER], choices), path)
-    test = _majority(read_rows(tests[0], [ID, NAME], choices), tests[0]) if tests else train.iloc[:0]
+    test = _majority(read_rows(test_path, [ID, NAME], choices), test_path) if test_path else train.iloc[:0]
     both = sorted(set(train.index) & set(test.index))
     if both:
-        raise UserError(f"{tests[0]}: {both[0]!r} is in {path.name} too; get the tables again")
+        raise UserError(f"{test_path}: {both[0]!r} is in {path.name} too; get the tables again")
     table = pd.concat([train, test]).fillna(False)
     findings = sorted(table.columns)
     ids = table.index.to_numpy(str)
     notes = own_subjects_note("vindr", ids, "the tables name no patients")
     official = None
-    if tests:
+    if test_path:
         official = np.repeat([TRAIN, TEST], [len(train), len(test)])
         count = max(1, round(VALID_SHARE * len(train)))
         official[np.flatnonzero(draw_subjects(ids[: len(train)], count, choices.split_seed))] = VALID

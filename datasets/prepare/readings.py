@@ -119,7 +119,7 @@ def prepare(
         found = SOURCES[source][1](raw, **reader_options)
         chosen = {reading.id: reading for reading in found.readings if split in ("all", reading.split)}
         if not chosen:
-            raise UserError(f"{raw}: no usable reading of split {split!r} ({found.n_found} in all)")
+            raise UserError(f"{raw}: {found.none_of(split)}")
         place = find_images(images, {r.image_id: r.image_path for r in chosen.values()}, without=[out])
         exclusions = [*found.exclusions, *without_image(chosen.values(), place, images)]
         units = _units(chosen.values(), place, images)

@@ -196,3 +196,11 @@ class RawReadings:
     @property
     def n_found(self) -> int:
         return len(self.readings) + len(self.exclusions)
+
+    def none_of(self, split: str) -> str:
+        """What to say where no reading of a split is left: how many there are, and what became of those left out."""
+        text = f"no usable reading of split {split!r} ({self.n_found} in all)"
+        for reason, number in Counter(exclusion.reason for exclusion in self.exclusions).items():
+            first = next(exclusion for exclusion in self.exclusions if exclusion.reason == reason)
+            text += f"; {number} left out: {reason}, e.g. {first.id}{': ' * bool(first.detail)}{first.detail}"
+        return "; ".join([text, *self.notes])

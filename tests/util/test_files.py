@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from util.files import atomic_write, replace_together
+from util.errors import UserError
+from util.files import atomic_write, check_file_place, check_folder_place, replace_together
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -62,3 +63,18 @@ def test_files_that_are_written_together_stay_as_they_were_on_an_error(tmp_path)
         (fresh / "a").write_text("new")
         raise OSError("full")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_nothing_can_be_written_is_told_before_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "a", "a.json", tmp_path / "file"):
+        check_file_place(path, "--json")
+    for path, why in ((tmp_path, "is a directory"), (tmp_path / "no" / "a", "no such directory")):
+        with pytest.raises(UserError, match=f"^--json {path}: {why}"):
+            check_file_place(path, "--json")
+    for path in (tmp_path, tmp_path / "a" / "b"):
+        check_folder_place(path, "--out")
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(UserError, match=f"^--out {path}: {tmp_path}/file is no directory"):
+            check_folder_place(path, "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

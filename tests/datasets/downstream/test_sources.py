@@ -655,3 +655,38 @@ def test_an_empty_cell_in_a_column_of_names_heeds_its_rule(tmp_path):
     assert np.isnan(ignored.labels[1]).all() and np.isnan(ignored.labels).sum() == 2
     for choice in ({"uncertain": "ones"}, {"empty": "ones"}):
         assert "which holds names; leave it out" in refused("csv", tmp_path, need_images=False, **choice)
+
+
+def _csv(root: Path, cells: list[tuple[str, str, str]], **choices) -> LabelledImages:
+    pd.DataFrame(cells, columns=["path", "labels", "subject_id"]).to_csv(root / "t.csv", index=False)
+    return read_dataset("csv", root, need_images=False, **choices)
+
+
+def test_names_that_may_be_several_or_the_same_are_told(tmp_path):
+    cells = [(f"{i}.png", ["Edema;Mass", "edema", "Edema"][i % 3], f"s{i // 2}") for i in range(12)]
+    notes = " ".join(_csv(tmp_path, cells).notes)
+    assert (
+        "'Edema;Mass' is taken for one finding" in notes and "'Edema' and 'edema' are taken for two" in notes
+    )
+    notes = " ".join(_csv(tmp_path, cells, separator=";", labels=["Mass"]).notes)
+    assert "taken for one finding" not in notes
+    with pytest.raises(UserError, match="--separator"):
+        _csv(tmp_path, cells, separator="")
+
+
+def test_what_programs_write_for_no_subject_is_no_subject(tmp_path):
+    cells = [(f"{i}.png", "Edema", "NaN" if i > 8 else f"s{i}") for i in range(12)]
+    with pytest.raises(UserError, match="line 11, column 'subject_id': 'NaN' names nobody"):
+        _csv(tmp_path, cells)
+
+
+def test_rows_too_few_for_a_published_split_and_two_tests_are_one_line(tmp_path):
+    (tmp_path / "stage_2_train_labels.csv").write_text("patientId,Target\np1,0\np2,1\n")
+    with pytest.raises(UserError, match="2 images are too few"):
+        read_dataset("rsna", tmp_path, need_images=False)
+    row = "Path,Frontal/Lateral,Edema\ntrain/patient{}/study1/a.jpg,Frontal,1\n"
+    for i, name in enumerate(("train.csv", "a/valid.csv", "b/valid.csv")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(row.format(i))
+    with pytest.raises(UserError, match="a/valid.csv and b/valid.csv could both be meant"):
+        read_dataset("chexpert", tmp_path, need_images=False, labels=["Edema"])
