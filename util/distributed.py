@@ -20,6 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from util.errors import UserError
 from util.stop import signal_on_parent_death
 
+# How long ranks wait for each other: to meet, in NCCL's exchanges, and at an agreement on the CPU. That may last as
+# long as one rank reads a data set or builds a cache alone; a rank that dies is noticed at once all the same, since
+# its connection closes.
+MEETING_TIMEOUT = timedelta(minutes=30)
+AGREEMENT_TIMEOUT = timedelta(days=7)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -103,15 +109,24 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
             # torchrun ends its workers unless it is killed itself; then they would train on, unseen.
             signal_on_parent_death(signal.SIGTERM)
         backend = "nccl" if kind == "cuda" else "gloo"
-        timeout = timedelta(minutes=30)
-        store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=timeout))
+        store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=MEETING_TIMEOUT))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
             # torchrun's store outlives a restart, and a rank could read the address of a dead one in it.
             # (With several nodes the count may differ between them; there the scripts don't restart.)
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            world_size=world_size,
+            rank=rank,
+            timeout=MEETING_TIMEOUT if backend == "nccl" else AGREEMENT_TIMEOUT,
+        )
         if world_size > 1:
-            control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+            control = (
+                dist.group.WORLD
+                if backend == "gloo"
+                else dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+            )
     return Ranks(rank, world_size, local_rank, chosen, control)
 
 

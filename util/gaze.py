@@ -59,8 +59,9 @@ def fixation_heatmap(
 ) -> np.ndarray:
     """Gaze density of one reading: float64 [height, width], >= 0, sums to 1.
 
-    `image_size` and `out_size` are (height, width) in pixels, of the original image and of the map. `fixations` is a table with the columns of REFLACX's fixations.csv, or with one element
-    per fixation in each of the columns
+    `image_size` and `out_size` are (height, width) in pixels, of the original image and of the map.
+    `fixations` is a table with the columns of REFLACX's fixations.csv, or with one element per fixation
+    in each of the columns
 
     - x, y: position, pixels of the original image, (0, 0) is the centre of the top left pixel;
     - duration: seconds; a fixation of zero or negative duration counts for nothing;

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from reliability_runs import start_process
@@ -13,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import build_dataset
 from datasets.sampler import TrainBatches
 from models_cxrmim import CXRMIM
+from util import distributed
 from util.distributed import Ranks, parallel
 
 BATCH = 4
@@ -109,3 +114,20 @@ def test_ranks_exchange_gradients_alone_and_in_the_layout_of_the_parameters(tmp_
         seen = torch.load(tmp_path / f"steps-{rank}.pth")
         assert seen["names"] == ["gloo:all_reduce"], seen
         assert not [text for text in seen["told"] if "strides" in text or "buffers" in text]
+
+
+def wait_for_main(rank: int, folder: str) -> None:
+    """Rank 0 works longer than ranks wait to meet, or for an exchange by NCCL."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    distributed.MEETING_TIMEOUT = timedelta(seconds=10)
+    ranks = distributed.start("cpu", dist_url=f"file://{folder}/waiting")
+    assert distributed.on_main(ranks, lambda: time.sleep(12) or "built") == "built"
+    distributed.stop()
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_what_one_does_alone(tmp_path):
+    processes = [start_process(wait_for_main, rank, str(tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.join(90)
+        assert process.exitcode == 0
