@@ -49,7 +49,15 @@ def tree_plane(name: str, cache_size: int) -> PlaneKind:
     """The kind of a tree's plane: "gray", "attention" or "foreground" (whose 0/1 becomes 0/255)."""
     advice = " (run_pretrain.py --check_data lists every bad file)"
     stored_size = partial(grid_size, short_side=cache_size)
-    return PlaneKind(name, cache_size, image_size, stored_size, partial(_tree_picture, name), advice)
+    return PlaneKind(
+        name,
+        cache_size,
+        image_size,
+        stored_size,
+        partial(_tree_picture, name),
+        advice,
+        "a smaller --cache_size, ",
+    )
 
 
 def _tree_picture(name: str, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

@@ -60,6 +60,7 @@ class PlaneKind(NamedTuple):
         stored_size: (height, width) -> (height, width) of the picture.
         picture: file, native (height, width), stored (height, width) -> uint8 [stored size].
         advice: end of the message about a file that can't be read.
+        smaller: what else makes room where the disk is full, e.g. "a smaller --cache_size, ".
     """
 
     name: str
@@ -68,6 +69,7 @@ class PlaneKind(NamedTuple):
     stored_size: Callable[[int, int], tuple[int, int]]
     picture: Callable[[Path, tuple[int, int], tuple[int, int]], np.ndarray]
     advice: str = ""
+    smaller: str = ""
 
 
 class Plane:
@@ -345,7 +347,7 @@ def _faults_told(path: Path, kind: PlaneKind, table: np.ndarray):
         free = shutil.disk_usage(path.parent).free
         raise UserError(
             f"{path.parent}: the cache needs {_pixels_end(table) / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
-            "name another disk by --cache_dir, a smaller --cache_size, or pass --no_cache"
+            f"name another disk by --cache_dir, {kind.smaller}or pass --no_cache"
         ) from None
 
 

@@ -157,13 +157,18 @@ def check_classes(images: LabelledImages) -> list[str]:
             f"{images.name}: no label of any validation image is known, so no epoch can be chosen by them; mend the "
             "table, or pass --split subject"
         )
-    for i, label in enumerate(images.label_names):
-        positive, negative = counts[TRAIN][:, i]
-        if positive == 0 or negative == 0:
-            raise UserError(
-                f"{images.name}: label {label!r} is {'absent from' if positive == 0 else 'present in'} every "
-                "training image where it is known; name the labels to keep by --labels"
-            )
+    absent, everywhere = counts[TRAIN] == 0
+    if (useless := absent | everywhere).any():
+        words = [
+            f"label {label!r} is {'absent from' if absent[i] else 'present in'} every training image where it is known"
+            for i, label in enumerate(images.label_names)
+            if useless[i]
+        ]
+        kept = [label for label, out in zip(images.label_names, useless, strict=True) if not out]
+        raise UserError(
+            f"{images.name}: {words[0]}{f', and {len(words) - 1} more are such' if words[1:] else ''}; name the labels to "
+            f"keep by --labels{' (there are ' + ', '.join(kept) + ')' if kept else ''}"
+        )
     lines, classes = [], images.task == MULTICLASS
     for part, use in ((VALID, "its validation loss tells little"), (TEST, "left out of the mean")):
         positive, negative = counts[part]

@@ -527,6 +527,11 @@ def test_classes_that_cannot_be_judged_are_told_or_refused():
         ([[1], [0], [0], [0], [1], [0]], "ttvvee", "the validation images are all of one kind"),
         ([[0], [0], [1], [0], [1], [0]], "ttvvee", "'L0' is absent from every training image"),
         ([[1], [1], [1], [0], [1], [0]], "ttvvee", "'L0' is present in every training image"),
+        (
+            [[1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 1]],
+            "ttvvee",
+            "'L0' is present in .*, and 1 more are such; name the labels to keep by --labels .there are L1, L3.$",
+        ),
         ([[1], [0], [1], [0]], "ttee", "no image is in valid"),
     ):
         with pytest.raises(UserError, match=said):
