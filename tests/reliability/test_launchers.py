@@ -106,8 +106,11 @@ SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == requeue ]]; then echo "requeued $2"; else echo localhost; fi
 """
 # Stands for `python -m torch.distributed.run ...`: dies of USR1 and hands TERM on as torchrun does; its ranks
-# save and exit.
-LAUNCHER = """#!{python}
+# save and exit. Its first lines are shell and Python in one: the name of Python after #! can't have blanks.
+LAUNCHER = """#!/bin/sh
+''':'
+exec "{python}" "$0" "$@"
+'''
 import signal, subprocess, sys
 rank = '''
 import signal, sys, time
