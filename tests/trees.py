@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from util.images import write_gray
@@ -65,3 +67,14 @@ def make_mimic(root: Path, prefix: str = "files/", mirror_prefix: str = "files/"
         save(root / f"foreground/{mirror_prefix}{inner}.png", (gaze > 100) * np.uint8(255))
     (root / "mimic-cxr-jpg-cleanv4.json").write_text(json.dumps(entries))
     return root
+
+
+def add_metadata_and_heatmaps(root: Path, study, views: Sequence[str]) -> None:
+    """Give a made-up study of few images what preparing all of MIMIC-CXR reads: the metadata table, with a view per
+    image, and in root/heatmaps an array per image."""
+    rows = [(i.dicom_id, i.subject_id, i.study_id, view) for i, view in zip(study.truth, views, strict=True)]
+    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
+    pd.DataFrame(rows, columns=columns).to_csv(study.images / "mimic-cxr-2.0.0-metadata.csv", index=False)
+    (root / "heatmaps").mkdir()
+    for number, image in enumerate(study.truth):
+        np.save(root / "heatmaps" / f"{image.dicom_id}.npy", np.arange(16.0).reshape(4, 4) + number)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from trees import add_metadata_and_heatmaps
 
 from datasets.analysis.measure import analyze
 from datasets.phantom.egd import make_egd
@@ -27,12 +28,7 @@ INDEX = "mimic-cxr-jpg-cleanv4.json"
 def base(tmp_path_factory):
     root = tmp_path_factory.mktemp("base")
     study = make_study(root, 3, size=(32, 40), shared_images=0)
-    rows = [(i.dicom_id, i.subject_id, i.study_id, "PA") for i in study.truth]
-    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
-    pd.DataFrame(rows, columns=columns).to_csv(study.images / "mimic-cxr-2.0.0-metadata.csv", index=False)
-    (root / "heatmaps").mkdir()
-    for number, image in enumerate(study.truth):
-        np.save(root / "heatmaps" / f"{image.dicom_id}.npy", np.arange(16.0).reshape(4, 4) + number)
+    add_metadata_and_heatmaps(root, study, ["PA"] * len(study.truth))
     return root
 
 

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from PIL import Image
+from trees import add_metadata_and_heatmaps
 
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.making import TreeMaking
@@ -69,14 +70,7 @@ def base() -> Path:
     """Three images of 32 x 40 px, one read twice, with heatmaps and metadata: copied for each history."""
     root = Path(tempfile.mkdtemp(prefix="machine-base-"))
     study = make_study(root, 3, size=(32, 40), shared_images=1, readers=3, normal_fraction=1)
-    rows = [
-        (i.dicom_id, i.subject_id, i.study_id, view) for i, view in zip(study.truth, ["PA", "AP", "LATERAL"])
-    ]
-    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
-    pd.DataFrame(rows, columns=columns).to_csv(study.images / "mimic-cxr-2.0.0-metadata.csv", index=False)
-    (root / "heatmaps").mkdir()
-    for number, image in enumerate(study.truth):
-        np.save(root / "heatmaps" / f"{image.dicom_id}.npy", np.arange(16.0).reshape(4, 4) + number)
+    add_metadata_and_heatmaps(root, study, ["PA", "AP", "LATERAL"])
     return root
 
 
