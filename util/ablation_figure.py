@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from util.curves import COLORS
 from util.figures import plain
 from util.results import MEAN
-
-MARKERS = "os^vDPX<>"
+from util.results_figure import MARKERS
 
 
 def ablation_figure(table: pd.DataFrame, reference: str) -> Figure:
