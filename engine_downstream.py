@@ -307,9 +307,7 @@ def train_heads(
     # in the last bits when a killed run goes on with the heads that are left.
     weights = [start.weight.detach().T.contiguous().to(**like).requires_grad_() for start in starts]  # [D, C]
     biases = [start.bias.detach().to(**like).requires_grad_() for start in starts]
-    optimizer = torch.optim.Adam(
-        [*weights, *biases], lr=options.lr, weight_decay=options.weight_decay, foreach=True
-    )
+    optimizer = torch.optim.Adam([*weights, *biases], lr=options.lr, weight_decay=options.weight_decay, foreach=True)
     best: list[Head | None] = [None] * len(seeds)
     running = set(range(len(seeds)))
     history = [([], []) for _ in seeds]
@@ -318,28 +316,25 @@ def train_heads(
         for epoch in range(options.epochs):
             features = None  # not two views at once
             features = views[epoch % len(views)]()
-            order = torch.from_numpy(np.stack([epoch_order(seed, epoch, n) for seed in seeds])).to(
-                valid.device
-            )
+            order = torch.from_numpy(np.stack([epoch_order(seed, epoch, n) for seed in seeds])).to(valid.device)
             total = torch.zeros(len(seeds), **like)
             for step in range(n_steps):
                 for group in optimizer.param_groups:
                     group["lr"] = schedule(epoch * n_steps + step, n_steps, options)
                 rows = order[:, step * options.batch_size : (step + 1) * options.batch_size]  # [H, B]
-                losses = torch.stack([
-                    known_loss(torch.addmm(b, features[own], w), labels[own], task)
-                    for b, own, w in zip(biases, rows, weights, strict=True)
-                ])  # fmt: skip
+                losses = torch.stack(
+                    [
+                        known_loss(torch.addmm(b, features[own], w), labels[own], task)
+                        for b, own, w in zip(biases, rows, weights, strict=True)
+                    ]
+                )
                 optimizer.zero_grad(set_to_none=True)
                 losses.sum().backward()
                 optimizer.step()
                 total += losses.detach()
             with torch.no_grad():
                 judged = torch.stack(
-                    [
-                        known_loss(valid @ w + b, valid_labels, task)
-                        for w, b in zip(weights, biases, strict=True)
-                    ]
+                    [known_loss(valid @ w + b, valid_labels, task) for w, b in zip(weights, biases, strict=True)]
                 )
             train_loss, valid_loss = total.tolist(), judged.tolist()
             if not all(math.isfinite(valid_loss[i]) for i in running):
@@ -351,7 +346,7 @@ def train_heads(
                 if best[i] is None or valid_losses[-1] < valid_losses[best[i].epoch]:
                     best[i] = Head(
                         weights[i].detach().T.clone(), biases[i].detach().clone(), epoch, train_losses, valid_losses
-                    )  # fmt: skip
+                    )
                 elif epoch - best[i].epoch >= options.patience:
                     running.remove(i)
             progress.add(n_steps, f"validation loss {np.mean(valid_loss):.4f}")

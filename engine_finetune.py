@@ -70,7 +70,7 @@ RECIPES = {
     "published": Recipe(),
     # MAE's fine-tuning, scaled to small data.
     "layer_decay": Recipe(30, 32, 5e-4, 0.05, 0.1, 10, layer_decay=0.75, drop_path=0.1, pool="avg", optimizer="adamw"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ def build(candidate: Candidate, recipe: Recipe, n_labels: int, seed: int) -> Vis
 def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Adam or AdamW; of a layer-wise decay each group's `lr_scale` tells its share of the learning rate."""
     if recipe.optimizer == "adam" and recipe.layer_decay == 1:
-        return torch.optim.Adam(
-            model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-        )
+        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     decay = None if recipe.layer_decay == 1 else recipe.layer_decay
     return create_optimizer_v2(
         model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=decay, fused=True
@@ -181,9 +179,14 @@ def finetune(
         )
     views = tuning.open_views(seed)
     judging = dict(
-        mean=tuning.mean, std=tuning.std, dtype=tuning.dtype, batch_size=tuning.test_batch,
-        num_workers=tuning.num_workers, ranks=ranks, signals=tuning.signals,
-    )  # fmt: skip
+        mean=tuning.mean,
+        std=tuning.std,
+        dtype=tuning.dtype,
+        batch_size=tuning.test_batch,
+        num_workers=tuning.num_workers,
+        ranks=ranks,
+        signals=tuning.signals,
+    )
     core = build(candidate, recipe, len(images.label_names), seed).to(ranks.device)
     optimizer = build_optimizer(core, recipe)
     scaler = make_scaler(str(tuning.dtype).removeprefix("torch."), ranks.device)
@@ -194,19 +197,22 @@ def finetune(
             core.load_state_dict(state["model"])
             restore_optimizer(optimizer, scaler, state)
             sums.copy_(own_sums(state, ranks))
-            place = Place(
-                state["epoch"] + 1, state["step"], state["best_epoch"], state["best_loss"], state["best"]
-            )
+            place = Place(state["epoch"] + 1, state["step"], state["best_epoch"], state["best_loss"], state["best"])
         ranks.say(f"{what}: goes on from epoch {place.epoch + 1}, step {place.step}")
     data = TrainingViews(views, rows.train, images.labels)
     steps = steps_per_epoch(len(data), recipe.batch_size)
-    epoch, step = divmod(
-        place.epoch * steps + place.step, steps
-    )  # behind an epoch that is still to be validated
+    epoch, step = divmod(place.epoch * steps + place.step, steps)  # behind an epoch that is still to be validated
     loader = train_loader(
-        data, recipe.batch_size // ranks.world_size, ranks, seed=seed, epochs=recipe.epochs, epoch=epoch, step=step,
-        num_workers=tuning.num_workers, mend="; lower it, or raise --fractions",
-    )  # fmt: skip
+        data,
+        recipe.batch_size // ranks.world_size,
+        ranks,
+        seed=seed,
+        epochs=recipe.epochs,
+        epoch=epoch,
+        step=step,
+        num_workers=tuning.num_workers,
+        mend="; lower it, or raise --fractions",
+    )
     sampler = loader.batch_sampler
     watch = FiniteWatch(
         ranks.device,
@@ -222,10 +228,16 @@ def finetune(
 
     def save() -> None:
         state = run_state(
-            core, optimizer, scaler, epoch=place.epoch - 1, step=place.step,
-            args=asdict(recipe) | {"dtype": str(tuning.dtype).removeprefix("torch."), "seed": seed}, sums=sums,
-            ranks=ranks, dataset_size=len(data),
-        )  # fmt: skip
+            core,
+            optimizer,
+            scaler,
+            epoch=place.epoch - 1,
+            step=place.step,
+            args=asdict(recipe) | {"dtype": str(tuning.dtype).removeprefix("torch."), "seed": seed},
+            sums=sums,
+            ranks=ranks,
+            dataset_size=len(data),
+        )
         state |= {"best_epoch": place.best_epoch, "best_loss": place.best_loss, "best": place.best}
         on_main(ranks, lambda: save_checkpoint(state, folder / CHECKPOINT))
 
@@ -273,17 +285,27 @@ def finetune(
 
     def finish() -> None:
         write_tuned(
-            folder / BEST, place.best, candidate, core, mean=tuning.mean, std=tuning.std, task=images.task,
-            labels=images.label_names, pool=recipe.pool, dataset=images.name, fraction=fraction, seed=seed,
-            recipe=asdict(recipe), epoch=place.best_epoch, valid_loss=place.best_loss,
+            folder / BEST,
+            place.best,
+            candidate,
+            core,
+            mean=tuning.mean,
+            std=tuning.std,
+            task=images.task,
+            labels=images.label_names,
+            pool=recipe.pool,
+            dataset=images.name,
+            fraction=fraction,
+            seed=seed,
+            recipe=asdict(recipe),
+            epoch=place.best_epoch,
+            valid_loss=place.best_loss,
             seen=subject_marks(images.subjects[np.r_[rows.train, rows.valid]], images.name),
-        )  # fmt: skip
+        )
         (folder / CHECKPOINT).unlink(missing_ok=True)
 
     on_main(ranks, finish)
-    ranks.say(
-        f"{what}: best epoch {place.best_epoch + 1} of {place.epoch}, validation loss {place.best_loss:.4f}"
-    )
+    ranks.say(f"{what}: best epoch {place.best_epoch + 1} of {place.epoch}, validation loss {place.best_loss:.4f}")
     return scores
 
 
@@ -295,9 +317,19 @@ def _make_folder(folder: Path) -> None:
 
 
 def _train_epoch(
-    tuning: Tuning, model, core, optimizer, scaler, batches, steps: int, place: Place, sums: Tensor, seed: int,
-    watch: FiniteWatch, progress: Steps,
-) -> int:  # fmt: skip
+    tuning: Tuning,
+    model,
+    core,
+    optimizer,
+    scaler,
+    batches,
+    steps: int,
+    place: Place,
+    sums: Tensor,
+    seed: int,
+    watch: FiniteWatch,
+    progress: Steps,
+) -> int:
     """Train from `place` to the end of its epoch, or to a step at which all ranks agree to stop; returns the
     request. `sums` gathers the losses and their number."""
     recipe, ranks, device = tuning.recipe, tuning.ranks, tuning.ranks.device
@@ -306,9 +338,7 @@ def _train_epoch(
     for step in range(place.step, steps):
         gray, labels = next(batches)
         # Stochastic depth draws from the global generator: after a resume the same numbers come.
-        torch.manual_seed(
-            int(np.random.SeedSequence((seed, place.epoch, step, ranks.rank)).generate_state(1)[0])
-        )
+        torch.manual_seed(int(np.random.SeedSequence((seed, place.epoch, step, ranks.rank)).generate_state(1)[0]))
         lr = schedule(place.epoch * steps + step, steps, recipe)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -323,9 +353,7 @@ def _train_epoch(
         sums += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
         place.step = step + 1
         progress.add(1)
-        request = watch.step(
-            place.epoch, range(step, step + 1), lr=lr, losses=loss.detach()[None], skipped=skipped
-        )
+        request = watch.step(place.epoch, range(step, step + 1), lr=lr, losses=loss.detach()[None], skipped=skipped)
         if request != GO_ON:
             break
     return max(request, watch.settle())

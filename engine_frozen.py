@@ -14,15 +14,7 @@ from torch.utils.data import Dataset
 from datasets.downstream.images import CENTRE
 from datasets.downstream.labelled import LabelledImages
 from datasets.downstream.partition import Rows, partitions
-from engine_downstream import (
-    Encoder,
-    HeadOptions,
-    Stopped,
-    encode,
-    probabilities,
-    steps_per_epoch,
-    train_heads,
-)
+from engine_downstream import Encoder, HeadOptions, Stopped, encode, probabilities, steps_per_epoch, train_heads
 from engine_probe import principal_components, probe_scores, standardise
 from util.encoders import PIXELS, Candidate, digest_of
 from util.errors import UserError
@@ -86,15 +78,7 @@ class Features:
             self.encoder = Encoder(model, mean, std, frozen.device, frozen.dtype)
             weights, self.width = digest_of(model), model.embed_dim
         # Random numbers of the views come from their number alone, so more views leave the first as they are.
-        content = [
-            weights,
-            candidate.architecture,
-            frozen.files_key,
-            frozen.views_key,
-            mean,
-            std,
-            str(frozen.dtype),
-        ]
+        content = [weights, candidate.architecture, frozen.files_key, frozen.views_key, mean, std, str(frozen.dtype)]
         self.key = digest(content)
         self.folder = frozen.features_dir / self.key
         self._files: dict[int, FeatureFile] = {}  # kept, since each checks its rows once
@@ -110,9 +94,9 @@ class Features:
 
     def are_there(self, wanted: dict[int, np.ndarray]) -> bool:
         """Whether nothing is missing of {view: images}; writes nothing, so the folder may be others' to write."""
-        return all(
-            Path(f"{self._path(view)}.{suffix}").exists() for view in wanted for suffix in SUFFIXES
-        ) and not any(len(self.file(view).missing(images)) for view, images in wanted.items())
+        return all(Path(f"{self._path(view)}.{suffix}").exists() for view in wanted for suffix in SUFFIXES) and not any(
+            len(self.file(view).missing(images)) for view, images in wanted.items()
+        )
 
     def fill(self, wanted: dict[int, np.ndarray]) -> None:
         """Encode what is missing of {view: images}. Raises `Stopped`, `UserError`."""
@@ -121,9 +105,7 @@ class Features:
         if frozen.signals.request:
             raise Stopped
         total = sum(map(len, wanted.values()))
-        frozen.say(
-            f"{self.candidate.name}: {n} images encoded, {total - n} were there already ({self.folder})"
-        )
+        frozen.say(f"{self.candidate.name}: {n} images encoded, {total - n} were there already ({self.folder})")
 
     def _encode(self, wanted: dict[int, np.ndarray]) -> int:
         frozen = self.frozen
@@ -143,9 +125,15 @@ class Features:
                         f"warning: {file.numbers}: {file.n_damaged} rows do not fit their checksums; encoding them again"
                     )
             return encode(
-                self.encoder, frozen.views, files, device=frozen.device, batch_size=frozen.batch_size,
-                num_workers=frozen.num_workers, signals=frozen.signals, what=f"{self.candidate.name}: encoding",
-            )  # fmt: skip
+                self.encoder,
+                frozen.views,
+                files,
+                device=frozen.device,
+                batch_size=frozen.batch_size,
+                num_workers=frozen.num_workers,
+                signals=frozen.signals,
+                what=f"{self.candidate.name}: encoding",
+            )
 
     def cls(self, view: int, rows: np.ndarray) -> torch.Tensor:
         """Cls tokens, or pixels, of some images in a view, on the device: [len(rows), D]."""
@@ -176,8 +164,16 @@ def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dic
     features = Features(frozen, candidate, mean, std)
     done, keys = {}, {}
     for fraction, seed in plans:
-        key = ["linear", features.key, frozen.study_key, asdict(frozen.heads), frozen.n_views, frozen.n_folds,
-               fraction, seed]  # fmt: skip
+        key = [
+            "linear",
+            features.key,
+            frozen.study_key,
+            asdict(frozen.heads),
+            frozen.n_views,
+            frozen.n_folds,
+            fraction,
+            seed,
+        ]
         keys[fraction, seed] = digest(key)
         if (stored := frozen.jobs.load(keys[fraction, seed])) is not None:
             done[fraction, seed] = stored["rows"], stored["scores"]
@@ -199,10 +195,15 @@ def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dic
                 fold = f", fold {k + 1}" if folds_differ else ""
                 heads = train_heads(
                     [partial(features.cls, view, rows.train) for view in range(n_views)],
-                    labels[rows.train], features.cls(CENTRE, rows.valid), labels[rows.valid],
-                    task=images.task, seeds=group, options=frozen.heads, signals=frozen.signals,
+                    labels[rows.train],
+                    features.cls(CENTRE, rows.valid),
+                    labels[rows.valid],
+                    task=images.task,
+                    seeds=group,
+                    options=frozen.heads,
+                    signals=frozen.signals,
                     what=f"{candidate.name}: heads, {fraction:g} of the labels{fold}",
-                )  # fmt: skip
+                )
                 if heads is None:
                     raise Stopped
                 test = features.cls(CENTRE, rows.test)
@@ -231,14 +232,14 @@ def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict
     if len(seeds) < len(frozen.seeds):
         frozen.say(f"{candidate.name}: nothing in a probe is drawn, so seed {seeds[0]} stands for all")
     features = Features(frozen, candidate, mean, std)
-    kinds = {"": slice(None)} if features.is_pixels else {
-        "cls": slice(0, features.width), "mean of patches": slice(features.width, None)
-    }  # fmt: skip
+    kinds = (
+        {"": slice(None)}
+        if features.is_pixels
+        else {"cls": slice(0, features.width), "mean of patches": slice(features.width, None)}
+    )
     places = [(kind, fraction, seed) for kind in kinds for fraction in frozen.fractions for seed in seeds]
     plans = {(f, s): frozen.partitions(f, s, False) for f in frozen.fractions for s in seeds}
-    keys = {
-        place: digest(["probe", features.key, frozen.study_key, frozen.n_folds, *place]) for place in places
-    }
+    keys = {place: digest(["probe", features.key, frozen.study_key, frozen.n_folds, *place]) for place in places}
     done = {}
     for place in places:
         if (stored := frozen.jobs.load(keys[place])) is not None:
@@ -246,9 +247,7 @@ def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict
     left = [place for place in places if place not in done]
     if not left:
         return done
-    used = np.unique(
-        np.concatenate([np.r_[r.train, r.valid, r.test] for _, f, s in left for r in plans[f, s]])
-    )
+    used = np.unique(np.concatenate([np.r_[r.train, r.valid, r.test] for _, f, s in left for r in plans[f, s]]))
     features.fill({CENTRE: used})
     values = np.zeros((len(images), features.file(CENTRE).width), np.float32)
     values[used] = features.file(CENTRE).read(used)
@@ -263,14 +262,21 @@ def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict
                 if frozen.signals.request:
                     raise Stopped
                 columns.append(
-                    probe_scores(scaled, images.labels[:, j], images.subjects, rows.train, rows.valid, rows.test,
-                                 seed=seed, say=frozen.say, name=f"{candidate.name}, {fraction:g} of the labels, {label}")
-                )  # fmt: skip
+                    probe_scores(
+                        scaled,
+                        images.labels[:, j],
+                        images.subjects,
+                        rows.train,
+                        rows.valid,
+                        rows.test,
+                        seed=seed,
+                        say=frozen.say,
+                        name=f"{candidate.name}, {fraction:g} of the labels, {label}",
+                    )
+                )
             found.append(np.stack(columns, 1))
             tested.append(rows.test)
         done[place] = np.concatenate(tested), np.concatenate(found).astype(np.float32)
         frozen.jobs.save(keys[place], {"rows": done[place][0], "scores": done[place][1]})
-        frozen.say(
-            f"{candidate.name}: probe{f' of {kind}' if kind else ''}, {fraction:g} of the labels, done"
-        )
+        frozen.say(f"{candidate.name}: probe{f' of {kind}' if kind else ''}, {fraction:g} of the labels, done")
     return {place: done[place] for place in places}

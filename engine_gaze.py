@@ -106,9 +106,7 @@ def train_one_epoch(training: Training, epoch: int, first_step: int, sums: Sums,
         training.progress.step()
         if (step + 1) % args.print_every == 0 or step + 1 == steps:
             report(training, epoch, step, sums, lr, args)
-        request = training.watch.step(
-            epoch, range(step, step + 1), lr=lr, losses=loss.detach()[None], skipped=skipped
-        )
+        request = training.watch.step(epoch, range(step, step + 1), lr=lr, losses=loss.detach()[None], skipped=skipped)
         if request != GO_ON:
             break
     return step + 1, max(request, training.watch.settle())
@@ -126,9 +124,7 @@ def report(training: Training, epoch: int, step: int, sums: Sums, lr: float, arg
 
 
 @torch.no_grad()
-def validate(
-    model: GazeNet, samples: GazeSamples, ranks: Ranks, *, batch_size: int, dtype: str, workers: int
-) -> dict:
+def validate(model: GazeNet, samples: GazeSamples, ranks: Ranks, *, batch_size: int, dtype: str, workers: int) -> dict:
     """Mean KLD and CC over images, of the map against their mean target, on the map's own grid.
 
     The ranks share the images; the result is the same for any number of them, but for the batches' rounding.
@@ -160,9 +156,7 @@ def centre_prior(samples: GazeSamples, workers: int) -> Tensor:
 
 
 @torch.no_grad()
-def judge(
-    model: GazeNet, study: GazeStudy, images: Sequence[GazeImage], device: torch.device
-) -> pd.DataFrame:
+def judge(model: GazeNet, study: GazeStudy, images: Sequence[GazeImage], device: torch.device) -> pd.DataFrame:
     """Every metric of every predictor against every reading of some images.
 
     The predictors are the model, its centre prior, and, for images read several times, the mean of the other
@@ -188,34 +182,23 @@ def judge(
             key = (number, place)
             for predictor, prediction in predictions.items():
                 row: dict[str, Any] = {
-                    "predictor": predictor, "subject": image.subject, "image": study.name(image),
-                    "reading": study.reading_id(image, place), "several": several,
-                }  # fmt: skip
-                row |= {
-                    name: float(getattr(saliency, name)(prediction, target)) for name in saliency.MAP_METRICS
+                    "predictor": predictor,
+                    "subject": image.subject,
+                    "image": study.name(image),
+                    "reading": study.reading_id(image, place),
+                    "several": several,
                 }
+                row |= {name: float(getattr(saliency, name)(prediction, target)) for name in saliency.MAP_METRICS}
                 if key in fixations:
                     own = fixations[key][1]
-                    elsewhere = [
-                        f for (s, f), differs in zip(fixations.values(), subjects != image.subject) if differs
-                    ]
+                    elsewhere = [f for (s, f), differs in zip(fixations.values(), subjects != image.subject) if differs]
                     row |= _fixation_metrics(prediction, own, torch.cat(elsewhere) if elsewhere else None)
                 rows.append(row)
-    columns = [
-        "predictor",
-        "subject",
-        "image",
-        "reading",
-        "several",
-        *saliency.MAP_METRICS,
-        *saliency.FIXATION_METRICS,
-    ]
+    columns = ["predictor", "subject", "image", "reading", "several", *saliency.MAP_METRICS, *saliency.FIXATION_METRICS]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
-def _pixels_of_fixations(
-    study: GazeStudy, images: Sequence[GazeImage]
-) -> dict[tuple[int, int], tuple[str, Tensor]]:
+def _pixels_of_fixations(study: GazeStudy, images: Sequence[GazeImage]) -> dict[tuple[int, int], tuple[str, Tensor]]:
     """Subject and pixels, int64 [n, 2], of the fixations of each reading that has some, by (image, reading)."""
     found = {}
     for number, image in enumerate(images):
@@ -247,9 +230,7 @@ def describe_run(args, core: GazeNet, study: GazeStudy, steps: int, told: str, r
         study.describe(),
     ]
     if study.n_drawn:
-        lines.append(
-            f"note: {study.n_drawn} subjects have no split in their tree; their parts were drawn by subject"
-        )
+        lines.append(f"note: {study.n_drawn} subjects have no split in their tree; their parts were drawn by subject")
     if study.merged:
         more = f", and {len(study.merged) - 1} more such" if len(study.merged) > 1 else ""
         lines.append(f"warning: subjects {study.merged[0]}{more} are taken for one")

@@ -157,9 +157,7 @@ def update(training: Training, clip_grad: float | None) -> Tensor:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, epoch: float, args) -> float:
     """Give all parameter groups the learning rate of a fractional epoch; returns it."""
-    lr = learning_rate(
-        epoch, lr=args.lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
-    )
+    lr = learning_rate(epoch, lr=args.lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs)
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -174,10 +172,7 @@ def report(training: Training, epoch: int, step: int, meters: Meters, lr: float,
     training.log.scalars(
         {
             "train_loss": sum(losses),
-            **{
-                f"train_loss_{name}": loss
-                for name, loss in zip(scale_names(training.core), losses, strict=True)
-            },
+            **{f"train_loss_{name}": loss for name, loss in zip(scale_names(training.core), losses, strict=True)},
             "lr": lr,
             "significant_patches": n_significant,
             **rates,

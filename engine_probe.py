@@ -70,15 +70,13 @@ def probe_scores(
                 key=lambda strength: auc(
                     labels[valid], _fit(values[train], labels[train], strength).decision_function(values[valid])
                 ),
-            )  # fmt: skip
+            )
         else:
             chosen = choose_strength(values, labels, subjects, train, seed)
         return _fit(values[train], labels[train], chosen).predict_proba(values[test])[:, 1]
 
 
-def choose_strength(
-    values: np.ndarray, labels: np.ndarray, subjects: np.ndarray, rows: np.ndarray, seed: int
-) -> float:
+def choose_strength(values: np.ndarray, labels: np.ndarray, subjects: np.ndarray, rows: np.ndarray, seed: int) -> float:
     """C with the best AUC in three grouped folds of `rows`; the smallest if they are too few."""
     splitter = StratifiedGroupKFold(STRENGTH_FOLDS, shuffle=True, random_state=seed)
     with warnings.catch_warnings():

@@ -111,11 +111,7 @@ def evaluate(
         UserError: no label in common, another task, or no test image.
     """
     shared = [label for label in images.label_names if label in tuned.labels]
-    if (
-        tuned.task != images.task
-        or not shared
-        or (tuned.task == MULTICLASS and set(tuned.labels) != set(shared))
-    ):
+    if tuned.task != images.task or not shared or (tuned.task == MULTICLASS and set(tuned.labels) != set(shared)):
         raise UserError(
             f"{name} tells {', '.join(tuned.labels)} ({tuned.task}), and {images.name} has "
             f"{', '.join(images.label_names)} ({images.task}): no labels in common to judge it by"
@@ -143,8 +139,17 @@ def evaluate(
             ranks.say(f"{name}: not judged, only the {title} has {', '.join(left)}")
     with Steps(f"{name}: testing", len(rows), "images", enabled=ranks.is_main) as progress:
         logits = predict(
-            tuned.model.to(ranks.device), views, rows, mean=tuned.mean, std=tuned.std, dtype=dtype,
-            batch_size=batch_size, num_workers=num_workers, ranks=ranks, signals=signals, progress=progress,
-        )  # fmt: skip
+            tuned.model.to(ranks.device),
+            views,
+            rows,
+            mean=tuned.mean,
+            std=tuned.std,
+            dtype=dtype,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            ranks=ranks,
+            signals=signals,
+            progress=progress,
+        )
     scores = probabilities(logits, tuned.task).astype(np.float32)
     return shared, rows, scores[:, [tuned.labels.index(label) for label in shared]], warning

@@ -79,9 +79,7 @@ class CXRMIM(nn.Module):
         cell_sizes = [int(patch_size / scale) for scale in scale_list]
         for divisor in (patch_size, *cell_sizes):
             if img_size % divisor:
-                raise ValueError(
-                    f"input_size {img_size} is not a multiple of {divisor} (patch or HOG cell, px)"
-                )
+                raise ValueError(f"input_size {img_size} is not a multiple of {divisor} (patch or HOG cell, px)")
         for name, width, heads in (
             ("num_heads", embed_dim, num_heads),
             ("decoder_num_heads", decoder_embed_dim, decoder_num_heads),
@@ -116,13 +114,7 @@ class CXRMIM(nn.Module):
         self.norm = nn.ModuleList(layer_norm(embed_dim) for _ in id_list)
         self.decoder = nn.ModuleList(
             ScaleDecoder(
-                scale,
-                embed_dim,
-                decoder_embed_dim,
-                decoder_depth,
-                decoder_num_heads,
-                self.grid_size,
-                3 * hog_nbins,
+                scale, embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads, self.grid_size, 3 * hog_nbins
             )
             for scale in scale_list
         )
@@ -203,9 +195,7 @@ class CXRMIM(nn.Module):
         prepared = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         img, attention = prepared["img"], prepared["attention"]
         if img.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(
-                f"images of {img.shape[-2]} x {img.shape[-1]} px, the model takes {self.img_size} px"
-            )
+            raise ValueError(f"images of {img.shape[-2]} x {img.shape[-1]} px, the model takes {self.img_size} px")
         if img.dtype == torch.uint8:
             if img.shape[1] != 1:
                 raise ValueError(f"uint8 images must be gray, [B, 1, H, W], not {list(img.shape)}")
@@ -268,21 +258,13 @@ class CXRMIM(nn.Module):
         return self.hog(img)
 
     def forward_loss(
-        self,
-        preds: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        mask: Tensor,
-        attention: Tensor | None = None,
+        self, preds: Sequence[Tensor], targets: Sequence[Tensor], mask: Tensor, attention: Tensor | None = None
     ) -> Tensor:
         """Sum of `scale_losses`, a scalar."""
         return self.scale_losses(preds, targets, mask, attention).sum()
 
     def scale_losses(
-        self,
-        preds: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        mask: Tensor,
-        attention: Tensor | None = None,
+        self, preds: Sequence[Tensor], targets: Sequence[Tensor], mask: Tensor, attention: Tensor | None = None
     ) -> Tensor:
         """Weighted mean squared error of each scale, in float32.
 
@@ -303,14 +285,10 @@ class CXRMIM(nn.Module):
         losses = []
         for scale, pred, target in zip(self.scale_list, preds, targets, strict=True):
             if pred.shape != target.shape:  # else one would be broadcast to the other
-                raise ValueError(
-                    f"scale {scale}: prediction of shape {list(pred.shape)}, target {list(target.shape)}"
-                )
+                raise ValueError(f"scale {scale}: prediction of shape {list(pred.shape)}, target {list(target.shape)}")
             weight = mask_cells(mask, scale).flatten(1)  # [B, cells_k]
             if attention is not None:
-                attention_k = F.avg_pool2d(attention[:, None].float(), int(self.patch_size / scale)).flatten(
-                    1
-                )
+                attention_k = F.avg_pool2d(attention[:, None].float(), int(self.patch_size / scale)).flatten(1)
                 weight = (attention_k * weight / self.gaze_temperature).softmax(1) + weight
             error = (pred.float() - target).square().mean(2)  # [B, cells_k]
             losses.append((error * weight).sum() / weight.sum())

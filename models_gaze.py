@@ -25,9 +25,7 @@ from util.errors import UserError
 from util.weights import resample_pos_embed, summarize_keys
 
 DECODERS = ("topdown", "unet", "dpt")
-STRIDE = (
-    4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
-)
+STRIDE = 4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
 PRIOR_FLOOR = 1e-3  # share of a flat map in the prior, so that its logarithm is finite
 
 
@@ -58,9 +56,12 @@ class GazeNet(nn.Module):
     ):
         super().__init__()
         self.config = {
-            "backbone": backbone, "decoder": decoder, "input_size": input_size, "width": width,
+            "backbone": backbone,
+            "decoder": decoder,
+            "input_size": input_size,
+            "width": width,
             "backbone_args": dict(backbone_args or {}),
-        }  # fmt: skip
+        }
         self.seen: list[str] = []
         self.input_size = input_size
         self.map_size = input_size // STRIDE

@@ -51,15 +51,7 @@ from util.jobs import Jobs
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
 from util.pretrained import weights_name
-from util.results import (
-    Outcome,
-    left_out,
-    markdown_table,
-    results_table,
-    write_predictions,
-    write_results,
-    write_text,
-)
+from util.results import Outcome, left_out, markdown_table, results_table, write_predictions, write_results, write_text
 from util.results_figure import results_figure
 from util.stop import StopSignals, exit_status
 from util.tuned import read_tuned
@@ -95,18 +87,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("run_downstream.py", description=__doc__, formatter_class=HelpFormatter)
     add_arguments(parser)
     add_image_arguments(parser)
-    parser.add_argument(
-        "--dry_run", action="store_true", help="read the tables and --weights, write split.csv, and stop"
-    )
+    # fmt: off
+    parser.add_argument("--dry_run", action="store_true",
+        help="read the tables and --weights, write split.csv, and stop")
 
     add = parser.add_argument_group("encoders").add_argument
     add("--weights", nargs="+", default=[], metavar="NAME=FILE",
-        help="encoders to compare: NAME=FILE, imagenet, random, or pixels (no encoder)")  # fmt: skip
+        help="encoders to compare: NAME=FILE, imagenet, random, or pixels (no encoder)")
     add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
-    add(
-        "--random_model",
-        help=f"timm's name of the random weights' ViT (default: as the first file, or {DEFAULT_MODEL})",
-    )
+    add("--random_model",
+        help=f"timm's name of the random weights' ViT (default: as the first file, or {DEFAULT_MODEL})")
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
     add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
@@ -114,47 +104,34 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="linear", help="how the encoders are judged")
-    add(
-        "--fractions",
-        nargs="+",
-        type=finite_float,
-        default=[1.0],
-        help="shares of the training images to use",
-    )
+    add("--fractions", nargs="+", type=finite_float, default=[1.0], help="shares of the training images to use")
     add("--seeds", nargs="+", type=seed_number, default=[43, 44, 45], help="of heads, order and folds")
     add("--folds", type=int, default=5, help="grouped folds of --split folds")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through")
     add("--recipe", choices=tuple(RECIPES), default="published",
-        help="finetune: as published, or layer_decay: AdamW with layer-wise decay, mean of patches")  # fmt: skip
+        help="finetune: as published, or layer_decay: AdamW with layer-wise decay, mean of patches")
     for name, helped in RECIPE_HELP.items():
         default = getattr(RECIPES["published"], name)
         values = ", ".join(f"{getattr(recipe, name)} {title}" for title, recipe in RECIPES.items())
         add(f"--{name}", type=type(default), default=None, help=f"{helped} (default: {values})")
 
     add = parser.add_argument_group("output and machine").add_argument
-    add(
-        "--output_dir",
-        default="output_dir/downstream",
-        help="results.csv, predictions.csv, table.md, results.png",
-    )
+    add("--output_dir", default="output_dir/downstream", help="results.csv, predictions.csv, table.md, results.png")
     add("--features_dir", help="features of frozen encoders (default: OUTPUT_DIR/features)")
     add("--cache_dir", help="decoded images (default: OUTPUT_DIR/cache)")
     add("--no_cache", action="store_false", dest="use_cache", help="decode the image files in every view")
     add("--bootstrap", type=int, default=1000, help="draws of subjects for the intervals")
     add("--min_positives", type=int, default=1,
-        help="the mean leaves out labels with fewer test images with or without them")  # fmt: skip
+        help="the mean leaves out labels with fewer test images with or without them")
     batches = ", ".join(f"{batch} on {device.upper()}" for device, batch in ENCODE_BATCH.items())
     add("--encode_batch", type=int,
-        help=f"images per forward pass of an encoder that is not trained (default: {batches})")  # fmt: skip
+        help=f"images per forward pass of an encoder that is not trained (default: {batches})")
     add("--num_workers", type=int, default=4, help="processes that read images")
     add("--device", default="cuda", help="cuda or cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="autocast type (default: bfloat16 on CUDA, float32 on CPU)")  # fmt: skip
-    add(
-        "--max_minutes",
-        type=finite_float,
-        help="stop after so long, exit status 75; the same command goes on",
-    )
+        help="autocast type (default: bfloat16 on CUDA, float32 on CPU)")
+    add("--max_minutes", type=finite_float, help="stop after so long, exit status 75; the same command goes on")
+    # fmt: on
     return parser
 
 
@@ -211,11 +188,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is read."""
     for name in RECIPE_HELP:
         if getattr(args, name) is None:
-            setattr(
-                args, name, getattr(RECIPES[args.recipe if args.method == "finetune" else "published"], name)
-            )
-    check_least(args, 1, "views", "epochs", "batch_size", "patience", "encode_batch", "bootstrap", "min_positives",
-                "folds")  # fmt: skip
+            setattr(args, name, getattr(RECIPES[args.recipe if args.method == "finetune" else "published"], name))
+    check_least(
+        args, 1, "views", "epochs", "batch_size", "patience", "encode_batch", "bootstrap", "min_positives", "folds"
+    )
     check_least(args, 0, "num_workers", "weight_decay", "max_minutes")
     if not 0 < args.lr:
         raise UserError(f"--lr {args.lr}: must be above 0")
@@ -264,9 +240,7 @@ def start_output(output_dir: Path, images: LabelledImages, args: argparse.Namesp
                 f"--output_dir {output_dir}: holds results of another split; choose another for this --dry_run"
             )
         else:
-            print(
-                f"{output_dir} holds results of another split: they stay, with its split.csv, until these are made"
-            )
+            print(f"{output_dir} holds results of another split: they stay, with its split.csv, until these are made")
         if not args.dry_run:
             write_text(json.dumps(study), path)
     except OSError as error:
@@ -290,17 +264,13 @@ def describe(candidate: Candidate) -> str:
     if candidate.kind == PIXELS:
         return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
     if backbone is None or candidate.kind == "random":
-        shape = (
-            candidate.timm_name if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
-        )
+        shape = candidate.timm_name if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
         return f"{candidate.name}: random weights, {shape}"
-    lines = [f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
-             + (f", prefix {backbone.prefix}" if backbone.prefix else "")]  # fmt: skip
-    for title, names in (
-        ("matched", list(backbone.state)),
-        ("missing", []),
-        ("ignored", list(backbone.ignored)),
-    ):
+    lines = [
+        f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
+        + (f", prefix {backbone.prefix}" if backbone.prefix else "")
+    ]
+    for title, names in (("matched", list(backbone.state)), ("missing", []), ("ignored", list(backbone.ignored))):
         lines.append(f"  {title:8s}{len(names):4d}  {summarize_keys(names)[:160]}".rstrip())
     return "\n".join(lines)
 
@@ -308,9 +278,13 @@ def describe(candidate: Candidate) -> str:
 def candidates_of(args: argparse.Namespace) -> list[Candidate]:
     """The encoders of --weights, read. Raises `UserError`."""
     return read_candidates(
-        args.weights, imagenet=args.imagenet, random_model=args.random_model, tap=args.tap, img_size=args.img_size,
+        args.weights,
+        imagenet=args.imagenet,
+        random_model=args.random_model,
+        tap=args.tap,
+        img_size=args.img_size,
         num_heads=args.num_heads,
-    )  # fmt: skip
+    )
 
 
 def look_ahead(args: argparse.Namespace, images: LabelledImages) -> list[str]:
@@ -348,18 +322,32 @@ def judge(
             views, outcomes = open_views(args, images, ranks), []
         for name, model in tuned.items():
             labels, rows, scores, warning = evaluate(
-                name, model, images, views, dtype=dtype, batch_size=encode_batch,
-                num_workers=args.num_workers, ranks=ranks, signals=signals,
-            )  # fmt: skip
+                name,
+                model,
+                images,
+                views,
+                dtype=dtype,
+                batch_size=encode_batch,
+                num_workers=args.num_workers,
+                ranks=ranks,
+                signals=signals,
+            )
             columns = [images.label_names.index(label) for label in labels]
             check_min_positives(args.min_positives, images, images.labels[np.ix_(rows, columns)])
             outcomes.append(
                 Outcome(
-                    **common, weights=name, fraction=model.fraction, seed=model.seed, label_names=labels,
-                    ids=[images.ids[row] for row in rows], subjects=images.subjects[rows],
-                    targets=images.labels[np.ix_(rows, columns)], scores=scores, note=warning,
+                    **common,
+                    weights=name,
+                    fraction=model.fraction,
+                    seed=model.seed,
+                    label_names=labels,
+                    ids=[images.ids[row] for row in rows],
+                    subjects=images.subjects[rows],
+                    targets=images.labels[np.ix_(rows, columns)],
+                    scores=scores,
+                    note=warning,
                 )
-            )  # fmt: skip
+            )
         return outcomes
     with signals.at_once():
         candidates = candidates_of(args)
@@ -375,31 +363,63 @@ def judge(
         mean, std = normalisation("half" if candidate.kind == IMAGENET else args.normalisation)
         if args.method == "finetune":
             tuning = Tuning(
-                images=images, open_views=lambda seed: Views(images, seed=seed, plane=views.plane, reading=views.reading),
-                recipe=replace(RECIPES[args.recipe], **settings), mean=mean, std=std, dtype=dtype,
-                test_batch=encode_batch, num_workers=args.num_workers, ranks=ranks, signals=signals,
-            )  # fmt: skip
+                images=images,
+                open_views=lambda seed: Views(images, seed=seed, plane=views.plane, reading=views.reading),
+                recipe=replace(RECIPES[args.recipe], **settings),
+                mean=mean,
+                std=std,
+                dtype=dtype,
+                test_batch=encode_batch,
+                num_workers=args.num_workers,
+                ranks=ranks,
+                signals=signals,
+            )
             found = finetune_all(
-                tuning, candidate, fractions=args.fractions, seeds=args.seeds, n_folds=args.folds, jobs=jobs,
-                runs=output_dir / "runs", key=[files_key, views_key, study_key],
-            )  # fmt: skip
+                tuning,
+                candidate,
+                fractions=args.fractions,
+                seeds=args.seeds,
+                n_folds=args.folds,
+                jobs=jobs,
+                runs=output_dir / "runs",
+                key=[files_key, views_key, study_key],
+            )
         else:
             heads = HeadOptions(**{field.name: settings[field.name] for field in fields(HeadOptions)})
             frozen = Frozen(
-                images=images, views=views, views_key=views_key, files_key=files_key, study_key=study_key,
-                fractions=args.fractions, seeds=args.seeds, n_folds=args.folds, n_views=args.views, heads=heads,
-                features_dir=Path(args.features_dir or output_dir / "features"), jobs=jobs, device=ranks.device,
-                dtype=dtype, batch_size=encode_batch, num_workers=args.num_workers, signals=signals,
-            )  # fmt: skip
+                images=images,
+                views=views,
+                views_key=views_key,
+                files_key=files_key,
+                study_key=study_key,
+                fractions=args.fractions,
+                seeds=args.seeds,
+                n_folds=args.folds,
+                n_views=args.views,
+                heads=heads,
+                features_dir=Path(args.features_dir or output_dir / "features"),
+                jobs=jobs,
+                device=ranks.device,
+                dtype=dtype,
+                batch_size=encode_batch,
+                num_workers=args.num_workers,
+                signals=signals,
+            )
             found = (linear if args.method == "linear" else probe)(frozen, candidate, mean, std)
         for (kind, fraction, seed), (rows, scores) in found.items():
             outcomes.append(
                 Outcome(
-                    **common, weights=f"{candidate.name}, {kind}" if kind else candidate.name, fraction=fraction,
-                    seed=seed, label_names=images.label_names, ids=[images.ids[row] for row in rows],
-                    subjects=images.subjects[rows], targets=images.labels[rows], scores=scores,
+                    **common,
+                    weights=f"{candidate.name}, {kind}" if kind else candidate.name,
+                    fraction=fraction,
+                    seed=seed,
+                    label_names=images.label_names,
+                    ids=[images.ids[row] for row in rows],
+                    subjects=images.subjects[rows],
+                    targets=images.labels[rows],
+                    scores=scores,
                 )
-            )  # fmt: skip
+            )
     return outcomes
 
 

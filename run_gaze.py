@@ -25,14 +25,7 @@ from util.files import atomic_write
 from util.finite import FiniteWatch, make_scaler
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
-from util.output import (
-    announce_resume,
-    find_checkpoint,
-    hold_output,
-    is_due,
-    save_and_prune,
-    writing_results,
-)
+from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
 from util.precision import set_tf32
 from util.pretrained import stored_weights
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
@@ -44,9 +37,8 @@ BEST = "best.pth"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "run_gaze.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )  # fmt: skip
+    parser = Parser("run_gaze.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", required=True, help="processed tree, or several")
     add("--input_size", type=int, default=224, help="side of the input in pixels, divisible by 32")
@@ -59,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--backbone", default="resnet50", help="timm's name of the encoder")
     add("--weights", default=None, metavar="PATH|none",
         help="weights of the encoder: of timm's --backbone, or a checkpoint or export of pretraining, which is then "
-        "the encoder (None: those in preTrain/, if they are there)")  # fmt: skip
+             "the encoder (None: those in preTrain/, if they are there)")
     add("--decoder", choices=DECODERS, default="topdown", help="topdown is ours, the others are of smp")
     add("--decoder_width", type=int, default=64, help="channels of the top-down decoder, divisible by 8")
 
@@ -70,23 +62,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr", type=finite_float, default=1e-3, help="learning rate")
     add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=1, help="linear warm-up from 0, then a half-cycle cosine")
-    add(
-        "--weight_decay",
-        type=finite_float,
-        default=0.05,
-        help="none on biases, norms and other 1-D parameters",
-    )
-    add(
-        "--cc_weight",
-        type=finite_float,
-        default=0.0,
-        help="weight of (1 - CC) beside the KL divergence in the loss",
-    )
+    add("--weight_decay", type=finite_float, default=0.05, help="none on biases, norms and other 1-D parameters")
+    add("--cc_weight", type=finite_float, default=0.0, help="weight of (1 - CC) beside the KL divergence in the loss")
     add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="autocast type (None: float16 on CUDA, float32 on CPU)")  # fmt: skip
+        help="autocast type (None: float16 on CUDA, float32 on CPU)")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
-        help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
+        help="leave out up to N updates with a non-finite loss or gradient before stopping")
     add("--seed", type=seed_number, default=0, help="of initial weights and sample order")
 
     add = parser.add_argument_group("output and resuming").add_argument
@@ -97,14 +79,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--print_every", type=int, default=20, help="steps between progress lines")
     add("--resume", default="", metavar="PATH", help="checkpoint to go on from")
     add("--no_auto_resume", action="store_false", dest="auto_resume",
-        help="start afresh, where the default goes on from the newest checkpoint in output_dir")  # fmt: skip
-    add(
-        "--max_minutes",
-        type=finite_float,
-        default=None,
-        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first",
-    )
+        help="start afresh, where the default goes on from the newest checkpoint in output_dir")
+    add("--max_minutes", type=finite_float, default=None,
+        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first")
     add("--judge", default=None, metavar="PATH", help="don't train: judge this best.pth on the test images")
+    # fmt: on
 
     add_launch_arguments(parser)
     parser.set_defaults(accum_iter=1)  # util.resume compares effective batches
@@ -147,18 +126,21 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
     samples = {
-        part: GazeSamples(study, study.part(part), core.input_size, core.map_size)
-        for part in (TRAIN, VALIDATE, TEST)
+        part: GazeSamples(study, study.part(part), core.input_size, core.map_size) for part in (TRAIN, VALIDATE, TEST)
     }
     core.to(ranks.device)
     optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, fused=True)
     scaler = make_scaler(args.dtype, ranks.device)
     watch = FiniteWatch(
-        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
+        ranks.device,
+        signals,
+        group=ranks.control,
+        half=args.dtype == "float16",
+        skip_nonfinite=args.skip_nonfinite,
         sample_names=lambda epoch, step: [
             samples[TRAIN].sample_name(i) for i in loader.batch_sampler.batch(epoch, step)
         ],
-    )  # fmt: skip
+    )
     identity = samples[TRAIN].identity()
     sums, best, epoch, step = Sums.zeros(ranks.device), Best(), 0, 0
     if resumed is not None:
@@ -176,9 +158,15 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
             centre_prior(samples[part], args.num_workers)
     core.seen = sorted({*core.seen, *study.seen()})
     loader = train_loader(
-        samples[TRAIN], args.batch_size, ranks, seed=args.seed, epochs=args.epochs, epoch=epoch, step=step,
+        samples[TRAIN],
+        args.batch_size,
+        ranks,
+        seed=args.seed,
+        epochs=args.epochs,
+        epoch=epoch,
+        step=step,
         num_workers=args.num_workers,
-    )  # fmt: skip
+    )
     steps = loader.batch_sampler.steps_per_epoch
     ranks.say(describe_run(args, core, study, steps, told, ranks))
 
@@ -188,9 +176,19 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
     )
     training = Training(
-        distributed.parallel(core, ranks, sync_buffers=True), core, optimizer, scaler, iter(loader),
-        len(samples[TRAIN]), steps, watch, ranks, log, progress, identity,
-    )  # fmt: skip
+        distributed.parallel(core, ranks, sync_buffers=True),
+        core,
+        optimizer,
+        scaler,
+        iter(loader),
+        len(samples[TRAIN]),
+        steps,
+        watch,
+        ranks,
+        log,
+        progress,
+        identity,
+    )
     request = GO_ON
     while epoch < args.epochs and request == GO_ON and not best.is_stale(epoch, args.patience):
         began = time.perf_counter()
@@ -213,21 +211,13 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     if epoch < args.epochs:
         ranks.say(f"stopped early: {args.patience} epochs without a better validation KLD")
     if best.epoch < 0:
-        raise UserError(
-            f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32"
-        )
+        raise UserError(f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32")
     ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
     return GO_ON
 
 
 def finish_epoch(
-    training: Training,
-    args: argparse.Namespace,
-    epoch: int,
-    sums: Sums,
-    best: Best,
-    samples: GazeSamples,
-    began: float,
+    training: Training, args: argparse.Namespace, epoch: int, sums: Sums, best: Best, samples: GazeSamples, began: float
 ) -> Best:
     """Validate, keep the model if it is the best so far, and write the epoch's line; returns the best."""
     ranks = training.ranks
@@ -238,9 +228,13 @@ def finish_epoch(
     best, is_better = best.after(epoch, scores)
     means = [sum(values) / len(values) for values in zip(*ranks.gather(sums.means(0)), strict=True)]
     record = {
-        "epoch": epoch, "train_loss": means[0], "train_cc": means[1], **scores,
-        "train_lr": training.optimizer.param_groups[0]["lr"], "time_s": round(time.perf_counter() - began, 2),
-    }  # fmt: skip
+        "epoch": epoch,
+        "train_loss": means[0],
+        "train_cc": means[1],
+        **scores,
+        "train_lr": training.optimizer.param_groups[0]["lr"],
+        "time_s": round(time.perf_counter() - began, 2),
+    }
     ranks.say(
         f"epoch {epoch + 1}/{args.epochs}  validation KLD {scores['val_kld']:.4f}  CC {scores['val_cc']:.4f}"
         f"{'  best so far' if is_better else ''}"
@@ -262,10 +256,18 @@ def gaze_state(
 ) -> dict[str, Any]:
     """What a checkpoint holds; `config` is what `models_gaze.rebuild` needs."""
     state = run_state(
-        training.core, training.optimizer, training.scaler, epoch=epoch, step=step, args=vars(args),
-        sums=sums.sums, ranks=training.ranks, dataset_size=training.dataset_size, samples=training.samples,
+        training.core,
+        training.optimizer,
+        training.scaler,
+        epoch=epoch,
+        step=step,
+        args=vars(args),
+        sums=sums.sums,
+        ranks=training.ranks,
+        dataset_size=training.dataset_size,
+        samples=training.samples,
         watch=training.watch,
-    )  # fmt: skip
+    )
     return state | {"config": training.core.config, "seen": training.core.seen, "best": asdict(best)}
 
 
@@ -350,9 +352,7 @@ def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
     for tree, lacking in study.readings_without_fixations().items():
-        print(
-            f"note: {tree}: {lacking} have no fixations in fixations.csv, so no NSS and no AUC (prepare it again)"
-        )
+        print(f"note: {tree}: {lacking} have no fixations in fixations.csv, so no NSS and no AUC (prepare it again)")
     with writing_results(args.output_dir):
         print(write_judgement(model, study, Path(args.output_dir), ranks.device))
 
@@ -367,10 +367,32 @@ def check_cache_size(args: argparse.Namespace, input_size: int) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    check_least(args, 1, "batch_size", "epochs", "patience", "input_size", "decoder_width", "save_every", "keep",
-                "print_every", "cache_size")  # fmt: skip
-    check_least(args, 0, "num_workers", "warmup_epochs", "weight_decay", "lr", "min_lr", "cc_weight", "clip_grad",
-                "skip_nonfinite", "max_minutes")  # fmt: skip
+    check_least(
+        args,
+        1,
+        "batch_size",
+        "epochs",
+        "patience",
+        "input_size",
+        "decoder_width",
+        "save_every",
+        "keep",
+        "print_every",
+        "cache_size",
+    )
+    check_least(
+        args,
+        0,
+        "num_workers",
+        "warmup_epochs",
+        "weight_decay",
+        "lr",
+        "min_lr",
+        "cc_weight",
+        "clip_grad",
+        "skip_nonfinite",
+        "max_minutes",
+    )
     if not args.judge:
         check_cache_size(args, args.input_size)
     if args.input_size % 32 or args.input_size < 64:

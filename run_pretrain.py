@@ -33,9 +33,7 @@ from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
 # With another value of one of these a checkpoint does not fit.
-SHAPE_FLAGS = (
-    "model", "input_size", "id_list", "scale_list", "hog_nbins", "decoder_depth", "decoder_num_heads",
-)  # fmt: skip
+SHAPE_FLAGS = ("model", "input_size", "id_list", "scale_list", "hog_nbins", "decoder_depth", "decoder_num_heads")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -53,65 +51,38 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Pretrain CXR-MIM on chest X-rays with gaze heatmaps.",
         formatter_class=HelpFormatter,
     )
+    # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", default=["../data/reflacx-1.0.0/"], help="processed tree, or several")
     add("--preload", action="store_true", help="read the stored foreground instead of the Otsu of the crop")
     add("--input_size", type=int, default=224,
-        help="side of the input in pixels, a multiple of the coarsest HOG cell (32 px as published)")  # fmt: skip
+        help="side of the input in pixels, a multiple of the coarsest HOG cell (32 px as published)")
     add("--min_crop_ratio", type=finite_float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
-    add(
-        "--pin_mem",
-        action="store_true",
-        default=True,
-        help="pin host memory for faster copies to the GPU (default)",
-    )
+    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU (default)")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="don't pin host memory")
     add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
-    add("--cache_size", type=int, default=512, help="short side of cached images in pixels; crops are cut from "
-        "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")  # fmt: skip
+    add("--cache_size", type=int, default=512,
+        help="short side of cached images in pixels; crops are cut from "
+             "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
-    add(
-        "--check_data",
-        action="store_true",
-        help="read every file of the data and the cache, list the bad ones, and exit",
-    )
+    add("--check_data", action="store_true",
+        help="read every file of the data and the cache, list the bad ones, and exit")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="cxrmim_vit_base_patch16",
-        choices=tuple(models_cxrmim.ENCODERS),
-        help="encoder size",
-    )
+    add("--model", default="cxrmim_vit_base_patch16", choices=tuple(models_cxrmim.ENCODERS), help="encoder size")
     add("--pretrained", default=None, metavar="PATH|none",
-        help=f"initial weights; for the base model {BASE_WEIGHTS} unless given, else none")  # fmt: skip
+        help=f"initial weights; for the base model {BASE_WEIGHTS} unless given, else none")
     add("--id_list", type=int, nargs="+", default=[1, 3, 9, 11], help="0-based encoder blocks to decode")
-    add(
-        "--scale_list",
-        type=finite_float,
-        nargs="+",
-        default=[4.0, 2.0, 1.0, 0.5],
-        help="target scale of each",
-    )
+    add("--scale_list", type=finite_float, nargs="+", default=[4.0, 2.0, 1.0, 0.5], help="target scale of each")
     add("--decoder_depth", type=int, default=1, help="transformer blocks in each decoder")
     add("--decoder_num_heads", type=int, default=8, help="attention heads in each decoder")
     add("--hog_nbins", type=int, default=9, help="orientation bins of the HOG targets")
 
     add = parser.add_argument_group("masking and loss").add_argument
-    add(
-        "--masking",
-        default="attention",
-        choices=tuple(MASKINGS),
-        help="what chooses the masked patches",
-    )
+    add("--masking", default="attention", choices=tuple(MASKINGS), help="what chooses the masked patches")
     add("--mask_ratio", type=finite_float, default=0.75, help="share of masked patches")
-    add(
-        "--clinical_ratio",
-        type=finite_float,
-        default=0.5,
-        help="share of masked ones among the attended patches",
-    )
+    add("--clinical_ratio", type=finite_float, default=0.5, help="share of masked ones among the attended patches")
     add("--gaze_weighted", action="store_true", help="weight the loss by gaze")
     add("--gaze_temperature", type=finite_float, default=0.1, help="temperature of that weighting")
 
@@ -119,60 +90,37 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, help="images per rank and step")
     add("--epochs", type=int, default=400, help="where training ends")
     add("--accum_iter", type=int, default=1, help="steps per optimiser step")
-    add(
-        "--weight_decay",
-        type=finite_float,
-        default=0.05,
-        help="none on biases, norms and other 1-D parameters",
-    )
-    add(
-        "--lr",
-        type=finite_float,
-        default=None,
-        help="absolute learning rate (default: blr x effective batch / 256)",
-    )
+    add("--weight_decay", type=finite_float, default=0.05, help="none on biases, norms and other 1-D parameters")
+    add("--lr", type=finite_float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
     add("--blr", type=finite_float, default=1e-3, help="learning rate per 256 images")
     add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=40, help="linear warm-up from 0, then a half-cycle cosine")
-    add(
-        "--clip_grad",
-        type=finite_float,
-        default=None,
-        help="clip the gradient to this norm (default: no clipping)",
-    )
+    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm (default: no clipping)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="autocast type (default: float16 on CUDA, float32 on CPU)")  # fmt: skip
+        help="autocast type (default: float16 on CUDA, float32 on CPU)")
     add("--tf32", action="store_true", help="TF32 in float32 products and convolutions on CUDA")
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
-        help="leave out up to N updates with a non-finite loss or gradient before stopping")  # fmt: skip
+        help="leave out up to N updates with a non-finite loss or gradient before stopping")
     add("--seed", type=seed_number, default=0, help="of initial weights, sample order, crops and masks")
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints, log.txt, args.json")
     add("--log_dir", default=None, help="TensorBoard events (default: output_dir)")
     add("--save_every", type=int, default=50, help="epochs between checkpoints that are kept")
-    add(
-        "--keep",
-        type=int,
-        default=None,
-        help="keep only the last N (default: every save_every-th and the last 2)",
-    )
+    add("--keep", type=int, default=None, help="keep only the last N (default: every save_every-th and the last 2)")
     add("--image_every", type=int, default=50,
-        help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")  # fmt: skip
+        help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")
     add("--print_every", type=int, default=20, help="steps between progress lines")
     add("--resume", default="", metavar="PATH", help="checkpoint to go on from, a file or an http(s) address")
     add("--auto_resume", action="store_true", default=True,
-        help="go on from the newest checkpoint in output_dir (default)")  # fmt: skip
+        help="go on from the newest checkpoint in output_dir (default)")
     add("--no_auto_resume", action="store_false", dest="auto_resume",
-        help="start afresh; output_dir must hold no checkpoint")  # fmt: skip
-    add(
-        "--max_minutes",
-        type=finite_float,
-        default=None,
-        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first",
-    )
+        help="start afresh; output_dir must hold no checkpoint")
+    add("--max_minutes", type=finite_float, default=None,
+        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first")
     add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
+    # fmt: on
 
     add_launch_arguments(parser)
     return parser
@@ -222,14 +170,16 @@ def set_up(
         ranks.say(load_initial_weights(core, path))
     dataset = build_data(args)  # after what fails sooner: a cache may be built first, which takes minutes
     samples = dataset.identity()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     scaler = make_scaler(args.dtype, ranks.device)
     watch = FiniteWatch(
-        ranks.device, signals, group=ranks.control, half=args.dtype == "float16", skip_nonfinite=args.skip_nonfinite,
+        ranks.device,
+        signals,
+        group=ranks.control,
+        half=args.dtype == "float16",
+        skip_nonfinite=args.skip_nonfinite,
         sample_names=lambda epoch, step: [dataset.sample_name(i) for i in loader.batch_sampler.batch(epoch, step)],
-    )  # fmt: skip
+    )
     meters = Meters.zeros(len(core.scale_list), ranks.device)
     epoch, step = args.start_epoch, 0
     if resumed is not None:
@@ -240,9 +190,17 @@ def set_up(
             meters.sums.copy_(own_sums(state, ranks))
         epoch, step = state["epoch"] + 1, state["step"]
     loader = train_loader(
-        dataset, args.batch_size, ranks, seed=args.seed, epochs=args.epochs, epoch=epoch, step=step,
-        accum_iter=args.accum_iter, num_workers=args.num_workers, pin_memory=args.pin_mem,
-    )  # fmt: skip
+        dataset,
+        args.batch_size,
+        ranks,
+        seed=args.seed,
+        epochs=args.epochs,
+        epoch=epoch,
+        step=step,
+        accum_iter=args.accum_iter,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+    )
     steps = loader.batch_sampler.steps_per_epoch
     log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
     log.start(vars(args), ranks.world_size)
@@ -254,15 +212,13 @@ def set_up(
     model = distributed.parallel(core, ranks)
     training = Training(
         model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress, samples
-    )  # fmt: skip
+    )
     if ranks.is_main:
         print(describe_run(training, dataset, args, epoch), flush=True)
     return training, epoch, step, meters
 
 
-def train(
-    training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters
-) -> tuple[int, int, int]:
+def train(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> tuple[int, int, int]:
     """Train from a place to the end or to a request to stop, saving on the way.
 
     Returns the place reached, epoch and step, and the request.
@@ -286,9 +242,18 @@ def train(
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
     """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
     state = run_state(
-        training.core, training.optimizer, training.scaler, epoch=epoch, step=step, args=vars(args), sums=meters.sums,
-        ranks=training.ranks, dataset_size=training.dataset_size, samples=training.samples, watch=training.watch,
-    ) | {"model_config": training.core.config}  # fmt: skip
+        training.core,
+        training.optimizer,
+        training.scaler,
+        epoch=epoch,
+        step=step,
+        args=vars(args),
+        sums=meters.sums,
+        ranks=training.ranks,
+        dataset_size=training.dataset_size,
+        samples=training.samples,
+        watch=training.watch,
+    ) | {"model_config": training.core.config}
 
     def write() -> None:
         training.log.flush()
@@ -298,11 +263,7 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
 
 
 def load_to_go_on(
-    path: Path,
-    args: argparse.Namespace,
-    core: models_cxrmim.CXRMIM,
-    setting: Setting,
-    ranks: distributed.Ranks,
+    path: Path, args: argparse.Namespace, core: models_cxrmim.CXRMIM, setting: Setting, ranks: distributed.Ranks
 ) -> dict:
     """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
     state = load_checkpoint(path)
@@ -326,10 +287,36 @@ def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    check_least(args, 1, "batch_size", "epochs", "accum_iter", "input_size", "hog_nbins", "decoder_num_heads",
-                "save_every", "keep", "print_every", "cache_size")  # fmt: skip
-    check_least(args, 0, "num_workers", "decoder_depth", "warmup_epochs", "weight_decay", "lr", "blr", "min_lr",
-                "clip_grad", "start_epoch", "skip_nonfinite", "image_every", "max_minutes")  # fmt: skip
+    check_least(
+        args,
+        1,
+        "batch_size",
+        "epochs",
+        "accum_iter",
+        "input_size",
+        "hog_nbins",
+        "decoder_num_heads",
+        "save_every",
+        "keep",
+        "print_every",
+        "cache_size",
+    )
+    check_least(
+        args,
+        0,
+        "num_workers",
+        "decoder_depth",
+        "warmup_epochs",
+        "weight_decay",
+        "lr",
+        "blr",
+        "min_lr",
+        "clip_grad",
+        "start_epoch",
+        "skip_nonfinite",
+        "image_every",
+        "max_minutes",
+    )
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
     if args.cache_size < args.input_size:

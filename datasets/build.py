@@ -47,15 +47,7 @@ def build_dataset(
         UserError: see `GazeTree` and `datasets.cache.add_cache`.
     """
     trees = [
-        tree_type(
-            root,
-            input_size,
-            min_crop_ratio,
-            seed,
-            preload=preload,
-            augment=augment,
-            cache_size=cache_size,
-        )
+        tree_type(root, input_size, min_crop_ratio, seed, preload=preload, augment=augment, cache_size=cache_size)
         for tree_type, root in (detect_tree(path) for path in _paths(data_path))
     ]
     if use_cache:
@@ -85,9 +77,7 @@ def check_caches(
             tree = tree_type(root, preload=preload, cache_size=cache_size)
             found += check_cache(tree, cache_dir, fallback_dir=fallback_dir)
         except UserError as error:
-            found.append(
-                Problem("note", str(root), f"its cache was not checked, for an error of the tree ({error})")
-            )
+            found.append(Problem("note", str(root), f"its cache was not checked, for an error of the tree ({error})"))
     return found
 
 

@@ -27,16 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.plane import (
-    ABSENT,
-    CHECKSUM,
-    NATIVE_HEIGHT,
-    Plane,
-    PlaneKind,
-    find_damage,
-    open_plane,
-    plane_file_name,
-)
+from datasets.plane import ABSENT, CHECKSUM, NATIVE_HEIGHT, Plane, PlaneKind, find_damage, open_plane, plane_file_name
 from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
 from datasets.tree import GazeTree, Problem, check_same_size
 from util.errors import UserError
@@ -50,13 +41,7 @@ def tree_plane(name: str, cache_size: int) -> PlaneKind:
     advice = " (run_pretrain.py --check_data lists every bad file)"
     stored_size = partial(grid_size, short_side=cache_size)
     return PlaneKind(
-        name,
-        cache_size,
-        image_size,
-        stored_size,
-        partial(_tree_picture, name),
-        advice,
-        "a smaller --cache_size, ",
+        name, cache_size, image_size, stored_size, partial(_tree_picture, name), advice, "a smaller --cache_size, "
     )
 
 
@@ -137,10 +122,7 @@ def add_cache(
 
 
 def check_cache(
-    tree: GazeTree,
-    cache_dir: str | os.PathLike | None = None,
-    *,
-    fallback_dir: str | os.PathLike | None = None,
+    tree: GazeTree, cache_dir: str | os.PathLike | None = None, *, fallback_dir: str | os.PathLike | None = None
 ) -> list[Problem]:
     """Read what `add_cache` would use of the cache, and change nothing: a line for each plane that is there, a warning
     where it is damaged, or one that there is no cache yet.
@@ -159,9 +141,7 @@ def check_cache(
                 continue
             if damage is None:
                 found.append(
-                    Problem(
-                        "note", str(path), f"{len(column.unique)} cached pictures, all as they were written"
-                    )
+                    Problem("note", str(path), f"{len(column.unique)} cached pictures, all as they were written")
                 )
                 break
             text = f"{damage.reason}; the next run makes them anew from the originals"

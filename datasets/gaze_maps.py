@@ -111,10 +111,7 @@ class GazeStudy:
 
     def _subject(self, tree: int, entries: Sequence[int]) -> str:
         """Subject of an image, by the index or by MIMIC's folder p<subject>."""
-        found = {
-            str(self._entry(tree, i).get("subject_id") or "").strip() or self._folder(tree, i)
-            for i in entries
-        }
+        found = {str(self._entry(tree, i).get("subject_id") or "").strip() or self._folder(tree, i) for i in entries}
         if len(found) > 1:
             raise UserError(f"{self._where(tree, entries[0])}: its image is of subjects {sorted(found)}")
         return found.pop()
@@ -195,9 +192,7 @@ class GazeStudy:
         try:
             gray, attention = tree.read_planes(index)[0][:2]
             if not attention.any():
-                raise UserError(
-                    f"{tree.files(index).attention}: the heatmap is zero everywhere; prepare it again"
-                )
+                raise UserError(f"{tree.files(index).attention}: the heatmap is zero everywhere; prepare it again")
         except UserError as error:
             raise SampleError(f"{error} (sample {tree.sample_name(index)})") from None
         return [gray, attention]
@@ -269,10 +264,7 @@ class GazeSamples(Dataset):
 
     def identity(self) -> str:
         """Digest of the samples' readings and their order: a checkpoint goes on with the same ones."""
-        names = [
-            [self.study.reading_id(image, place) for place in range(len(image.entries))]
-            for image in self.images
-        ]
+        names = [[self.study.reading_id(image, place) for place in range(len(image.entries))] for image in self.images]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:

@@ -142,12 +142,7 @@ class Damage:
 
 
 def open_plane(
-    directories: Sequence[Path],
-    kind: PlaneKind,
-    files: Sequence[Path],
-    *,
-    root: Path,
-    num_workers: int | None = None,
+    directories: Sequence[Path], kind: PlaneKind, files: Sequence[Path], *, root: Path, num_workers: int | None = None
 ) -> Plane:
     """The plane of these files from the first directory that has it whole, or else mended or built in the first that
     can be written.
@@ -230,9 +225,7 @@ def find_damage(path: Path, files: Sequence[Path], num_workers: int | None = Non
             names = ", ".join(os.fspath(files[place]) for place in places[:NAMED])
             more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
             return Damage(
-                f"{len(places)} of {len(table)} cached pictures are damaged, those of {names}{more}",
-                table,
-                places,
+                f"{len(places)} of {len(table)} cached pictures are damaged, those of {names}{more}", table, places
             )
         if os.fstat(descriptor).st_size != _pixels_end(table):
             return Damage("the cache file has bytes too many", table)
@@ -242,10 +235,7 @@ def find_damage(path: Path, files: Sequence[Path], num_workers: int | None = Non
 def _is_whole(descriptor: int, row: np.ndarray, buffer: memoryview) -> bool:
     """Whether a picture's pixels are those that were written."""
     try:  # not by the mapped file: where a disk can't give a byte, that would end the process
-        return (
-            os.preadv(descriptor, [buffer], int(row[OFFSET])) == len(buffer)
-            and zlib.crc32(buffer) == row[CHECKSUM]
-        )
+        return os.preadv(descriptor, [buffer], int(row[OFFSET])) == len(buffer) and zlib.crc32(buffer) == row[CHECKSUM]
     except OSError:
         return False
 
@@ -262,9 +252,7 @@ def _read_table(descriptor: int, path: Path) -> np.ndarray:
     return np.frombuffer(data, np.int64).reshape(count, 6)
 
 
-def _open_whole(
-    path: Path, files: Sequence[Path], num_workers: int | None
-) -> tuple[Plane | None, Damage | None]:
+def _open_whole(path: Path, files: Sequence[Path], num_workers: int | None) -> tuple[Plane | None, Damage | None]:
     """The plane if it is there and whole; else what is wrong with it, None if it is not there."""
     try:
         if (damage := find_damage(path, files, num_workers)) is not None:
@@ -296,9 +284,7 @@ def _build(path: Path, kind: PlaneKind, files: Sequence[Path], num_workers: int 
             _write_pictures(file.fileno(), table, kind, files, range(len(files)), num_workers)
 
 
-def _mend(
-    path: Path, kind: PlaneKind, files: Sequence[Path], damage: Damage, num_workers: int | None
-) -> bool:
+def _mend(path: Path, kind: PlaneKind, files: Sequence[Path], damage: Damage, num_workers: int | None) -> bool:
     """Make the damaged pictures of a plane anew, in place. False where that can't be done: it has to be built."""
     if damage.table is None:
         return False
@@ -314,9 +300,13 @@ def _mend(
 
 
 def _write_pictures(
-    descriptor: int, table: np.ndarray, kind: PlaneKind, files: Sequence[Path], places: Sequence[int],
+    descriptor: int,
+    table: np.ndarray,
+    kind: PlaneKind,
+    files: Sequence[Path],
+    places: Sequence[int],
     num_workers: int | None,
-) -> None:  # fmt: skip
+) -> None:
     """Make the pictures at some places of the table, and write them, their checksums and the table."""
 
     def copy(place: int) -> None:
@@ -366,8 +356,7 @@ def _first_writable(directories: Sequence[Path]) -> Path:
         except OSError as error:
             reason = error.strerror
     raise UserError(
-        f"{directories[-1]}: can't write the cache here ({reason}); "
-        "name a place by --cache_dir, or pass --no_cache"
+        f"{directories[-1]}: can't write the cache here ({reason}); name a place by --cache_dir, or pass --no_cache"
     )
 
 

@@ -58,9 +58,7 @@ class Shown:
         return Shown(batch, self.mask[places], [self.names[place] for place in places])
 
 
-def training_dataset(
-    args: Mapping[str, Any], data_path: Sequence[str] | None, input_size: int, augment: bool
-):
+def training_dataset(args: Mapping[str, Any], data_path: Sequence[str] | None, input_size: int, augment: bool):
     """The data set with a run's stored options; `data_path` where the data lie elsewhere now.
 
     Options that a checkpoint of another program lacks have the published defaults.
@@ -84,14 +82,7 @@ def training_dataset(
 
 
 def training_batch(
-    model: nn.Module,
-    dataset,
-    args: Mapping[str, Any],
-    *,
-    epoch: int,
-    step: int,
-    rank: int = 0,
-    world_size: int = 1,
+    model: nn.Module, dataset, args: Mapping[str, Any], *, epoch: int, step: int, rank: int = 0, world_size: int = 1
 ) -> Shown:
     """Exactly what one rank saw in one training step: samples, crops, flips and masks.
 
@@ -121,9 +112,7 @@ def training_batch(
     except ValueError as error:
         raise UserError(f"--step: {error}; is --data_path the data set of this run?") from None
     if epoch < 0 or not 0 <= step < batches.steps_per_epoch:
-        raise UserError(
-            f"--epoch {epoch} --step {step}: an epoch has steps 0 to {batches.steps_per_epoch - 1}"
-        )
+        raise UserError(f"--epoch {epoch} --step {step}: an epoch has steps 0 to {batches.steps_per_epoch - 1}")
     indices = batches.batch(epoch, step)
     batch = default_collate([dataset[(epoch, index)] for index in indices])
     generator = mask_generator(args.get("seed", 0), epoch, step, rank, model.cls_token.device)
@@ -131,9 +120,7 @@ def training_batch(
     return Shown(batch, mask, [picture_name(dataset, index) for index in indices])
 
 
-def chosen_samples(
-    model: nn.Module, dataset, args: Mapping[str, Any], indices: Sequence[int], epoch: int = 0
-) -> Shown:
+def chosen_samples(model: nn.Module, dataset, args: Mapping[str, Any], indices: Sequence[int], epoch: int = 0) -> Shown:
     """Samples of a data set with augment=False, each with a mask that depends on (seed, index) only.
 
     Args:

@@ -73,9 +73,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
             order = self.epoch_order(epoch)
             first = self.start_step if epoch == self.start_epoch else 0
             for step in range(first, self.steps_per_epoch):
-                yield [
-                    (epoch, index) for index in order[step * self.batch_size : (step + 1) * self.batch_size]
-                ]
+                yield [(epoch, index) for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
 
     def __len__(self) -> int:
         return (self.epochs - self.start_epoch) * self.steps_per_epoch - self.start_step
@@ -107,9 +105,16 @@ def train_loader(
     """
     try:
         sampler = TrainBatches(
-            len(dataset), batch_size, world_size=ranks.world_size, rank=ranks.rank, seed=seed,
-            epochs=epochs, start_epoch=epoch, start_step=step, accum_iter=accum_iter,
-        )  # fmt: skip
+            len(dataset),
+            batch_size,
+            world_size=ranks.world_size,
+            rank=ranks.rank,
+            seed=seed,
+            epochs=epochs,
+            start_epoch=epoch,
+            start_step=step,
+            accum_iter=accum_iter,
+        )
     except ValueError as error:
         raise UserError(f"--{error}{mend}") from None
     if step >= sampler.steps_per_epoch:

@@ -79,9 +79,7 @@ def scale_box(box: Box, grid: tuple[int, int], size: tuple[int, int]) -> Box:
     return Box(top, left, max(1, bottom - top), max(1, right - left))
 
 
-def crop_resize_flip(
-    planes: Sequence[np.ndarray], box: Box, size: tuple[int, int], flip: bool = False
-) -> Tensor:
+def crop_resize_flip(planes: Sequence[np.ndarray], box: Box, size: tuple[int, int], flip: bool = False) -> Tensor:
     """Cut the same box out of planes of one size and resize it: bicubic, antialiased, on uint8.
 
     Args:

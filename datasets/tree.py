@@ -284,8 +284,7 @@ def check_same_size(file: Path, shape: tuple[int, int], image: Path, image_shape
     """Raise UserError unless a plane has its image's (height, width)."""
     if tuple(shape) != tuple(image_shape):
         raise UserError(
-            f"{file}: {shape[1]} x {shape[0]} px, but its image {image} has "
-            f"{image_shape[1]} x {image_shape[0]}"
+            f"{file}: {shape[1]} x {shape[0]} px, but its image {image} has {image_shape[1]} x {image_shape[0]}"
         )
 
 

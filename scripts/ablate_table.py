@@ -21,21 +21,14 @@ from util.tables import read_table
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "results",
-        nargs="+",
-        help="results.csv of run_downstream.py --method probe, with weights named SETTING_sSEED; several are joined",
-    )
-    parser.add_argument(
-        "--reference", default="random_unweighted", help="setting that the others are compared with"
-    )
-    parser.add_argument(
-        "--min_positives",
-        type=int,
-        default=10,
-        help="leave out labels with fewer test images with or without",
-    )
+    # fmt: off
+    parser.add_argument("results", nargs="+",
+        help="results.csv of run_downstream.py --method probe, with weights named SETTING_sSEED; several are joined")
+    parser.add_argument("--reference", default="random_unweighted", help="setting that the others are compared with")
+    parser.add_argument("--min_positives", type=int, default=10,
+        help="leave out labels with fewer test images with or without")
     parser.add_argument("--out", default="table.csv", help="CSV to write, and a PNG of the same name")
+    # fmt: on
     return parser
 
 

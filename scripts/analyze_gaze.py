@@ -25,37 +25,23 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_raw_options(parser)
+    # fmt: off
     add = parser.add_argument
-    add(
-        "--images",
-        type=Path,
-        default=None,
-        help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it, having no image sizes",
-    )
+    add("--images", type=Path, default=None,
+        help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it, having no image sizes")
     add("--out", type=Path, required=True, help="directory for the tables and gaze_analysis.png")
     add("--split", choices=["all", "train", "validate", "test"], default="all", help="readings to use")
     add("--size", type=int, default=256, help="short side of the heatmaps, px")
-    add(
-        "--size_thresholds",
-        type=finite_float,
-        nargs=2,
-        default=[0.01, 0.05],
-        metavar=("MEDIUM", "LARGE"),
-        help="shares of the image's area from which an abnormality is medium, and large",
-    )
-    add(
-        "--min_certainty",
-        type=int,
-        choices=range(1, 6),
-        default=1,
-        help="least certainty of the ellipses used",
-    )
+    add("--size_thresholds", type=finite_float, nargs=2, default=[0.01, 0.05], metavar=("MEDIUM", "LARGE"),
+        help="shares of the image's area from which an abnormality is medium, and large")
+    add("--min_certainty", type=int, choices=range(1, 6), default=1, help="least certainty of the ellipses used")
     add("--bootstrap", dest="n_bootstrap", type=int, default=2000, help="bootstrap samples of the intervals")
     add("--examples", dest="n_examples", type=int, default=3, help="images to show")
     add("--seed", type=seed_number, default=0, help="of the bootstrap")
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
-    return parser  # fmt: skip
+    # fmt: on
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

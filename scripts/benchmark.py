@@ -52,17 +52,16 @@ from util.stop import StopSignals
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 128 on a GPU")
-    parser.add_argument(
-        "--compile", action="store_true", help="also measure compiled steps (on a GPU always)"
-    )
-    parser.add_argument(
-        "--minutes", type=finite_float, help="stop after so long (default: 7.5 on a GPU, never on a CPU)"
-    )
+    parser.add_argument("--compile", action="store_true", help="also measure compiled steps (on a GPU always)")
+    parser.add_argument("--minutes", type=finite_float,
+        help="stop after so long (default: 7.5 on a GPU, never on a CPU)")
     parser.add_argument("--work_dir", help="where inputs are made and removed again (default: /tmp)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
+    # fmt: on
     return parser
 
 
@@ -110,15 +109,35 @@ def settings_of(args: argparse.Namespace, device: str) -> Settings:
     settings = Settings(device=device)
     if device == "cuda":
         settings = replace(
-            settings, batch_size=128, prediction_batch=32, repeats=10, sample_repeats=6, loader_batches=30,
-            workers=(0, 4, 16), training_workers=(4, 16), copies=64, downstream=(240, 15, 8, 192),
-        )  # fmt: skip
+            settings,
+            batch_size=128,
+            prediction_batch=32,
+            repeats=10,
+            sample_repeats=6,
+            loader_batches=30,
+            workers=(0, 4, 16),
+            training_workers=(4, 16),
+            copies=64,
+            downstream=(240, 15, 8, 192),
+        )
     if args.quick:
         settings = Settings(
-            image_size=(330, 380), n_images=2, model="cxrmim_vit_tiny_patch16", batch_size=2, prediction_batch=2,
-            repeats=2, sample_repeats=2, cache_size=224, epochs=2, loader_batches=3, workers=(0, 1),
-            training_workers=(1,), device=device, downstream=(40, 1, 4, 64), input_size=64,
-        )  # fmt: skip
+            image_size=(330, 380),
+            n_images=2,
+            model="cxrmim_vit_tiny_patch16",
+            batch_size=2,
+            prediction_batch=2,
+            repeats=2,
+            sample_repeats=2,
+            cache_size=224,
+            epochs=2,
+            loader_batches=3,
+            workers=(0, 1),
+            training_workers=(1,),
+            device=device,
+            downstream=(40, 1, 4, 64),
+            input_size=64,
+        )
     if args.batch_size:
         settings.batch_size = args.batch_size
     settings.compile, settings.quick = args.compile or device == "cuda" or args.quick, args.quick
@@ -140,9 +159,7 @@ def run_parts(parts: Parts, report: Report, root: Path, settings: Settings) -> N
             run(f"step: {variant.name}", partial(steps.measure, variant))
     for workers in settings.training_workers:
         output = root / f"output-{workers}"
-        run(
-            f"training, {workers} workers", partial(measure_training, report, tree, output, settings, workers)
-        )
+        run(f"training, {workers} workers", partial(measure_training, report, tree, output, settings, workers))
     run("gaze training", lambda: measure_gaze_training(report, root, settings))
     run("downstream encoding", lambda: measure_encoding(report, root / "encoding", settings))
     run("loader", lambda: measure_loader(report, tree, settings))

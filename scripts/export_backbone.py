@@ -16,22 +16,15 @@ from util.export import FORMATS, export_backbone, usage
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "checkpoint", help="checkpoint-*.pth of pretraining, a published one, or a MAE or timm file"
-    )
+    # fmt: off
+    parser.add_argument("checkpoint", help="checkpoint-*.pth of pretraining, a published one, or a MAE or timm file")
     parser.add_argument("out", help="file to write; a folder for --format hf")
     parser.add_argument("--format", choices=FORMATS, default="timm", help="kind of file")
-    parser.add_argument(
-        "--img_size", type=int, help="resample pos_embed for this input size in px (default: as is)"
-    )
-    parser.add_argument(
-        "--tap", default="last", help="whose LayerNorm becomes norm: last, or its place from 0"
-    )
-    parser.add_argument(
-        "--num_heads",
-        type=int,
-        help="attention heads of the encoder, for a file that doesn't say (default: as told)",
-    )
+    parser.add_argument("--img_size", type=int, help="resample pos_embed for this input size in px (default: as is)")
+    parser.add_argument("--tap", default="last", help="whose LayerNorm becomes norm: last, or its place from 0")
+    parser.add_argument("--num_heads", type=int,
+        help="attention heads of the encoder, for a file that doesn't say (default: as told)")
+    # fmt: on
     return parser
 
 

@@ -19,13 +19,12 @@ from util.pretrained import fetch_weights, stored_weights, tagged_name
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--model",
-        default="vit_base_patch16_224",
-        help="timm's or this program's name of the model, with or without tag, or a ViT's size",
-    )
+    # fmt: off
+    parser.add_argument("--model", default="vit_base_patch16_224",
+        help="timm's or this program's name of the model, with or without tag, or a ViT's size")
     parser.add_argument("--file", help="weights downloaded by hand, instead of asking the Hugging Face hub")
     parser.add_argument("--out", help="file to write (default: where the programs look for it in preTrain/)")
+    # fmt: on
     return parser
 
 

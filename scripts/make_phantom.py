@@ -38,59 +38,33 @@ ONLY_FOR = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--out",
-        required=True,
-        help="directory to write into: reflacx/ or egd-cxr/ and mimic/, or rsna/, nih/ or chexpert/",
-    )
+    # fmt: off
+    parser.add_argument("--out", required=True,
+        help="directory to write into: reflacx/ or egd-cxr/ and mimic/, or rsna/, nih/ or chexpert/")
     parser.add_argument("--layout", choices=LAYOUTS, default="reflacx", help="of which data set")
     parser.add_argument("--n_images", type=int, default=24, help="number of images")
     parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same study")
     parser.add_argument("--width", type=int, default=420, help="width of the images, px")
     parser.add_argument("--height", type=int, default=512, help="height of the images, px")
-    parser.add_argument(
-        "--format",
-        choices=("jpg", "dcm", "mixed"),
-        help="kind of image files; without it jpg, for rsna dcm (nih has png, chexpert jpg)",
-    )
-    parser.add_argument(
-        "--shared_images",
-        type=int,
-        default=None,
-        help="images read by several readers, in phases 1 and 2; a quarter if not given",
-    )
+    parser.add_argument("--format", choices=("jpg", "dcm", "mixed"),
+        help="kind of image files; without it jpg, for rsna dcm (nih has png, chexpert jpg)")
+    parser.add_argument("--shared_images", type=int, default=None,
+        help="images read by several readers, in phases 1 and 2; a quarter if not given")
     parser.add_argument("--readers", type=int, help="readers of each shared image; 3 if not given")
-    parser.add_argument(
-        "--lesion_kinds",
-        nargs="+",
-        choices=LESION_KINDS,
-        default=list(LESION_KINDS),
-        help="abnormalities to draw from",
-    )
-    parser.add_argument(
-        "--lesion_size", type=finite_float, default=1.0, help="multiplies the lesions' usual extent"
-    )
-    parser.add_argument(
-        "--lesion_contrast", type=finite_float, default=1.0, help="multiplies the lesions' usual contrast"
-    )
-    parser.add_argument(
-        "--normal_fraction", type=finite_float, default=0.2, help="share of images without a lesion"
-    )
-    parser.add_argument(
-        "--dwell_ratio",
-        type=finite_float,
-        help="gaze density inside abnormal ellipses over that outside; 6 if not given",
-    )
-    parser.add_argument(
-        "--faults", nargs="*", choices=FAULTS, help="damage to plant, a reading each; none if not given"
-    )
-    parser.add_argument(
-        "--real_radiograph",
-        action="store_true",
-        default=None,
-        help="add the one real film that pip's pydicom-data brings, with a simulated reading",
-    )
+    parser.add_argument("--lesion_kinds", nargs="+", choices=LESION_KINDS, default=list(LESION_KINDS),
+        help="abnormalities to draw from")
+    parser.add_argument("--lesion_size", type=finite_float, default=1.0, help="multiplies the lesions' usual extent")
+    parser.add_argument("--lesion_contrast", type=finite_float, default=1.0,
+        help="multiplies the lesions' usual contrast")
+    parser.add_argument("--normal_fraction", type=finite_float, default=0.2, help="share of images without a lesion")
+    parser.add_argument("--dwell_ratio", type=finite_float,
+        help="gaze density inside abnormal ellipses over that outside; 6 if not given")
+    parser.add_argument("--faults", nargs="*", choices=FAULTS,
+        help="damage to plant, a reading each; none if not given")
+    parser.add_argument("--real_radiograph", action="store_true", default=None,
+        help="add the one real film that pip's pydicom-data brings, with a simulated reading")
     parser.add_argument("--egd", action="store_true", help="the same as --layout egd")
+    # fmt: on
     return parser
 
 

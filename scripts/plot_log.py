@@ -16,9 +16,11 @@ from util.figures import check_picture_path, save_figure
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # fmt: off
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run, or its log.txt")
     parser.add_argument("--names", nargs="+", help="names of the runs in the legend (default: their folders)")
     parser.add_argument("--out", default="loss.png", help="picture to write: .png, .pdf, .svg or .jpg")
+    # fmt: on
     return parser
 
 
@@ -27,9 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     out = check_picture_path(args.out)
     names = args.names or run_names(args.runs)
     if len(names) != len(args.runs) or len(set(names)) != len(names):
-        raise UserError(
-            f"--names: {len(names)} names for {len(args.runs)} runs; give one different name to each"
-        )
+        raise UserError(f"--names: {len(names)} names for {len(args.runs)} runs; give one different name to each")
     logs = {name: read_log(run) for name, run in zip(names, args.runs, strict=True)}
     save_figure(loss_figure(logs), out)
     for name, log in logs.items():

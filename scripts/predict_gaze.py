@@ -25,34 +25,27 @@ from util.precision import set_tf32
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        description=__doc__
-        + " Damaged images are listed and left out; the exit status is 1 then. An interrupted run "
+        description=__doc__ + " Damaged images are listed and left out; the exit status is 1 then. An interrupted run "
         "goes on where it stopped; a second run changes nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    # fmt: off
     add = parser.add_argument
     add("--weights", required=True, help="best.pth of run_gaze.py, a file or an http(s) address")
-    add(
-        "--tree", type=Path, help="tree of images alone, made by scripts/prepare_mimic.py; is filled in place"
-    )
+    add("--tree", type=Path, help="tree of images alone, made by scripts/prepare_mimic.py; is filled in place")
     add("--real", type=Path, nargs="+", default=[],
-        help="processed trees with real gaze: their images keep it (several readings: the mean map)")  # fmt: skip
+        help="processed trees with real gaze: their images keep it (several readings: the mean map)")
     add("--images", type=Path, help="instead of --tree: a directory of PNG, JPG and DICOM files, any depth")
-    add(
-        "--out", type=Path, help="where the heatmaps of --images go, 8-bit PNG of the images' sizes and names"
-    )
+    add("--out", type=Path, help="where the heatmaps of --images go, 8-bit PNG of the images' sizes and names")
     add_dicom_contrast(parser)
-    add("--shard", metavar="i/n", help="make a share: i from 0 to n - 1, in any order or at once; afterwards the same "
-        "command without --shard writes the index")  # fmt: skip
-    add(
-        "--batch_size",
-        type=int,
-        default=32,
-        help="images at a time; the last digit of a map may depend on it",
-    )
+    add("--shard", metavar="i/n",
+        help="make a share: i from 0 to n - 1, in any order or at once; afterwards the same "
+             "command without --shard writes the index")
+    add("--batch_size", type=int, default=32, help="images at a time; the last digit of a map may depend on it")
     add("--workers", type=int, default=available_cpus(), help="processes that decode, and threads that write")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda or cuda:N")
     add("--overwrite", action="store_true", help="replace what another predictor made")
+    # fmt: on
     return parser
 
 
@@ -97,9 +90,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.real and args.tree is None:
         raise UserError("--real: only with --tree")
     if args.tree is not None and args.dicom_contrast != MIMIC_CXR_JPG:
-        raise UserError(
-            "--dicom_contrast: only with --images; a tree's images are 8-bit since they were prepared"
-        )
+        raise UserError("--dicom_contrast: only with --images; a tree's images are 8-bit since they were prepared")
     check_least(args, 1, "batch_size", "workers")
 
 

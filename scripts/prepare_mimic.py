@@ -22,51 +22,27 @@ def get_args_parser() -> argparse.ArgumentParser:
         "An interrupted run goes on where it stopped; a second run changes nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    # fmt: off
     add = parser.add_argument
-    add(
-        "--images",
-        type=Path,
-        required=True,
-        help="root of MIMIC-CXR-JPG (or of MIMIC-CXR, DICOM), holds files/",
-    )
-    add(
-        "--heatmaps",
-        type=Path,
-        default=None,
+    add("--images", type=Path, required=True, help="root of MIMIC-CXR-JPG (or of MIMIC-CXR, DICOM), holds files/")
+    add("--heatmaps", type=Path, default=None,
         help="directory, any depth, with one 8-bit PNG or NPY [height, width] per image, over all of it, "
-        "of any size, the dicom_id in the file's name; without it images alone, for scripts/predict_gaze.py",
-    )
+             "of any size, the dicom_id in the file's name; without it images alone, for scripts/predict_gaze.py")
     add("--out", type=Path, required=True, help="where the tree goes")
-    add(
-        "--metadata",
-        type=Path,
-        default=None,
-        help="mimic-cxr-2.0.0-metadata.csv, .gz or not; by default the one in --images; not needed for --views all",
-    )
-    add(
-        "--views",
-        nargs="+",
-        default=list(FRONTAL),
-        help="values of ViewPosition to take, frontal ones by default; all = any",
-    )
-    add(
-        "--exclude",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="dicom_ids and subject_ids to leave out, one a line, such as those that an evaluation will use",
-    )
+    add("--metadata", type=Path, default=None,
+        help="mimic-cxr-2.0.0-metadata.csv, .gz or not; by default the one in --images; not needed for --views all")
+    add("--views", nargs="+", default=list(FRONTAL),
+        help="values of ViewPosition to take, frontal ones by default; all = any")
+    add("--exclude", type=Path, default=None, metavar="FILE",
+        help="dicom_ids and subject_ids to leave out, one a line, such as those that an evaluation will use")
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
     add_accept_damaged(parser)
-    add(
-        "--dry_run",
-        action="store_true",
-        help="check and count everything but the images' pixels; write nothing",
-    )
-    return parser  # fmt: skip
+    add("--dry_run", action="store_true", help="check and count everything but the images' pixels; write nothing")
+    # fmt: on
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,54 +25,31 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_raw_options(parser)
+    # fmt: off
     add = parser.add_argument
-    add(
-        "--images",
-        type=Path,
-        required=True,
-        help="root of MIMIC-CXR-JPG or of MIMIC-CXR (DICOM), any depth, both kinds may be mixed",
-    )
+    add("--images", type=Path, required=True,
+        help="root of MIMIC-CXR-JPG or of MIMIC-CXR (DICOM), any depth, both kinds may be mixed")
     add("--out", type=Path, required=True, help="where the processed tree goes")
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
-    add(
-        "--readings",
-        choices=["one", "each", "merge"],
-        default="one",
+    add("--readings", choices=["one", "each", "merge"], default="one",
         help="of an image with several readings: the first usable by id, each as an entry of its own, or "
-        "one entry with their heatmaps added",
-    )
-    add(
-        "--split",
-        choices=["all", "train", "validate", "test"],
-        default="all",
+             "one entry with their heatmaps added")
+    add("--split", choices=["all", "train", "validate", "test"], default="all",
         help="'all' is what the paper pretrains on; 'train' keeps REFLACX's validation and test images out "
-        "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)",
-    )
-    add(
-        "--max_bad_fixations",
-        type=finite_float,
-        default=MAX_BAD,
-        metavar="SHARE",
+             "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)")
+    add("--max_bad_fixations", type=finite_float, default=MAX_BAD, metavar="SHARE",
         help="bad fixations (not numbers, no angular resolution, negative duration) are left out and listed; with "
-        "more of them than this share a reading is unusable",
-    )
-    add(
-        "--screen_filter",
-        action="store_true",
+             "more of them than this share a reading is unusable")
+    add("--screen_filter", action="store_true",
         help="REFLACX only: leave out fixations on the screen's button, or more than half a degree outside of the "
-        "image shown, as the data set's authors' example does",
-    )
+             "image shown, as the data set's authors' example does")
     add_dicom_contrast(parser)
-    add(
-        "--workers",
-        type=int,
-        default=available_cpus(),
-        help="processes; the result does not depend on it",
-    )
+    add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
     add_accept_damaged(parser)
     add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
-    return parser  # fmt: skip
+    # fmt: on
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

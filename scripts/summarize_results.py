@@ -25,8 +25,10 @@ COLUMNS = ("weights", "dataset", "method", "fraction", "seed", "label", "low", "
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("summarize_results.py", description=__doc__.split("\n\n")[0])
+    # fmt: off
     parser.add_argument("results", nargs="+", help="results.csv of run_downstream.py")
     parser.add_argument("--out", required=True, help="directory of table.md and results.png")
+    # fmt: on
     return parser
 
 
@@ -54,9 +56,7 @@ def read_means(path: Path) -> pd.DataFrame:
     table = read_table(path, COLUMNS, text=("weights", "dataset", "method", "label"))
     measures = [name for name in ("auc", "accuracy") if name in table]
     if len(measures) != 1:
-        raise UserError(
-            f"{path}: has neither a column 'auc' nor 'accuracy'; give a results.csv of run_downstream.py"
-        )
+        raise UserError(f"{path}: has neither a column 'auc' nor 'accuracy'; give a results.csv of run_downstream.py")
     table = table[table["label"] == MEAN]
     if table.empty:
         raise UserError(f"{path}: has no row of the label {MEAN!r}; give a results.csv of run_downstream.py")

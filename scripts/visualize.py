@@ -26,8 +26,7 @@ from util.pictures import contact_sheet, reconstruction_figure
 from util.weights import build_model, read_state_dict
 
 # Options whose default is what the checkpoint stores.
-STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "id_list", "scale_list", "num_heads",
-          "decoder_num_heads")  # fmt: skip
+STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "id_list", "scale_list", "num_heads", "decoder_num_heads")
 
 # Of the options that a batch is made from.
 KINDS = {
@@ -43,6 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="Options that are not given are those stored in the checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    # fmt: off
     add = parser.add_argument
     add("checkpoint", help="checkpoint of pretraining, or a published one")
     add("--data_path", nargs="+", help="processed tree or trees (default: where the run had its data)")
@@ -66,6 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--per_page", type=int, help="images on a page (default: 4, with --sheet 64)")
     add("--device", default="cpu", help="replaying masks of a run on CUDA needs cuda")
     add("--out", default="picture.png", help=".png, .pdf, .svg or .jpg; several pages are numbered")
+    # fmt: on
     return parser
 
 
@@ -73,9 +74,7 @@ def check_options(options: Mapping[str, Any], path: Path) -> None:
     """Refuse stored options that no run has: the file may be another program's."""
     for name, kind in KINDS.items():
         if name in options and not isinstance(options[name], kind):
-            raise UserError(
-                f"{path}: its stored {name} is {str(options[name])[:60]!r}, of which no batch can be made"
-            )
+            raise UserError(f"{path}: its stored {name} is {str(options[name])[:60]!r}, of which no batch can be made")
 
 
 def _listed(value) -> list:
@@ -122,9 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             indices = args.index or range(min(4, len(dataset)))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
 
-    data = args.image or " ".join(
-        args.data_path or [str(path) for path in _listed(info.args.get("data_path"))]
-    )
+    data = args.image or " ".join(args.data_path or [str(path) for path in _listed(info.args.get("data_path"))])
     where = f"training step {args.step} of epoch {args.epoch}" if args.epoch is not None else "whole images"
     trained = "" if info.epoch is None else f" after {info.epoch + 1} epochs"
     title = f"{Path(args.checkpoint).resolve().parent.name}/{info.path.name}{trained}, {data}, {where}"

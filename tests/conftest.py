@@ -36,9 +36,7 @@ def tree(study, tmp_path_factory):
 def backbone(tmp_path_factory):
     """File of a small ViT with random weights for images of 32 px."""
     torch.manual_seed(9)
-    model = timm.create_model(
-        "vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0
-    )
+    model = timm.create_model("vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0)
     path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
     torch.save({"state_dict": model.state_dict(), "metadata": {"num_heads": "1"}}, path)
     return path

@@ -23,13 +23,7 @@ SHELL = ("", "bash", "sh", "console")
 SHOWN = r"(?:\w+=(?:\"[^\"]*\"|'[^']*'|\S*) )*(?:python3?|bash|sbatch|torchrun) [^\s`]*"
 PREFIXES = {"exec", "nohup", "time", "env", "do", "then", "else"}
 # Variables that a library or Python reads, not a script of ours.
-FOREIGN = {
-    "OMP_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-    "PYTHONPATH",
-    "NCCL_SOCKET_IFNAME",
-    "GLOO_SOCKET_IFNAME",
-}
+FOREIGN = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"}
 PYTEST_FLAGS = {"-m", "-k", "-x", "-q", "-s", "-v", "-n"}
 
 
@@ -242,9 +236,7 @@ def _module(path: Path):
 def links(text: str) -> list[tuple[int, str]]:
     """(line, target) of every link and picture of a page, Markdown's and HTML's, outside code blocks."""
     prose = re.sub(r"`[^`\n]*`", lambda code: " " * len(code.group()), without_code(text))
-    pattern = re.compile(
-        r"\]\(<?([^)\s>]+)>?[^)]*\)|(?:src|srcset|href)=\"([^\"]+)\"|^\[[^\]]+\]: (\S+)", re.MULTILINE
-    )
+    pattern = re.compile(r"\]\(<?([^)\s>]+)>?[^)]*\)|(?:src|srcset|href)=\"([^\"]+)\"|^\[[^\]]+\]: (\S+)", re.MULTILINE)
     return [
         (prose.count("\n", 0, found.start()) + 1, next(filter(None, found.groups())))
         for found in pattern.finditer(prose)
@@ -310,9 +302,7 @@ def named_things(text: str) -> list[tuple[int, str]]:
 def check_named(name: str, root: Path = ROOT) -> None:
     """A file must be there, a dotted name must be a module or in one, a test must be defined. Raises `Fault`."""
     if name.startswith("test_"):
-        if not any(
-            f"def {name}(" in path.read_text(encoding="utf-8") for path in (root / "tests").rglob("*.py")
-        ):
+        if not any(f"def {name}(" in path.read_text(encoding="utf-8") for path in (root / "tests").rglob("*.py")):
             raise Fault(f"no test {name}")
     elif "/" in name or name.endswith(".py"):
         if not (root / name).exists():

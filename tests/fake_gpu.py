@@ -40,9 +40,7 @@ class _NoWaits(TorchDispatchMode):
         elif name == "copy_":
             devices = {args[0].device.type, args[1].device.type}
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-        elif (
-            name.strip("_").startswith("index") and name != "index_select"
-        ):  # an index is moved without a word
+        elif name.strip("_").startswith("index") and name != "index_select":  # an index is moved without a word
             tensors = [args[0], *(index for index in args[1] if index is not None)]
             devices, waits = {tensor.device.type for tensor in tensors}, True
         else:
@@ -77,9 +75,7 @@ def _move(module: nn.Module) -> None:
     """As `module.to(CUDA)`: its parameters and buffers are there afterwards, and nothing else."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            moved = torch.empty_strided(
-                parameter.shape, parameter.stride(), dtype=parameter.dtype, device=CUDA
-            )
+            moved = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=CUDA)
             setattr(part, name, nn.Parameter(moved, requires_grad=parameter.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA))

@@ -36,10 +36,7 @@ def make_gaze_tree(
             seen = centre + rng.normal(0, 1, 2)
             gaze = heatmap_to_uint8(disc(height, width, seen, 5) + 0.02)
             save(root / "attention" / f"s{subject}" / f"{entry['reflacx_id']}.png", gaze)
-            save(
-                root / "foreground" / f"s{subject}" / f"{entry['reflacx_id']}.png",
-                (gaze > 100) * np.uint8(255),
-            )
+            save(root / "foreground" / f"s{subject}" / f"{entry['reflacx_id']}.png", (gaze > 100) * np.uint8(255))
             entries.append(entry)
             for point in seen + rng.normal(0, 2, (5, 2)):
                 y, x = np.clip(point / (height, width), 0, 1)

@@ -88,9 +88,7 @@ def test_readme_is_short_and_begins_with_what_was_checked():
 def test_pictures_are_shown_and_small():
     shown = {Path(target).name for _, target in links(README) if target.endswith(PICTURES)}
     assert len(shown) >= 3
-    used = {
-        Path(target).name for page in PAGES for _, target in links((ROOT / page).read_text(encoding="utf-8"))
-    }
+    used = {Path(target).name for page in PAGES for _, target in links((ROOT / page).read_text(encoding="utf-8"))}
     for picture in (ROOT / "asset").iterdir():
         assert picture.name in used
         assert picture.stat().st_size < MAX_PICTURE, picture.name
@@ -109,8 +107,11 @@ def test_readme_shows_the_two_commands_and_ci_runs_them():
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
 def test_a_page_is_linked_from_another(page):
     others = [ROOT / other for other in PAGES if other != page]
-    linked = {(other.parent / target.partition("#")[0]).resolve() for other in others
-              for _, target in links(other.read_text(encoding="utf-8"))}  # fmt: skip
+    linked = {
+        (other.parent / target.partition("#")[0]).resolve()
+        for other in others
+        for _, target in links(other.read_text(encoding="utf-8"))
+    }
     assert (ROOT / page).resolve() in linked
 
 
@@ -171,7 +172,7 @@ def house(tmp_path):
         ("bash scripts/place.sh out", None),
         ("bash scripts/place.sh --out here", "has no --out"),
     ],
-)  # fmt: skip
+)
 def test_a_command_is_checked(house, line, fault):
     if fault is None:
         check_command(Command(1, line), house)
@@ -219,7 +220,9 @@ def test_a_stale_table_differs(house):
 
 
 def test_anchors_are_githubs():
-    text = "# A Title: of `code`, twice\n## A Title: of `code`, twice\n```\n# no heading\n```\n### [Link](x.md) – done_\n"
+    text = (
+        "# A Title: of `code`, twice\n## A Title: of `code`, twice\n```\n# no heading\n```\n### [Link](x.md) – done_\n"
+    )
     assert anchors(text) == {"a-title-of-code-twice", "a-title-of-code-twice-1", "link--done_"}
 
 

@@ -13,15 +13,7 @@ from torch.utils.data import Dataset
 
 import engine_downstream
 import util.features
-from engine_downstream import (
-    HeadOptions,
-    encode,
-    epoch_order,
-    known_loss,
-    probabilities,
-    schedule,
-    train_heads,
-)
+from engine_downstream import HeadOptions, encode, epoch_order, known_loss, probabilities, schedule, train_heads
 from util.errors import UserError
 from util.features import FeatureFile
 
@@ -90,9 +82,16 @@ def test_stacked_heads_are_plain_loops(task):
     options = HeadOptions(epochs=6, batch_size=16, lr=2e-2)
     valid, valid_labels = views[2][:40].flip(1), labels[:40]
     heads = train_heads(
-        [lambda view=view: view for view in views], labels, valid, valid_labels, task=task,
-        seeds=[43, 44, 45], options=options, signals=Quiet(), what="heads",
-    )  # fmt: skip
+        [lambda view=view: view for view in views],
+        labels,
+        valid,
+        valid_labels,
+        task=task,
+        seeds=[43, 44, 45],
+        options=options,
+        signals=Quiet(),
+        what="heads",
+    )
     for seed, head in zip([43, 44, 45], heads, strict=True):
         (weight, bias), epoch, epochs = plain_head(views, labels, valid, valid_labels, seed, options, task)
         assert head.epoch == epoch and len(head.valid_losses) == epochs
@@ -109,9 +108,16 @@ def test_a_head_stops_early_and_the_others_do_not_notice():
     valid_labels = (valid @ told + 6 * views[2][:, :2] > 0).float()
     options = HeadOptions(epochs=60, batch_size=16, lr=5e-2, patience=3)
     run = lambda seeds: train_heads(  # noqa: E731
-        [lambda: views[0]], labels, valid, valid_labels, task="multilabel", seeds=seeds, options=options,
-        signals=Quiet(), what="heads",
-    )  # fmt: skip
+        [lambda: views[0]],
+        labels,
+        valid,
+        valid_labels,
+        task="multilabel",
+        seeds=seeds,
+        options=options,
+        signals=Quiet(),
+        what="heads",
+    )
     together = run([1, 2, 3, 4])
     assert all(len(head.valid_losses) == head.epoch + 1 + 3 < 60 for head in together)
     assert len({len(head.valid_losses) for head in together}) > 1
@@ -145,13 +151,9 @@ def test_bad_heads_are_one_line():
     views, labels = made_up()
     common = dict(task="multilabel", seeds=[1], signals=Quiet(), what="ours")
     with pytest.raises(UserError, match="--batch_size 91: there are only 90 images"):
-        train_heads(
-            [lambda: views[0]], labels, views[1], labels, options=HeadOptions(batch_size=91), **common
-        )
+        train_heads([lambda: views[0]], labels, views[1], labels, options=HeadOptions(batch_size=91), **common)
     with pytest.raises(UserError, match="ours, epoch 1: the validation loss is not finite; lower --lr"):
-        train_heads(
-            [lambda: views[0] * math.inf], labels, views[1], labels, options=HeadOptions(1, 8), **common
-        )
+        train_heads([lambda: views[0] * math.inf], labels, views[1], labels, options=HeadOptions(1, 8), **common)
 
 
 def test_probabilities():

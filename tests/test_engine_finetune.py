@@ -145,11 +145,7 @@ def test_layer_decay_moves_early_layers_less(backbone):
     candidate = Candidate("x", "file", read_backbone(backbone))
     recipe = RECIPES["layer_decay"]
     model = build(candidate, recipe, 2, seed=0)
-    scale = {
-        id(p): group["lr_scale"]
-        for group in build_optimizer(model, recipe).param_groups
-        for p in group["params"]
-    }
+    scale = {id(p): group["lr_scale"] for group in build_optimizer(model, recipe).param_groups for p in group["params"]}
     assert len(scale) == len(list(model.parameters()))
     assert scale[id(model.head.weight)] == 1
     first, second = (scale[id(block.attn.qkv.weight)] for block in model.blocks)

@@ -41,11 +41,24 @@ def test_a_view_per_epoch_is_the_published_loop(images, backbone, tmp_path):
     def from_features(n_views: int) -> dict:
         with StopSignals() as signals:
             frozen = Frozen(
-                images=images, views=views, views_key="", files_key="", study_key="", fractions=(1.0,),
-                seeds=(43, 44), n_folds=2, n_views=n_views, heads=heads, features_dir=tmp_path / "features",
-                jobs=Jobs(tmp_path / "jobs"), device=device, dtype=torch.float32, batch_size=5, num_workers=0,
+                images=images,
+                views=views,
+                views_key="",
+                files_key="",
+                study_key="",
+                fractions=(1.0,),
+                seeds=(43, 44),
+                n_folds=2,
+                n_views=n_views,
+                heads=heads,
+                features_dir=tmp_path / "features",
+                jobs=Jobs(tmp_path / "jobs"),
+                device=device,
+                dtype=torch.float32,
+                batch_size=5,
+                num_workers=0,
                 signals=signals,
-            )  # fmt: skip
+            )
             return linear(frozen, candidate, *scale)
 
     found, fewer = from_features(heads.epochs), from_features(2)

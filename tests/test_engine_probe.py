@@ -21,19 +21,30 @@ from util.errors import UserError
 def made_up(labels: np.ndarray, subjects: np.ndarray, parts: np.ndarray | None = None) -> LabelledImages:
     n = len(labels)
     return LabelledImages(
-        name="x", ids=[str(i) for i in range(n)], files=[Path(str(i)) for i in range(n)],
-        subjects=subjects.astype(str), parts=np.full(n, "") if parts is None else parts,
-        label_names=[f"l{j}" for j in range(labels.shape[1])], labels=labels.astype(np.float32),
-    )  # fmt: skip
+        name="x",
+        ids=[str(i) for i in range(n)],
+        files=[Path(str(i)) for i in range(n)],
+        subjects=subjects.astype(str),
+        parts=np.full(n, "") if parts is None else parts,
+        label_names=[f"l{j}" for j in range(labels.shape[1])],
+        labels=labels.astype(np.float32),
+    )
 
 
 def folded_scores(images: LabelledImages, values: np.ndarray, n_folds: int = 5) -> np.ndarray:
     scores = np.full(len(images), np.nan)
     for rows in partitions(images, 1.0, seed=0, n_folds=n_folds, validate=False):
         scores[rows.test] = probe_scores(
-            standardise(values, rows.train), images.labels[:, 0], images.subjects, rows.train, rows.valid,
-            rows.test, seed=0, say=print, name="l0",
-        )  # fmt: skip
+            standardise(values, rows.train),
+            images.labels[:, 0],
+            images.subjects,
+            rows.train,
+            rows.valid,
+            rows.test,
+            seed=0,
+            say=print,
+            name="l0",
+        )
     return scores
 
 
@@ -73,9 +84,16 @@ def test_unknown_labels_and_lone_classes(capsys):
     args = (np.arange(40).astype(str), train, valid, test)
     told = probe_scores(values, labels, *args, seed=0, say=print, name="ours, Mass")
     same = probe_scores(
-        values, labels, args[0], train[~np.isnan(labels[train])], valid[~np.isnan(labels[valid])], test, seed=0,
-        say=print, name="x",
-    )  # fmt: skip
+        values,
+        labels,
+        args[0],
+        train[~np.isnan(labels[train])],
+        valid[~np.isnan(labels[valid])],
+        test,
+        seed=0,
+        say=print,
+        name="x",
+    )
     assert np.array_equal(told, same) and len(told) == 10
     labels[train] = 0
     assert (probe_scores(values, labels, *args, seed=0, say=print, name="ours, Mass") == 0.5).all()
@@ -93,9 +111,7 @@ def test_components_are_fitted_on_training_rows_only():
 def test_a_tap_is_its_blocks_and_random_weights_have_as_many(tmp_path):
     """What pretraining calls the tap's latent is what the encoder gives, and no baseline is deeper."""
     torch.manual_seed(0)
-    model = CXRMIM(
-        img_size=32, embed_dim=64, depth=3, num_heads=1, id_list=(0, 1), scale_list=(1.0, 0.5)
-    ).eval()
+    model = CXRMIM(img_size=32, embed_dim=64, depth=3, num_heads=1, id_list=(0, 1), scale_list=(1.0, 0.5)).eval()
     state = {"model": model.state_dict(), "args": {"id_list": [0, 1]}, "metadata": {"num_heads": "1"}}
     torch.save(state, tmp_path / "c.pth")
     gray = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
@@ -141,11 +157,7 @@ def test_names_are_checked(backbone):
     assert read_candidates(["pixels"], imagenet="")[0] == Candidate("pixels", "pixels")
     (random,) = read_candidates(["random"], imagenet="", random_model="test_vit")
     assert random.build().embed_dim == 64 and random.architecture == ["test_vit"]
-    for name in (
-        "no_vit",
-        "vit_base_patch16_siglip_224",
-        "vit_base_patch16_224.mae",
-    ):  # the second has no cls token
+    for name in ("no_vit", "vit_base_patch16_siglip_224", "vit_base_patch16_224.mae"):  # the second has no cls token
         with pytest.raises(UserError, match=f"--random_model {name}: (no such ViT|has no cls token)"):
             read_candidates(["random"], imagenet="", random_model=name)
     with pytest.raises(UserError, match="no effect without random"):

@@ -54,25 +54,10 @@ def trees(tmp_path_factory) -> dict[str, Path]:
 
 
 def exercise(
-    tree: Path,
-    out: Path,
-    *,
-    encoder: str = "cxrmim_vit_tiny_patch16",
-    masking: str = "attention",
-    scale: float = 1.0,
+    tree: Path, out: Path, *, encoder: str = "cxrmim_vit_tiny_patch16", masking: str = "attention", scale: float = 1.0
 ) -> CXRMIM:
     """All that a user does with a run, with one entry of a mapping exchanged; returns the reloaded model."""
-    flags = [
-        *FLAGS,
-        "--data_path",
-        str(tree),
-        "--output_dir",
-        str(out),
-        "--model",
-        encoder,
-        "--masking",
-        masking,
-    ]
+    flags = [*FLAGS, "--data_path", str(tree), "--output_dir", str(out), "--model", encoder, "--masking", masking]
     flags += ["--scale_list", str(scale), "0.5"]
     assert run_pretrain.main([*flags, "--epochs", "1"]) == 0  # 4 images: one step
     assert run_pretrain.main([*flags, "--epochs", "2"]) == 0  # goes on
@@ -83,8 +68,7 @@ def exercise(
     model = build_model(CXRMIM, state, info)
     assert model.masking == masking and model.scale_list == (scale, 0.5)
     assert (
-        model.config
-        == ENCODERS[encoder](img_size=64, id_list=(0, 1), scale_list=(scale, 0.5), masking=masking).config
+        model.config == ENCODERS[encoder](img_size=64, id_list=(0, 1), scale_list=(scale, 0.5), masking=masking).config
     )
 
     assert export_backbone.main([str(checkpoint), str(out / "backbone.pth")]) == 0
@@ -108,9 +92,7 @@ def test_every_scale(scale, trees, tmp_path):
     assert head.shape == (1, 27, 4 * scale, 4 * scale)
 
 
-@pytest.mark.parametrize(
-    "masking", [name for name in MASKINGS if name != "attention"]
-)  # all others train with it
+@pytest.mark.parametrize("masking", [name for name in MASKINGS if name != "attention"])  # all others train with it
 def test_every_masking_rule(masking, trees, tmp_path):
     exercise(trees["Reflacx"], tmp_path, masking=masking)
 
@@ -123,17 +105,11 @@ def test_every_masking_rule_at_any_place_of_training(masking, shape):
 
 def check_rule(masking: str, shape: tuple[int, int, int] = (3, 64, 96)) -> None:
     """Counts are exact, and a mask is a function of what it was asked, at the start and late."""
-    batch = {
-        "attention": torch.rand(shape, generator=torch.Generator().manual_seed(0)),
-        "img": torch.zeros(1),
-    }
+    batch = {"attention": torch.rand(shape, generator=torch.Generator().manual_seed(0)), "img": torch.zeros(1)}
     for epoch, step in ((0, 0), (0, 1), (7, 3), (1000, 0)):
         for ratio in (0.3, 0.75):
             masks = [
-                draw_mask(
-                    masking,
-                    MaskRequest(batch, 16, ratio, 0.5, epoch, step, mask_generator(0, epoch, step, 0)),
-                )
+                draw_mask(masking, MaskRequest(batch, 16, ratio, 0.5, epoch, step, mask_generator(0, epoch, step, 0)))
                 for _ in range(2)
             ]
             assert torch.equal(*masks)
@@ -174,13 +150,16 @@ def test_a_whole_new_scale_is_one_entry(trees, tmp_path, monkeypatch):
         (MASKINGS, "planted", lambda ask: torch.zeros(4, 16), "masking", "'planted' gave .* masked patches, not 12"),
         (MASKINGS, "planted", lambda ask: random_mask(4, 9), "masking", "'planted' gave a mask of shape"),
         (ENCODERS, "planted", partial(CXRMIM, **SMALL, embed_dim=48, num_heads=5), "encoder", "num_heads 5"),
-        (ENCODERS, "planted", partial(CXRMIM, **SMALL, embed_dim=48, num_heads=3, patch_size=24), "encoder",
-         "input_size 64 is not a multiple of 24"),
+        (
+            ENCODERS,
+            "planted",
+            partial(CXRMIM, **SMALL, embed_dim=48, num_heads=3, patch_size=24),
+            "encoder",
+            "input_size 64 is not a multiple of 24",
+        ),
     ],
-)  # fmt: skip
-def test_a_planted_entry_without_its_parts_fails(
-    mapping, name, entry, option, reason, trees, tmp_path, monkeypatch
-):
+)
+def test_a_planted_entry_without_its_parts_fails(mapping, name, entry, option, reason, trees, tmp_path, monkeypatch):
     monkeypatch.setitem(mapping, name, entry)
     with pytest.raises((UserError, ValueError), match=reason):
         exercise(trees["Reflacx"], tmp_path, **{option: name})
@@ -222,9 +201,7 @@ def test_the_worked_masking_rule_of_the_page(trees, tmp_path, monkeypatch):
         attention[:, :32, :32] = 1  # 4 of 16 patches are significant
         shares = []
         for epoch, step in ((0, 0), (50, 0), (100, 0), (100, 3)):
-            ask = MaskRequest(
-                {"attention": attention}, 16, 0.5, 0.5, epoch, step, mask_generator(0, epoch, step, 0)
-            )
+            ask = MaskRequest({"attention": attention}, 16, 0.5, 0.5, epoch, step, mask_generator(0, epoch, step, 0))
             shares.append(rule(ask).view(64, 4, 4)[:, :2, :2].sum((1, 2)).tolist())
         assert set(shares[0]) == {0.0} and set(shares[1]) == {1.0} and set(shares[2]) == {2.0}
         assert len(set(shares[3])) > 2  # every fourth step is random

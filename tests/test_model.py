@@ -10,13 +10,7 @@ from models_cxrmim import CXRMIM, sincos_pos_embed
 from util.masking import otsu_foreground
 
 TINY = dict(
-    img_size=64,
-    embed_dim=32,
-    depth=4,
-    num_heads=4,
-    decoder_embed_dim=32,
-    decoder_num_heads=4,
-    id_list=(0, 1, 2, 3),
+    img_size=64, embed_dim=32, depth=4, num_heads=4, decoder_embed_dim=32, decoder_num_heads=4, id_list=(0, 1, 2, 3)
 )
 
 
@@ -51,9 +45,7 @@ def test_shapes_at_each_scale(size):
 def test_factories_have_their_sizes_and_take_the_same_keywords():
     for name, width, depth in (("tiny", 192, 12), ("small", 384, 12), ("base", 768, 12), ("large", 1024, 24)):
         with torch.device("meta"):  # shapes without memory
-            model = getattr(models_cxrmim, f"cxrmim_vit_{name}_patch16")(
-                img_size=32, id_list=(0,), scale_list=(0.5,)
-            )
+            model = getattr(models_cxrmim, f"cxrmim_vit_{name}_patch16")(img_size=32, id_list=(0,), scale_list=(0.5,))
         assert (model.cls_token.shape[-1], len(model.blocks)) == (width, depth)
         assert model.blocks[0].attn.head_dim == 64
 
@@ -63,12 +55,8 @@ def test_prediction_cells_are_row_major_and_in_place():
     model = CXRMIM(**TINY)
     img = torch.zeros(1, 3, 64, 64)
     changed = img.clone()
-    changed[..., 20:24, 36:40] = torch.rand(
-        4, 4
-    )  # inside patch (1, 2), inside cell (5, 9) of 4 px and its neighbours
-    for scale, before, after in zip(
-        model.scale_list, model.hog_targets(img), model.hog_targets(changed), strict=True
-    ):
+    changed[..., 20:24, 36:40] = torch.rand(4, 4)  # inside patch (1, 2), inside cell (5, 9) of 4 px and its neighbours
+    for scale, before, after in zip(model.scale_list, model.hog_targets(img), model.hog_targets(changed), strict=True):
         grid = int(4 * scale)
         touched = (before != after).any(-1).view(grid, grid)
         rows, columns = torch.nonzero(touched, as_tuple=True)
@@ -110,9 +98,7 @@ def test_masked_pixels_do_not_reach_the_encoder():
     mask = model.draw_mask(batch)
     pixels = mask.view(-1, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
     disturbed = batch["img"] + pixels * torch.randn(batch["img"].shape)
-    for a, b in zip(
-        model.forward_encoder(batch["img"], mask), model.forward_encoder(disturbed, mask), strict=True
-    ):
+    for a, b in zip(model.forward_encoder(batch["img"], mask), model.forward_encoder(disturbed, mask), strict=True):
         assert torch.equal(a, b)
 
 
@@ -160,15 +146,8 @@ def test_gray_bytes_and_normalised_floats_give_the_same_loss():
     model = CXRMIM(**TINY, gaze_weighted=True)
     raw = make_batch()
     img = raw["img"].float().expand(-1, 3, -1, -1) / 255
-    mean, std = (
-        torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
-        torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
-    )
-    floats = {
-        "img": (img - mean) / std,
-        "attention": raw["attention"].float() / 255,
-        "foreground": raw["foreground"],
-    }
+    mean, std = (torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+    floats = {"img": (img - mean) / std, "attention": raw["attention"].float() / 255, "foreground": raw["foreground"]}
     mask = model.draw_mask(model.prepare_batch(raw))
     assert model(raw, mask=mask).item() == pytest.approx(model(floats, mask=mask).item(), rel=1e-4)
     prepared = model.prepare_batch(raw)
@@ -223,9 +202,7 @@ def test_any_number_of_taps_trains_every_parameter_that_is_used():
     model(make_batch()).backward()
     for name, parameter in model.named_parameters():
         used = not name.startswith("blocks.3")
-        assert (
-            (parameter.grad is not None) == parameter.requires_grad == (used and "pos_embed" not in name)
-        ), name
+        assert (parameter.grad is not None) == parameter.requires_grad == (used and "pos_embed" not in name), name
 
 
 def test_wrong_input_is_refused():

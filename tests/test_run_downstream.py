@@ -54,18 +54,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def command(root: Path, out: Path, *options: object) -> list[str]:
-    fixed = [
-        "--dataset",
-        "rsna",
-        "--data_path",
-        root,
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
-        "--bootstrap",
-        "20",
-    ]
+    fixed = ["--dataset", "rsna", "--data_path", root, "--device", "cpu", "--num_workers", "0", "--bootstrap", "20"]
     short = ["--batch_size", "16", "--epochs", "4", "--views", "2", "--output_dir", out]
     return [str(option) for option in [*fixed, *short, *options]]
 
@@ -79,9 +68,7 @@ def check_aucs(out: Path) -> pd.DataFrame:
     found = results[results["label"] != "mean"].set_index(keys)
     assert len(groups) == len(found)
     for key, group in groups:
-        assert found.loc[key, "auc"] == pytest.approx(
-            roc_auc_score(group["target"], group["score"]), abs=1e-8
-        )
+        assert found.loc[key, "auc"] == pytest.approx(roc_auc_score(group["target"], group["score"]), abs=1e-8)
         assert found.loc[key, "n"] == len(group) and found.loc[key, "n_positive"] == group["target"].sum()
     mean = results[results["label"] == "mean"].set_index(keys[:3])["auc"]
     for key, group in results[results["label"] != "mean"].groupby(keys[:3]):
@@ -282,9 +269,7 @@ def test_a_share_of_one_class_and_features_that_overflow_are_told(rsna, encoder,
         main(command(rsna, tmp_path, "--weights", tmp_path / "inf.pth"))
     options = ["--weights", "pixels", "--fractions", "0.012", "--batch_size", "1", "--seeds", "1"]
     assert main(command(rsna, tmp_path / "out", *options)) == 0
-    assert (
-        "--fractions 0.012 keeps 1 training images, all of one kind by Pneumonia" in capsys.readouterr().out
-    )
+    assert "--fractions 0.012 keeps 1 training images, all of one kind by Pneumonia" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(rsna, encoder, tmp_path):
@@ -313,9 +298,12 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--weights", "pixels", "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),
         (["--weights", "pixels", "--split", "folds", "--folds", "121"], "--folds 121: there are only 120"),
         (["--weights", "pixels", "--output_dir", tmp_path / "probed"], "holds results of rsna, probe, not of"),
-        (["--weights", "pixels", "--features_dir", encoder], "can't make this directory: .*choose another --features_dir"),
+        (
+            ["--weights", "pixels", "--features_dir", encoder],
+            "can't make this directory: .*choose another --features_dir",
+        ),
         (["--weights", "pixels", "--output_dir", encoder], "--output_dir .*encoder.pth: can't make this directory"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UserError, match=reason) as caught:
             main(command(rsna, out, *options))
         assert "\n" not in str(caught.value)

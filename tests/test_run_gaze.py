@@ -25,9 +25,7 @@ from util.images import read_gray, write_gray
 from util.saliency import FIXATION_METRICS, MAP_METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SMALL = (
-    "--backbone test_resnet --input_size 64 --decoder_width 16 --device cpu --batch_size 4 --num_workers 0"
-)
+SMALL = "--backbone test_resnet --input_size 64 --decoder_width 16 --device cpu --batch_size 4 --num_workers 0"
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +57,21 @@ def test_learns_what_departs_from_the_centre_prior(trained):
         better = gain["high"] < 0 if metric == "kld" else gain["low"] > 0
         assert better, (metric, gain)
         assert gain["n"] == 6
-    assert (
-        table.loc[("centre prior", "auc_shuffled"), "value"] < table.loc[("model", "auc_shuffled"), "value"]
-    )
+    assert table.loc[("centre prior", "auc_shuffled"), "value"] < table.loc[("model", "auc_shuffled"), "value"]
 
 
 def test_outputs_of_a_run(trained):
     table = pd.read_csv(trained / "metrics.csv")
     assert list(table.columns) == ["predictor", "metric", "value", "low", "high", "n"]
     assert set(table["predictor"]) == {
-        "model", "centre prior", "model - centre prior", "other readers, images read several times",
-        "model, images read several times", "centre prior, images read several times",
+        "model",
+        "centre prior",
+        "model - centre prior",
+        "other readers, images read several times",
+        "model, images read several times",
+        "centre prior, images read several times",
         "model - other readers, images read several times",
-    }  # fmt: skip
+    }
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
     for name in ("metrics.png", "examples.png"):
         assert read_gray(trained / name).std() > 10
@@ -80,10 +80,7 @@ def test_outputs_of_a_run(trained):
     best = min(records, key=lambda record: record["val_kld"])
     state = load_checkpoint(trained / "best.pth")
     assert state["epoch"] == best["epoch"] and state["best"]["kld"] == best["val_kld"]
-    assert sorted(path.name for path in trained.glob("checkpoint-*")) == [
-        "checkpoint-6.pth",
-        "checkpoint-7.pth",
-    ]
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6.pth", "checkpoint-7.pth"]
     assert json.loads((trained / "args.json").read_text())[0]["args"]["backbone"] == "test_resnet"
 
 
@@ -173,10 +170,7 @@ def test_tree_without_fixations_has_map_metrics_only_and_is_told(trained, tmp_pa
 def test_a_model_is_not_judged_on_those_who_trained_it(trained, tmp_path):
     other = make_gaze_tree(tmp_path / "tree", 36)
     edit_index(
-        other,
-        lambda _, entry: entry.update(
-            split=("test", "train", "validate", "train")[int(entry["subject_id"]) % 4]
-        ),
+        other, lambda _, entry: entry.update(split=("test", "train", "validate", "train")[int(entry["subject_id"]) % 4])
     )
     assert train(other, tmp_path / "judged", f"--judge {trained / 'best.pth'}") == 0
     assert len(set(pd.read_csv(tmp_path / "judged" / "readings.csv")["image"])) < 9  # of 9
@@ -233,16 +227,29 @@ def test_leak_between_trees_is_refused(tree, tmp_path):
     other = make_gaze_tree(tmp_path / "other", 12)
     edit_index(other, lambda number, entry: entry.update(split="test"))
     with pytest.raises(UserError, match="subject 10000 is in test here and in train"):
-        run_gaze.main(
-            [*SMALL.split(), "--data_path", str(tree), str(other), "--output_dir", str(tmp_path / "out")]
-        )
+        run_gaze.main([*SMALL.split(), "--data_path", str(tree), str(other), "--output_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.slow
 def test_two_ranks_resume_bit_equal(tree, tmp_path):
     def launch(out, *flags):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run_gaze.py",
-                   *SMALL.split(), "--data_path", str(tree), "--output_dir", str(out), "--epochs", "2", *flags]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "run_gaze.py",
+            *SMALL.split(),
+            "--data_path",
+            str(tree),
+            "--output_dir",
+            str(out),
+            "--epochs",
+            "2",
+            *flags,
+        ]
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
     whole = launch(tmp_path / "whole")
@@ -252,7 +259,5 @@ def test_two_ranks_resume_bit_equal(tree, tmp_path):
         if (tmp_path / "parts" / "metrics.csv").exists():
             break
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts"), last.stderr
-    first, second = (
-        load_checkpoint(tmp_path / run / "checkpoint-1.pth")["model"] for run in ("whole", "parts")
-    )
+    first, second = (load_checkpoint(tmp_path / run / "checkpoint-1.pth")["model"] for run in ("whole", "parts"))
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -22,14 +22,40 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "--model cxrmim_vit_tiny_patch16 --input_size 64 --device cpu --batch_size 4 --num_workers 0 --warmup_epochs 1"
 
 PUBLISHED_DEFAULTS = {
-    "batch_size": 32, "epochs": 400, "accum_iter": 1, "model": "cxrmim_vit_base_patch16", "input_size": 224,
-    "mask_ratio": 0.75, "clinical_ratio": 0.5, "min_crop_ratio": 0.2, "id_list": [1, 3, 9, 11],
-    "scale_list": [4.0, 2.0, 1.0, 0.5], "decoder_depth": 1, "decoder_num_heads": 8, "hog_nbins": 9,
-    "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 40,
-    "data_path": ["../data/reflacx-1.0.0/"], "preload": False, "gaze_weighted": False, "output_dir": "./output_dir",
-    "log_dir": None, "device": "cuda", "seed": 0, "resume": "", "auto_resume": True, "start_epoch": 0,
-    "num_workers": 4, "pin_mem": True, "world_size": 1, "local_rank": -1, "dist_url": "env://",
-}  # fmt: skip
+    "batch_size": 32,
+    "epochs": 400,
+    "accum_iter": 1,
+    "model": "cxrmim_vit_base_patch16",
+    "input_size": 224,
+    "mask_ratio": 0.75,
+    "clinical_ratio": 0.5,
+    "min_crop_ratio": 0.2,
+    "id_list": [1, 3, 9, 11],
+    "scale_list": [4.0, 2.0, 1.0, 0.5],
+    "decoder_depth": 1,
+    "decoder_num_heads": 8,
+    "hog_nbins": 9,
+    "weight_decay": 0.05,
+    "lr": None,
+    "blr": 1e-3,
+    "min_lr": 1e-6,
+    "warmup_epochs": 40,
+    "data_path": ["../data/reflacx-1.0.0/"],
+    "preload": False,
+    "gaze_weighted": False,
+    "output_dir": "./output_dir",
+    "log_dir": None,
+    "device": "cuda",
+    "seed": 0,
+    "resume": "",
+    "auto_resume": True,
+    "start_epoch": 0,
+    "num_workers": 4,
+    "pin_mem": True,
+    "world_size": 1,
+    "local_rank": -1,
+    "dist_url": "env://",
+}
 
 
 def train(tree, out, flags=""):
@@ -54,9 +80,7 @@ def test_published_command_is_understood():
     assert (args.preload, args.gaze_weighted, args.local_rank, args.blr) == (True, True, 0, 3e-3)
 
 
-@pytest.mark.parametrize(
-    "flags", ["", "--preload", "--gaze_weighted", "--preload --gaze_weighted --masking block"]
-)
+@pytest.mark.parametrize("flags", ["", "--preload", "--gaze_weighted", "--preload --gaze_weighted --masking block"])
 def test_trains_with_and_without_preload_and_weighting(tree, tmp_path, flags):
     (record,) = train(tree, tmp_path, flags)
     assert record["epoch"] == 0
@@ -100,8 +124,10 @@ def test_accumulation_is_the_larger_batch(tree, tmp_path):
     args = [json.loads((tmp_path / name / "args.json").read_text())[0]["args"] for name in ("whole", "parts")]
     assert args[0]["lr"] == args[1]["lr"]
     assert parts[0]["train_loss"] == pytest.approx(whole[0]["train_loss"], rel=0.05)
-    steps = [load_checkpoint(tmp_path / name / "checkpoint-0.pth")["optimizer"]["state"][0]["step"] for name in
-             ("whole", "parts")]  # fmt: skip
+    steps = [
+        load_checkpoint(tmp_path / name / "checkpoint-0.pth")["optimizer"]["state"][0]["step"]
+        for name in ("whole", "parts")
+    ]
     assert steps[0] == steps[1] == 1
 
 
@@ -117,9 +143,7 @@ def test_starts_from_timm_weights_and_reports(tree, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "blocks.0-11" in printed and "head" in printed
     state = load_checkpoint(tmp_path / "out" / "checkpoint-0.pth")["model"]
-    torch.testing.assert_close(
-        state["blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"]
-    )
+    torch.testing.assert_close(state["blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"])
     torch.testing.assert_close(state["pos_embed"], vit.state_dict()["pos_embed"])
 
 
@@ -212,10 +236,7 @@ def test_bad_flags_are_named(tree, tmp_path, flags, message, monkeypatch):
         (lambda entries: "{not json", "reflacx.json"),
         (lambda entries: json.dumps([{"image_path": "a.png"}]), "study_id"),
         (lambda entries: json.dumps([entries[0] | {"image_path": "../a.png"}]), "image_path"),
-        (
-            lambda entries: json.dumps([entry | {"image_path": "images/none.png"} for entry in entries]),
-            "none.png",
-        ),
+        (lambda entries: json.dumps([entry | {"image_path": "images/none.png"} for entry in entries]), "none.png"),
         (lambda entries: json.dumps([entry | {"reflacx_id": "P999"} for entry in entries]), "P999.png"),
     ],
 )
@@ -230,9 +251,7 @@ def test_check_data_lists_every_bad_entry(tree, tmp_path, capsys):
     assert run_pretrain.main(["--check_data", "--data_path", str(tree)]) == 0
 
     def spoil(entries):
-        return json.dumps(
-            [entries[0] | {"reflacx_id": "P9"}, entries[1] | {"image_path": "no.png"}, *entries[2:]]
-        )
+        return json.dumps([entries[0] | {"reflacx_id": "P9"}, entries[1] | {"image_path": "no.png"}, *entries[2:]])
 
     broken = copy_tree(tree, tmp_path / "broken", spoil)
     assert run_pretrain.main(["--check_data", "--data_path", str(broken)]) == 1

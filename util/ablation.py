@@ -26,37 +26,15 @@ def seed_table(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     names = table["weights"].str.extract(r"^(?P<setting>.+)_s(?P<seed>\d+), (?P<part>.+)$")
     runs = pd.concat([table[["label", "auc"]], names], axis=1).dropna()
     if reference not in set(runs["setting"]):
-        raise UserError(
-            f"--reference {reference}: not among the settings {', '.join(sorted(set(runs['setting'])))}"
-        )
+        raise UserError(f"--reference {reference}: not among the settings {', '.join(sorted(set(runs['setting'])))}")
     rows = []
     for (part, label), group in runs.groupby(["part", "label"], sort=False):
         wide = group.pivot(index="seed", columns="setting", values="auc")
         for setting in dict.fromkeys(group["setting"]):
             differences = (wide[setting] - wide[reference]).dropna().to_numpy()
             compared = [np.nan] * 3 if setting == reference else _t_interval(differences)
-            rows.append(
-                [
-                    part,
-                    label,
-                    setting,
-                    wide[setting].count(),
-                    *_t_interval(wide[setting].dropna()),
-                    *compared,
-                ]
-            )
-    columns = [
-        "features",
-        "label",
-        "setting",
-        "seeds",
-        "auc",
-        "low",
-        "high",
-        "difference",
-        "diff_low",
-        "diff_high",
-    ]
+            rows.append([part, label, setting, wide[setting].count(), *_t_interval(wide[setting].dropna()), *compared])
+    columns = ["features", "label", "setting", "seeds", "auc", "low", "high", "difference", "diff_low", "diff_high"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -65,10 +43,7 @@ def format_seed_table(table: pd.DataFrame) -> str:
     blocks = []
     for part in dict.fromkeys(table["features"]):
         rows = table[table["features"] == part]
-        for title, names in (
-            ("AUC", ("auc", "low", "high")),
-            ("difference", ("difference", "diff_low", "diff_high")),
-        ):
+        for title, names in (("AUC", ("auc", "low", "high")), ("difference", ("difference", "diff_low", "diff_high"))):
             sign = "" if title == "AUC" else "+"
             texts = [
                 f"{a:{sign}.3f}" + (f" ({b:{sign}.3f} to {c:{sign}.3f})" if np.isfinite(b) else "")

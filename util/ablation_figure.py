@@ -32,13 +32,20 @@ def ablation_figure(table: pd.DataFrame, reference: str) -> Figure:
             rows = rows.reindex(labels)
             place = np.arange(len(labels)) + (i - (len(settings) - 1) / 2) * 0.8 / len(settings)
             half = np.nan_to_num((rows["diff_high"] - rows["diff_low"]).to_numpy() / 2)
-            axes.errorbar(rows["difference"], place, xerr=half, label=plain(setting), color=COLORS[i % len(COLORS)],
-                          fmt=MARKERS[i % len(MARKERS)], ms=4, lw=1.2)  # fmt: skip
+            axes.errorbar(
+                rows["difference"],
+                place,
+                xerr=half,
+                label=plain(setting),
+                color=COLORS[i % len(COLORS)],
+                fmt=MARKERS[i % len(MARKERS)],
+                ms=4,
+                lw=1.2,
+            )
         axes.axvline(0, color="0.4", lw=0.8, zorder=0)
         axes.set_title(plain(part), fontsize=9)
         axes.set_yticks(
-            range(len(labels)),
-            [plain(f"{label} of the labels" if label == MEAN else label) for label in labels],
+            range(len(labels)), [plain(f"{label} of the labels" if label == MEAN else label) for label in labels]
         )
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.tick_params(labelsize=8)
@@ -46,11 +53,12 @@ def ablation_figure(table: pd.DataFrame, reference: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     seeds = " or ".join(map(str, sorted(set(table["seeds"]))))
     figure.suptitle(
-        plain(f"AUC less that of {reference}, paired by seed: mean over {seeds} seeds\n"
-              "and its 95% interval (Student's t); right of the line is better"), fontsize=9,
-    )  # fmt: skip
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(
-        *handles, loc="outside lower center", ncols=min(3, len(settings)), fontsize=8, frameon=False
+        plain(
+            f"AUC less that of {reference}, paired by seed: mean over {seeds} seeds\n"
+            "and its 95% interval (Student's t); right of the line is better"
+        ),
+        fontsize=9,
     )
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(3, len(settings)), fontsize=8, frameon=False)
     return figure

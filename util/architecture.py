@@ -65,9 +65,7 @@ def check_same_model(config: Mapping[str, Any], own: Mapping[str, Any], path: st
         if name in config and name not in FREE_CONFIG and _listed(config[name]) != _listed(value)
     ]
     if differs:
-        raise UserError(
-            f"{path}: of another model ({'; '.join(differs)}); choose the --model it was made with"
-        )
+        raise UserError(f"{path}: of another model ({'; '.join(differs)}); choose the --model it was made with")
 
 
 def _told_heads(info: WeightsInfo) -> int | None:
@@ -78,9 +76,7 @@ def _told_heads(info: WeightsInfo) -> int | None:
     return None if heads is None else int(heads)
 
 
-def attention_heads(
-    state: Mapping[str, Tensor], info: WeightsInfo, num_heads: int | None = None
-) -> tuple[int, str]:
+def attention_heads(state: Mapping[str, Tensor], info: WeightsInfo, num_heads: int | None = None) -> tuple[int, str]:
     """Attention heads of a file's encoder, which no tensor's shape tells, and where they are known from.
 
     Args:
@@ -115,15 +111,11 @@ def attention_heads(
     return heads, f"of every ViT-{size}; the file does not say"
 
 
-def config_of_older_file(
-    state: Mapping[str, Tensor], info: WeightsInfo, args: Mapping[str, Any]
-) -> dict[str, Any]:
+def config_of_older_file(state: Mapping[str, Tensor], info: WeightsInfo, args: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments of a checkpoint that has no "model_config", from shapes and options."""
     for name in ("id_list", "scale_list", "decoder_num_heads"):
         if args.get(name) is None:
-            raise UserError(
-                f"{info.path}: the file does not say with which {name} it was trained; pass --{name}"
-            )
+            raise UserError(f"{info.path}: the file does not say with which {name} it was trained; pass --{name}")
     embed_dim, in_chans, patch_size = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
     last = max(numbers(state, "decoder.0.pred"))
     return {

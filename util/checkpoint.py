@@ -31,27 +31,24 @@ from util.errors import UserError
 from util.files import atomic_write
 
 FORMAT = 1
-KEYS = (
-    "model",
-    "optimizer",
-    "scaler",
-    "epoch",
-    "step",
-    "args",
-    "meters",
-    "world_size",
-    "dataset_size",
-    "format",
-)
+KEYS = ("model", "optimizer", "scaler", "epoch", "step", "args", "meters", "world_size", "dataset_size", "format")
 
 PARAMETERS = ("weight", "bias", "cls_token", "pos_embed")  # ends of the names of what is trained
 
 # Type and least value of what any run writes; what an older one lacks passes.
 _KINDS = (
-    ("model", dict, None), ("optimizer", dict, None), ("scaler", dict, None), ("args", dict, None),
-    ("meters", dict, None), ("watch", dict, None), ("model_config", dict, None), ("epoch", int, -1),
-    ("step", int, 0), ("world_size", int, 1), ("dataset_size", int, 0),
-)  # fmt: skip
+    ("model", dict, None),
+    ("optimizer", dict, None),
+    ("scaler", dict, None),
+    ("args", dict, None),
+    ("meters", dict, None),
+    ("watch", dict, None),
+    ("model_config", dict, None),
+    ("epoch", int, -1),
+    ("step", int, 0),
+    ("world_size", int, 1),
+    ("dataset_size", int, 0),
+)
 _MARK = b"cxrmim sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 
@@ -85,8 +82,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike) -> None:
             _write_with_digest(state, file)
     except OSError as error:
         raise UserError(
-            f"{path}: can't write the checkpoint, which needs {needed} bytes: "
-            f"{error.strerror or error}; {_MEND}"
+            f"{path}: can't write the checkpoint, which needs {needed} bytes: {error.strerror or error}; {_MEND}"
         ) from error
 
 
@@ -102,8 +98,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused: it holds Python objects that are not plain data, and "
-            "loading those could run code"
+            f"{path}: refused: it holds Python objects that are not plain data, and loading those could run code"
         ) from error
     except (RuntimeError, OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path}: can't be read: {_first_line(error)}") from error
@@ -150,15 +145,7 @@ def load_options(path: str | os.PathLike) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return dict(state["args"])
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: can't be read: {_first_line(error)}") from error
 
 
@@ -225,9 +212,7 @@ def check_weights(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
             kind = "without its numbers" if value.is_meta else f"of type {value.dtype}, {value.layout}"
             raise CheckpointError(f"{path}: {name} is {kind}, which can't be weights; save them as float32")
         if not value.isfinite().all():
-            raise CheckpointError(
-                f"{path}: {name} has {int((~value.isfinite()).sum())} values that are not finite"
-            )
+            raise CheckpointError(f"{path}: {name} has {int((~value.isfinite()).sum())} values that are not finite")
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:

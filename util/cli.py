@@ -34,20 +34,21 @@ class Parser(argparse.ArgumentParser):
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a program that trains under torchrun, or its older names, as `util.distributed.start` takes them."""
+    # fmt: off
     add = parser.add_argument_group("devices and processes (set by the launcher)").add_argument
     add("--device", default="cuda", help="cuda or cpu")
     add("--world_size", type=int, default=1, help="number of processes")
     add("--local_rank", "--local-rank", type=int, default=-1, help="index of the process on its node")
     add("--dist_url", default="env://", help="where the processes meet")
+    # fmt: on
 
 
 def add_accept_damaged(parser: argparse.ArgumentParser) -> None:
     """The flag by which a preparation that left out damaged files ends well, for what comes behind it."""
-    parser.add_argument(
-        "--accept_damaged",
-        action="store_true",
-        help="exit status 0, not 1, where damaged files were listed and left out",
-    )
+    # fmt: off
+    parser.add_argument("--accept_damaged", action="store_true",
+        help="exit status 0, not 1, where damaged files were listed and left out")
+    # fmt: on
 
 
 def finite_float(text: str) -> float:

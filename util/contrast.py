@@ -15,13 +15,12 @@ CONTRASTS = tuple(MEANINGS)  # what `util.dicom.read_dicom` takes
 
 
 def add_dicom_contrast(
-    parser: argparse._ActionsContainer,
-    *,
-    default: str = MIMIC_CXR_JPG,
-    further: Mapping[str, str] | None = None,
+    parser: argparse._ActionsContainer, *, default: str = MIMIC_CXR_JPG, further: Mapping[str, str] | None = None
 ) -> None:
     """The option of every program that reads DICOM; `further` values of one of them, with what they do."""
     choices = {**(further or {}), **MEANINGS}
     told = "; ".join(f"{name}: {text}" for name, text in choices.items())
     helped = f"gray of DICOM files, while JPG and PNG are as they are; {told} (default: %(default)s)"
+    # fmt: off
     parser.add_argument("--dicom_contrast", choices=tuple(choices), default=default, help=helped)
+    # fmt: on

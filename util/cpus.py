@@ -6,9 +6,7 @@ import math
 import os
 from pathlib import Path
 
-QUOTA = Path(
-    "/sys/fs/cgroup/cpu.max"
-)  # of a container, as seen from inside: microseconds of CPU time, in so many
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, as seen from inside: microseconds of CPU time, in so many
 
 
 def available_cpus(quota: Path = QUOTA) -> int:

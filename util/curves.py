@@ -101,8 +101,7 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             )
         scale = key.removeprefix(SCALE_PREFIX)
         place.set_title(
-            "loss, sum of the scales" if key == "train_loss" else f"loss at scale {scale.replace('_', ' ')}",
-            fontsize=9,
+            "loss, sum of the scales" if key == "train_loss" else f"loss at scale {scale.replace('_', ' ')}", fontsize=9
         )
         place.set_xlabel("epoch", fontsize=8)
         place.tick_params(labelsize=7)

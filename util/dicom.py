@@ -211,9 +211,7 @@ def _stored_values(ds: pydicom.Dataset, path: Path) -> np.ndarray:
             f"{path}: DICOM of a private or unknown transfer syntax ({_one_line(syntax)}), which can't be decoded"
         )
     if ds.get("BitsAllocated", 16) > 16:
-        raise UserError(
-            f"{path}: DICOM with {_one_line(ds.BitsAllocated)} bits allocated; a radiograph has 8 or 16"
-        )
+        raise UserError(f"{path}: DICOM with {_one_line(ds.BitsAllocated)} bits allocated; a radiograph has 8 or 16")
     try:
         values = ds.pixel_array
     except Exception as error:  # each decoder package has its own exceptions
@@ -226,9 +224,7 @@ def _stored_values(ds: pydicom.Dataset, path: Path) -> np.ndarray:
             ) from error
         raise UserError(f"{path}: DICOM pixel data cannot be decoded ({message})") from error
     if values.dtype.kind not in "iu" or values.ndim != 2:
-        raise UserError(
-            f"{path}: DICOM pixel data of type {values.dtype}, shape {values.shape}; want integers, H x W"
-        )
+        raise UserError(f"{path}: DICOM pixel data of type {values.dtype}, shape {values.shape}; want integers, H x W")
     return values
 
 

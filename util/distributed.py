@@ -76,9 +76,7 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and world_size > 1:
-        raise UserError(
-            f"--world_size {world_size} needs a launcher: torchrun --nproc_per_node {world_size} ..."
-        )
+        raise UserError(f"--world_size {world_size} needs a launcher: torchrun --nproc_per_node {world_size} ...")
     rank = int(os.environ["RANK"]) if launched else 0
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
@@ -88,9 +86,7 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
     kind = device
     if kind == "cuda" and not torch.cuda.is_available():
         if rank == 0:
-            print(
-                "warning: no CUDA device is available, training on the CPU instead (--device cpu)", flush=True
-            )
+            print("warning: no CUDA device is available, training on the CPU instead (--device cpu)", flush=True)
         kind = "cpu"
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -123,9 +119,7 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
         )
         if world_size > 1:
             control = (
-                dist.group.WORLD
-                if backend == "gloo"
-                else dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+                dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
             )
     return Ranks(rank, world_size, local_rank, chosen, control)
 

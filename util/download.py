@@ -48,9 +48,7 @@ def local_file(name: str | None) -> str | None:
         return name
     parts = urlsplit(name)
     if parts.scheme == "file":
-        return (
-            url2pathname(parts.path) if parts.netloc in ("", "localhost") else _refuse(name, "names a host")
-        )
+        return url2pathname(parts.path) if parts.netloc in ("", "localhost") else _refuse(name, "names a host")
     if not file_name:
         _refuse(name, "ends in no file name")
     folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(name.encode()).hexdigest()[:12])

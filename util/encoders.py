@@ -40,9 +40,7 @@ class Candidate:
     def architecture(self) -> list:
         """What the weights' own numbers don't tell of the model, such as how many heads share them: plain content."""
         backbone = self.backbone
-        return (
-            [self.timm_name] if backbone is None else [backbone.timm_name, backbone.timm_args, backbone.block]
-        )
+        return [self.timm_name] if backbone is None else [backbone.timm_name, backbone.timm_args, backbone.block]
 
     def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> VisionTransformer:
         """timm's model; of an inner tap with the blocks up to that tap only, as its norm was trained.
@@ -56,9 +54,7 @@ class Candidate:
             model = build_backbone(self.backbone, n_outputs, **options)
         else:
             name, args = (
-                (self.timm_name, {})
-                if self.backbone is None
-                else (self.backbone.timm_name, self.backbone.timm_args)
+                (self.timm_name, {}) if self.backbone is None else (self.backbone.timm_name, self.backbone.timm_args)
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)

@@ -10,9 +10,17 @@ from util.console import make_output_unfailing
 
 # What the system says of a place that the user named, whatever was to be done there.
 _OF_A_PLACE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-)  # fmt: skip
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
 
 
 class UserError(Exception):
@@ -45,8 +53,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print(
             f"error: {told}: lower --batch_size (for frozen encoders --encode_batch), or free the GPU of what "
             "else runs there (nvidia-smi)",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -70,11 +70,7 @@ class Backbone:
 
 
 def read_backbone(
-    path: str | os.PathLike,
-    *,
-    tap: str | int = "last",
-    img_size: int | None = None,
-    num_heads: int | None = None,
+    path: str | os.PathLike, *, tap: str | int = "last", img_size: int | None = None, num_heads: int | None = None
 ) -> Backbone:
     """The encoder of any file that `read_state_dict` takes.
 
@@ -109,8 +105,7 @@ def read_backbone(
             encoder[f"norm.{part}"] = state[f"norm{suffix}.{part}"]
     except KeyError as error:
         raise UserError(
-            f"{info.path}: no complete ViT encoder in it, {error} is missing; "
-            f"it has {summarize_keys(state)[:100]}"
+            f"{info.path}: no complete ViT encoder in it, {error} is missing; it has {summarize_keys(state)[:100]}"
         ) from None
     except (ValueError, IndexError) as error:  # tensors of other ranks, or no square grid of patches
         raise UserError(f"{info.path}: not a ViT that takes square images ({error})") from None
@@ -128,14 +123,10 @@ def read_backbone(
         args["patch_size"] = patch_size
     if mlp_width != 4 * width:
         args["mlp_ratio"] = mlp_width / width
-    return Backbone(
-        encoder, name, args, heads, patch_size, heads_from, index, block, info, found.prefix, found.ignored
-    )
+    return Backbone(encoder, name, args, heads, patch_size, heads_from, index, block, info, found.prefix, found.ignored)
 
 
-def _find_tap(
-    state: Mapping[str, Tensor], info: WeightsInfo, tap: str | int
-) -> tuple[int | None, int | None]:
+def _find_tap(state: Mapping[str, Tensor], info: WeightsInfo, tap: str | int) -> tuple[int | None, int | None]:
     """Number of the tap and its block, each None where the file doesn't have or tell it."""
     if "norm.weight" in state:
         if tap != "last":
@@ -170,11 +161,7 @@ def build_backbone(backbone: Backbone, num_classes: int = 0, **options) -> Visio
             backbone.timm_name,
             num_classes=num_classes,
             # As pretraining prepares images; timm's own weights of these names use 0.5 and crop_pct 0.9.
-            pretrained_cfg_overlay={
-                "mean": IMAGENET_DEFAULT_MEAN,
-                "std": IMAGENET_DEFAULT_STD,
-                "crop_pct": 1.0,
-            },
+            pretrained_cfg_overlay={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0},
             **backbone.timm_args,
             **options,
         )
@@ -191,9 +178,7 @@ def build_backbone(backbone: Backbone, num_classes: int = 0, **options) -> Visio
         model.load_state_dict(state)
     except RuntimeError as error:
         message = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{backbone.source.path}: not an encoder that timm's ViT computes: {message}"
-        ) from None
+        raise UserError(f"{backbone.source.path}: not an encoder that timm's ViT computes: {message}") from None
     return model
 
 
@@ -305,12 +290,11 @@ def usage(backbone: Backbone, out: str | os.PathLike, fmt: str) -> str:
         f"attention heads: {backbone.num_heads} ({backbone.heads_from})",
     ]
     if fmt == "cxr-eval":
-        lines.append(f"cxr-eval reads it where its path contains {', '.join(CXR_EVAL_NAMES[:-1])} or "
-                     f"{CXR_EVAL_NAMES[-1]}")  # fmt: skip
+        lines.append(
+            f"cxr-eval reads it where its path contains {', '.join(CXR_EVAL_NAMES[:-1])} or {CXR_EVAL_NAMES[-1]}"
+        )
         if not any(name in str(Path(out).resolve()) for name in CXR_EVAL_NAMES):
-            lines.append(
-                f"WARNING: {out} contains none of these names: cxr-eval would silently load nothing from it"
-            )
+            lines.append(f"WARNING: {out} contains none of these names: cxr-eval would silently load nothing from it")
     else:
         lines.append(f"load it with {call}")
     if backbone.block is not None and backbone.block != backbone.depth - 1:

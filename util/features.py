@@ -40,10 +40,7 @@ class FeatureFile:
         self._sound = np.zeros(n_rows, bool)
         try:
             self.numbers.parent.mkdir(parents=True, exist_ok=True)
-            for file, size in (
-                (self.numbers, n_rows * width * DTYPE.itemsize),
-                (self.sums, n_rows * SUM.itemsize),
-            ):
+            for file, size in ((self.numbers, n_rows * width * DTYPE.itemsize), (self.sums, n_rows * SUM.itemsize)):
                 if file.exists() and file.stat().st_size == size:
                     continue  # nothing is written where all is there: it may be others' to write
                 with open(file, "ab") as opened:

@@ -124,9 +124,7 @@ class FiniteWatch:
         """Put it back; empty for a checkpoint of a program that didn't save it."""
         self.skipped, self._overflows = state.get("skipped", 0), state.get("overflows", 0)
 
-    def step(
-        self, epoch: int, steps: range, *, lr: float, losses: torch.Tensor, skipped: torch.Tensor
-    ) -> int:
+    def step(self, epoch: int, steps: range, *, lr: float, losses: torch.Tensor, skipped: torch.Tensor) -> int:
         """Note an optimiser step; returns the request to stop that all ranks agreed on (`util.stop`).
 
         Args:
@@ -220,9 +218,7 @@ class FiniteWatch:
         any_loss = any(broken for broken, _ in ranks)
         what = "loss" if any_loss else "gradient"
         told = [f"rank {rank}: {text}" for rank, (broken, text) in enumerate(ranks) if broken or not any_loss]
-        return "; ".join(
-            [f"non-finite {what} at epoch {step.epoch} step {step.steps[-1]}, lr {step.lr:.3g}", *told]
-        )
+        return "; ".join([f"non-finite {what} at epoch {step.epoch} step {step.steps[-1]}, lr {step.lr:.3g}", *told])
 
     def _fail(self, message: str) -> None:
         # The message tells of all ranks: one is enough to print it.

@@ -18,13 +18,7 @@ ENCODER = re.compile(
 )
 PATCH_EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.projection.weight")  # timm's, mmpretrain's
 # Of twin encoders the one that is used afterwards: DINO's teacher, MoCo's query encoder.
-BETTER_TWIN = (
-    ("teacher", "student"),
-    ("encoder_q", "encoder_k"),
-    ("online", "target"),
-    ("", "momentum"),
-    ("", "ema"),
-)
+BETTER_TWIN = (("teacher", "student"), ("encoder_q", "encoder_k"), ("online", "target"), ("", "momentum"), ("", "ema"))
 MMPRETRAIN = (
     (re.compile(r"^patch_embed\.projection\."), "patch_embed.proj."),
     (re.compile(r"^layers\.(\d+)\.ln([12])\."), r"blocks.\1.norm\2."),
@@ -33,7 +27,7 @@ MMPRETRAIN = (
     (re.compile(r"^layers\.(\d+)\.attn\."), r"blocks.\1.attn."),
     (re.compile(r"^layers\.(\d+)\.(gamma|ls)"), r"blocks.\1.\2"),
     (re.compile(r"^(?:ln1|norm1|ln|norm)\."), "norm."),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -96,12 +90,7 @@ def _choose(prefixes: list[str]) -> str:
     left = list(prefixes)
     for better, worse in BETTER_TWIN:
         for prefix in prefixes:
-            if (
-                worse in prefix
-                and len(left) > 1
-                and prefix in left
-                and any(better in p for p in left if p != prefix)
-            ):
+            if worse in prefix and len(left) > 1 and prefix in left and any(better in p for p in left if p != prefix):
                 left.remove(prefix)
     if len(left) > 1:
         raise ValueError(f"encoders under {' and '.join(sorted(left))}; save the state dict of one")

@@ -44,18 +44,14 @@ BUTTON_X, BUTTON_Y, BUTTON_MARGIN = (10.0, 650.0), (933.0, 1122.0), 50.0
 def fixation_columns(table: pd.DataFrame | Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
     """`FIXATION_COLUMNS` as float64 arrays, from a table that has them or REFLACX's own columns."""
     if REFLACX_COLUMNS["x"] in table and "x" not in table:
-        columns = {
-            ours: np.asarray(table[theirs], dtype=np.float64) for ours, theirs in REFLACX_COLUMNS.items()
-        }
+        columns = {ours: np.asarray(table[theirs], dtype=np.float64) for ours, theirs in REFLACX_COLUMNS.items()}
         start, end = (np.asarray(table[name], dtype=np.float64) for name in REFLACX_TIMES)
         return columns | {"duration": end - start}
     return {name: np.asarray(table[name], dtype=np.float64) for name in FIXATION_COLUMNS}
 
 
 def fixation_heatmap(
-    fixations: pd.DataFrame | Mapping[str, Sequence[float]],
-    image_size: tuple[int, int],
-    out_size: tuple[int, int],
+    fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int], out_size: tuple[int, int]
 ) -> np.ndarray:
     """Gaze density of one reading: float64 [height, width], >= 0, sums to 1.
 
@@ -120,9 +116,7 @@ def _axis_factor(
     return density
 
 
-def check_rectangles(
-    fixations: Mapping[str, Sequence[float]], image_size: tuple[int, int], path: object
-) -> str | None:
+def check_rectangles(fixations: Mapping[str, Sequence[float]], image_size: tuple[int, int], path: object) -> str | None:
     """Whether the parts in view fit an image of (height, width) `image_size`: None if they do, a doubt where they
     can't tell, `UserError` naming `path` where one reaches beyond it (by more than a pixel)."""
     columns = fixation_columns(fixations)
@@ -144,9 +138,7 @@ def check_rectangles(
     return None
 
 
-def inside_image(
-    fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int]
-) -> np.ndarray:
+def inside_image(fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int]) -> np.ndarray:
     """Which fixations lie in the image of (height, width) `image_size`, borders included: bool [n]."""
     x, y = np.asarray(fixations["x"], dtype=np.float64), np.asarray(fixations["y"], dtype=np.float64)
     height, width = image_size

@@ -92,8 +92,10 @@ def _patch_picture(example: Example, patch_size: int) -> np.ndarray:
     )
     picture = np.repeat(example.gray[..., None], 3, 2)
     for where, colour in (
-        (readers & ~predicted, READERS_ONLY), (predicted & ~readers, PREDICTION_ONLY), (readers & predicted, BOTH),
-    ):  # fmt: skip
+        (readers & ~predicted, READERS_ONLY),
+        (predicted & ~readers, PREDICTION_ONLY),
+        (readers & predicted, BOTH),
+    ):
         pixels = where.repeat(patch_size, 0).repeat(patch_size, 1)
         picture[pixels] = 0.5 * picture[pixels] + 0.5 * np.array(to_rgb(colour))
     return picture

@@ -12,9 +12,7 @@ METHODS = ("linear", "probe", "finetune", "evaluate")
 HEEDED_BY = {
     "views": ("linear",),
     "recipe": ("finetune",),
-    **dict.fromkeys(
-        ("epochs", "batch_size", "lr", "weight_decay", "warmup", "patience"), ("linear", "finetune")
-    ),
+    **dict.fromkeys(("epochs", "batch_size", "lr", "weight_decay", "warmup", "patience"), ("linear", "finetune")),
     **dict.fromkeys(("layer_decay", "drop_path", "pool"), ("finetune",)),
     "features_dir": ("linear", "probe"),
     **dict.fromkeys(

@@ -62,9 +62,7 @@ class HOGPyramid(nn.Module):
         for cell in sorted(set(self.cell_sizes) - {finest}):
             divisors = [done for done in pooled if cell % done == 0]
             fine = max(divisors) if divisors else None
-            pooled[cell] = (
-                self._histogram(gx, gy, cell) if fine is None else F.avg_pool2d(pooled[fine], cell // fine)
-            )
+            pooled[cell] = self._histogram(gx, gy, cell) if fine is None else F.avg_pool2d(pooled[fine], cell // fine)
 
         targets = []
         for cell in self.cell_sizes:

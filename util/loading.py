@@ -18,9 +18,7 @@ class SampleLoader(DataLoader):
     a line was meant. Here workers hand the error over in the place of its batch.
     """
 
-    def __init__(
-        self, dataset: Dataset, *args: Any, collate_fn: Callable[[list], Any] | None = None, **options: Any
-    ):
+    def __init__(self, dataset: Dataset, *args: Any, collate_fn: Callable[[list], Any] | None = None, **options: Any):
         collate = partial(_collate, collate_fn or default_collate)
         super().__init__(_Caught(dataset), *args, collate_fn=collate, **options)
 

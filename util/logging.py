@@ -49,11 +49,7 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        output_dir: str | os.PathLike,
-        log_dir: str | os.PathLike | None,
-        start_epoch: float,
-        enabled: bool = True,
+        self, output_dir: str | os.PathLike, log_dir: str | os.PathLike | None, start_epoch: float, enabled: bool = True
     ):
         self.path = Path(output_dir) / "log.txt"
         self.log_dir = Path(log_dir or output_dir)
@@ -71,9 +67,7 @@ class RunLog:
             # The points at start_epoch itself were written before the checkpoint and are not done again.
             self._open_writer(purge_step=epoch_1000x(start_epoch) + 1)
         except OSError as error:
-            raise UserError(
-                f"{error.filename or self.log_dir}: can't be written: {error.strerror or error}"
-            ) from None
+            raise UserError(f"{error.filename or self.log_dir}: can't be written: {error.strerror or error}") from None
 
     def _drop_lines_from(self, epoch: int) -> None:
         """Keep the whole lines of epochs before `epoch`."""
@@ -104,9 +98,7 @@ class RunLog:
             if not isinstance(starts, list):
                 raise ValueError("not a list")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: can't be read as the list of a run's starts ({error}); move it away"
-            ) from None
+            raise UserError(f"{path}: can't be read as the list of a run's starts ({error}); move it away") from None
         starts.append(
             {
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -73,9 +73,7 @@ def masked_count(n_patches: int, mask_ratio: float) -> int:
     return n_masked
 
 
-def mask_generator(
-    seed: int, epoch: int, step: int, rank: int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def mask_generator(seed: int, epoch: int, step: int, rank: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Generator for the masks of one step: a function of (seed, epoch, step, rank) and nothing else,
     so that masks don't depend on the number of workers or on where a run was resumed."""
     state = np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0]
@@ -121,9 +119,7 @@ def significant_patches(foreground: Tensor, patch_size: int) -> Tensor:
     """
     batch, height, width = foreground.shape
     if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"foreground of {height} x {width} px is not divisible into patches of {patch_size} px"
-        )
+        raise ValueError(f"foreground of {height} x {width} px is not divisible into patches of {patch_size} px")
     if foreground.dtype != torch.bool:
         full_scale = torch.where(foreground.flatten(1).amax(1) <= 1, 1.0, 255.0)  # [B]
         foreground = foreground >= 0.5 * full_scale[:, None, None]

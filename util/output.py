@@ -16,13 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from util.checkpoint import (
-    CheckpointError,
-    is_checkpoint,
-    load_options,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from util.checkpoint import CheckpointError, is_checkpoint, load_options, save_checkpoint, verify_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, fsync_directory
@@ -49,9 +43,7 @@ def hold_output(
                 try:
                     Path(directory).mkdir(parents=True, exist_ok=True)
                 except OSError as error:
-                    raise UserError(
-                        f"--{flag} {directory}: can't make this directory: {error.strerror}"
-                    ) from None
+                    raise UserError(f"--{flag} {directory}: can't make this directory: {error.strerror}") from None
             stack.enter_context(
                 file_lock(
                     Path(output_dir) / LOCK_FILE,
@@ -85,9 +77,7 @@ def _remove_leftovers(output_dir: str | os.PathLike) -> None:
             path.unlink()
 
 
-def find_checkpoint(
-    output_dir: str | os.PathLike, *, resume: str = "", auto_resume: bool = True
-) -> Path | None:
+def find_checkpoint(output_dir: str | os.PathLike, *, resume: str = "", auto_resume: bool = True) -> Path | None:
     """The checkpoint to go on from; None for a fresh start. For rank 0, which holds `output_dir`.
 
     Args:
@@ -99,9 +89,7 @@ def find_checkpoint(
     if auto_resume:
         return newest_checkpoint(output_dir)
     if older := list_checkpoints(output_dir):
-        raise UserError(
-            f"--no_auto_resume: {output_dir} already holds {older[0].name}; choose another --output_dir"
-        )
+        raise UserError(f"--no_auto_resume: {output_dir} already holds {older[0].name}; choose another --output_dir")
     return None
 
 

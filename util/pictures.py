@@ -143,9 +143,7 @@ def hog_glyphs(hog: np.ndarray, cell: int) -> np.ndarray:
         angle = (k + 0.5) * math.pi / nbins + math.pi / 2  # of the edge
         along = np.abs(x * math.cos(angle) + y * math.sin(angle))
         across = np.abs(x * math.sin(angle) - y * math.cos(angle))
-        line = np.clip(thickness / 2 + 0.5 - across, 0, 1) * np.clip(
-            length + 0.5 - along, 0, 1
-        )  # [cell, cell]
+        line = np.clip(thickness / 2 + 0.5 - across, 0, 1) * np.clip(length + 0.5 - along, 0, 1)  # [cell, cell]
         value = np.clip(hog[:, :, k], 0, 1).astype(np.float32)
         np.maximum(drawn, value[:, None, :, None] * line.astype(np.float32)[None, :, None, :], out=drawn)
     return drawn.reshape(height * cell, width * cell)
@@ -176,18 +174,12 @@ def mask_picture(gray: np.ndarray, significant: np.ndarray, masked: np.ndarray) 
     patch = gray.shape[0] // masked.shape[0]
     picture = np.repeat(gray[..., None], 3, 2)
     large = _enlarge(masked, patch)
-    colors = np.where(
-        _enlarge(significant, patch)[..., None],
-        to_rgb(SIGNIFICANT),
-        to_rgb(MASKED),
-    )
+    colors = np.where(_enlarge(significant, patch)[..., None], to_rgb(SIGNIFICANT), to_rgb(MASKED))
     picture[large] = (0.3 * picture + 0.7 * colors)[large]
     return picture
 
 
-def prediction_picture(
-    prediction: np.ndarray, predicted: np.ndarray, pixels: int = GLYPH_PIXELS
-) -> np.ndarray:
+def prediction_picture(prediction: np.ndarray, predicted: np.ndarray, pixels: int = GLYPH_PIXELS) -> np.ndarray:
     """Glyphs of the prediction in cells that touch a masked patch; visible cells are hatched, without glyphs.
 
     Args:
@@ -283,9 +275,7 @@ def reconstruction_figure(
         line = height - top - i * band - header + 0.06
         figure.text(left / width, line / height, counts, fontsize=8, va="bottom")
         line += 0.15
-        figure.text(
-            left / width, line / height, "\n".join(wrapped[i]), fontsize=8.5, weight="bold", va="bottom"
-        )
+        figure.text(left / width, line / height, "\n".join(wrapped[i]), fontsize=8.5, weight="bold", va="bottom")
 
         panel(i, 0, 0, "radiograph", gray, cmap="gray", vmin=0, vmax=1)
         panel(i, 0, 1, "gaze heatmap (bright: looked at longer)", gaze_overlay(gray, found.attention[i]))
@@ -311,24 +301,28 @@ def reconstruction_figure(
             size = framed.get_images()[0].get_array().shape[0] / masked.shape[0]
             corner = (place[1] * size - 0.5, place[0] * size - 0.5)
             framed.add_patch(Rectangle(corner, side * size, side * size, fill=False, ec=ENLARGED, lw=1.4))
-        shown = [hog_glyphs(found.targets[finest][i], GLYPH_PIXELS // 32 + 4)[..., None].repeat(3, 2),
-                 prediction_picture(found.predictions[finest][i], found.predicted[finest][i])]  # fmt: skip
+        shown = [
+            hog_glyphs(found.targets[finest][i], GLYPH_PIXELS // 32 + 4)[..., None].repeat(3, 2),
+            prediction_picture(found.predictions[finest][i], found.predicted[finest][i]),
+        ]
         for line, (what, picture) in enumerate(zip(("target", "prediction"), shown, strict=True)):
             step = picture.shape[0] // masked.shape[0]
             rows, cols = (slice(start * step, (start + side) * step) for start in place)
             panel(i, line, 2 + scales, f"{what}, framed part enlarged", picture[rows, cols])
 
-    visible = Patch(fc=0.22 * np.array(to_rgb(MASKED)), ec=0.45 * np.array(to_rgb(MASKED)), hatch="//////",
-                    label="in predictions: visible, not predicted")  # fmt: skip
+    visible = Patch(
+        fc=0.22 * np.array(to_rgb(MASKED)),
+        ec=0.45 * np.array(to_rgb(MASKED)),
+        hatch="//////",
+        label="in predictions: visible, not predicted",
+    )
     framed = Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")
     _legend(figure, (left / width, 0.28 / height, 0.6, (footer - 0.4) / height), [visible, framed])
     figure.text(left / width, 0.1 / height, KEY, fontsize=7.5)
     axes = figure.add_axes(
         (1 - (2.2 * panel_inches) / width, (footer - 0.22) / height, 2 * panel_inches / width, 0.09 / height)
     )
-    bar = figure.colorbar(
-        matplotlib.cm.ScalarMappable(error_scale, ERROR_MAP), cax=axes, orientation="horizontal"
-    )
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(error_scale, ERROR_MAP), cax=axes, orientation="horizontal")
     bar.ax.tick_params(labelsize=7, length=2, pad=1)
     bar.set_label("squared error of a patch, summed over scales", fontsize=7.5, labelpad=1)
     bar.outline.set_linewidth(0.4)
@@ -398,14 +392,7 @@ def _outline(axes, patches: np.ndarray, size: int) -> None:
     """Outline each true patch of [h, w] in the colour of significant patches."""
     for row, column in np.argwhere(patches):
         axes.add_patch(
-            Rectangle(
-                (column * size + 0.5, row * size + 0.5),
-                size - 2,
-                size - 2,
-                fill=False,
-                ec=SIGNIFICANT,
-                lw=0.8,
-            )
+            Rectangle((column * size + 0.5, row * size + 0.5), size - 2, size - 2, fill=False, ec=SIGNIFICANT, lw=0.8)
         )
 
 
@@ -419,11 +406,5 @@ def _legend(figure: Figure, place: tuple[float, float, float, float], further: S
         *further,
     ]
     axes.legend(
-        handles=handles,
-        loc="center left",
-        ncols=5,
-        fontsize=7.5,
-        columnspacing=1.2,
-        frameon=False,
-        borderpad=0,
+        handles=handles, loc="center left", ncols=5, fontsize=7.5, columnspacing=1.2, frameon=False, borderpad=0
     )

@@ -85,9 +85,7 @@ def fetch_weights(name: str, out: str | os.PathLike, *, file: str | os.PathLike 
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except OSError as error:
-        raise UserError(
-            f"download of {name} failed ({_first_line(error)}); {manual_steps(name, out)}"
-        ) from None
+        raise UserError(f"download of {name} failed ({_first_line(error)}); {manual_steps(name, out)}") from None
     except RuntimeError as error:  # load_state_dict: keys or shapes don't fit
         raise UserError(f"{file or name}: not the weights of {name}: {_first_line(error)}") from None
     buffer = io.BytesIO()

@@ -103,17 +103,7 @@ def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
             )
             rows.append([*head, label, *found, positive + negative, positive])
         rows.append([*head, MEAN, *interval(outcome.values[:, -1]), len(outcome.ids), pd.NA])
-    columns = [
-        "weights",
-        "dataset",
-        "method",
-        "fraction",
-        "seed",
-        "label",
-        outcomes[0].measure,
-        "low",
-        "high",
-    ]
+    columns = ["weights", "dataset", "method", "fraction", "seed", "label", outcomes[0].measure, "low", "high"]
     return pd.DataFrame(rows, columns=[*columns, "n", "n_positive"]).astype({"n_positive": "Int64"})
 
 
@@ -151,9 +141,7 @@ def left_out(outcome: Outcome) -> str:
     rare = [name for name in out if name not in whole]
     texts = [f"{', '.join(whole)} (it holds the others)"] if whole else []
     if rare:
-        texts.append(
-            f"{', '.join(rare)} (fewer than {max(1, outcome.min_count)} test images with or without it)"
-        )
+        texts.append(f"{', '.join(rare)} (fewer than {max(1, outcome.min_count)} test images with or without it)")
     return f"the mean leaves out {' and '.join(texts)}" if texts else ""
 
 
@@ -168,24 +156,14 @@ def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str], *, publish
     measure = "Accuracy" if first.task == MULTICLASS else "AUC"
     mean = "all images" if first.task == MULTICLASS else MEAN
     several = len(first.label_names) > 1
-    columns = [
-        "weights",
-        "labels used",
-        "seeds",
-        *first.label_names,
-        *([mean] if several else []),
-        "95% interval",
-    ]
+    columns = ["weights", "labels used", "seeds", *first.label_names, *([mean] if several else []), "95% interval"]
     lines = [
         f"# {first.dataset}, {first.method}",
         "",
         f"{measure} in percent on {len(first.ids):,} test images of {len(np.unique(first.subjects)):,} subjects, mean ± "
         "standard deviation over seeds. The 95% interval is over test subjects (bootstrap), of the "
         f"{'mean' if several else 'label'} averaged over seeds.",
-        *(
-            f"\n{note[0].upper()}{note[1:]}."
-            for note in [*([left_out(first)] if left_out(first) else []), *notes]
-        ),
+        *(f"\n{note[0].upper()}{note[1:]}." for note in [*([left_out(first)] if left_out(first) else []), *notes]),
         "",
         _row(columns),
         _row(["---"] * len(columns)),
@@ -221,11 +199,7 @@ def summary_table(means: pd.DataFrame) -> str:
         "deviation over seeds.",
         "",
         _row(
-            [
-                "weights",
-                "labels used",
-                *(" ".join([d, m, *(["(accuracy)"] if a != "auc" else [])]) for d, m, a in runs),
-            ]
+            ["weights", "labels used", *(" ".join([d, m, *(["(accuracy)"] if a != "auc" else [])]) for d, m, a in runs)]
         ),
         _row(["---"] * (len(runs) + 2)),
     ]
@@ -235,13 +209,9 @@ def summary_table(means: pd.DataFrame) -> str:
             own = group.loc[(group["dataset"] == dataset) & (group["method"] == method), "value"]
             cells.append(_spread(100 * own.to_numpy(float)) if len(own) else "")
         lines.append(_row([weights, f"{100 * fraction:g}%", *cells]))
-    for name in dict.fromkeys(
-        name for dataset, method, _ in runs for name, _ in PUBLISHED.get((dataset, method), ())
-    ):
+    for name in dict.fromkeys(name for dataset, method, _ in runs for name, _ in PUBLISHED.get((dataset, method), ())):
         values = [dict(PUBLISHED.get((dataset, method), ())).get(name) for dataset, method, _ in runs]
-        lines.append(
-            _row([f"*{name} (published)*", "100%", *("" if v is None else f"*{v:.2f}*" for v in values)])
-        )
+        lines.append(_row([f"*{name} (published)*", "100%", *("" if v is None else f"*{v:.2f}*" for v in values)]))
     return "\n".join(lines) + "\n"
 
 

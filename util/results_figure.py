@@ -56,15 +56,20 @@ def summary_figure(means: pd.DataFrame) -> Figure:
         _mean_over_fractions(axes, own, "value", names)
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         sizes = sorted({int(n) for n in own["n"]})
-        axes.set_title(
-            plain(f"{dataset}, {method}: {' / '.join(f'{n:,}' for n in sizes)} test images"), fontsize=8.5
-        )
+        axes.set_title(plain(f"{dataset}, {method}: {' / '.join(f'{n:,}' for n in sizes)} test images"), fontsize=8.5)
         axes.set_ylabel(MEASURE_WORDS[measure], fontsize=8)
         _finish(axes)
     for axes in panels[len(runs) :]:
         axes.set_axis_off()
-    figure.legend([entries[text] for text in wrapped], wrapped, loc="outside right center", fontsize=NAME_POINTS,
-                  frameon=False, title="the best at the largest share first", title_fontsize=NAME_POINTS)  # fmt: skip
+    figure.legend(
+        [entries[text] for text in wrapped],
+        wrapped,
+        loc="outside right center",
+        fontsize=NAME_POINTS,
+        frameon=False,
+        title="the best at the largest share first",
+        title_fontsize=NAME_POINTS,
+    )
     return figure
 
 
@@ -89,18 +94,23 @@ def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
     for name, text, place in zip(names, texts, _spread_out(wanted, share), strict=True):
         color = _style(names.index(name))["color"]
         axes.annotate(
-            text, (100 * mean["fraction"].max(), last[name]), (1.06, place), "data", "axes fraction", annotation_clip=False,
-            fontsize=NAME_POINTS, va="center", arrowprops=dict(arrowstyle="-", color=color, lw=0.6, shrinkA=1, shrinkB=3, relpos=(0, 0.5)),
-        )  # fmt: skip
+            text,
+            (100 * mean["fraction"].max(), last[name]),
+            (1.06, place),
+            "data",
+            "axes fraction",
+            annotation_clip=False,
+            fontsize=NAME_POINTS,
+            va="center",
+            arrowprops=dict(arrowstyle="-", color=color, lw=0.6, shrinkA=1, shrinkB=3, relpos=(0, 0.5)),
+        )
     return figure
 
 
 def _by_final_value(mean: pd.DataFrame, column: str) -> list[str]:
     """Names of the weights, the best of their largest share of labels first."""
     final = mean[mean["fraction"] == mean.groupby("weights")["fraction"].transform("max")]
-    return list(
-        final.groupby("weights", sort=False)[column].mean().sort_values(ascending=False, kind="stable").index
-    )
+    return list(final.groupby("weights", sort=False)[column].mean().sort_values(ascending=False, kind="stable").index)
 
 
 def _spread_out(wanted: Sequence[float], sizes: np.ndarray) -> np.ndarray:
@@ -129,9 +139,12 @@ def _width(texts: Sequence[str]) -> float:
 def _style(i: int) -> dict:
     """Colour, marker and line of the i-th weights: 63 differ in colour or marker, 28 in colour or line."""
     return dict(
-        color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
-        ms=4, lw=1.4,
-    )  # fmt: skip
+        color=COLORS[i % len(COLORS)],
+        marker=MARKERS[i % len(MARKERS)],
+        ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
+        ms=4,
+        lw=1.4,
+    )
 
 
 def _mean_over_fractions(axes, mean: pd.DataFrame, column: str, names: Sequence[str]) -> None:
@@ -150,9 +163,7 @@ def _mean_over_fractions(axes, mean: pd.DataFrame, column: str, names: Sequence[
         elif len(names) > FEW:
             # Side by side, so that the bars do not hide one another.
             x = x * (fractions[-1] / fractions[0]) ** (0.03 * ((i + 0.5) / len(names) - 0.5))
-            axes.errorbar(
-                x, centre, yerr=spread.fillna(0), elinewidth=0.7, capsize=1.5, capthick=0.7, **style
-            )
+            axes.errorbar(x, centre, yerr=spread.fillna(0), elinewidth=0.7, capsize=1.5, capthick=0.7, **style)
         else:
             axes.plot(x, centre, **style)
             axes.fill_between(x, centre - spread, centre + spread, color=style["color"], alpha=0.18, lw=0)
@@ -216,18 +227,22 @@ def _per_weights(table: pd.DataFrame, measure: str) -> Figure:
 
 
 def _intervals(
-    axes, table: pd.DataFrame, measure: str, column: str, order: Sequence[str], place: np.ndarray, style: dict,
+    axes,
+    table: pd.DataFrame,
+    measure: str,
+    column: str,
+    order: Sequence[str],
+    place: np.ndarray,
+    style: dict,
     text: str = "",
-) -> None:  # fmt: skip
+) -> None:
     """Means over seeds at these places, with the interval of the first seed."""
     groups = table.groupby(column, sort=False)
     centre = groups[measure].mean().reindex(order).to_numpy()
     first = groups[["low", "high"]].first().reindex(order).to_numpy()
     # A percentile interval may leave the value outside where there are few images.
     spread = np.clip([centre - first[:, 0], first[:, 1] - centre], 0, None)
-    axes.errorbar(
-        centre, place, xerr=np.nan_to_num(spread), label=text, **style | {"ls": "", "lw": 1, "ms": 3.5}
-    )
+    axes.errorbar(centre, place, xerr=np.nan_to_num(spread), label=text, **style | {"ls": "", "lw": 1, "ms": 3.5})
 
 
 def _judged(table: pd.DataFrame, measure: str) -> tuple[pd.DataFrame, list[str]]:

@@ -52,9 +52,7 @@ class Setting:
     @classmethod
     def in_checkpoint(cls, state: Mapping[str, Any]) -> Setting:
         """That of the run that wrote a checkpoint; an older program's tells neither samples nor threads."""
-        return cls(
-            int(state["world_size"]), state["dataset_size"], state.get("samples"), state.get("threads")
-        )
+        return cls(int(state["world_size"]), state["dataset_size"], state.get("samples"), state.get("threads"))
 
 
 def run_state(
@@ -190,9 +188,7 @@ def describe_mismatch(
 def _require_same_samples(
     checkpoint: Mapping[str, Any], before: Setting, setting: Setting, other_samples: bool
 ) -> None:
-    where = (
-        f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of {before.dataset_size} samples"
-    )
+    where = f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of {before.dataset_size} samples"
     mend = "bring back those, or --resume a checkpoint from the end of an epoch"
     if before.dataset_size != setting.dataset_size:
         raise UserError(f"{where}, and --data_path has {setting.dataset_size} now: {mend}")
@@ -204,10 +200,7 @@ def _require_same_samples(
 
 
 def _require_same_epoch(
-    checkpoint: Mapping[str, Any],
-    args: Mapping[str, Any],
-    changed: Mapping[str, tuple[Any, Any]],
-    world_size: int,
+    checkpoint: Mapping[str, Any], args: Mapping[str, Any], changed: Mapping[str, tuple[Any, Any]], world_size: int
 ) -> None:
     old, old_world = checkpoint["args"], int(checkpoint["world_size"])
     global_batch = old["batch_size"] * old_world

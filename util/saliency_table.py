@@ -14,9 +14,14 @@ from util.saliency import FIXATION_METRICS, LOWER_IS_BETTER, MAP_METRICS
 
 METRICS = (*MAP_METRICS, *FIXATION_METRICS)
 TITLES = {
-    "cc": "CC", "kld": "KLD", "sim": "SIM", "patch_iou": "patch IoU",
-    "nss": "NSS", "auc_judd": "AUC-Judd", "auc_shuffled": "shuffled AUC",
-}  # fmt: skip
+    "cc": "CC",
+    "kld": "KLD",
+    "sim": "SIM",
+    "patch_iou": "patch IoU",
+    "nss": "NSS",
+    "auc_judd": "AUC-Judd",
+    "auc_shuffled": "shuffled AUC",
+}
 SEVERAL = "images read several times"
 DRAWS = 2000
 
@@ -65,32 +70,20 @@ def _lines(name: str, table: pd.DataFrame, draws: int, seed: int) -> list[dict]:
         n = int(table[metric].notna().sum())
         if n:
             value, low, high = interval(means[:, column])
-            lines.append(
-                {"predictor": name, "metric": metric, "value": value, "low": low, "high": high, "n": n}
-            )
+            lines.append({"predictor": name, "metric": metric, "value": value, "low": low, "high": high, "n": n})
     return lines
 
 
 def format_table(summary: pd.DataFrame) -> str:
     """The summary as text: a line per predictor, a column per metric, intervals in brackets."""
     metrics = [metric for metric in METRICS if (summary["metric"] == metric).any()]
-    lines = [
-        [
-            "",
-            "images",
-            *(f"{TITLES[m]}{' (less is better)' if m in LOWER_IS_BETTER else ''}" for m in metrics),
-        ]
-    ]
+    lines = [["", "images", *(f"{TITLES[m]}{' (less is better)' if m in LOWER_IS_BETTER else ''}" for m in metrics)]]
     for name in summary["predictor"].unique():
         own = summary[summary["predictor"] == name].set_index("metric")
-        cells = [
-            _with_interval(*own.loc[m, ["value", "low", "high"]]) if m in own.index else "-" for m in metrics
-        ]
+        cells = [_with_interval(*own.loc[m, ["value", "low", "high"]]) if m in own.index else "-" for m in metrics]
         lines.append([name, str(own["n"].max()), *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def _with_interval(value: float, low: float, high: float) -> str:
@@ -115,16 +108,12 @@ def metrics_figure(summary: pd.DataFrame, *, model: str, title: str = "") -> Fig
             colour = "C0" if name.split(", ")[0] == model else "0.45"
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
             axes.plot([value], [place], "o", color=colour, markersize=5)
-        axes.set_title(
-            f"{TITLES[metric]}{' (less is better)' if metric in LOWER_IS_BETTER else ''}", fontsize=9
-        )
+        axes.set_title(f"{TITLES[metric]}{' (less is better)' if metric in LOWER_IS_BETTER else ''}", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    told = (
-        f"{title}. Mean over images and its 95% bootstrap interval over subjects; more is better but for KLD."
-    )
+    told = f"{title}. Mean over images and its 95% bootstrap interval over subjects; more is better but for KLD."
     figure.suptitle("\n".join(fit_lines(told.removeprefix(". "), figure.get_figwidth(), 9)), fontsize=9)
     return figure

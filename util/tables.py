@@ -91,9 +91,7 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
             lines.append(line)
             rows.append(cells)
     columns = zip(*rows) if rows else [()] * len(names)
-    table = {
-        name: list(cells) if name in text else _typed(cells) for name, cells in zip(names, columns) if name
-    }
+    table = {name: list(cells) if name in text else _typed(cells) for name, cells in zip(names, columns) if name}
     return pd.DataFrame(table, index=pd.Index(lines, dtype=np.int64)).astype(dict.fromkeys(text, str))
 
 
@@ -165,14 +163,10 @@ def _typed(cells: Sequence[str]) -> np.ndarray:
 
 def to_numbers(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """The columns as float64 arrays; NaN where a cell is no number."""
-    return {
-        column: pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64) for column in columns
-    }
+    return {column: pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64) for column in columns}
 
 
-def bad_cells(
-    table: pd.DataFrame, numbers: Mapping[str, np.ndarray], infinite: Collection[str] = ()
-) -> dict[int, str]:
+def bad_cells(table: pd.DataFrame, numbers: Mapping[str, np.ndarray], infinite: Collection[str] = ()) -> dict[int, str]:
     """Of each line of a `read_table` with a cell that is no finite number, its first such column and the
     cell, as text; `numbers` are the columns to look at, of which `infinite` may be infinite."""
     bad: dict[int, str] = {}

@@ -105,8 +105,17 @@ def read_tuned(path: str | os.PathLike) -> Tuned:
         fraction = float(facts["fraction"])
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction {fraction}")
-        return Tuned(model, labels, facts["task"], tuple(mean), tuple(std), facts["dataset"], fraction,
-                     int(facts["seed"]), frozenset(seen))  # fmt: skip
+        return Tuned(
+            model,
+            labels,
+            facts["task"],
+            tuple(mean),
+            tuple(std),
+            facts["dataset"],
+            fraction,
+            int(facts["seed"]),
+            frozenset(seen),
+        )
     except KeyError as error:
         raise UserError(
             f"{info.path}: not a {BEST} of --method finetune ({error} is not in its metadata); "

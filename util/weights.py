@@ -184,9 +184,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
         return safetensors.torch.load_file(path), metadata
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable safetensors file ({error}); copy or export it again"
-        ) from None
+        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or export it again") from None
 
 
 def _read_torch(path: Path) -> Any:
@@ -286,8 +284,7 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
                     f"{info.path}: pos_embed of shape {_shape(tensor)} cannot be resampled: {error}"
                 ) from None
             notes.append(
-                f"pos_embed resampled from {state[name].shape[1] - 1} patches to "
-                f"{grid[0]} x {grid[1]} (bicubic)"
+                f"pos_embed resampled from {state[name].shape[1] - 1} patches to {grid[0]} x {grid[1]} (bicubic)"
             )
         if tensor.shape != wanted:
             raise UserError(_shape_message(info.path, name, tensor, own[name]))

@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 SIZE_COLOURS = ("#0072B2", "#56B4E9", "#E69F00")  # Okabe and Ito 2008
 CHEST_COLOUR = "#D55E00"
-LEGEND_BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.22), "frameon": False, "fontsize": 8,
-                "borderaxespad": 0}  # fmt: skip
+LEGEND_BELOW = {
+    "loc": "upper left",
+    "bbox_to_anchor": (-0.02, -0.22),
+    "frameon": False,
+    "fontsize": 8,
+    "borderaxespad": 0,
+}
 
 
 def analysis_figure(analysis: Analysis) -> Figure:
@@ -34,9 +39,7 @@ def analysis_figure(analysis: Analysis) -> Figure:
     figure = Figure(figsize=(14, top + bottom), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(2, 1, height_ratios=(top, bottom)) if analysis.examples else (figure,)
-    made_up = (
-        " SIMULATED GAZE, no radiologist looked at these images." if analysis.options["simulated"] else ""
-    )
+    made_up = " SIMULATED GAZE, no radiologist looked at these images." if analysis.options["simulated"] else ""
     title = (
         f"{analysis.options['raw']} ({analysis.options['source']}), split {analysis.options['split']}: "
         f"{len(analysis.readings):,} readings of {analysis.readings['image_id'].nunique():,} images.{made_up}"
@@ -59,19 +62,24 @@ def _draw_sizes(axes, analysis: Analysis) -> None:
     table = analysis.size_by_finding.iloc[::-1]
     small, medium = analysis.options["size_thresholds"]
     small, medium = 100 * small, 100 * medium
-    names = (f"small: under {small:g}% of the image's area", f"medium: {small:g}% to {medium:g}%",
-             f"large: {medium:g}% or more")  # fmt: skip
+    names = (
+        f"small: under {small:g}% of the image's area",
+        f"medium: {small:g}% to {medium:g}%",
+        f"large: {medium:g}% or more",
+    )
     left = np.zeros(len(table))
     for size, colour, name in zip(SIZES, SIZE_COLOURS, names):
         share = 100 * table[size].to_numpy()
-        axes.barh(
-            table["finding"], share, left=left, color=colour, edgecolor="white", linewidth=0.6, label=name
-        )
+        axes.barh(table["finding"], share, left=left, color=colour, edgecolor="white", linewidth=0.6, label=name)
         left += share
     for i, count in enumerate(table["ellipses"]):
         axes.text(101, i, f"{count:,}", va="center", fontsize=8)
-    axes.set(xlim=(0, 112), xticks=(0, 25, 50, 75, 100), title="How large abnormalities are",
-             xlabel="share of abnormality ellipses, % (number: ellipses)")  # fmt: skip
+    axes.set(
+        xlim=(0, 112),
+        xticks=(0, 25, 50, 75, 100),
+        title="How large abnormalities are",
+        xlabel="share of abnormality ellipses, % (number: ellipses)",
+    )
     axes.legend(**LEGEND_BELOW)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -83,33 +91,35 @@ def _draw_ratios(axes, analysis: Analysis) -> None:
         axes.set_axis_off()
         return
     findings = list(dict.fromkeys(table["finding"]))[::-1]
-    for within, colour, marker, shift in (
-        ("whole image", MASKED, "o", 0.14),
-        ("chest box", CHEST_COLOUR, "s", -0.14),
-    ):
+    for within, colour, marker, shift in (("whole image", MASKED, "o", 0.14), ("chest box", CHEST_COLOUR, "s", -0.14)):
         own = table[table["within"] == within]
         y = np.array([findings.index(finding) for finding in own["finding"]]) + shift
         error = np.nan_to_num(np.stack([own["mean"] - own["low"], own["high"] - own["mean"]]))
-        axes.errorbar(own["mean"], y, xerr=error.clip(0), fmt=marker, color=colour, markersize=5, capsize=2.5,
-                      linewidth=1.3, label=f"within the {within}")  # fmt: skip
+        axes.errorbar(
+            own["mean"],
+            y,
+            xerr=error.clip(0),
+            fmt=marker,
+            color=colour,
+            markersize=5,
+            capsize=2.5,
+            linewidth=1.3,
+            label=f"within the {within}",
+        )
     overall = table[(table["finding"] == ANY) & (table["within"] == "whole image")].iloc[0]
     axes.axvline(1, color="0.5", linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    ticks = [
-        tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if _in_view(tick, axes.get_xlim())
-    ]
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if _in_view(tick, axes.get_xlim())]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(findings)), findings)
     interval = "" if np.isnan(overall.low) else f" [{overall.low:.2f}, {overall.high:.2f}]"
-    axes.set(ylim=(-0.6, len(findings) - 0.4), xlabel="gaze density on abnormalities / elsewhere (log scale)",
-             title=f"Mean ratio {overall['mean']:.2f}{interval}, {overall.readings:,} readings")  # fmt: skip
-    axes.legend(
-        **LEGEND_BELOW,
-        title="mean, bootstrap 95% interval over subjects",
-        title_fontsize=8,
-        alignment="left",
+    axes.set(
+        ylim=(-0.6, len(findings) - 0.4),
+        xlabel="gaze density on abnormalities / elsewhere (log scale)",
+        title=f"Mean ratio {overall['mean']:.2f}{interval}, {overall.readings:,} readings",
     )
+    axes.legend(**LEGEND_BELOW, title="mean, bootstrap 95% interval over subjects", title_fontsize=8, alignment="left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -145,8 +155,16 @@ def _draw_examples(figure, examples: Sequence[Example]) -> None:
             scale = example.heatmap.shape[1] / example.size[1]
             for xmin, ymin, xmax, ymax in example.boxes:
                 centre = ((xmin + xmax + 1) / 2 * scale - 0.5, (ymin + ymax + 1) / 2 * scale - 0.5)
-                axes.add_patch(Ellipse(centre, (xmax - xmin) * scale, (ymax - ymin) * scale, fill=False,
-                                       edgecolor="#56B4E9", linewidth=1.3))  # fmt: skip
+                axes.add_patch(
+                    Ellipse(
+                        centre,
+                        (xmax - xmin) * scale,
+                        (ymax - ymin) * scale,
+                        fill=False,
+                        edgecolor="#56B4E9",
+                        linewidth=1.3,
+                    )
+                )
         ratio = "" if np.isnan(example.ratio) else f", ratio {example.ratio:.1f}"
         name = example.reading.id
         pair[0].set_title("\n".join(textwrap.wrap(name, 24)), fontsize=8)

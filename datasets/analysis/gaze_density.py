@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from datasets.prepare.pixels import (
-    PATCH_GRID,
-)
+from datasets.prepare.pixels import PATCH_GRID
 from util.gaze import pixel_middles
 
 Box = tuple[float, float, float, float]

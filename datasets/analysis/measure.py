@@ -32,12 +32,7 @@ from datasets.analysis.gaze_density import (
     ellipse_mask,
     size_class,
 )
-from datasets.prepare.pixels import (
-    attention_maps,
-    count_significant,
-    resize_gray,
-    scaled_size,
-)
+from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
 from datasets.prepare.reading_maps import reading_gaze
 from datasets.prepare.readings import SOURCES, detect_source, sigma_option, without_image
 from datasets.prepare.work import run_tasks
@@ -181,9 +176,7 @@ def analyze(
     """
     small, medium = size_thresholds
     if not 0 < small < medium < 1:
-        raise UserError(
-            f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1"
-        )
+        raise UserError(f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1")
     if n_bootstrap < 1 or n_examples < 0:
         raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least 1 and 0")
     if size < 1:
@@ -200,20 +193,14 @@ def analyze(
         place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
         paths, notes = place.paths, [*notes, *place.notes]
         exclusions += without_image(
-            (
-                reading
-                for reading in readings
-                if reading.image_size is None or reading.image_id in place.ambiguous
-            ),
+            (reading for reading in readings if reading.image_size is None or reading.image_id in place.ambiguous),
             place,
             images,
         )
         left_out = {exclusion.id for exclusion in exclusions}
         readings = [reading for reading in readings if reading.id not in left_out]
     if not paths and all(reading.image_size is None for reading in readings):
-        raise UserError(
-            f"{raw}: this data set does not say how large its images are: --images, with them, is needed"
-        )
+        raise UserError(f"{raw}: this data set does not say how large its images are: --images, with them, is needed")
 
     measure = partial(_measure, size=size, min_certainty=min_certainty)
     tasks = [(reading, paths.get(reading.image_id)) for reading in readings]
@@ -224,16 +211,27 @@ def analyze(
             continue
         who = {"id": reading.id, "subject_id": reading.subject_id}
         ellipse_rows += [
-            {**who, "findings": "|".join(own.findings), "certainty": own.certainty,
-             "area_share": own.area_share, "size": size_class(own.area_share, size_thresholds)}
+            {
+                **who,
+                "findings": "|".join(own.findings),
+                "certainty": own.certainty,
+                "area_share": own.area_share,
+                "size": size_class(own.area_share, size_thresholds),
+            }
             for own in measured.abnormalities
-        ]  # fmt: skip
+        ]
         overall = measured.ratios.get(ANY, (float("nan"), float("nan")))
-        reading_rows.append({
-            **who, "image_id": reading.image_id, "split": reading.split,
-            "ellipses": len(measured.abnormalities), "significant_patches": measured.significant_patches,
-            "ratio_image": overall[0], "ratio_chest": overall[1],
-        })  # fmt: skip
+        reading_rows.append(
+            {
+                **who,
+                "image_id": reading.image_id,
+                "split": reading.split,
+                "ellipses": len(measured.abnormalities),
+                "significant_patches": measured.significant_patches,
+                "ratio_image": overall[0],
+                "ratio_chest": overall[1],
+            }
+        )
         ratio_rows += [
             {**who, "finding": finding, "whole image": whole, "chest box": within_chest}
             for finding, (whole, within_chest) in measured.ratios.items()
@@ -251,16 +249,26 @@ def analyze(
         notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
         table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
     options = {
-        "source": source, "raw": str(given), "simulated": is_simulated(SOURCES[source][0](raw)), "split": split,
-        "size": size, "size_thresholds": size_thresholds,
-        "min_certainty": min_certainty, "n_bootstrap": n_bootstrap,
-    }  # fmt: skip
+        "source": source,
+        "raw": str(given),
+        "simulated": is_simulated(SOURCES[source][0](raw)),
+        "split": split,
+        "size": size,
+        "size_thresholds": size_thresholds,
+        "min_certainty": min_certainty,
+        "n_bootstrap": n_bootstrap,
+    }
     ellipses = pd.DataFrame(ellipse_rows)
     analysis = Analysis(
-        options, ellipses, _size_table(ellipses), table,
+        options,
+        ellipses,
+        _size_table(ellipses),
+        table,
         _ratio_table(pd.DataFrame(ratio_rows), n_bootstrap, np.random.default_rng(seed)),
-        _patch_table(table["significant_patches"]), exclusions, notes,
-    )  # fmt: skip
+        _patch_table(table["significant_patches"]),
+        exclusions,
+        notes,
+    )
     by_id = {reading.id: reading for reading in readings}
     analysis.examples, not_shown = _examples(table, by_id, paths, n_examples, min_certainty, dicom_contrast)
     analysis.exclusions += not_shown
@@ -352,9 +360,7 @@ def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
 def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, rng: np.random.Generator) -> pd.DataFrame:
     """Per finding and region (`within`): readings, subjects, mean with its 95% interval, median."""
     if ratios.empty:
-        return pd.DataFrame(
-            columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"]
-        )
+        return pd.DataFrame(columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"])
     rows = []
     order = ratios["finding"].value_counts()
     for finding in sorted(order.index, key=lambda name: (name != ANY, -order[name], name)):
@@ -363,9 +369,18 @@ def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, rng: np.random.Generato
             if own.empty:
                 continue
             mean, low, high = bootstrap_mean(own[within], own["subject_id"], n_samples=n_bootstrap, rng=rng)
-            rows.append({"finding": finding, "within": within, "readings": len(own),
-                         "subjects": own["subject_id"].nunique(), "mean": mean, "low": low, "high": high,
-                         "median": own[within].median()})  # fmt: skip
+            rows.append(
+                {
+                    "finding": finding,
+                    "within": within,
+                    "readings": len(own),
+                    "subjects": own["subject_id"].nunique(),
+                    "mean": mean,
+                    "low": low,
+                    "high": high,
+                    "median": own[within].median(),
+                }
+            )
     return pd.DataFrame(rows)
 
 

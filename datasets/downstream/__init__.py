@@ -67,9 +67,11 @@ def read_dataset(name: str, data_path: str | os.PathLike | Sequence, **choices) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--dataset, --data_path and the options that `read_from_args` reads."""
+    # fmt: off
     parser.add_argument("--dataset", required=True, choices=list(DATASETS), help="which data set")
     helped = "its folder, as its site gives it; tree: one or several processed trees"
     parser.add_argument("--data_path", required=True, nargs="+", help=helped)
+    # fmt: on
     add_choices(parser)
 
 
@@ -85,9 +87,6 @@ def _read(name: str, paths: list[Path], choices: Choices) -> LabelledImages:
         raise UserError(f"--data_path: {name} has one folder, {len(paths)} are given")
     default = Choices()
     for choice in (field.name for field in fields(Choices)):
-        if (
-            choice not in ANY_CHOICES | source.heeds
-            and getattr(choices, choice) != getattr(default, choice)
-        ):  # fmt: skip
+        if choice not in ANY_CHOICES | source.heeds and getattr(choices, choice) != getattr(default, choice):
             raise UserError(f"--{choice} has no effect with --dataset {name}; leave it out")
     return source.read(paths, choices)

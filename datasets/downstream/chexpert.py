@@ -17,10 +17,21 @@ from util.errors import UserError
 
 JUDGED = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 FINDINGS = (
-    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
-    "Fracture", "Support Devices",
-)  # fmt: skip
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
 VIEW, FRONTAL = "Frontal/Lateral", "Frontal"
 VALID_IMAGES = 5000
 _PATH = re.compile(r"(?:^|.*?/)(?P<id>(?:(?:train|valid|test)/)?(?P<patient>patient\d+)/[^/]+/[^/]+)$")
@@ -92,13 +103,8 @@ def _read(path: Path, labels: list[str], choices: Choices, notes: list[str]) -> 
             "read other tables with --dataset csv"
         )
     values = label_values(
-        frontal,
-        labels,
-        path,
-        notes,
-        uncertain=choices.uncertain or PUBLISHED,
-        empty=choices.empty or ZEROS,
+        frontal, labels, path, notes, uncertain=choices.uncertain or PUBLISHED, empty=choices.empty or ZEROS
     )
-    return pd.concat(
-        [frontal[["Path"]], parts, pd.DataFrame(values, frontal.index, labels)], axis=1
-    ).reset_index(drop=True)  # fmt: skip
+    return pd.concat([frontal[["Path"]], parts, pd.DataFrame(values, frontal.index, labels)], axis=1).reset_index(
+        drop=True
+    )

@@ -74,17 +74,13 @@ class Choices:
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
     """Options of `Choices`, read back by `choices_from_args`."""
+    # fmt: off
     add = parser.add_argument_group("labelled images").add_argument
     add("--images", help="folder of the images, where it is not --data_path or several copies are below it")
     add("--csv", help="the table of labels, where it is not below --data_path under its usual name")
     add("--labels", nargs="+", help="labels to keep (default: those of the data set)")
-    add(
-        "--where",
-        nargs="+",
-        default=[],
-        metavar="COLUMN=VALUE",
-        help="rows of the table to keep; several values of one column are alternatives",
-    )
+    add("--where", nargs="+", default=[], metavar="COLUMN=VALUE",
+        help="rows of the table to keep; several values of one column are alternatives")
     helped = (
         "auto: the official or published split, or by subject where there is none; published: to the row, "
         "even where subjects stand in two parts; subject: 70/15/15%% by subject; folds: none, for grouped "
@@ -108,6 +104,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     add("--split_column", help="csv: column of train, valid, test (default: split, if there is one)")
     helped = "tree: a finding counts as present from this certainty (0-5) on"
     add("--min_certainty", type=finite_float, default=3, help=helped)
+    # fmt: on
 
 
 def choices_from_args(args: argparse.Namespace, *, need_images: bool) -> Choices:

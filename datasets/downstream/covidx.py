@@ -40,9 +40,7 @@ def read_covidx(paths: list[Path], choices: Choices) -> LabelledImages:
         official[train[drawn]] = VALID
         order = np.concatenate([train[kept], train[drawn], np.flatnonzero(official == TEST)])
         shared = len(set(subjects[train[kept]]) & set(subjects[train[drawn]]))
-        notes.append(
-            f"warning: covidx: --split published draws by image: {shared} patients are in train and in valid"
-        )
+        notes.append(f"warning: covidx: --split published draws by image: {shared} patients are in train and in valid")
     else:
         order = None
         count = max(1, round(VALID_SHARE * len(train)))

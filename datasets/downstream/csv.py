@@ -27,9 +27,16 @@ from util.tables import read_table
 
 SUBJECT, SPLIT = "subject_id", "split"  # taken where the table has them
 PART_NAMES = {
-    "train": TRAIN, "training": TRAIN, "valid": VALID, "validate": VALID, "validation": VALID, "val": VALID,
-    "dev": VALID, "test": TEST, "testing": TEST,
-}  # fmt: skip
+    "train": TRAIN,
+    "training": TRAIN,
+    "valid": VALID,
+    "validate": VALID,
+    "validation": VALID,
+    "val": VALID,
+    "dev": VALID,
+    "test": TEST,
+    "testing": TEST,
+}
 LIST_SIGNS = "|;,["
 NO_FINDING = ("", "no finding", "normal")
 LISTS = ("train.txt", "test.txt", "val.txt", "*_list.txt", "valid.csv", "test.csv", "*split*.csv")
@@ -80,9 +87,7 @@ def read_csv(paths: list[Path], choices: Choices) -> LabelledImages:
     )
 
 
-def _labels(
-    table: pd.DataFrame, path: Path, choices: Choices, notes: list[str]
-) -> tuple[list[str], np.ndarray]:
+def _labels(table: pd.DataFrame, path: Path, choices: Choices, notes: list[str]) -> tuple[list[str], np.ndarray]:
     columns = list(choices.label_columns)
     cells = table[columns[0]]
     numeric = pd.to_numeric(cells, errors="coerce").notna() | cells.str.lower().isin(WORDS.keys())
@@ -125,9 +130,7 @@ def _odd_names(names: list[str], column: str, separator: str) -> list[str]:
     for name in names:
         other = first.setdefault(name.casefold(), name)
         if other != name:
-            notes.append(
-                f"warning: csv: column {column!r}: {other!r} and {name!r} are taken for two findings"
-            )
+            notes.append(f"warning: csv: column {column!r}: {other!r} and {name!r} are taken for two findings")
     return notes
 
 

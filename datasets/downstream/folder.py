@@ -153,11 +153,7 @@ def missing_message(folder: Folder, lacking: Sequence[str], total: int) -> str:
 def _fitting(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     wanted = [form for pattern in patterns for form in (pattern.lower(), f"{pattern.lower()}.gz")]
     last = ((name, name.rpartition("/")[2].lower()) for name in names)
-    return [
-        name
-        for name, end in last
-        if end[:1] != "." and any(fnmatch.fnmatchcase(end, form) for form in wanted)
-    ]
+    return [name for name, end in last if end[:1] != "." and any(fnmatch.fnmatchcase(end, form) for form in wanted)]
 
 
 def _match(names: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[int, list[str]]:
@@ -188,9 +184,7 @@ def _elsewhere_left_out(
         own, length = parts[i], stripped[i].count("/") + 1
         if len(own) > cut:
             above = [(file, file.split("/")[:-length][-1:]) for file in files]
-            files = [
-                file for file, last in above if not last or last[0] == own[cut - 1] or last[0] not in named
-            ]
+            files = [file for file, last in above if not last or last[0] == own[cut - 1] or last[0] not in named]
         if files:
             kept[i] = files
     return kept

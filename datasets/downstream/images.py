@@ -58,9 +58,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.dicom_contrast not in DICOM_CONTRASTS:
-            raise UserError(
-                f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(DICOM_CONTRASTS)}"
-            )
+            raise UserError(f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(DICOM_CONTRASTS)}")
         if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
             raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
 
@@ -154,12 +152,7 @@ class Views(Dataset):
     """
 
     def __init__(
-        self,
-        images: LabelledImages,
-        *,
-        seed: int = 0,
-        plane: Plane | None = None,
-        reading: Reading | None = None,
+        self, images: LabelledImages, *, seed: int = 0, plane: Plane | None = None, reading: Reading | None = None
     ):
         self.files = images.files
         self.strong = images.strong_augmentation
@@ -221,9 +214,7 @@ def open_squares(
     return open_plane([place], kind, images.files, root=place, num_workers=num_workers)
 
 
-def _fitted_picture(
-    reading: Reading, file: Path, native_size: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
+def _fitted_picture(reading: Reading, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     gray = reading.read(file)
     if gray.shape != native_size:
         raise UserError(f"{file}: the file changed while it was read; start again")
@@ -272,9 +263,11 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     add_dicom_contrast(group, default=DICOM_CONTRASTS[0], further=MAXIMUM)
     add = group.add_argument
     helped = "what becomes white in 16-bit PNGs (default: each file's own smallest to largest value)"
+    # fmt: off
     add("--intensity_max", type=finite_float, help=helped)
     helped = "half: mean and std 0.5 (published); imagenet: as the encoder was pretrained"
     add("--normalisation", choices=NORMALISATIONS, default="half", help=helped)
+    # fmt: on
 
 
 def reading_from_args(args: argparse.Namespace) -> Reading:

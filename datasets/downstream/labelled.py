@@ -82,9 +82,7 @@ class LabelledImages:
             raise ValueError(f"{self.name}: parts are {', '.join(PARTS)}, or all empty")
         if len(set(self.ids)) != n:
             twice = pd.Series(self.ids)[pd.Series(self.ids).duplicated()].iloc[0]
-            raise UserError(
-                f"{self.name}: image {twice!r} is there twice; every image needs an id of its own"
-            )
+            raise UserError(f"{self.name}: image {twice!r} is there twice; every image needs an id of its own")
         if not self.shared_subjects:
             self._check_subjects()
 
@@ -226,14 +224,10 @@ def split_table(images: LabelledImages) -> str:
         values = [images.labels[places, i] for places in chosen]
         unknown = [int(np.isnan(value).sum()) for value in values]
         cells = [str(int(np.nansum(value))) for value in values]
-        rows.append(
-            [label, *(f"{c} (+{u} unknown)" if u else c for c, u in zip(cells, unknown, strict=True))]
-        )
+        rows.append([label, *(f"{c} (+{u} unknown)" if u else c for c, u in zip(cells, unknown, strict=True))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
-        ).rstrip()
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
         for row in rows
     )
 

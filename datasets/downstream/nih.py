@@ -18,9 +18,21 @@ TABLE = "Data_Entry_2017*.csv"
 LISTS = ("train_val_list.txt", "test_list.txt")
 ID, LABELS, PATIENT = "Image Index", "Finding Labels", "Patient ID"
 FINDINGS = (
-    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
-    "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
-)  # fmt: skip
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
 NO_FINDING = "No Finding"
 VALID_SHARE = 1 / 8  # of the patients of train_val_list.txt: the authors' own lists are not published
 
@@ -62,9 +74,7 @@ def read_nih(paths: list[Path], choices: Choices) -> LabelledImages:
     )
 
 
-def _official(
-    folder: Folder, ids: list[str], subjects: np.ndarray, seed: int, notes: list[str]
-) -> np.ndarray | None:
+def _official(folder: Folder, ids: list[str], subjects: np.ndarray, seed: int, notes: list[str]) -> np.ndarray | None:
     """Parts by the official lists, "-" for images in neither; None where there are no lists."""
     found = {name: folder.tables(name) for name in LISTS}
     if not any(found.values()):
@@ -82,9 +92,7 @@ def _official(
     both = sorted((listed[LISTS[0]] & listed[LISTS[1]]) - {""})
     if both:
         raise UserError(f"{folder.root}: {both[0]} is in {LISTS[0]} and in {LISTS[1]}; get the lists again")
-    parts = np.array([
-        TRAIN if name in listed[LISTS[0]] else TEST if name in listed[LISTS[1]] else "-" for name in ids
-    ])  # fmt: skip
+    parts = np.array([TRAIN if name in listed[LISTS[0]] else TEST if name in listed[LISTS[1]] else "-" for name in ids])
     if (parts == "-").all():
         raise UserError(f"{found[LISTS[0]][0]}: names no image of the table, e.g. {ids[0]!r}")
     train = np.flatnonzero(parts == TRAIN)

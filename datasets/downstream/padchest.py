@@ -44,9 +44,7 @@ def read_padchest(paths: list[Path], choices: Choices) -> LabelledImages:
     counts = Counter(label for row in rows for label in row)
     if choices.labels is None:
         names = sorted(label for label, count in counts.items() if count >= COMMON * len(rows))
-        notes.append(
-            f"padchest: the {len(names)} of {len(counts)} labels that {COMMON:.0%} of the images have"
-        )
+        notes.append(f"padchest: the {len(names)} of {len(counts)} labels that {COMMON:.0%} of the images have")
     else:
         names = sorted(counts)
     subjects = known[PATIENT].to_numpy(str)

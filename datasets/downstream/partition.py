@@ -26,9 +26,7 @@ def in_folds(images: LabelledImages) -> bool:
     return bool((images.parts == "").all())
 
 
-def partitions(
-    images: LabelledImages, fraction: float, *, seed: int, n_folds: int, validate: bool
-) -> list[Rows]:
+def partitions(images: LabelledImages, fraction: float, *, seed: int, n_folds: int, validate: bool) -> list[Rows]:
     """One partition by the data's parts, or one for each grouped fold, in which every image is tested once.
 
     Folds are stratified by whether an image has any label, or by class. Fold k tests; with `validate` the next

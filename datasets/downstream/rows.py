@@ -101,9 +101,7 @@ def label_values(
         minus = values == -1
         counts += minus.sum(), blank.sum()
         if uncertain is not None:
-            values[minus] = (
-                PUBLISHED_UNCERTAIN.get(column, 0.0) if uncertain == PUBLISHED else VALUE_OF[uncertain]
-            )
+            values[minus] = PUBLISHED_UNCERTAIN.get(column, 0.0) if uncertain == PUBLISHED else VALUE_OF[uncertain]
         if empty is not None:
             values[blank] = VALUE_OF[empty]
         labels[:, i] = values
@@ -118,9 +116,7 @@ def one_hot(rows: Sequence[set[str]], names: Sequence[str]) -> np.ndarray:
     return np.array([[name in row for name in names] for row in rows], np.float32).reshape(-1, len(names))
 
 
-def join_same(
-    table: pd.DataFrame, column: str, others: Sequence[str], path: Path, notes: list[str]
-) -> pd.DataFrame:
+def join_same(table: pd.DataFrame, column: str, others: Sequence[str], path: Path, notes: list[str]) -> pd.DataFrame:
     """One row per id where an id's rows say the same in `others`; `UserError` with the lines where not."""
     repeated = table[table[column].duplicated(keep=False)]
     if repeated.empty:
@@ -170,9 +166,7 @@ def labelled_images(
     if choices.labels is not None:
         unknown = [label for label in choices.labels if label not in label_names]
         if unknown or task == MULTICLASS:
-            raise UserError(
-                f"{name}: --labels {(unknown or choices.labels)[0]}: has {', '.join(label_names)}"
-            )
+            raise UserError(f"{name}: --labels {(unknown or choices.labels)[0]}: has {', '.join(label_names)}")
         values = values[:, [label_names.index(label) for label in choices.labels]]
         label_names = list(choices.labels)
     place = folder if choices.images is None else Folder(choices.images, "--images")
@@ -234,9 +228,7 @@ def _check_files(name: str, ids: Sequence[str], files: Sequence[Path | None]) ->
     for image, file in zip(ids, files, strict=True):
         other = image if file is None else owners.setdefault(os.path.abspath(file), image)
         if other != image:
-            raise UserError(
-                f"{name}: images {other!r} and {image!r} are the same file, {file}; keep one of them"
-            )
+            raise UserError(f"{name}: images {other!r} and {image!r} are the same file, {file}; keep one of them")
 
 
 def _same(cell: str, value: str) -> bool:

@@ -31,9 +31,7 @@ def read_siim(paths: list[Path], choices: Choices) -> LabelledImages:
     odd = is_mask & ~table[MASK].str.fullmatch(r"\d+( +\d+)*").to_numpy(bool)
     if odd.any():
         line, cell = table.index[odd][0], table[MASK][odd].iloc[0]
-        raise UserError(
-            f"{path}: line {line}, column {MASK!r}: {cell[:40]!r} is neither -1 nor pairs of numbers"
-        )
+        raise UserError(f"{path}: line {line}, column {MASK!r}: {cell[:40]!r} is neither -1 nor pairs of numbers")
     positive = table.assign(positive=is_mask).groupby(ID, sort=True)["positive"].max()
     ids = positive.index.to_numpy(str)
     order, parts = split_70_15_15(len(ids))

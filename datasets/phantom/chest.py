@@ -24,13 +24,20 @@ HEART = (0.052, 0.150, 0.150)  # centre x, y and longer semi-axis of the ventric
 
 # What a reader visits: ellipses (centre x, y, semi-axes x, y) in chest coordinates.
 CHEST_REGIONS = (
-    (-0.17, -0.27, 0.06, 0.06), (0.17, -0.27, 0.06, 0.06),  # apices
-    (-0.21, -0.09, 0.08, 0.07), (0.22, -0.09, 0.07, 0.07),  # middle fields
-    (-0.22, 0.11, 0.09, 0.07), (0.27, 0.12, 0.05, 0.07),  # bases
-    (-0.32, 0.26, 0.03, 0.04), (0.33, 0.27, 0.03, 0.04),  # costophrenic angles
-    (-0.10, -0.03, 0.04, 0.05), (0.11, -0.05, 0.04, 0.05),  # hila
-    (0.0, -0.15, 0.04, 0.12), (0.07, 0.13, 0.10, 0.09), (0.0, 0.38, 0.25, 0.05),  # mediastinum, heart, belly
-)  # fmt: skip
+    (-0.17, -0.27, 0.06, 0.06),
+    (0.17, -0.27, 0.06, 0.06),  # apices
+    (-0.21, -0.09, 0.08, 0.07),
+    (0.22, -0.09, 0.07, 0.07),  # middle fields
+    (-0.22, 0.11, 0.09, 0.07),
+    (0.27, 0.12, 0.05, 0.07),  # bases
+    (-0.32, 0.26, 0.03, 0.04),
+    (0.33, 0.27, 0.03, 0.04),  # costophrenic angles
+    (-0.10, -0.03, 0.04, 0.05),
+    (0.11, -0.05, 0.04, 0.05),  # hila
+    (0.0, -0.15, 0.04, 0.12),
+    (0.07, 0.13, 0.10, 0.09),
+    (0.0, 0.38, 0.25, 0.05),  # mediastinum, heart, belly
+)
 LESION_KINDS = ("nodule", "mass", "consolidation", "effusion", "pneumothorax", "cardiomegaly", "atelectasis")
 
 
@@ -57,10 +64,7 @@ class Frame:
 
     def to_pixels(self, x: float | np.ndarray, y: float | np.ndarray) -> tuple:
         """Chest coordinates -> px, where a pixel's centre has whole-number coordinates."""
-        return (
-            self.size[1] / 2 - 0.5 + self.unit * np.asarray(x),
-            self.size[0] / 2 - 0.5 + self.unit * np.asarray(y),
-        )
+        return (self.size[1] / 2 - 0.5 + self.unit * np.asarray(x), self.size[0] / 2 - 0.5 + self.unit * np.asarray(y))
 
     def box(self, ellipse: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         """The (xmin, ymin, xmax, ymax) in px of an ellipse, cut to the image."""
@@ -108,9 +112,7 @@ def draw_lesion(kind: str, rng: np.random.Generator, size: float = 1.0, contrast
     return Lesion(kind, tuple(round(float(value), 5) for value in ellipse), contrast)
 
 
-def render_chest(
-    size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion, ...] = ()
-) -> np.ndarray:
+def render_chest(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion, ...] = ()) -> np.ndarray:
     """Draw a chest: uint8 [height, width], air black and bone bright, for `size` = (height, width) px.
 
     The anatomy depends only on `rng` and `lesions`; the noise also on the size.
@@ -213,9 +215,7 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     film -= inside * (0.53 * lung + 0.06 * (across * _smooth((d_dome + 0.13) / 0.13) - lung).clip(0))
 
     # --- mediastinum, heart, great vessels ----------------------------------------------------------
-    pedicle = _curve(
-        y, [(-0.50, 0.040), (-0.34, 0.050), (-0.22, 0.060), (-0.08, 0.064), (0.05, 0.068), (0.4, 0.07)]
-    )
+    pedicle = _curve(y, [(-0.50, 0.040), (-0.34, 0.050), (-0.22, 0.060), (-0.08, 0.064), (0.05, 0.068), (0.4, 0.07)])
     soft = 0.88 * _smooth((pedicle - ax + 0.008) / 0.024)
     tilt = 0.45
     hx, hy = x - (HEART[0] + 0.02 * (growth - 1)), y - HEART[1] - inspiration
@@ -233,17 +233,10 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
             radius = np.sqrt(((x - centre_x) / rx) ** 2 + ((y - centre_y) / ry) ** 2)
         np.maximum(soft, 0.88 * _dome_profile((1 - radius) / edge), out=soft)
     film += inside * (0.50 * lung * soft + 0.08 * _smooth((pedicle - ax + 0.01) / 0.04))
-    film += (
-        0.03 * _smooth((0.018 - np.abs(x - 0.040)) / 0.02) * _smooth((y + 0.16) / 0.02) * lung
-    )  # descending aorta
+    film += 0.03 * _smooth((0.018 - np.abs(x - 0.040)) / 0.02) * _smooth((y + 0.16) / 0.02) * lung  # descending aorta
     film -= 0.085 * _smooth((0.017 - np.abs(x + 0.003)) / 0.012) * _smooth((-0.115 - y) / 0.03)  # trachea
     bronchus = np.minimum(np.abs(x + 0.003 + (y + 0.125) / 0.95), np.abs(x + 0.003 - (y + 0.125) / 0.68))
-    film -= (
-        0.045
-        * _smooth((0.017 - bronchus) / 0.015)
-        * _smooth((y + 0.14) / 0.03)
-        * _smooth((-0.045 - y) / 0.03)
-    )
+    film -= 0.045 * _smooth((0.017 - bronchus) / 0.015) * _smooth((y + 0.14) / 0.03) * _smooth((-0.045 - y) / 0.03)
 
     # --- spine ------------------------------------------------------------------------------------
     level = (y + 0.6) / (0.056 + 0.018 * (y + 0.6))  # [H, 1]: vertebra's number
@@ -251,13 +244,9 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     breadth = 0.033 + 0.012 * (y + 0.5)
     seen = inside * (0.28 + 0.72 * _smooth((-0.16 - y) / 0.22))
     column = _smooth((breadth + 0.004 * np.cos(2 * np.pi * phase) - ax) / 0.010)
-    plates = np.exp(-(((np.abs(phase - 0.5) - 0.36) / 0.05) ** 2)) - 1.2 * _smooth(
-        (np.abs(phase - 0.5) - 0.40) / 0.07
-    )
+    plates = np.exp(-(((np.abs(phase - 0.5) - 0.36) / 0.05) ** 2)) - 1.2 * _smooth((np.abs(phase - 0.5) - 0.40) / 0.07)
     film += seen * column * (0.035 + 0.045 * plates)
-    film += (
-        0.05 * seen * np.exp(-(((ax - 0.66 * breadth) / 0.006) ** 2) - ((phase - 0.36) / 0.13) ** 2)
-    )  # pedicles
+    film += 0.05 * seen * np.exp(-(((ax - 0.66 * breadth) / 0.006) ** 2) - ((phase - 0.36) / 0.13) ** 2)  # pedicles
     film += 0.05 * seen * np.exp(-((x / 0.005) ** 2) - ((phase - 0.62) / 0.15) ** 2)  # spinous processes
 
     # --- ribs -------------------------------------------------------------------------------------
@@ -289,9 +278,7 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     film[top] += 0.10 * bone * extent * (d < 1.4)
     edge = x_top - (0.315 + 0.13 * (y_top + 0.28) ** 2 + 0.18 * (y_top + 0.28))
     blade = _smooth(edge / 0.012) * _smooth((y_top + 0.33) / 0.06) * _smooth((0.03 - y_top) / 0.10)
-    film[top] += (
-        shoulder * blade * (0.035 + 0.04 * np.exp(-((edge / 0.010) ** 2))) * _smooth((0.47 - x_top) / 0.08)
-    )
+    film[top] += shoulder * blade * (0.035 + 0.04 * np.exp(-((edge / 0.010) ** 2))) * _smooth((0.47 - x_top) / 0.08)
     head = np.sqrt(((x_top - 0.475) / 0.055) ** 2 + ((y_top + 0.285) / 0.055) ** 2)
     film[top] += shoulder * 0.07 * _dome_profile((1 - head) / 0.8)
 
@@ -301,12 +288,7 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     film -= (0.14 + 0.05 * vary[7]) * _dome_profile((1 - bubble) / 0.6)
     if is_female:
         breast = np.sqrt(((ax - 0.235) / 0.180) ** 2 + ((y - 0.12) / 0.215) ** 2)
-        film += (
-            0.08
-            * _dome_profile((1 - breast) / 0.8)
-            * _smooth((y + 0.12) / 0.24)
-            * _smooth((ax - 0.04) / 0.14)
-        )
+        film += 0.08 * _dome_profile((1 - breast) / 0.8) * _smooth((y + 0.12) / 0.24) * _smooth((ax - 0.04) / 0.14)
 
     # --- vessels and texture --------------------------------------------------------------------------
     air = lung * (1 - soft / 0.88).clip(0, 1)
@@ -317,15 +299,7 @@ def _draw(size: tuple[int, int], rng: np.random.Generator, lesions: tuple[Lesion
     grain = 0.020 * air * _texture(size, rng, frame.unit * 0.010)
     film += vessels + grain + 0.010 * inside * _texture(size, rng, frame.unit * 0.09)
 
-    chest = {
-        "x": x,
-        "y": y,
-        "lung": lung,
-        "air": air,
-        "d_wall": d_wall,
-        "lines": vessels + grain,
-        "unit": frame.unit,
-    }
+    chest = {"x": x, "y": y, "lung": lung, "air": air, "d_wall": d_wall, "lines": vessels + grain, "unit": frame.unit}
     for lesion in lesions:
         if lesion.kind != "cardiomegaly":  # the heart is drawn larger
             _add_lesion(film, lesion, chest, rng)
@@ -397,9 +371,7 @@ def _add_lesion(film: np.ndarray, lesion: Lesion, chest: dict, rng: np.random.Ge
     if lesion.kind == "nodule":
         film[rows] += lesion.contrast * 0.20 * _dome_profile((1 - radius) / 0.7) * np.sqrt(lung)
     elif lesion.kind == "mass":
-        film[rows] += (
-            lesion.contrast * 0.30 * _dome_profile((1 - radius + 0.10 * texture(0.45)) / 0.75) * np.sqrt(lung)
-        )
+        film[rows] += lesion.contrast * 0.30 * _dome_profile((1 - radius + 0.10 * texture(0.45)) / 0.75) * np.sqrt(lung)
     elif lesion.kind == "consolidation":
         cloud = _smooth((1.20 - radius + 0.22 * texture(0.5)) / 0.95)
         film[rows] += lesion.contrast * 0.33 * cloud * (0.92 + 0.10 * texture(0.16)) * np.sqrt(air)
@@ -415,12 +387,7 @@ def _add_lesion(film: np.ndarray, lesion: Lesion, chest: dict, rng: np.random.Ge
         gap = 1.5 * rx * _smooth((cy + 1.1 * ry - y) / (1.6 * ry))
         d_pleura = gap - chest["d_wall"][rows]
         beyond = _smooth(d_pleura / 0.006) * same_side * _smooth((np.abs(x) - 0.055) / 0.03)
-        line = (
-            np.exp(-((d_pleura / 0.0035) ** 2))
-            * same_side
-            * _smooth((np.abs(x) - 0.055) / 0.03)
-            * (gap > 0.002)
-        )
+        line = np.exp(-((d_pleura / 0.0035) ** 2)) * same_side * _smooth((np.abs(x) - 0.055) / 0.03) * (gap > 0.002)
         air_only = 0.085 * np.sqrt(lung) + chest["lines"][rows]
         film[rows] += lesion.contrast * (0.11 * line * lung - beyond * air_only)
 

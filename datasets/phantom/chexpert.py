@@ -50,10 +50,16 @@ def make_chexpert(root: str | Path, chests: Chests) -> PhantomStudy:
                 labels[label] = -1.0 if uncertain and part == "train" and label != "No Finding" else 1.0
             else:
                 labels[label] = 0.0 if mentioned or part == "valid" else None
-        rows[part].append({
-            "Path": f"{PREFIX}/{place}", "Sex": "Female" if patient % 2 else "Male", "Age": 40 + patient % 40,
-            "Frontal/Lateral": "Lateral" if lateral else "Frontal", "AP/PA": None if lateral else "AP", **labels,
-        })  # fmt: skip
+        rows[part].append(
+            {
+                "Path": f"{PREFIX}/{place}",
+                "Sex": "Female" if patient % 2 else "Male",
+                "Age": 40 + patient % 40,
+                "Frontal/Lateral": "Lateral" if lateral else "Frontal",
+                "AP/PA": None if lateral else "AP",
+                **labels,
+            }
+        )
     for part, found in rows.items():
         if found:
             write_csv(pd.DataFrame(found), study.raw / f"{part}.csv")

@@ -53,9 +53,7 @@ def make_egd(
     master, gaze = [], []
     for index in range(n_images):
         rng = np.random.default_rng([seed, index, 9])
-        lesions = draw_lesions(
-            rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast
-        )
+        lesions = draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
         image = new_image(study, index, size, lesions, image_suffix(image_format, index))
         gray = render_chest(size, np.random.default_rng([seed, index, 10]), tuple(lesions))
         write_image(image, gray, inverted=index % 4 == 3)
@@ -64,13 +62,21 @@ def make_egd(
         left = round((screen[1] - size[1] * shrink) / 2)
         top = round((screen[0] - size[0] * shrink) / 2)
         kinds = {lesion.kind for lesion in lesions}
-        master.append({
-            "dicom_id": image.dicom_id,
-            "path": image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
-            "study_id": image.study_id, "patient_id": image.subject_id, "image_top": top, "image_bottom": top,
-            "image_left": left, "image_right": left, "Normal": int(not kinds),
-            "CHF": int("cardiomegaly" in kinds), "pneumonia": int("consolidation" in kinds),
-        })  # fmt: skip
+        master.append(
+            {
+                "dicom_id": image.dicom_id,
+                "path": image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
+                "study_id": image.study_id,
+                "patient_id": image.subject_id,
+                "image_top": top,
+                "image_bottom": top,
+                "image_left": left,
+                "image_right": left,
+                "Normal": int(not kinds),
+                "CHF": int("cardiomegaly" in kinds),
+                "pneumonia": int("consolidation" in kinds),
+            }
+        )
         table = simulate_fixations(size, image.boxes, rng, dwell_ratio=dwell_ratio)
         if index % 3 == 0:
             gaze.append(_egd_rows(table.iloc[:5], f"calibration-{index}", index, size, screen, (left, top)))
@@ -78,9 +84,7 @@ def make_egd(
         image.reading_ids.append(image.dicom_id)
     columns = None if with_duration else [name for name in gaze[0].columns if name != "FPOGD"]
     write_csv(pd.DataFrame(master), study.raw / "master_sheet.csv")
-    write_csv(
-        pd.concat(gaze, ignore_index=True)[columns or list(gaze[0].columns)], study.raw / "fixations.csv"
-    )
+    write_csv(pd.concat(gaze, ignore_index=True)[columns or list(gaze[0].columns)], study.raw / "fixations.csv")
     mark_simulated(study.raw)
     return study
 
@@ -100,11 +104,16 @@ def _egd_rows(
         for at, length, pixels, lead in zip((x, y), size[::-1], screen[::-1], corner_xy)
     ]
     off = (x < 0) | (x > size[1] - 1) | (y < 0) | (y > size[0] - 1)
-    return pd.DataFrame({
-        "DICOM_ID": dicom_id, "SESSION_ID": f"session-{session // 4}", "CNT": np.arange(len(table)),
-        "Time (in secs)": table["timestamp_end_fixation"].to_numpy(),
-        "FPOGX": fraction[0].round(5), "FPOGY": fraction[1].round(5),
-        "FPOGD": (table["timestamp_end_fixation"] - table["timestamp_start_fixation"]).to_numpy().round(5),
-        "X_ORIGINAL": np.where(off, -1, x.round()).astype(int),
-        "Y_ORIGINAL": np.where(off, -1, y.round()).astype(int),
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "DICOM_ID": dicom_id,
+            "SESSION_ID": f"session-{session // 4}",
+            "CNT": np.arange(len(table)),
+            "Time (in secs)": table["timestamp_end_fixation"].to_numpy(),
+            "FPOGX": fraction[0].round(5),
+            "FPOGY": fraction[1].round(5),
+            "FPOGD": (table["timestamp_end_fixation"] - table["timestamp_start_fixation"]).to_numpy().round(5),
+            "X_ORIGINAL": np.where(off, -1, x.round()).astype(int),
+            "Y_ORIGINAL": np.where(off, -1, y.round()).astype(int),
+        }
+    )

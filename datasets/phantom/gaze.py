@@ -42,11 +42,7 @@ DEGREE = 0.036
 
 
 def simulate_fixations(
-    size: tuple[int, int],
-    boxes: Sequence[Sequence[float]],
-    rng: np.random.Generator,
-    *,
-    dwell_ratio: float = 6.0,
+    size: tuple[int, int], boxes: Sequence[Sequence[float]], rng: np.random.Generator, *, dwell_ratio: float = 6.0
 ) -> pd.DataFrame:
     """The fixations of one reading, as REFLACX's fixations.csv has them.
 
@@ -232,11 +228,7 @@ def _heatmap_columns(
 
 
 def _fixation_table(
-    fixations: np.ndarray,
-    shown: np.ndarray,
-    size: tuple[int, int],
-    degree: np.ndarray,
-    rng: np.random.Generator,
+    fixations: np.ndarray, shown: np.ndarray, size: tuple[int, int], degree: np.ndarray, rng: np.random.Generator
 ) -> pd.DataFrame:
     """What fixations.csv holds of these fixations (x, y, duration) in their order."""
     n = len(fixations)

@@ -38,9 +38,7 @@ class Chests:
         check_options(self.n_images, "jpg", self.lesion_kinds)
         folder = Path(root, name)
         folder.mkdir(parents=True, exist_ok=True)
-        text = (
-            "Made-up chests, drawn by scripts/make_phantom.py: no result on them says anything of medicine.\n"
-        )
+        text = "Made-up chests, drawn by scripts/make_phantom.py: no result on them says anything of medicine.\n"
         (folder / MARK).write_text(text, encoding="utf-8")
         return PhantomStudy(Path(root), folder, folder, [], self.seed)
 
@@ -54,10 +52,7 @@ class Chests:
             )
             image = new_image(study, index, self.size, lesions, suffix)
             study.truth.append(image)
-            yield (
-                image,
-                render_chest(self.size, np.random.default_rng([self.seed, index, 12]), tuple(lesions)),
-            )
+            yield (image, render_chest(self.size, np.random.default_rng([self.seed, index, 12]), tuple(lesions)))
 
 
 def kinds_of(image: PhantomImage) -> set[str]:

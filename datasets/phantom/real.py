@@ -28,9 +28,7 @@ def add_real_radiograph(study: PhantomStudy) -> PhantomImage:
 
     source = get_testdata_file("RG1_UNCR.dcm", download=False)
     if source is None:
-        raise UserError(
-            "RG1_UNCR.dcm is not here: install the package that ships it, `pip install pydicom-data`"
-        )
+        raise UserError("RG1_UNCR.dcm is not here: install the package that ships it, `pip install pydicom-data`")
     size = (1955, 1841)
     image = new_image(study, len(study.truth), size, [], ".dcm")
     image.dicom_id, image.subject_id, image.study_id = "RG1_UNCR-pydicom-data", "10999999", "59999999"

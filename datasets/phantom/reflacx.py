@@ -40,11 +40,7 @@ _COMMON = {
 
 LABEL_OF_KIND = {
     1: {**_COMMON, "nodule": "Nodule", "mass": "Mass", "effusion": "Pleural effusion"},
-    2: {
-        **_COMMON,
-        **dict.fromkeys(("nodule", "mass"), "Lung nodule or mass"),
-        "effusion": "Pleural abnormality",
-    },
+    2: {**_COMMON, **dict.fromkeys(("nodule", "mass"), "Lung nodule or mass"), "effusion": "Pleural abnormality"},
 }
 
 
@@ -105,9 +101,7 @@ def make_study(
     rows: dict[int, list[dict]] = {1: [], 2: [], 3: []}
     for index in range(n_images):
         rng = np.random.default_rng([seed, index])
-        lesions = draw_lesions(
-            rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast
-        )
+        lesions = draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
         image = new_image(study, index, size, lesions, image_suffix(image_format, index))
         gray = render_chest(size, np.random.default_rng([seed, index, 1]), tuple(lesions))
         write_image(image, gray, inverted=index % 4 == 3)
@@ -115,9 +109,7 @@ def make_study(
         for reader in range(readers if index < shared else 1):
             phase = (1 + (index + reader) % 2) if index < shared else 3
             rng = np.random.default_rng([seed, index, 2, reader])
-            reading_id = (
-                f"P{phase}{len(rows[phase]) // 100:02d}R{fixed_number(seed, index, reader) % 1_000_000:06d}"
-            )
+            reading_id = f"P{phase}{len(rows[phase]) // 100:02d}R{fixed_number(seed, index, reader) % 1_000_000:06d}"
             image.reading_ids.append(reading_id)
             row = write_reading(study, image, reading_id, phase, rng)
             row["eye_tracking_data_discarded"] = index == 0 and shared > 0 and reader == readers - 1

@@ -21,17 +21,11 @@ def make_rsna(root: str | Path, chests: Chests, *, image_format: str = "dcm") ->
     rows = []
     for image, gray in chests.draw(study, f".{image_format}"):
         digits = f"{fixed_number(chests.seed, image.index, 1):016x}{fixed_number(chests.seed, image.index, 2):016x}"
-        patient = "-".join(
-            digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32))
-        )
+        patient = "-".join(digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
         image.dicom_id = image.subject_id = patient
         image.path = study.raw / "stage_2_train_images" / f"{patient}.{image_format}"
         write_image(image, gray, inverted=False)
-        boxes = [
-            box
-            for lesion, box in zip(image.lesions, image.boxes, strict=True)
-            if lesion.kind == "consolidation"
-        ]
+        boxes = [box for lesion, box in zip(image.lesions, image.boxes, strict=True) if lesion.kind == "consolidation"]
         if boxes and image.index % 4 == 0:
             left, top, right, bottom = boxes[0]
             middle = (top + bottom) / 2

@@ -52,9 +52,7 @@ def find_heatmaps(root: Path, *, without: Iterable[Path] = ()) -> FoundHeatmaps:
         if len(paths) == 1 or same_content(paths):
             result.paths[name] = min(paths)
         else:
-            result.exclusions.append(
-                Exclusion(name, "several heatmaps", ", ".join(sorted(paths)), is_fault=True)
-            )
+            result.exclusions.append(Exclusion(name, "several heatmaps", ", ".join(sorted(paths)), is_fault=True))
     return result
 
 

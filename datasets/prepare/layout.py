@@ -44,9 +44,7 @@ def read_record(root: Path, layer: str = LAYERS[0]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not the record this script writes ({error}); choose another --out"
-        ) from None
+        raise UserError(f"{path}: not the record this script writes ({error}); choose another --out") from None
     return record
 
 
@@ -65,8 +63,7 @@ def refuse_foreign(root: Path, layer: str) -> None:
     names = os.listdir(root) if root.is_dir() else []
     if strangers := sorted(name for name in names if not name.startswith(ours)):
         raise UserError(
-            f"{root}: not empty and not made by this script (no {first}, but {strangers[0]}); "
-            "choose another --out"
+            f"{root}: not empty and not made by this script (no {first}, but {strangers[0]}); choose another --out"
         )
 
 

@@ -61,16 +61,7 @@ from datasets.prepare.layout import (
     same_files,
     write_parts,
 )
-from datasets.prepare.origins import (
-    Unit,
-    append_to,
-    digest_of,
-    key_of,
-    read_journal,
-    read_line,
-    read_lines,
-    write_line,
-)
+from datasets.prepare.origins import Unit, append_to, digest_of, key_of, read_journal, read_line, read_lines, write_line
 from util.errors import UserError
 from util.files import fsync_directory
 from util.locks import file_lock
@@ -111,9 +102,7 @@ class TreeMaking:
         dry_run: bool = False,
     ):
         if overwrite and part is not None:
-            raise UserError(
-                "--overwrite: one part of several can't start a tree afresh; run once without parts"
-            )
+            raise UserError("--overwrite: one part of several can't start a tree afresh; run once without parts")
         self.out = Path(out).resolve()
         self.options = json.loads(json.dumps({"format": FORMAT, **options}))
         self.index, self.layer, self.part = index, layer, part

@@ -118,11 +118,7 @@ def prepare_mimic(
     views = ("all",) if "all" in views else tuple(sorted({view.upper() for view in views}))
     excluded = Excluded(exclude)
     options = MimicOptions(
-        size=size,
-        views=views,
-        exclude=excluded.digest,
-        heatmaps=heatmaps is not None,
-        dicom_contrast=dicom_contrast,
+        size=size, views=views, exclude=excluded.digest, heatmaps=heatmaps is not None, dicom_contrast=dicom_contrast
     )
     index = INDEX if heatmaps is not None else IMAGES_INDEX
     making = TreeMaking(out, asdict(options), index=index, overwrite=overwrite, dry_run=dry_run)
@@ -208,9 +204,14 @@ def _unit(task: MimicTask, images: Path, heatmaps: Path | None) -> Unit:
 
 def _entry(task: MimicTask) -> dict[str, str]:
     return {
-        "image_path": f"{task.key}.jpg", "study_id": task.study_id, "reflacx_id": task.dicom_id,
-        "subject_id": task.subject_id, "dicom_id": task.dicom_id, "view": task.view, "source": "mimic",
-    }  # fmt: skip
+        "image_path": f"{task.key}.jpg",
+        "study_id": task.study_id,
+        "reflacx_id": task.dicom_id,
+        "subject_id": task.subject_id,
+        "dicom_id": task.dicom_id,
+        "view": task.view,
+        "source": "mimic",
+    }
 
 
 class Excluded:
@@ -339,9 +340,7 @@ def _rows_of_table(
             rows[name] = Row(subject, study, own)
         except UserError as error:
             exclusions.append(Exclusion(name, "unusable metadata row", str(error), is_fault=True))
-    exclusions += (
-        Exclusion(name, "not in the metadata", maps[name]) for name in (maps or {}) if name not in seen
-    )
+    exclusions += (Exclusion(name, "not in the metadata", maps[name]) for name in (maps or {}) if name not in seen)
     return rows
 
 

@@ -111,9 +111,7 @@ def fill_tree(
     if root in (path.resolve() for path in real):
         raise UserError(f"--real {root}: is the tree that is filled; name trees of real readings")
     options = {"source": LAYER, "predictor": predictor.digest}
-    with TreeMaking(
-        root, options, index=Mimic.index_file, layer=LAYER, part=part, overwrite=overwrite
-    ) as making:
+    with TreeMaking(root, options, index=Mimic.index_file, layer=LAYER, part=part, overwrite=overwrite) as making:
         entries = {_key(entry): entry for entry in read_index(root / IMAGES_INDEX)}
         seen = _real_readings(real)
         units = [
@@ -166,9 +164,7 @@ def predict_files(
             return _part_report(making, exclusions, seconds)
         return finish_tree(
             making,
-            lambda: (
-                {"image": unit.task.image, "heatmap": unit.task.attention} for unit, _ in making.notes()
-            ),
+            lambda: ({"image": unit.task.image, "heatmap": unit.task.attention} for unit, _ in making.notes()),
             {"images": len(units)},
             exclusions,
             {"heatmaps": sum(1 for _ in making.notes())},
@@ -190,9 +186,7 @@ def _origins(root: Path, entries: Mapping[str, Any]) -> Iterator[str]:
     below = finished_lines(root, "prepare")
     for key in entries:
         if key not in below:
-            raise UserError(
-                f"{root / IMAGES_INDEX}: {key} is not in prepare.origins; prepare the images again"
-            )
+            raise UserError(f"{root / IMAGES_INDEX}: {key} is not in prepare.origins; prepare the images again")
         yield origin_of(below[key])
 
 
@@ -261,21 +255,22 @@ def _as_list(batch: list) -> list:
 
 
 def _make(
-    making: TreeMaking, units: Sequence[Unit], predictor: Predictor, root: Path, read: Read, batch_size: int,
-    workers: int, exclusions: list[Exclusion],
-) -> Counter:  # fmt: skip
+    making: TreeMaking,
+    units: Sequence[Unit],
+    predictor: Predictor,
+    root: Path,
+    read: Read,
+    batch_size: int,
+    workers: int,
+    exclusions: list[Exclusion],
+) -> Counter:
     """Make what is not there yet: processes decode, this one predicts, threads write."""
     todo = making.begin(units, versions())
-    order = sorted(
-        range(len(todo)), key=lambda place: bool(todo[place].task.real)
-    )  # stable: predictions first
+    order = sorted(range(len(todo)), key=lambda place: bool(todo[place].task.real))  # stable: predictions first
     todo = [todo[place] for place in order]
     n_predicted = sum(not unit.task.real for unit in todo)
     seconds: Counter = Counter()
-    with (
-        Steps("predicting", len(todo), "images", enabled=bool(todo)) as steps,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    with Steps("predicting", len(todo), "images", enabled=bool(todo)) as steps, ThreadPoolExecutor(workers) as pool:
 
         def place(units: Sequence[Unit], results: Iterator[Made]) -> None:
             for unit, made in zip(units, results, strict=True):
@@ -287,8 +282,7 @@ def _make(
         waiting: tuple[Sequence[Unit], Iterator[Made]] | None = None
         staging = making.staging
         for start, batch in zip(
-            range(0, n_predicted, batch_size),
-            _batches(todo[:n_predicted], predictor, root, read, batch_size, workers),
+            range(0, n_predicted, batch_size), _batches(todo[:n_predicted], predictor, root, read, batch_size, workers)
         ):
             maps = _predict(batch, predictor, batch_size)
             own = todo[start : start + len(batch)]

@@ -38,9 +38,13 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
     for reading in readings:
         with made.timed("heatmaps"):
             found = reading_gaze(
-                reading, path, file_size, out_size,
-                max_bad=options.max_bad_fixations, screen_filter=options.screen_filter,
-            )  # fmt: skip
+                reading,
+                path,
+                file_size,
+                out_size,
+                max_bad=options.max_bad_fixations,
+                screen_filter=options.screen_filter,
+            )
         if isinstance(found, Exclusion):
             made.exclusions.append(found)
             continue
@@ -69,18 +73,14 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
     left_out = sum((Counter(fixations.left_out) for _, fixations, _ in mapped), Counter())
     if left_out:
         made.note["left_out"] = dict(left_out)
-        made.note["bad"] = [
-            f"{reading.id}: {text}" for reading, fixations, _ in mapped for text in fixations.bad
-        ]
+        made.note["bad"] = [f"{reading.id}: {text}" for reading, fixations, _ in mapped for text in fixations.bad]
     for group in [mapped] if options.readings == "merge" else [[one] for one in mapped]:
         own = [reading for reading, _, _ in group]
         with made.timed("foreground"):
             attention, foreground = attention_maps(merge_heatmaps([heatmap for _, _, heatmap in group]))
         made.note["used"].append([reading.id for reading in own])
         made.note["significant"].append(count_significant(foreground))
-        made.note["fixations"].append(
-            "".join(_fixation_rows(fixations.table, file_size) for _, fixations, _ in group)
-        )
+        made.note["fixations"].append("".join(_fixation_rows(fixations.table, file_size) for _, fixations, _ in group))
         for kind, pixels in (("attention", attention), ("foreground", foreground)):
             name = f"{kind}/{own[0].study_id}/{entry_id(own)}.png"
             made.files.append(name)
@@ -106,9 +106,7 @@ def reading_gaze(
         detail = f"{path}: is {file_size[1]} x {file_size[0]} px, the readings were made on {expected}"
         return Exclusion(reading.id, "image size differs", detail, is_fault=True)
     try:
-        found = replace(reading, image_size=file_size).load_fixations(
-            max_bad=max_bad, screen_filter=screen_filter
-        )
+        found = replace(reading, image_size=file_size).load_fixations(max_bad=max_bad, screen_filter=screen_filter)
         lasting = found.table
         if lasting.empty:
             told = ", ".join(f"{reason}: {n}" for reason, n in found.left_out.items())

@@ -109,12 +109,16 @@ def prepare(
         raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
     reader_options = sigma_option(source, sigma)
     options = Options(
-        source, size, readings, split, dicom_contrast=dicom_contrast, max_bad_fixations=max_bad_fixations,
-        screen_filter=screen_filter, **reader_options,
-    )  # fmt: skip
-    making = TreeMaking(
-        out, asdict(options), index=INDEX, tables=[FIXATIONS], overwrite=overwrite, dry_run=dry_run
+        source,
+        size,
+        readings,
+        split,
+        dicom_contrast=dicom_contrast,
+        max_bad_fixations=max_bad_fixations,
+        screen_filter=screen_filter,
+        **reader_options,
     )
+    making = TreeMaking(out, asdict(options), index=INDEX, tables=[FIXATIONS], overwrite=overwrite, dry_run=dry_run)
     with making:
         found = SOURCES[source][1](raw, **reader_options)
         chosen = {reading.id: reading for reading in found.readings if split in ("all", reading.split)}
@@ -217,9 +221,7 @@ def without_image(chosen: Iterable[Reading], place: FoundImages, images: Path) -
             detail = f"{reading.image_id}: {place.ambiguous[reading.image_id]}"
             yield Exclusion(reading.id, "several images", detail, is_fault=True)
         elif reading.image_id not in place.paths:
-            yield Exclusion(
-                reading.id, "image missing", f"no {reading.image_id}.jpg, .png or .dcm under {images}"
-            )
+            yield Exclusion(reading.id, "image missing", f"no {reading.image_id}.jpg, .png or .dcm under {images}")
 
 
 def _fixation_table(samples: Iterable[tuple[Sequence[Reading], str]]) -> Iterator[str]:

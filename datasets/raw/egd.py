@@ -10,27 +10,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from datasets.raw.readings import (
-    MAX_BAD,
-    Exclusion,
-    Fixations,
-    RawReadings,
-    Reading,
-    only_root,
-    usable_fixations,
-)
+from datasets.raw.readings import MAX_BAD, Exclusion, Fixations, RawReadings, Reading, only_root, usable_fixations
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS
 from util.ids import IdMatch, match_ids
-from util.tables import (
-    bad_cells,
-    check_id,
-    check_relative_path,
-    parse_bool,
-    read_table,
-    table_file,
-    to_numbers,
-)
+from util.tables import bad_cells, check_id, check_relative_path, parse_bool, read_table, table_file, to_numbers
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
 LABELS = ("Normal", "CHF", "pneumonia")
@@ -65,14 +49,7 @@ class EgdReading(Reading):
         x, y = (numbers[column] for column in _POSITION)
         height, width = self.image_size or (np.inf, np.inf)
         whole = {"xmin": -np.inf, "ymin": -np.inf, "xmax": np.inf, "ymax": np.inf}
-        columns = {
-            "x": x,
-            "y": y,
-            "duration": duration,
-            "sigma_x": self.sigma,
-            "sigma_y": self.sigma,
-            **whole,
-        }
+        columns = {"x": x, "y": y, "duration": duration, "sigma_x": self.sigma, "sigma_y": self.sigma, **whole}
         return usable_fixations(
             pd.DataFrame(columns, index=self.rows.index)[list(FIXATION_COLUMNS)],
             self.fixations_path,
@@ -129,9 +106,16 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
             result.exclusions.append(Exclusion(name, "unusable session id", str(error), is_fault=True))
             continue
         reading = EgdReading(
-            id=name, split=None, phase=None, source="egd", image_size=None, fixations_path=path,
-            rows=rows, sigma=sigma, **sheet[image],
-        )  # fmt: skip
+            id=name,
+            split=None,
+            phase=None,
+            source="egd",
+            image_size=None,
+            fixations_path=path,
+            rows=rows,
+            sigma=sigma,
+            **sheet[image],
+        )
         result.readings.append(reading)
     for image in sorted(set(sheet) - set(table["DICOM_ID"])):
         detail = f"{path}: none of DICOM_ID {image}"

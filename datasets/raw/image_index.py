@@ -15,9 +15,7 @@ from util.errors import UserError
 PUBLISHED = (".jpg", ".dcm")
 # Of files of the same content the first is taken.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")
-DICOM_ID = re.compile(
-    r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}", re.IGNORECASE
-)  # as MIMIC-CXR has them, in small letters
+DICOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}", re.IGNORECASE)  # as MIMIC-CXR has them, in small letters
 
 
 @dataclass

@@ -61,9 +61,7 @@ def usable_fixations(
     damaged = damaged or {}
     finite = [column for column in FIXATION_COLUMNS if column not in RECTANGLE]
     with np.errstate(invalid="ignore"):
-        unreadable = ~np.isfinite(fixations[finite]).all(axis=1) | fixations[list(RECTANGLE)].isna().any(
-            axis=1
-        )
+        unreadable = ~np.isfinite(fixations[finite]).all(axis=1) | fixations[list(RECTANGLE)].isna().any(axis=1)
         reasons = {
             "not a finite number": unreadable | fixations.index.isin(list(damaged)),
             "angular resolution not positive": (fixations[["sigma_x", "sigma_y"]] <= 0).any(axis=1),
@@ -132,9 +130,17 @@ class Reading(ABC):
     def origin(self) -> list:
         """All that its map and its entry are made from, JSON; not where the files are."""
         return [
-            self.id, self.study_id, self.subject_id, self.image_id, self.image_size, dict(self.labels), self.split,
-            self.phase, self.source, self.fixations_origin(),
-        ]  # fmt: skip
+            self.id,
+            self.study_id,
+            self.subject_id,
+            self.image_id,
+            self.image_size,
+            dict(self.labels),
+            self.split,
+            self.phase,
+            self.source,
+            self.fixations_origin(),
+        ]
 
     def load_ellipses(self) -> pd.DataFrame:
         """One row per marked abnormality: the box xmin, ymin, xmax, ymax (pixels of the original

@@ -46,17 +46,42 @@ DISCARDED = "eye tracking discarded"
 # Label columns of the metadata and of the ellipse tables; certainty 0-5 in the metadata.
 CERTAINTY_LABELS: Mapping[int, tuple[str, ...]] = {
     1: (
-        "Airway wall thickening", "Atelectasis", "Consolidation", "Emphysema",
-        "Enlarged cardiac silhouette", "Fibrosis", "Fracture", "Groundglass opacity", "Mass", "Nodule",
-        "Pleural effusion", "Pleural thickening", "Pneumothorax", "Pulmonary edema", "Wide mediastinum",
+        "Airway wall thickening",
+        "Atelectasis",
+        "Consolidation",
+        "Emphysema",
+        "Enlarged cardiac silhouette",
+        "Fibrosis",
+        "Fracture",
+        "Groundglass opacity",
+        "Mass",
+        "Nodule",
+        "Pleural effusion",
+        "Pleural thickening",
+        "Pneumothorax",
+        "Pulmonary edema",
+        "Wide mediastinum",
     ),
-    **dict.fromkeys((2, 3), (
-        "Abnormal mediastinal contour", "Acute fracture", "Atelectasis", "Consolidation",
-        "Enlarged cardiac silhouette", "Enlarged hilum", "Groundglass opacity", "Hiatal hernia",
-        "High lung volume / emphysema", "Interstitial lung disease", "Lung nodule or mass",
-        "Pleural abnormality", "Pneumothorax", "Pulmonary edema",
-    )),
-}  # fmt: skip
+    **dict.fromkeys(
+        (2, 3),
+        (
+            "Abnormal mediastinal contour",
+            "Acute fracture",
+            "Atelectasis",
+            "Consolidation",
+            "Enlarged cardiac silhouette",
+            "Enlarged hilum",
+            "Groundglass opacity",
+            "Hiatal hernia",
+            "High lung volume / emphysema",
+            "Interstitial lung disease",
+            "Lung nodule or mass",
+            "Pleural abnormality",
+            "Pneumothorax",
+            "Pulmonary edema",
+        ),
+    ),
+}
 BOOL_LABELS: Mapping[int, tuple[str, ...]] = {
     1: ("Support devices", "Quality issue"),
     2: ("Support devices",),
@@ -91,9 +116,7 @@ class ReflacxReading(Reading):
             rules["outside of the image shown"] = off_the_image_shown(fixations)
         damaged = bad_cells(table, numbers)
         again = table.duplicated()  # times of its own tell each fixation from every other
-        return usable_fixations(
-            fixations, path, max_bad=max_bad, damaged=damaged, repeated=again, rules=rules
-        )
+        return usable_fixations(fixations, path, max_bad=max_bad, damaged=damaged, repeated=again, rules=rules)
 
     def load_ellipses(self) -> pd.DataFrame:
         path = table_file(self.directory / "anomaly_location_ellipses.csv")
@@ -119,9 +142,7 @@ def find_root(raw: Path) -> Path | None:
     several do."""
     if raw.name == "main_data" and any(next(raw.glob(name), None) for name in METADATA_FILES):
         return raw.parent
-    return only_root(
-        raw, lambda root: any(next((root / "main_data").glob(name), None) for name in METADATA_FILES)
-    )
+    return only_root(raw, lambda root: any(next((root / "main_data").glob(name), None) for name in METADATA_FILES))
 
 
 def read_reflacx(raw: Path) -> RawReadings:

@@ -19,16 +19,7 @@ from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
 from datasets.downstream.partition import Rows, partitions
 from datasets.phantom.labelled import Chests
 from datasets.phantom.rsna import make_rsna
-from engine_downstream import (
-    ENCODE_BATCH,
-    Encoder,
-    HeadOptions,
-    Keyed,
-    epoch_order,
-    known_loss,
-    new_head,
-    schedule,
-)
+from engine_downstream import ENCODE_BATCH, Encoder, HeadOptions, Keyed, epoch_order, known_loss, new_head, schedule
 from engine_frozen import Frozen, linear
 from scripts.benchmarks.timing import Report, Row, Settings, timed_twice
 from util.encoders import Candidate
@@ -38,11 +29,7 @@ from util.roc import auc
 from util.stop import StopSignals
 
 FRACTIONS, SEEDS, VIEWS = (0.3, 0.6, 1.0), (43, 44, 45), 10
-SHARES = {
-    TRAIN: 4,
-    VALID: 1,
-    TEST: 10,
-}  # testing costs the plain loop nothing, and makes AUCs worth comparing
+SHARES = {TRAIN: 4, VALID: 1, TEST: 10}  # testing costs the plain loop nothing, and makes AUCs worth comparing
 
 
 def measure_downstream(report: Report, root: Path, settings: Settings) -> None:
@@ -54,23 +41,14 @@ def measure_downstream(report: Report, root: Path, settings: Settings) -> None:
     parts = np.resize(np.repeat(list(SHARES), list(SHARES.values())), n_images)
     images = replace(images, parts=np.random.default_rng(0).permutation(parts))
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_base_patch16_224", embed_dim=width, depth=2, num_heads=width // 64, num_classes=0
-    )
-    torch.save(
-        {"state_dict": model.state_dict(), "metadata": {"num_heads": str(width // 64)}}, root / "x.pth"
-    )
+    model = timm.create_model("vit_base_patch16_224", embed_dim=width, depth=2, num_heads=width // 64, num_classes=0)
+    torch.save({"state_dict": model.state_dict(), "metadata": {"num_heads": str(width // 64)}}, root / "x.pth")
     candidate = Candidate("x", "file", read_backbone(root / "x.pth"))
     measure_heads(report, root, images, candidate, HeadOptions(epochs, batch_size, patience=epochs), device)
 
 
 def measure_heads(
-    report: Report,
-    root: Path,
-    images: LabelledImages,
-    candidate: Candidate,
-    options: HeadOptions,
-    device: torch.device,
+    report: Report, root: Path, images: LabelledImages, candidate: Candidate, options: HeadOptions, device: torch.device
 ) -> None:
     """All heads from stored features, of some views and of one per epoch, against the plain published loop, which
     draws new views for every seed. Without early stopping all do the same steps."""
@@ -97,11 +75,24 @@ def measure_heads(
                 place = root / f"views{n_views}"
                 plane = open_squares(images, place / "cache")
                 frozen = Frozen(
-                    images=images, views=Views(images, plane=plane), views_key="", files_key="", study_key="",
-                    fractions=FRACTIONS, seeds=SEEDS, n_folds=2, n_views=n_views, heads=options,
-                    features_dir=place / "features", jobs=Jobs(place / "jobs"), device=device, dtype=torch.float32,
-                    batch_size=ENCODE_BATCH[device.type], num_workers=0, signals=signals,
-                )  # fmt: skip
+                    images=images,
+                    views=Views(images, plane=plane),
+                    views_key="",
+                    files_key="",
+                    study_key="",
+                    fractions=FRACTIONS,
+                    seeds=SEEDS,
+                    n_folds=2,
+                    n_views=n_views,
+                    heads=options,
+                    features_dir=place / "features",
+                    jobs=Jobs(place / "jobs"),
+                    device=device,
+                    dtype=torch.float32,
+                    batch_size=ENCODE_BATCH[device.type],
+                    num_workers=0,
+                    signals=signals,
+                )
                 found |= linear(frozen, candidate, *normalisation("half"))
 
         seconds, processor = timed_twice(ours, device.type)
@@ -125,9 +116,7 @@ def measure_heads(
         report.equality[title] = float(max(differences))
 
 
-def published_head(
-    encoder: Encoder, views, images, rows: Rows, seed: int, options: HeadOptions
-) -> np.ndarray:
+def published_head(encoder: Encoder, views, images, rows: Rows, seed: int, options: HeadOptions) -> np.ndarray:
     """The published loop: in every epoch read, augment and encode the training images, then the validation
     images; test the best epoch. Returns the test images' logits, [n, C]."""
 

@@ -31,9 +31,7 @@ def measure_encoding(report: Report, root: Path, settings: Settings) -> None:
     chests = Chests(8 if settings.quick else 64, size=(192, 160), lesion_kinds=("consolidation",))
     images = read_dataset("rsna", make_rsna(root, chests, image_format="jpg").raw)
     plane = open_squares(images, root / "cache")
-    crops, augmented = (
-        Views(replace(images, strong_augmentation=strong), plane=plane) for strong in (False, True)
-    )
+    crops, augmented = (Views(replace(images, strong_augmentation=strong), plane=plane) for strong in (False, True))
     gpu = settings.device == "cuda"
     named = "vit_base_patch16_224" if gpu else "vit_small_patch16_224"
     tiny = timm.create_model("vit_base_patch16_224", embed_dim=64, depth=2, num_heads=1, num_classes=0)
@@ -68,9 +66,15 @@ def measure_encoder(
                 file = FeatureFile(Path(folder, str(view)), len(views), model.embed_dim)
                 wanted.append((view, images, file))
             encode(
-                encoder, views, wanted, device=device, batch_size=size, num_workers=workers, signals=signals,
+                encoder,
+                views,
+                wanted,
+                device=device,
+                batch_size=size,
+                num_workers=workers,
+                signals=signals,
                 what="encoding",
-            )  # fmt: skip
+            )
 
     processor, times = [], ([], [])
     for turn in range(repeats + 1):

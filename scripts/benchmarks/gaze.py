@@ -76,7 +76,7 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
             256, (settings.batch_size, 1, model.input_size, model.input_size), dtype=torch.uint8, device=ranks.device
         ),
         "target": target / target.sum((1, 2), keepdim=True),
-    }  # fmt: skip
+    }
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=1e-4, fused=True)
     scaler = make_scaler(args.dtype, ranks.device)
 
@@ -94,10 +94,18 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
             half = args.dtype == "float16"
             watch = FiniteWatch(ranks.device, signals, half=half, sample_names=lambda epoch, step: [])
             training = Training(
-                model, model, optimizer, scaler, iter([batch] * BATCHES), BATCHES * settings.batch_size, BATCHES,
-                watch, ranks, RunLog(root, root, 0.0, enabled=False),
+                model,
+                model,
+                optimizer,
+                scaler,
+                iter([batch] * BATCHES),
+                BATCHES * settings.batch_size,
+                BATCHES,
+                watch,
+                ranks,
+                RunLog(root, root, 0.0, enabled=False),
                 Progress(BATCHES, 0, settings.batch_size, enabled=False),
-            )  # fmt: skip
+            )
             train_one_epoch(training, 0, 0, Sums.zeros(ranks.device), args)
 
     times = alternate(bare, ours, settings.repeats, settings.device)

@@ -141,9 +141,7 @@ def measure_loader(report: Report, tree: Path, settings: Settings) -> None:
 def make_loader(dataset: Dataset, batch_size: int, workers: int, batches: int) -> DataLoader:
     sampler = TrainBatches(len(dataset), batch_size, epochs=batches * batch_size // len(dataset) + 1)
     keys = [key for _, key in zip(range(batches), sampler)]
-    return DataLoader(
-        dataset, batch_sampler=keys, num_workers=workers, prefetch_factor=4 if workers else None
-    )
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, prefetch_factor=4 if workers else None)
 
 
 def restart_gap(dataset: Dataset, batch_size: int, workers: int) -> float:

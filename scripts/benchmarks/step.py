@@ -30,9 +30,7 @@ class PlainStep:
         torch.manual_seed(0)
         self.device = settings.device
         smaller = {"depth": 2, "id_list": (0, 0, 1, 1)} if settings.quick else {}
-        self.model = models_cxrmim.ENCODERS[settings.model](
-            img_size=settings.input_size, gaze_weighted=True, **smaller
-        )
+        self.model = models_cxrmim.ENCODERS[settings.model](img_size=settings.input_size, gaze_weighted=True, **smaller)
         self.model.to(self.device).train()
         how = {"foreach": False} if self.plain else {"fused": True}
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.05), 1e-4, betas=(0.9, 0.95), **how)
@@ -93,9 +91,7 @@ class OurStep(PlainStep):
 
 def ready_batch(tree: Path, settings: Settings) -> dict[str, Tensor]:
     """A batch as the loader hands it on."""
-    dataset = build_dataset(
-        tree, preload=True, cache_size=settings.cache_size, input_size=settings.input_size
-    )
+    dataset = build_dataset(tree, preload=True, cache_size=settings.cache_size, input_size=settings.input_size)
     samples = [dataset[(0, i % len(dataset))] for i in range(settings.batch_size)]
     batch = torch.utils.data.default_collate(samples)
     return {key: value.pin_memory() for key, value in batch.items()} if settings.device == "cuda" else batch

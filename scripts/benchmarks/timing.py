@@ -72,13 +72,7 @@ class Report:
     whole: bool = False  # whether the run came to its end
 
     def compare(
-        self,
-        name: str,
-        baseline: list[float],
-        ours: list[float],
-        *,
-        at_least: float | None = None,
-        note: str = "",
+        self, name: str, baseline: list[float], ours: list[float], *, at_least: float | None = None, note: str = ""
     ) -> None:
         """Add a row of paired times in seconds."""
         ratios = np.array(baseline) / np.array(ours)

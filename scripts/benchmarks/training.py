@@ -72,9 +72,7 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
     report.value(f"real training, {workers} workers, per image", "s", per_image, note=note)
     note = f"{len(waits)} steps in {len(epochs)} epochs; first batch {waits[0]:.2f} s"
     report.value(f"data wait in a real training, {workers} workers", "share", share, below=0.03, note=note)
-    gaps = [
-        after[0] - before[1] + waits[(i + 1) * steps] for i, (before, after) in enumerate(pairwise(epochs))
-    ]
+    gaps = [after[0] - before[1] + waits[(i + 1) * steps] for i, (before, after) in enumerate(pairwise(epochs))]
     report.value(
         f"gap between two epochs, {workers} workers",
         "s",

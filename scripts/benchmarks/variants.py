@@ -98,9 +98,11 @@ class VariantSteps:
         report.compare(name, *times, note=note)
         ceiling = product_rate(variant.dtype or torch.float32, settings)
         report.value(
-            f"{name}, arithmetic", "TFLOP/s", flops / seconds / 1e12,
+            f"{name}, arithmetic",
+            "TFLOP/s",
+            flops / seconds / 1e12,
             note=f"{flops / seconds / ceiling:.0%} of a large matrix product's {ceiling / 1e12:.3g} here",
-        )  # fmt: skip
+        )
         if variant.compile_mode is None:
             found, before = count_operations(step), count_operations(self.baseline)
             note = f"{sum(found[cast] for cast in CASTS)} casts; operations of torch, some of several kernels"

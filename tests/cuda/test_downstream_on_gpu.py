@@ -30,9 +30,7 @@ DEVICES = ["cpu", GPU]
 def features_on(device, dtype, folder, n=10, side=32):
     """Cls tokens of made-up images, written and read back as run_downstream.py does: float32 [n, D]."""
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=side, embed_dim=48, depth=2, num_heads=3, num_classes=0
-    )
+    model = timm.create_model("vit_tiny_patch16_224", img_size=side, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     images = torch.randint(256, (n, 1, side, side), dtype=torch.uint8)
 
     class Views(torch.utils.data.Dataset):
@@ -44,9 +42,15 @@ def features_on(device, dtype, folder, n=10, side=32):
     encoder = Encoder(model.eval().to(device), *normalisation("half"), torch.device(device), dtype)
     with StopSignals() as signals:
         done = encode(
-            encoder, Views(), [(-1, rows, file)], device=torch.device(device), batch_size=4, num_workers=0,
-            signals=signals, what="test",
-        )  # fmt: skip
+            encoder,
+            Views(),
+            [(-1, rows, file)],
+            device=torch.device(device),
+            batch_size=4,
+            num_workers=0,
+            signals=signals,
+            what="test",
+        )
     assert done == n
     return torch.from_numpy(np.array(file.read(rows)))
 
@@ -81,9 +85,16 @@ def test_stacked_heads_have_the_weights_of_heads_trained_alone_on_the_cpu(device
         views = [lambda view=view: view.to(where) for view in features]
         with StopSignals() as signals:
             return train_heads(
-                views, labels.to(where), features[0, :20].to(where), labels[:20].to(where), task=task,
-                seeds=seeds, options=HeadOptions(epochs=6, batch_size=16), signals=signals, what="test",
-            )  # fmt: skip
+                views,
+                labels.to(where),
+                features[0, :20].to(where),
+                labels[:20].to(where),
+                task=task,
+                seeds=seeds,
+                options=HeadOptions(epochs=6, batch_size=16),
+                signals=signals,
+                what="test",
+            )
 
     together = heads_on(device, [43, 44, 45])
     for seed, head in zip([43, 44, 45], together, strict=True):
@@ -118,15 +129,22 @@ def fine_tuned_on(device, dtype, n, *, recipe="published", size=4, side=32):
         Steps("test", n, "steps", enabled=False) as progress,
     ):
         tuning = Tuning(
-            SimpleNamespace(task=MULTILABEL), None, recipe, *normalisation("half"), dtype, test_batch=size,
-            num_workers=0, ranks=ranks, signals=signals,
-        )  # fmt: skip
+            SimpleNamespace(task=MULTILABEL),
+            None,
+            recipe,
+            *normalisation("half"),
+            dtype,
+            test_batch=size,
+            num_workers=0,
+            ranks=ranks,
+            signals=signals,
+        )
         watch = FiniteWatch(
             ranks.device, signals, half=dtype == torch.float16, sample_names=lambda epoch, step: [f"{step}"]
         )
         request = _train_epoch(
             tuning, model, model, build_optimizer(model, recipe), scaler, batches, n, Place(), sums, 0, watch, progress
-        )  # fmt: skip
+        )
     assert request == GO_ON
     loss, count = sums.tolist()
     assert count == n
@@ -140,8 +158,7 @@ def test_fine_tuning_waits_for_nothing(device, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n", "tolerance"),
-    [(torch.float32, 1, 1e-4), (torch.float32, 4, 1e-2), (torch.bfloat16, 1, 3e-2)],
+    ("dtype", "n", "tolerance"), [(torch.float32, 1, 1e-4), (torch.float32, 4, 1e-2), (torch.bfloat16, 1, 3e-2)]
 )
 @pytest.mark.parametrize("device", DEVICES)
 def test_fine_tuning_has_the_losses_of_the_cpu_in_float32(device, dtype, n, tolerance):

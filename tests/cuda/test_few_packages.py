@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HIDDEN = ("pydicom", "segmentation_models_pytorch", "torchxrayvision", "hypothesis", "cv2", "pysaliency", "xdist",
-          "pytest_timeout")  # fmt: skip
+HIDDEN = (
+    "pydicom",
+    "segmentation_models_pytorch",
+    "torchxrayvision",
+    "hypothesis",
+    "cv2",
+    "pysaliency",
+    "xdist",
+    "pytest_timeout",
+)
 # In place of the finder of installed packages, one that does not see these.
 HIDE = f"""
 import sys
@@ -42,9 +50,7 @@ sys.exit(pytest.main(["-m", "cuda", "--collect-only", "-p", "no:cacheprovider"])
 def copy(tmp_path_factory):
     """A plain copy of the tree, without .git and .venv, whose interpreter does not see the packages."""
     copy = tmp_path_factory.mktemp("copy") / "cxr mim"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "output_dir", ".*_cache")
-    )
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "output_dir", ".*_cache"))
     (copy.parent / "hide").mkdir()
     (copy.parent / "hide" / "sitecustomize.py").write_text(HIDE)
     return copy
@@ -53,11 +59,7 @@ def copy(tmp_path_factory):
 def run(copy, *command, timeout=240):
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     # pytest loads the plugins of installed packages past the finder.
-    env |= {
-        "PYTHONPATH": str(copy.parent / "hide"),
-        "OMP_NUM_THREADS": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
+    env |= {"PYTHONPATH": str(copy.parent / "hide"), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
         [sys.executable, *command], cwd=copy, env=env, capture_output=True, text=True, timeout=timeout
     )

@@ -23,7 +23,7 @@ from util.stop import StopSignals
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", GPU]
-FLAGS = ["--data_path", "none", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--print_every", "1000000"]  # fmt: skip
+FLAGS = ["--data_path", "none", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--print_every", "1000000"]
 SIZE, BATCH = 64, 4
 
 
@@ -48,9 +48,7 @@ def losses_of(given, n, device, tmp_path, *flags):
     torch.manual_seed(0)
     core = GazeNet("test_resnet", input_size=SIZE, width=16)
     with torch.no_grad():
-        core.network.out.weight.normal_(
-            std=0.1
-        )  # zero at first: the loss would be the prior's, whatever else
+        core.network.out.weight.normal_(std=0.1)  # zero at first: the loss would be the prior's, whatever else
     core = core.to(ranks.device)
     optimizer = torch.optim.AdamW(core.parameters(), lr=0.0, fused=True)
     with StopSignals() as signals:
@@ -58,9 +56,18 @@ def losses_of(given, n, device, tmp_path, *flags):
             ranks.device, signals, half=args.dtype == "float16", sample_names=lambda epoch, step: [f"{step}"]
         )
         training = Training(
-            core, core, optimizer, make_scaler(args.dtype, ranks.device), iter(given), BATCH * n, n, watch,
-            ranks, RunLog(tmp_path, tmp_path, 0.0, enabled=False), Progress(n, 0, BATCH, enabled=False),
-        )  # fmt: skip
+            core,
+            core,
+            optimizer,
+            make_scaler(args.dtype, ranks.device),
+            iter(given),
+            BATCH * n,
+            n,
+            watch,
+            ranks,
+            RunLog(tmp_path, tmp_path, 0.0, enabled=False),
+            Progress(n, 0, BATCH, enabled=False),
+        )
         sums = Sums.zeros(ranks.device)
         assert train_one_epoch(training, 0, 0, sums, args) == (n, 0)
     return sums.means(0)

@@ -101,9 +101,7 @@ def test_pretraining(masking, flags, watch, monkeypatch):
 
 
 def test_gaze_training(watch, monkeypatch):
-    args = run_gaze.get_args_parser().parse_args(
-        ["--data_path", "none", "--dtype", "float16", "--cc_weight", "1"]
-    )
+    args = run_gaze.get_args_parser().parse_args(["--data_path", "none", "--dtype", "float16", "--cc_weight", "1"])
     model = GazeNet("test_resnet", input_size=SIDE, width=16)
     with fake_gpu(model, monkeypatch) as ranks:
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
@@ -125,23 +123,39 @@ def test_fine_tuning(recipe, task, watch, monkeypatch):
         optimizer = build_optimizer(model, RECIPES[recipe])
         mean, std = normalisation("imagenet")
         tuning = Tuning(
-            Images, None, RECIPES[recipe], mean, std, torch.bfloat16, test_batch=2, num_workers=0, ranks=ranks,
+            Images,
+            None,
+            RECIPES[recipe],
+            mean,
+            std,
+            torch.bfloat16,
+            test_batch=2,
+            num_workers=0,
+            ranks=ranks,
             signals=None,
-        )  # fmt: skip
+        )
         batches = iter([(pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3))] * 9)
         sums = torch.zeros(2, dtype=torch.float64, device=CUDA)
         with Steps("test", 9, "steps", enabled=False) as progress:
             request = engine_finetune._train_epoch(
-                tuning, model, model, optimizer, make_scaler("bfloat16", CUDA), batches, 9, Place(), sums, 0, watch,
+                tuning,
+                model,
+                model,
+                optimizer,
+                make_scaler("bfloat16", CUDA),
+                batches,
+                9,
+                Place(),
+                sums,
+                0,
+                watch,
                 progress,
-            )  # fmt: skip
+            )
         assert request == PAUSE
 
 
 def small_vit(**options) -> nn.Module:
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=SIDE, embed_dim=48, depth=2, num_heads=3, **options
-    )
+    return timm.create_model("vit_tiny_patch16_224", img_size=SIDE, embed_dim=48, depth=2, num_heads=3, **options)
 
 
 def test_frozen_encoder(monkeypatch):

@@ -69,25 +69,28 @@ def training_of(given, device, tmp_path, *flags, n_steps=None):
     core = run_pretrain.build_model(args).to(ranks.device)
     if args.compile:
         core.compile()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     with StopSignals() as signals:
         watch = FiniteWatch(
-            ranks.device,
-            signals,
-            half=args.dtype == "float16",
-            sample_names=lambda epoch, step: [f"{epoch} {step}"],
+            ranks.device, signals, half=args.dtype == "float16", sample_names=lambda epoch, step: [f"{epoch} {step}"]
         )
         steps = n_steps or len(given)
         yield (
             Training(
-                model=core, core=core, optimizer=optimizer, scaler=make_scaler(args.dtype, ranks.device),
-                batches=iter(given), dataset_size=4 * steps, steps_per_epoch=steps, watch=watch, ranks=ranks,
-                log=RunLog(tmp_path, tmp_path, 0.0, enabled=False), progress=Progress(steps, 0, 4, enabled=False),
+                model=core,
+                core=core,
+                optimizer=optimizer,
+                scaler=make_scaler(args.dtype, ranks.device),
+                batches=iter(given),
+                dataset_size=4 * steps,
+                steps_per_epoch=steps,
+                watch=watch,
+                ranks=ranks,
+                log=RunLog(tmp_path, tmp_path, 0.0, enabled=False),
+                progress=Progress(steps, 0, 4, enabled=False),
             ),
             args,
-        )  # fmt: skip
+        )
 
 
 def losses_of(training, args, n_scales=2):
@@ -105,10 +108,7 @@ def test_no_step_waits_for_the_device(device, masking, dtype, tmp_path):
         pytest.skip("slow on the CPU and the same code")
     with (
         no_host_waits(batches(8, device), device) as given,
-        training_of(given, device, tmp_path, "--masking", masking, "--dtype", dtype, n_steps=8) as (
-            training,
-            args,
-        ),
+        training_of(given, device, tmp_path, "--masking", masking, "--dtype", dtype, n_steps=8) as (training, args),
     ):
         assert all(math.isfinite(loss) for loss in losses_of(training, args))
 
@@ -116,9 +116,7 @@ def test_no_step_waits_for_the_device(device, masking, dtype, tmp_path):
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_overflow_skips_the_update_and_lowers_the_scale(device, tmp_path):
     with training_of(batches(1, device), device, tmp_path, "--dtype", "float16") as (training, _):
-        parameters = [
-            p for group in training.optimizer.param_groups for p in group["params"] if p.requires_grad
-        ]
+        parameters = [p for group in training.optimizer.param_groups for p in group["params"] if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
         for group in training.optimizer.param_groups:
             group["lr"] = 1e-3
@@ -158,9 +156,7 @@ def test_outside_float16_the_scale_stays_one(device, dtype):
 def test_masks_and_foregrounds_are_those_of_the_cpu(device):
     generator = torch.Generator().manual_seed(3)
     attention = torch.rand(6, 1, 8, 8, generator=generator)
-    attention = (nn.functional.interpolate(attention, size=(224, 224), mode="bicubic")[:, 0] * 255).clamp(
-        0, 255
-    )
+    attention = (nn.functional.interpolate(attention, size=(224, 224), mode="bicubic")[:, 0] * 255).clamp(0, 255)
     attention = attention.to(torch.uint8)
     attention[0] = 7  # an all-equal map has no foreground
     foreground = otsu_foreground(attention)
@@ -178,9 +174,7 @@ def test_masks_and_foregrounds_are_those_of_the_cpu(device):
         assert torch.equal(*masks) and torch.equal(masks[0].sum(1), torch.full((6,), 147.0))
         if name == "attention":
             n_significant = significant.sum(1)
-            expected = torch.maximum(
-                (n_significant * 0.5).floor(), masked_count(196, 0.75) - (196 - n_significant)
-            )
+            expected = torch.maximum((n_significant * 0.5).floor(), masked_count(196, 0.75) - (196 - n_significant))
             assert torch.equal((masks[0] * significant).sum(1), expected)
 
 
@@ -250,10 +244,7 @@ def test_one_rank_of_a_process_group(device, tmp_path):
             core = training.core
             if wrapped:
                 torch.distributed.init_process_group(
-                    "nccl" if device == "cuda" else "gloo",
-                    init_method=f"file://{tmp_path}/meet",
-                    rank=0,
-                    world_size=1,
+                    "nccl" if device == "cuda" else "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
                 )
             try:
                 model = DistributedDataParallel(core) if wrapped else core
@@ -289,11 +280,27 @@ def test_resume_is_bit_equal_on_one_gpu(dtype, tree, tmp_path):
     """With torch's deterministic algorithms alone."""
 
     def run(output, *more, status=0):
-        flags = [*FLAGS, "--device", "cuda", "--dtype", dtype, "--data_path", str(tree), "--epochs", "3",
-                 "--num_workers", "1", "--save_every", "1", "--keep", "3", "--output_dir", str(output), *more]  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", DETERMINISTIC, *flags], cwd=ROOT, capture_output=True, text=True
-        )
+        flags = [
+            *FLAGS,
+            "--device",
+            "cuda",
+            "--dtype",
+            dtype,
+            "--data_path",
+            str(tree),
+            "--epochs",
+            "3",
+            "--num_workers",
+            "1",
+            "--save_every",
+            "1",
+            "--keep",
+            "3",
+            "--output_dir",
+            str(output),
+            *more,
+        ]
+        done = subprocess.run([sys.executable, "-c", DETERMINISTIC, *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status, done.stdout + done.stderr
 
     run(tmp_path / "whole")
@@ -301,9 +308,7 @@ def test_resume_is_bit_equal_on_one_gpu(dtype, tree, tmp_path):
     for path in (tmp_path / "parts").glob("checkpoint-[12]*.pth"):
         path.unlink()
     run(tmp_path / "parts")
-    states = [
-        torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True) for name in ("whole", "parts")
-    ]
+    states = [torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True) for name in ("whole", "parts")]
     assert all(t.device.type == "cpu" for t in states[0]["model"].values())
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name

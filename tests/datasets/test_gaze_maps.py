@@ -43,9 +43,7 @@ def test_readings_of_an_image_are_one_sample(tree):
 def test_cache_changes_nothing(tree, tmp_path):
     plain, cached = GazeStudy([tree]), GazeStudy([tree])
     cached.add_cache(str(tmp_path), None)
-    for a, b in zip(
-        GazeSamples(plain, plain.images, 32, 8), GazeSamples(cached, cached.images, 32, 8), strict=True
-    ):
+    for a, b in zip(GazeSamples(plain, plain.images, 32, 8), GazeSamples(cached, cached.images, 32, 8), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -83,9 +81,7 @@ def test_subject_from_the_folder_or_refused(tmp_path):
     edit_index(tree, lambda number, entry: entry.pop("subject_id"))
     with pytest.raises(UserError, match="entry 0: no subject_id"):
         GazeStudy([tree])
-    edit_index(
-        tree, lambda number, entry: entry.update(image_path=entry["image_path"].replace("images/s", "p10/p"))
-    )
+    edit_index(tree, lambda number, entry: entry.update(image_path=entry["image_path"].replace("images/s", "p10/p")))
     assert GazeStudy([tree]).images[0].subject == "10000"
 
 
@@ -153,16 +149,12 @@ def test_test_images_of_subjects_that_a_model_has_seen_are_left_out(tree, tmp_pa
     seen = GazeStudy([tree]).seen()
     assert len(seen) == 10
     other = make_gaze_tree(tmp_path / "more", 18)  # the same twelve and six new subjects
-    edit_index(
-        other, lambda _, entry: entry.update(split=(*PARTS[::-1], "train")[int(entry["subject_id"]) % 4])
-    )
+    edit_index(other, lambda _, entry: entry.update(split=(*PARTS[::-1], "train")[int(entry["subject_id"]) % 4]))
     study = GazeStudy([other])
     n_test = len(study.part("test"))
     told = study.leave_out(frozenset(seen))
     left = study.part("test")
-    assert (
-        told.startswith(f"warning: {n_test - len(left)} of {n_test} test images") and 0 < len(left) < n_test
-    )
+    assert told.startswith(f"warning: {n_test - len(left)} of {n_test} test images") and 0 < len(left) < n_test
     assert study.leave_out(frozenset()) == ""
     marks = subject_marks([image.subject for image in GazeStudy([other]).images], "gaze")
     with pytest.raises(UserError, match="judge it on images that it has not seen"):

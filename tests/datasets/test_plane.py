@@ -62,9 +62,13 @@ def test_damaged_pictures_alone_are_made_anew(tree, capfd, decoded):
     starts = plane.table[:, 0].tolist()
     last = size - 1
     cases = [
-        ([starts[0]], [0]), ([starts[1] - 1], [0]), ([starts[1]], [1]), ([last], [2]),
-        ([starts[1] + 99, starts[1] + 100, starts[2] + 5], [1, 2]), ([*starts, last], [0, 1, 2]),
-    ]  # fmt: skip
+        ([starts[0]], [0]),
+        ([starts[1] - 1], [0]),
+        ([starts[1]], [1]),
+        ([last], [2]),
+        ([starts[1] + 99, starts[1] + 100, starts[2] + 5], [1, 2]),
+        ([*starts, last], [0, 1, 2]),
+    ]
     for places, damaged in cases:
         flip(path, *places)
         decoded.clear()
@@ -158,9 +162,7 @@ def test_a_damaged_cache_that_is_anothers_is_replaced_in_the_next_place(tree, tm
     build(tree)
     damaged, whole = gray_plane(tree), gray_plane(tree).read_bytes()
     flip(damaged, len(whole) - 1)
-    monkeypatch.setattr(
-        datasets.plane, "_first_writable", lambda places: places[-1].mkdir(parents=True) or places[-1]
-    )
+    monkeypatch.setattr(datasets.plane, "_first_writable", lambda places: places[-1].mkdir(parents=True) or places[-1])
     build(tree, fallback_dir=tmp_path / "output")
     [warning] = warnings_of(capfd)
     assert f"{damaged}: 1 of 3" in warning and "output" in warning.rpartition(";")[2]
@@ -176,21 +178,14 @@ def test_checking_reads_the_cache_and_changes_nothing(tree, tmp_path):
     [none] = check()
     assert none.severity == "note" and "no cache of these settings" in none.message
     build(tree)
-    assert [(p.severity, p.message) for p in check()] == [
-        ("note", "3 cached pictures, all as they were written")
-    ] * 2
+    assert [(p.severity, p.message) for p in check()] == [("note", "3 cached pictures, all as they were written")] * 2
     assert [p.severity for p in check(preload=True)] == ["note", "note"]  # no plane of foregrounds yet
-    assert (
-        "no cache" in check(cache_size=99)[0].message and "no cache" in check(cache_dir=tmp_path)[0].message
-    )
+    assert "no cache" in check(cache_size=99)[0].message and "no cache" in check(cache_dir=tmp_path)[0].message
     path = gray_plane(tree)
     flip(path, path.stat().st_size - 1)
     before = path.read_bytes()
     problem = check()[0]
-    assert (problem.severity, problem.file) == (
-        "warning",
-        str(path),
-    ) and "image2.jpg; the next run" in problem.message
+    assert (problem.severity, problem.file) == ("warning", str(path)) and "image2.jpg; the next run" in problem.message
     assert path.read_bytes() == before
     Reflacx(tree).files(1).image.unlink()
     [error] = check()

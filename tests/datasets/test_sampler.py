@@ -7,13 +7,15 @@ from datasets.sampler import TrainBatches
 
 
 @given(
-    size=st.integers(1, 60), batch=st.integers(1, 5), world=st.integers(1, 3), accum=st.integers(1, 3),
-    epochs=st.integers(1, 3), data=st.data(),
-)  # fmt: skip
+    size=st.integers(1, 60),
+    batch=st.integers(1, 5),
+    world=st.integers(1, 3),
+    accum=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+    data=st.data(),
+)
 def test_goes_on_anywhere_as_if_never_stopped(size, batch, world, accum, epochs, data):
-    options = dict(
-        batch_size=batch, world_size=world, rank=data.draw(st.integers(0, world - 1)), seed=3, epochs=epochs
-    )
+    options = dict(batch_size=batch, world_size=world, rank=data.draw(st.integers(0, world - 1)), seed=3, epochs=epochs)
     if size // world // batch // accum == 0:
         with pytest.raises(ValueError, match="larger than the data set"):
             TrainBatches(size, accum_iter=accum, **options)

@@ -53,17 +53,16 @@ def test_infinite_rectangles_are_uncut_and_nan_is_named(tmp_path):
 
 def rectangles(xmax, ymax):
     return {name: [1.0, 1.0] for name in ("x", "y", "duration", "sigma_x", "sigma_y")} | {
-        "xmin": [0, 10], "ymin": [0, 10], "xmax": [xmax, 20], "ymax": [ymax, 20]
-    }  # fmt: skip
+        "xmin": [0, 10],
+        "ymin": [0, 10],
+        "xmax": [xmax, 20],
+        "ymax": [ymax, 20],
+    }
 
 
 def test_gaze_of_an_image_of_another_size():
     assert check_rectangles(rectangles(100, 120), (120, 100), "a.csv") is None
     with pytest.raises(UserError, match="a.csv: parts of an image of 200 x 240 px"):
         check_rectangles(rectangles(200, 240), (120, 100), "a.csv")
-    assert "nothing beyond 50 x 60 px was ever in view" in check_rectangles(
-        rectangles(50, 60), (120, 100), "a.csv"
-    )
-    assert "can't be checked" in check_rectangles(
-        rectangles(np.inf, np.nan) | {"xmax": [np.inf] * 2}, (9, 9), "a"
-    )
+    assert "nothing beyond 50 x 60 px was ever in view" in check_rectangles(rectangles(50, 60), (120, 100), "a.csv")
+    assert "can't be checked" in check_rectangles(rectangles(np.inf, np.nan) | {"xmax": [np.inf] * 2}, (9, 9), "a")

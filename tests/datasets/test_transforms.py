@@ -89,12 +89,7 @@ def test_every_plane_is_cut_at_the_same_place():
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    height=st.integers(1, 900),
-    width=st.integers(1, 900),
-    ratio=st.floats(0.01, 1.0),
-    seed=st.integers(0, 2**31),
-)
+@given(height=st.integers(1, 900), width=st.integers(1, 900), ratio=st.floats(0.01, 1.0), seed=st.integers(0, 2**31))
 def test_box_lies_inside_and_keeps_its_promises(height, width, ratio, seed):
     box = random_crop_box(np.random.default_rng(seed), height, width, ratio)
     assert 0 <= box.top and box.top + box.height <= height and box.height >= 1

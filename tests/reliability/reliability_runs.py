@@ -157,11 +157,21 @@ def start_ranks(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        Run(argv, log.with_name(f"{log.name}.{rank}"), fault=(faults or {}).get(rank),
-            env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port)}, **kwargs)
+        Run(
+            argv,
+            log.with_name(f"{log.name}.{rank}"),
+            fault=(faults or {}).get(rank),
+            env={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(n),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            **kwargs,
+        )
         for rank in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def run_ranks(argv: list[str], log: Path, **kwargs) -> tuple[list[int], list[str]]:
@@ -356,9 +366,7 @@ def gradient_at(epoch: int, step: int, value: float) -> None:
         handles.append(
             torch.nn.modules.module.register_module_forward_hook(
                 lambda module, inputs, output: (
-                    spoil(module, inputs, output)
-                    if isinstance(module, torch.nn.LayerNorm) and handles
-                    else None
+                    spoil(module, inputs, output) if isinstance(module, torch.nn.LayerNorm) and handles else None
                 )
             )
         )

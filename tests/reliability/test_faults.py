@@ -48,9 +48,7 @@ def one_epoch(flags, undisturbed, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [partial(loss_at, 1, 2, float("nan")), partial(gradient_at, 1, 2, float("inf"))],
-    ids=["loss", "gradient"],
+    "fault", [partial(loss_at, 1, 2, float("nan")), partial(gradient_at, 1, 2, float("inf"))], ids=["loss", "gradient"]
 )
 def test_nonfinite_number_on_one_rank_stops_all(flags, one_epoch, tmp_path, fault):
     before = contents(one_epoch)

@@ -9,15 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from reliability_runs import (
-    at_step,
-    differences,
-    load,
-    log_lines,
-    obey_permissions,
-    run,
-    run_ranks,
-)
+from reliability_runs import at_step, differences, load, log_lines, obey_permissions, run, run_ranks
 
 
 def fail_log_writes(epoch: int, step: int, until: int | None = None) -> None:
@@ -60,9 +52,7 @@ def test_a_disk_that_runs_full_under_the_logs_is_a_warning(flags, undisturbed, t
     assert status == 0, output
     told = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert len(told) == 3, output
-    assert (
-        f"{out}: can't be written: No space left on device; training goes on, points are missing" in told[0]
-    )
+    assert f"{out}: can't be written: No space left on device; training goes on, points are missing" in told[0]
     assert f"{out / 'log.txt'}: can't be written: No space left on device" in told[1]
     assert told[2].endswith("lacks the lines of the epochs 0, 1, 2")
     assert "Traceback" not in output
@@ -80,9 +70,7 @@ def test_log_lines_wait_for_room(flags, undisturbed, tmp_path):
 def test_a_log_dir_that_runs_full_for_real_does_not_end_training(flags, tmp_path):
     """Every file that grows beyond 20 kB is refused by the kernel; checkpoints go where that is not so."""
     out = tmp_path / "out"
-    argv = flags(
-        out, "--log_dir", str(tmp_path / "logs"), "--epochs", "30", "--save_every", "30", "--print_every", "1"
-    )
+    argv = flags(out, "--log_dir", str(tmp_path / "logs"), "--epochs", "30", "--save_every", "30", "--print_every", "1")
     status, output = run(argv, tmp_path / "log", fault=small_events)
     assert status == 0 and (out / "checkpoint-29.pth").exists(), output
     assert f"warning: {tmp_path / 'logs'}: can't be written: File too large" in output

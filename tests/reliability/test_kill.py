@@ -81,9 +81,7 @@ def test_damaged_newest_is_named_and_the_older_one_used(long_flags, long_undistu
         whole = newest.read_bytes()
         half = len(whole) // 2
         newest.write_bytes(
-            whole[:half]
-            if how == "truncated"
-            else whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :]
+            whole[:half] if how == "truncated" else whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :]
         )
         (out / "log.txt").write_text((out / "log.txt").read_text()[:-40])  # and half a line
         status, output = run(long_flags(out), tmp_path / f"log-{how}")

@@ -155,9 +155,7 @@ def disturb(chain: Chain, steps: dict[str, tuple[float, int]], chance: random.Ra
         if plan.get(name):
             signum = next(others) if done[name] else signal.SIGKILL
             moment, (seconds, lines) = plan[name].pop(0), steps[name]
-            if chain.reaches(
-                name, seconds * chance.uniform(*MOMENTS[moment]) if MOMENTS[moment] else None, lines
-            ):
+            if chain.reaches(name, seconds * chance.uniform(*MOMENTS[moment]) if MOMENTS[moment] else None, lines):
                 status = chain.end(signum)
                 if status == 0:  # the last step was over before the signal came
                     return done

@@ -25,28 +25,18 @@ BATCH = 4
 
 def step_gradients(rank: int, world_size: int, tree: str, folder: str) -> None:
     """Save this rank's gradients of the first step, and its samples."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{world_size}", rank=rank, world_size=world_size
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = CXRMIM(
-        img_size=64,
-        embed_dim=48,
-        depth=2,
-        num_heads=2,
-        decoder_embed_dim=32,
-        id_list=(0, 1),
-        scale_list=(4.0, 0.5),
+        img_size=64, embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, id_list=(0, 1), scale_list=(4.0, 0.5)
     )
     dataset = build_dataset(tree, input_size=64, use_cache=False)
     keys = next(iter(TrainBatches(len(dataset), BATCH // world_size, world_size=world_size, rank=rank)))
     samples = [dataset[key] for key in keys]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
     # The mask of a sample, whichever rank has it.
-    mask = torch.stack(
-        [torch.randperm(16, generator=torch.Generator().manual_seed(index)) < 12 for _, index in keys]
-    )
+    mask = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(index)) < 12 for _, index in keys])
     parallel = DistributedDataParallel(model)
     parallel(batch, mask=mask.float()).backward()
     torch.save(
@@ -82,9 +72,7 @@ def parallel_steps(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/steps", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(rank)  # ranks start alike all the same
-    model = CXRMIM(
-        img_size=64, embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, id_list=(0, 1, 1, 1)
-    )
+    model = CXRMIM(img_size=64, embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, id_list=(0, 1, 1, 1))
     model = parallel(model, Ranks(rank, 2, rank, torch.device("cpu"), dist.group.WORLD))
     generator = torch.Generator().manual_seed(rank)
     batch = {

@@ -58,9 +58,7 @@ def test_stop_of_a_terminals_foreground_job_that_pipes_into_tee(flags, undisturb
     """tee dies at once, and with the window all output does; the run saves all the same."""
     out, log = tmp_path / "out", tmp_path / "log"
     program = [sys.executable, reliability_runs.__file__, "pause_at", "1", "2", "--", *flags(out)]
-    command = (
-        f"{shlex.join(program)} 2>&1 | tee {log}; echo status ${{PIPESTATUS[0]}} > {tmp_path / 'status'}"
-    )
+    command = f"{shlex.join(program)} 2>&1 | tee {log}; echo status ${{PIPESTATUS[0]}} > {tmp_path / 'status'}"
     # The outer shell leads the session: when it dies of its SIGHUP, the kernel hands one to the whole job.
     terminal = Terminal(f"export OMP_NUM_THREADS=1; (trap : INT HUP; {command}); true")
     wait_for(log, "paused")
@@ -95,9 +93,7 @@ def test_hang_up_is_a_stop_but_under_nohup(flags, undisturbed, tmp_path):
     assert status == 129 and "SIGHUP: saving a checkpoint" in output
     assert (out / "checkpoint-0-step4.pth").exists()
     nohup = partial(
-        together,
-        partial(signal.signal, signal.SIGHUP, signal.SIG_IGN),
-        partial(signal_at, 1, 1, signal.SIGHUP),
+        together, partial(signal.signal, signal.SIGHUP, signal.SIG_IGN), partial(signal_at, 1, 1, signal.SIGHUP)
     )
     status, output = run(flags(out), tmp_path / "nohup", fault=nohup)
     assert status == 0, output
@@ -105,8 +101,7 @@ def test_hang_up_is_a_stop_but_under_nohup(flags, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("signum", "status"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGHUP, 129)],
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGHUP, 129)]
 )
 def test_a_stop_while_the_cache_is_built_comes_at_once(flags, tree, tmp_path, signum, status):
     copy, out = tmp_path / "tree", tmp_path / "out"
@@ -131,9 +126,7 @@ def test_steps_left_out_are_counted_over_all_starts(flags, tmp_path):
     more = ("--skip_nonfinite", "2")
     for i, (epoch, step) in enumerate([(0, 1), (1, 1)]):
         fault = partial(
-            together,
-            partial(loss_at, epoch, step, float("nan")),
-            partial(signal_at, epoch, 3, signal.SIGUSR1),
+            together, partial(loss_at, epoch, step, float("nan")), partial(signal_at, epoch, 3, signal.SIGUSR1)
         )
         status, output = run(flags(out, *more), tmp_path / f"log{i}", fault=fault)
         assert status == 75 and f"left out {i + 1} of at most 2 steps" in output

@@ -55,9 +55,7 @@ def test_every_variant_of_a_step_is_measured(report):
     """Also those that only a GPU is measured with: they must work the first time."""
     names = {row["name"] for row in report["rows"]}
     for dtype in ("float32", "TF32", "float16", "bfloat16"):
-        assert {
-            f"step: {dtype}{what}" for what in ("", ", arithmetic", ", operations", ", peak memory")
-        } <= names
+        assert {f"step: {dtype}{what}" for what in ("", ", arithmetic", ", operations", ", peak memory")} <= names
     assert {"step: bfloat16, compiled", "step: bfloat16, CUDA graphs"} <= names
     assert all("400 epochs" in row["note"] for row in report["rows"] if row["name"] == "step: bfloat16")
     assert {"step: bfloat16, compiled, start", "real training, 1 workers, per image"} <= names
@@ -126,9 +124,7 @@ def test_a_failed_part_is_the_exit_status(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["--minutes 0", "--minutes -1", "--batch_size 0", "--work_dir none", "--json .", "--json none/a"],
-    ids=str,
+    "flags", ["--minutes 0", "--minutes -1", "--batch_size 0", "--work_dir none", "--json .", "--json none/a"], ids=str
 )
 def test_what_can_not_work_is_told_before_anything_is_measured(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

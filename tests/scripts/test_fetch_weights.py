@@ -43,10 +43,7 @@ def test_local_file_becomes_plain_state_dict_with_checksum(downloaded, tmp_path,
 
 
 def test_every_tag_exists_in_the_installed_timm():
-    assert all(
-        f"vit_{size}_patch16_224.{TAG}" in timm.list_pretrained()
-        for size in ("tiny", "small", "base", "large")
-    )
+    assert all(f"vit_{size}_patch16_224.{TAG}" in timm.list_pretrained() for size in ("tiny", "small", "base", "large"))
 
 
 def test_file_of_another_model_is_refused(tmp_path):

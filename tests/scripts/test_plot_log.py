@@ -16,10 +16,16 @@ from util.errors import UserError
 def write_run(folder: Path, epochs: int, factor: float = 1.0) -> Path:
     folder.mkdir(parents=True)
     lines = [
-        {"epoch": e, "train_loss": factor / (e + 1), "train_loss_scale_4.0": 0.75 * factor / (e + 1),
-         "train_loss_scale_0.5": 0.25 * factor / (e + 1), "train_lr": 1e-3, "significant_patches": 40.0}
+        {
+            "epoch": e,
+            "train_loss": factor / (e + 1),
+            "train_loss_scale_4.0": 0.75 * factor / (e + 1),
+            "train_loss_scale_0.5": 0.25 * factor / (e + 1),
+            "train_lr": 1e-3,
+            "significant_patches": 40.0,
+        }
         for e in range(epochs)
-    ]  # fmt: skip
+    ]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

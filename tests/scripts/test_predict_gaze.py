@@ -29,8 +29,20 @@ def weights(tmp_path_factory):
     model = GazeNet("test_resnet", input_size=64, width=16)
     torch.nn.init.normal_(model.network.out.weight)
     path = tmp_path_factory.mktemp("gaze") / "best.pth"
-    state = {"model": model.state_dict(), "config": model.config, "best": vars(Best()), "args": {}, "optimizer": {},
-             "scaler": {}, "epoch": 0, "step": 0, "meters": {}, "world_size": 1, "dataset_size": 1, "format": FORMAT}  # fmt: skip
+    state = {
+        "model": model.state_dict(),
+        "config": model.config,
+        "best": vars(Best()),
+        "args": {},
+        "optimizer": {},
+        "scaler": {},
+        "epoch": 0,
+        "step": 0,
+        "meters": {},
+        "world_size": 1,
+        "dataset_size": 1,
+        "format": FORMAT,
+    }
     save_checkpoint(state, path)
     return path
 
@@ -107,8 +119,12 @@ def test_slurm_script_gives_each_task_its_share(tmp_path, array, expected):
     env = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
     done = subprocess.run(
         ["bash", "scripts/slurm_predict_gaze.sh", "my best.pth", "a tree", "--batch_size", "8"],
-        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, **env, "PYTHON": str(echo)}, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env, "PYTHON": str(echo)},
+        check=False,
+    )
     if expected is None:
         assert done.returncode == 1 and "consecutive" in done.stderr
         return

@@ -57,9 +57,14 @@ class Chain:
     def start(self, script: Path = SCRIPT, **settings: str) -> subprocess.Popen:
         self.notes.write_text("")
         return subprocess.Popen(
-            ["bash", script], cwd=self.root, env=self.env | settings, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            ["bash", script],
+            cwd=self.root,
+            env=self.env | settings,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     def call(self, script: Path = SCRIPT, status: int = 0, **settings: str) -> tuple[list[str], str]:
         """Steps that were run, and what was said on stderr."""
@@ -88,9 +93,16 @@ ALL = "prepare check rsna-linear-check pretrain export rsna-linear table picture
 
 def test_every_command_is_understood_by_its_program(chain):
     settings = {
-        "PREDICTED_GAZE": "yes", "NIH": "nih", "METHODS": "linear probe finetune", "DEVICE": "cpu", "GPUS": "2",
-        "COMPARE": "", "PREPARE_FLAGS": "--split train", "MIMIC_FLAGS": "--views all", "FRACTIONS": "0.01 1",
-    }  # fmt: skip
+        "PREDICTED_GAZE": "yes",
+        "NIH": "nih",
+        "METHODS": "linear probe finetune",
+        "DEVICE": "cpu",
+        "GPUS": "2",
+        "COMPARE": "",
+        "PREPARE_FLAGS": "--split train",
+        "MIMIC_FLAGS": "--views all",
+        "FRACTIONS": "0.01 1",
+    }
     chain.call(**settings)
     parsed: dict[str, list] = {}
     for words in chain.commands():
@@ -229,14 +241,11 @@ def test_words_behind_it_are_refused(chain):
     result = subprocess.run(
         ["bash", SCRIPT, "RSNA=rsna"], env=chain.env, cwd=chain.root, capture_output=True, text=True
     )
-    assert result.returncode == 1 and result.stderr.startswith(
-        "error: RSNA=rsna: this script takes variables"
-    )
+    assert result.returncode == 1 and result.stderr.startswith("error: RSNA=rsna: this script takes variables")
 
 
 @pytest.mark.parametrize(
-    ("signum", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)],
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)]
 )
 def test_a_signal_lets_the_step_save_and_ends_the_script(chain, signum, status):
     """Also where the step has come to its end meanwhile. Before its time is up a job goes back into the queue."""

@@ -66,12 +66,21 @@ def test_a_job_of_slurm_finds_the_repository(tmp_path, name):
     spool = tmp_path / "spool/job77/slurm_script"
     spool.parent.mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / name, spool)
-    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CDPATH": str(tmp_path), "DEVICE": "cpu",
-           "PYTHON": str(python), "REFLACX": str(tmp_path), "IMAGES": str(tmp_path), "OUT": str(tmp_path / "out")}  # fmt: skip
+    env = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "CDPATH": str(tmp_path),
+        "DEVICE": "cpu",
+        "PYTHON": str(python),
+        "REFLACX": str(tmp_path),
+        "IMAGES": str(tmp_path),
+        "OUT": str(tmp_path / "out"),
+    }
     words = ["best.pth", "tree"] if name == "slurm_predict_gaze.sh" else []
     for script, submitted, cwd in (
-        (spool, ROOT, ROOT), (ROOT / "scripts" / name, tmp_path, tmp_path), (Path("scripts") / name, ROOT, ROOT),
-    ):  # fmt: skip
+        (spool, ROOT, ROOT),
+        (ROOT / "scripts" / name, tmp_path, tmp_path),
+        (Path("scripts") / name, ROOT, ROOT),
+    ):
         result = run("bash", script, *words, cwd=cwd, SLURM_SUBMIT_DIR=str(submitted), **env)
         assert result.returncode == 3 and f"in {ROOT}:" in result.stdout, result.stderr
     result = run("bash", spool, *words, cwd=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), **env)
@@ -89,9 +98,7 @@ def test_the_demo_takes_nothing_that_the_environment_has_for_a_real_run():
 @pytest.mark.parametrize("has_xdist", [True, False])
 def test_the_tests_run_in_one_process_where_pytest_has_no_more(tmp_path, has_xdist):
     there = f'case $2 in "import xdist") exit {int(not has_xdist)} ;; esac; echo "$*"'
-    result = run(
-        "bash", ROOT / "scripts/test.sh", "-m", "cuda", PYTHON=str(stand_in(tmp_path / "python", there))
-    )
+    result = run("bash", ROOT / "scripts/test.sh", "-m", "cuda", PYTHON=str(stand_in(tmp_path / "python", there)))
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("-m cuda\n") and ("-n 2" in result.stdout) == has_xdist
 
@@ -101,9 +108,11 @@ def test_a_signal_to_a_wrapper_reaches_the_program(tmp_path, name):
     """The wrapper is the program by then: the same process."""
     stand_in(tmp_path / "python", 'echo "pid $$"')
     process = subprocess.Popen(
-        ["bash", ROOT / "scripts" / name], env={**os.environ, "PYTHON": str(tmp_path / "python")},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        ["bash", ROOT / "scripts" / name],
+        env={**os.environ, "PYTHON": str(tmp_path / "python")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.communicate(timeout=60)[0] == f"pid {process.pid}\n"
 
 
@@ -115,9 +124,7 @@ def test_a_half_made_environment_is_made_anew(tmp_path):
     for name in ("requirements.txt", "tests/requirements.txt"):
         (tmp_path / name).write_text("")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=tmp_path, check=True)
-    result = run(
-        "bash", "-euc", 'source scripts/venv.sh; "$PYTHON" -m pip --version', cwd=tmp_path, PYTHON=""
-    )
+    result = run("bash", "-euc", 'source scripts/venv.sh; "$PYTHON" -m pip --version', cwd=tmp_path, PYTHON="")
     assert result.returncode == 0 and str(tmp_path) in result.stdout, result.stderr
     (tmp_path / ".venv/mark").touch()  # whole now: left alone
     assert run("bash", "-euc", "source scripts/venv.sh", cwd=tmp_path, PYTHON="").returncode == 0
@@ -150,9 +157,7 @@ case $1 in scripts/make_phantom.py) mkdir -p "$3" ;; scripts/export_backbone.py)
     result = run("bash", ROOT / "scripts/ablate.sh", out, PYTHON=str(python), NOTES=str(notes), **settings)
     assert result.returncode == 0, result.stderr
     calls = [call.split("\0") for call in notes.read_text().removesuffix("\0\0").split("\0\0")]
-    return [
-        words for words in calls if words[0] != "-c"
-    ]  # scripts/venv.sh looks at the Python that was given
+    return [words for words in calls if words[0] != "-c"]  # scripts/venv.sh looks at the Python that was given
 
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
@@ -174,9 +179,7 @@ def test_every_command_of_the_ablation_is_understood(preset, tmp_path):
     assert sum(args.n_images for args in studies) == (8000 if gpu else 368)
     assert {tuple(args.lesion_kinds) for args in studies} == {("nodule", "mass", "atelectasis")}
     pretrained = parsed["run_pretrain.py"]
-    assert (
-        len({(args.masking, args.gaze_weighted, args.seed) for args in pretrained}) == len(pretrained) == 12
-    )
+    assert len({(args.masking, args.gaze_weighted, args.seed) for args in pretrained}) == len(pretrained) == 12
     assert {(args.model, args.input_size, args.device) for args in pretrained} == {
         ("cxrmim_vit_base_patch16", 224, "cuda") if gpu else ("cxrmim_vit_tiny_patch16", 96, "cpu")
     }
@@ -198,9 +201,7 @@ def test_every_command_of_the_ablation_is_understood(preset, tmp_path):
 
 
 def test_the_ablation_names_the_lesions_as_the_readings_do(tmp_path):
-    calls = ablation_commands(
-        tmp_path, tmp_path / "out", LESION_KINDS=" ".join(LESION_KINDS), SEEDS="0", JOBS="1"
-    )
+    calls = ablation_commands(tmp_path, tmp_path / "out", LESION_KINDS=" ".join(LESION_KINDS), SEEDS="0", JOBS="1")
     (probe,) = (call for call in calls if call[0] == "run_downstream.py")
     labels = probe[probe.index("--labels") + 1 : probe.index("--method")]
     assert labels[0] == "Any finding" and set(labels[1:]) == set(LABEL_OF_KIND[2].values())
@@ -217,7 +218,7 @@ def test_the_ablation_refuses_another_study_and_preset(tmp_path):
     ):
         result = run(
             "bash", ROOT / "scripts/ablate.sh", tmp_path / "out", PYTHON=str(tmp_path / "python"), **settings, **wrong
-        )  # fmt: skip
+        )
         assert result.returncode == 1 and told in result.stderr
 
 

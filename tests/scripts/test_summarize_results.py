@@ -8,19 +8,7 @@ from PIL import Image
 
 from util.errors import UserError
 
-COLUMNS = [
-    "weights",
-    "dataset",
-    "method",
-    "fraction",
-    "seed",
-    "label",
-    "auc",
-    "low",
-    "high",
-    "n",
-    "n_positive",
-]
+COLUMNS = ["weights", "dataset", "method", "fraction", "seed", "label", "auc", "low", "high", "n", "n_positive"]
 
 
 def results(path, dataset, fractions=(0.1, 1.0), measure="auc", names=("ours", "random")):
@@ -44,9 +32,7 @@ def test_table_and_picture(tmp_path):
     out = tmp_path / "out"
     assert summarize_results.main([str(first), str(second), "--out", str(out)]) == 0
     lines = (out / "table.md").read_text().splitlines()
-    head, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
-    ]
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert head == ["weights", "labels used", "rsna linear", "covidx linear (accuracy)"]
     for weights, used, auc, accuracy in rows[1:-1]:
         share = float(used.rstrip("%")) / 100
@@ -54,9 +40,7 @@ def test_table_and_picture(tmp_path):
             own = table[(table["weights"] == weights) & np.isclose(table["fraction"], share)]
             own = 100 * own.loc[own["label"] == "mean", column]
             assert cell == (f"{own.mean():.2f} ± {own.std():.2f}" if len(own) else "")
-    assert (
-        len(rows) == 1 + 4 + 1 and "86.83" in rows[-1][2] and "published" in rows[-1][0] and not rows[-1][3]
-    )
+    assert len(rows) == 1 + 4 + 1 and "86.83" in rows[-1][2] and "published" in rows[-1][0] and not rows[-1][3]
     assert Image.open(out / "results.png").size[0] > 1000
 
 

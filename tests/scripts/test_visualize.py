@@ -36,8 +36,9 @@ from util.pictures import (
 )
 from util.radiograph import read_radiograph
 
-SMALL = dict(img_size=64, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, id_list=(0, 1),
-             scale_list=(2.0, 0.5))  # fmt: skip
+SMALL = dict(
+    img_size=64, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, id_list=(0, 1), scale_list=(2.0, 0.5)
+)
 ARGS = {
     "id_list": [0, 1],
     "batch_size": 2,
@@ -219,9 +220,7 @@ def test_training_batch_comes_back_exactly(model, tree):
 
 def test_ranks_see_different_samples(model, tree):
     dataset = training_dataset(ARGS | {"use_cache": False}, [str(tree)], 64, augment=True)
-    names = [
-        training_batch(model, dataset, ARGS, epoch=0, step=0, rank=r, world_size=2).names for r in (0, 1)
-    ]
+    names = [training_batch(model, dataset, ARGS, epoch=0, step=0, rank=r, world_size=2).names for r in (0, 1)]
     assert not set(names[0]) & set(names[1])
 
 
@@ -247,15 +246,11 @@ def test_heatmap_made_from_fixations(model, tmp_path, text):
 
 
 @pytest.mark.parametrize("contrast", [None, *CONTRASTS])
-def test_command_reads_dicom_in_the_contrast_that_is_asked_for(
-    checkpoint, tree, tmp_path, monkeypatch, contrast
-):
+def test_command_reads_dicom_in_the_contrast_that_is_asked_for(checkpoint, tree, tmp_path, monkeypatch, contrast):
     """By default in that of the paper's pictures."""
     image = make_study(tmp_path, n_images=1, size=64, image_format="dcm", shared_images=0).truth[0].path
     drawn = []
-    monkeypatch.setattr(
-        visualize, "reconstruction_figure", lambda model, batch, *_, **__: drawn.append(batch["img"])
-    )
+    monkeypatch.setattr(visualize, "reconstruction_figure", lambda model, batch, *_, **__: drawn.append(batch["img"]))
     monkeypatch.setattr(visualize, "save_figure", lambda *_: None)
     flags = ["--dicom_contrast", contrast] if contrast else []
     main([str(checkpoint), "--image", str(image), *flags])
@@ -284,18 +279,7 @@ def test_command_draws_samples(checkpoint, tmp_path, capsys):
 
 def test_command_numbers_its_pages(checkpoint, tmp_path):
     main(
-        [
-            str(checkpoint),
-            "--epoch",
-            "1",
-            "--step",
-            "0",
-            "--sheet",
-            "--per_page",
-            "1",
-            "--out",
-            str(tmp_path / "p.png"),
-        ]
+        [str(checkpoint), "--epoch", "1", "--step", "0", "--sheet", "--per_page", "1", "--out", str(tmp_path / "p.png")]
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p-001.png", "p-002.png"]
 
@@ -303,9 +287,7 @@ def test_command_numbers_its_pages(checkpoint, tmp_path):
 def test_command_draws_one_image(checkpoint, tree, tmp_path, capsys):
     image = next(tree.glob("images/*/*.png"))
     heatmap = next(tree.glob(f"attention/{image.parent.name}/*.png"))
-    main(
-        [str(checkpoint), "--image", str(image), "--heatmap", str(heatmap), "--out", str(tmp_path / "p.pdf")]
-    )
+    main([str(checkpoint), "--image", str(image), "--heatmap", str(heatmap), "--out", str(tmp_path / "p.pdf")])
     assert (tmp_path / "p.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -342,10 +324,7 @@ def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
         ([str(checkpoint), "--dicom_contrast", "window"], "--image"),
         ([str(checkpoint), "--image", str(image), "--heatmap", str(other)], "small.png: 10 x 12 px"),
         ([str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "f.csv")], "f.csv: column"),
-        (
-            [str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "zero.csv")],
-            "zero.csv: no fix",
-        ),
+        ([str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "zero.csv")], "zero.csv: no fix"),
         ([str(checkpoint), "--image", str(tmp_path / "no.pth")], "no.pth"),
     ]:
         with pytest.raises(UserError, match=reason):

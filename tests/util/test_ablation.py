@@ -16,9 +16,7 @@ AUCS = {"random_unweighted": [0.6, 0.7, 0.8], "attention_weighted": [0.7, 0.75, 
 
 def results() -> pd.DataFrame:
     rows = [
-        ["Mass", f"{name}_s{seed}, cls", auc, 50, 20]
-        for name, runs in AUCS.items()
-        for seed, auc in enumerate(runs)
+        ["Mass", f"{name}_s{seed}, cls", auc, 50, 20] for name, runs in AUCS.items() for seed, auc in enumerate(runs)
     ]
     rows += [["Mass", "pixels", 0.5, 50, 20], ["Rare", "random_unweighted_s0, cls", 0.9, 50, 2]]
     return pd.DataFrame(rows, columns=["label", "weights", "auc", "n", "n_positive"])

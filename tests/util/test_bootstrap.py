@@ -100,19 +100,13 @@ found = bootstrap_aucs(targets, scores, rng.integers(0, 30_805, 112_120), draws=
 assert found.shape == (161, 14)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(result.stdout) < 1
 
 
 def test_a_single_subject_has_no_interval():
     """All its draws are the same; an interval of no width would claim certainty."""
-    labels, scores, subject = (
-        np.array([[0.0], [1], [1]]),
-        np.array([[0.2], [0.1], [0.9]]),
-        np.array(["a"] * 3),
-    )
+    labels, scores, subject = (np.array([[0.0], [1], [1]]), np.array([[0.2], [0.1], [0.9]]), np.array(["a"] * 3))
     for found in (
         bootstrap_aucs(labels, scores, subject, draws=20, seed=0),
         bootstrap_means(scores, subject, draws=20, seed=0),

@@ -54,9 +54,7 @@ def test_a_gpus_tensors_are_saved_as_the_cpus(tmp_path, monkeypatch):
     on_gpu = {tensor.untyped_storage().data_ptr() for tensor in state["model"].values() if tensor.numel()}
     real = torch.serialization.location_tag
     monkeypatch.setattr(
-        torch.serialization,
-        "location_tag",
-        lambda storage: "cuda:0" if storage.data_ptr() in on_gpu else real(storage),
+        torch.serialization, "location_tag", lambda storage: "cuda:0" if storage.data_ptr() in on_gpu else real(storage)
     )
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
     torch.save(state, tmp_path / "plain.pth")
@@ -128,8 +126,7 @@ def test_only_plain_types_go_in(tmp_path):
         write(tmp_path, 0, data_path=Path("x"))
     with pytest.raises(KeyError, match="optimizer"):
         save_checkpoint(
-            {key: value for key, value in make_state().items() if key != "optimizer"},
-            tmp_path / "checkpoint-0.pth",
+            {key: value for key, value in make_state().items() if key != "optimizer"}, tmp_path / "checkpoint-0.pth"
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -186,10 +183,7 @@ def test_write_error_half_way_leaves_everything_as_it_was(tmp_path):
         ({"model": [torch.zeros(2)]}, "'model'"),
         ({"model": {"norm.weight": "x"}}, "norm.weight is no tensor but str"),
         ({"model": {"norm.weight": torch.zeros(2, dtype=torch.int64)}}, "norm.weight is of type torch.int64"),
-        (
-            {"model": {"norm.bias": torch.tensor([1, float("nan")])}},
-            "norm.bias has 1 values that are not finite",
-        ),
+        ({"model": {"norm.bias": torch.tensor([1, float("nan")])}}, "norm.bias has 1 values that are not finite"),
     ],
 )
 def test_content_that_no_run_has_written_is_refused(tmp_path, change, reason):
@@ -203,10 +197,7 @@ def test_content_that_no_run_has_written_is_refused(tmp_path, change, reason):
 
 def test_what_does_not_fit_is_one_line(tmp_path):
     for error in (KeyError("sums"), RuntimeError("size\n mismatch"), TypeError("x")):
-        with (
-            pytest.raises(CheckpointError, match=f"^a.pth: .*{type(error).__name__}") as caught,
-            fitting("a.pth"),
-        ):
+        with pytest.raises(CheckpointError, match=f"^a.pth: .*{type(error).__name__}") as caught, fitting("a.pth"):
             raise error
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="^as it is$"), fitting("a.pth"):

@@ -20,10 +20,7 @@ def test_no_number_of_pretraining_may_be_nan_or_infinite(action, text, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_pretrain.get_args_parser().parse_args([f"{action.option_strings[0]}={text}"])
     assert stopped.value.code == 2
-    assert (
-        f"error: argument {action.option_strings[0]}: {text} is not a finite number"
-        in capsys.readouterr().err
-    )
+    assert f"error: argument {action.option_strings[0]}: {text} is not a finite number" in capsys.readouterr().err
 
 
 def test_numbers_are_taken_and_words_are_not(capsys):
@@ -74,9 +71,7 @@ def test_no_program_takes_a_float_that_may_be_nan():
 def test_a_seed_is_what_every_generator_takes(text, capsys):
     with pytest.raises(SystemExit):
         run_pretrain.get_args_parser().parse_args(["--seed", text])
-    assert (
-        f"argument --seed: {text!r}" in (told := capsys.readouterr().err) or f"--seed: {text} is not" in told
-    )
+    assert f"argument --seed: {text!r}" in (told := capsys.readouterr().err) or f"--seed: {text} is not" in told
     assert seed_number("4294967295") == 2**32 - 1
 
 

@@ -24,9 +24,7 @@ def test_a_terminal_that_nobody_reads_costs_text_and_no_time():
     terminal, other_end = pty.openpty()
     try:
         command = [sys.executable, "-c", PROGRAM]
-        program = subprocess.run(
-            command, cwd=ROOT, stdout=other_end, stderr=other_end, timeout=20, check=False
-        )
+        program = subprocess.run(command, cwd=ROOT, stdout=other_end, stderr=other_end, timeout=20, check=False)
         assert program.returncode == 0
         assert os.read(terminal, 100) == b"x" * 100
     finally:

@@ -8,8 +8,7 @@ from util.cpus import available_cpus
 
 
 @pytest.mark.parametrize(
-    ("text", "most"),
-    [("max 100000", None), ("100000 100000", 1), ("150000 100000", 2), ("9900000 100000", 99)],
+    ("text", "most"), [("max 100000", None), ("100000 100000", 1), ("150000 100000", 2), ("9900000 100000", 99)]
 )
 def test_the_quota_of_a_container_counts(tmp_path, text, most):
     quota = tmp_path / "cpu.max"

@@ -350,9 +350,17 @@ def test_mimic_cxr_jpg_by_hand(tmp_path, photometric, dtype, bits):
     stored = (rng.random((23, 31)) ** 3 * high).astype(dtype)
     stored -= np.array(high // 2 if dtype == "i2" else 0, dtype)
     path = write(
-        tmp_path / "a.dcm", stored, bits, PhotometricInterpretation=photometric, WindowCenter=3, WindowWidth=2,
-        RescaleSlope=0, RescaleIntercept=0, PixelPaddingValue=int(stored[3, 3]), PixelIntensityRelationshipSign=1,
-    )  # fmt: skip
+        tmp_path / "a.dcm",
+        stored,
+        bits,
+        PhotometricInterpretation=photometric,
+        WindowCenter=3,
+        WindowWidth=2,
+        RescaleSlope=0,
+        RescaleIntercept=0,
+        PixelPaddingValue=int(stored[3, 3]),
+        PixelIntensityRelationshipSign=1,
+    )
     values = [int(value) - int(stored.min()) for value in stored.ravel()]
     gray = [int(value / max(values) * 255) for value in values]
     gray = [255 - value for value in gray] if photometric == "MONOCHROME1" else gray
@@ -383,11 +391,7 @@ def test_contrasts_of_a_real_film(tmp_path):
     path = example("RG1_UNCR.dcm")
     window, equalised = read_radiograph(path, "window"), read_radiograph(path, "mimic-cxr-jpg")
     bands = np.bincount(equalised.ravel() // 32, minlength=8) / equalised.size
-    assert (
-        np.abs(bands - 1 / 8).max()
-        < 0.05
-        < np.abs(np.bincount(window.ravel() // 32) / window.size - 1 / 8).max()
-    )
+    assert np.abs(bands - 1 / 8).max() < 0.05 < np.abs(np.bincount(window.ravel() // 32) / window.size - 1 / 8).max()
     order = np.argsort(equalised.ravel(), kind="stable")
     assert (np.diff(window.ravel()[order].astype(int)) >= -1).mean() > 0.99
 
@@ -430,9 +434,26 @@ def test_private_transfer_syntax(tmp_path):
 
 # Values that a header should not have, as they stand in the file.
 ODD_VALUES = (
-    b"", b" ", b"\0\0", b"\xff\xff", b"\xff\xff\xff\x7f", b"0 ", b"-1", b"nan ", b"inf ", b"1e999 ", b"-1e-320 ",
-    b"1\\2 ", b"\\\\", b"text", b"\xc3\x28", b"99999999999999999999", b"0" * 64, b"1.2.3.4 ", b"0x10",
-)  # fmt: skip
+    b"",
+    b" ",
+    b"\0\0",
+    b"\xff\xff",
+    b"\xff\xff\xff\x7f",
+    b"0 ",
+    b"-1",
+    b"nan ",
+    b"inf ",
+    b"1e999 ",
+    b"-1e-320 ",
+    b"1\\2 ",
+    b"\\\\",
+    b"text",
+    b"\xc3\x28",
+    b"99999999999999999999",
+    b"0" * 64,
+    b"1.2.3.4 ",
+    b"0x10",
+)
 VRS = ("US", "SS", "DS", "IS", "CS", "LO", "UI", "OW", "OB", "SQ", "UN", "FD", "AT", "PN", "DA")
 
 
@@ -466,10 +487,18 @@ def fuzz(tmp_path, n, seed):
     rng = np.random.default_rng(seed)
     small = RAMP[:6, :5]
     tags = {
-        **WINDOW, "RescaleSlope": 1, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR", "NumberOfFrames": 1,
-        "PixelPaddingValue": 0, "PixelPaddingRangeLimit": 1, "PixelIntensityRelationshipSign": -1,
-        "PixelAspectRatio": [1, 1], "PlanarConfiguration": 0, "PatientName": "Phantom",
-    }  # fmt: skip
+        **WINDOW,
+        "RescaleSlope": 1,
+        "RescaleIntercept": 0,
+        "VOILUTFunction": "LINEAR",
+        "NumberOfFrames": 1,
+        "PixelPaddingValue": 0,
+        "PixelPaddingRangeLimit": 1,
+        "PixelIntensityRelationshipSign": -1,
+        "PixelAspectRatio": [1, 1],
+        "PlanarConfiguration": 0,
+        "PatientName": "Phantom",
+    }
     lut = {"VOILUTSequence": lut_item(range(64), 0, 12, b"\0\1" * 64)}
     bases = [
         write(tmp_path / "plain.dcm", small, **tags).read_bytes(),
@@ -494,11 +523,7 @@ def fuzz(tmp_path, n, seed):
     path = tmp_path / "fuzzed.dcm"
     for i in range(n):
         path.write_bytes(fuzzed(rng, *files[i % len(files)]))
-        for function in (
-            dicom_size,
-            read_dicom_by_maximum,
-            functools.partial(read_dicom, contrast=CONTRASTS[i % 3]),
-        ):
+        for function in (dicom_size, read_dicom_by_maximum, functools.partial(read_dicom, contrast=CONTRASTS[i % 3])):
             try:
                 result = function(path)
             except UserError as error:

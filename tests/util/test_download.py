@@ -120,10 +120,7 @@ def test_a_server_that_stalls_is_told(address, monkeypatch):
         ),
         (run_gaze.main, "--data_path a --device cpu --weights"),
         (run_gaze.main, "--data_path a --device cpu --weights none --judge"),
-        (
-            run_gaze.main,
-            "--data_path a --device cpu --weights none --backbone test_resnet --no_cache --resume",
-        ),
+        (run_gaze.main, "--data_path a --device cpu --weights none --backbone test_resnet --no_cache --resume"),
         (predict_gaze.main, "--device cpu --tree a --weights"),
         (visualize.main, "--device cpu --out a.png"),
         (export_backbone.main, "a.pth"),

@@ -19,8 +19,9 @@ from util.errors import UserError
 from util.export import build_backbone, read_backbone
 from util.weights import read_state_dict, resample_pos_embed
 
-SMALL = dict(img_size=64, embed_dim=64, depth=3, num_heads=1, decoder_embed_dim=32, id_list=(0, 2),
-             scale_list=(2.0, 0.5))  # fmt: skip
+SMALL = dict(
+    img_size=64, embed_dim=64, depth=3, num_heads=1, decoder_embed_dim=32, id_list=(0, 2), scale_list=(2.0, 0.5)
+)
 
 
 def shake(model: CXRMIM, seed: int = 0) -> CXRMIM:
@@ -61,9 +62,7 @@ def test_timm_features_equal_the_encoder(size, img_size, tmp_path):
     depth = 24 if size == "large" else 12
     factory = getattr(models_cxrmim, f"cxrmim_vit_{size}_patch16")
     with torch.device("meta"):  # its usual start takes long for the large one, and is not what is tested
-        model = factory(
-            img_size=img_size, id_list=(1, depth - 1), scale_list=(2.0, 0.5), decoder_embed_dim=32
-        )
+        model = factory(img_size=img_size, id_list=(1, depth - 1), scale_list=(2.0, 0.5), decoder_embed_dim=32)
     model.to_empty(device="cpu").requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -225,16 +224,12 @@ def test_a_named_size_with_other_heads_keeps_them(tmp_path):
     assert backbone.timm_args == {"img_size": 32, "num_heads": 6}
     img = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        assert (
-            build_backbone(backbone).eval().forward_features(img) - encode(model, img)[-1]
-        ).abs().max() < 1e-5
+        assert (build_backbone(backbone).eval().forward_features(img) - encode(model, img)[-1]).abs().max() < 1e-5
 
 
 def test_files_that_do_not_say_have_the_heads_of_their_named_size_or_none(tmp_path):
     """A file of a known size, from before checkpoints said it, or of another program."""
-    state = CXRMIM(
-        img_size=32, embed_dim=192, depth=12, num_heads=3, id_list=(11,), scale_list=(0.5,)
-    ).state_dict()
+    state = CXRMIM(img_size=32, embed_dim=192, depth=12, num_heads=3, id_list=(11,), scale_list=(0.5,)).state_dict()
     for args, heads in (({"model": "cxrmim_vit_tiny_patch16"}, 3), ({}, 3), ({"model": "my_encoder"}, None)):
         torch.save({"model": state, "args": args}, tmp_path / "c.pth")
         if heads is None:
@@ -257,8 +252,10 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     torch.save(read_backbone(checkpoint).state, tmp_path / "mute.pth")
     flat = read_backbone(checkpoint).state | {"patch_embed.proj.weight": torch.zeros(64, 768)}
     torch.save(flat, tmp_path / "flat.pth")
-    pooled = {name.replace("norm.", "fc_norm.") if name[:5] == "norm." else name: tensor
-              for name, tensor in read_backbone(checkpoint).state.items()}  # fmt: skip
+    pooled = {
+        name.replace("norm.", "fc_norm.") if name[:5] == "norm." else name: tensor
+        for name, tensor in read_backbone(checkpoint).state.items()
+    }
     torch.save(pooled, tmp_path / "pooled.pth")
     two = read_backbone(checkpoint).state
     two["pos_embed"] = torch.cat([two["pos_embed"], two["pos_embed"][:, :1]], 1)  # two class tokens
@@ -269,10 +266,7 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
         ([str(tmp_path / "resnet.pth"), "x.pth"], "resnet.pth: no complete ViT"),
         ([str(tmp_path / "mute.pth"), "x.pth"], r"mute.pth.*heads.*width 64, 3 blocks.*--num_heads"),
         ([str(tmp_path / "mute.pth"), "x.pth", "--num_heads", "3"], "--num_heads 3.*does not divide.*64"),
-        (
-            [str(checkpoint), "x.pth", "--num_heads", "2"],
-            r"--num_heads 2.*checkpoint-7.pth says that it has 1",
-        ),
+        ([str(checkpoint), "x.pth", "--num_heads", "2"], r"--num_heads 2.*checkpoint-7.pth says that it has 1"),
         ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: not an encoder.*ls1"),
         ([str(tmp_path / "pooled.pth"), "x.pth"], "pooled.pth: no complete ViT.*'norm.weight' is missing"),
         ([str(tmp_path / "flat.pth"), "x.pth"], "flat.pth: not a ViT"),

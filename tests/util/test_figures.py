@@ -33,8 +33,16 @@ def sheet() -> Figure:
 
 
 def made_up_batch():
-    model = CXRMIM(img_size=32, embed_dim=16, depth=1, num_heads=1, decoder_embed_dim=16, decoder_num_heads=1,
-                   id_list=(0,), scale_list=(2.0,))  # fmt: skip
+    model = CXRMIM(
+        img_size=32,
+        embed_dim=16,
+        depth=1,
+        num_heads=1,
+        decoder_embed_dim=16,
+        decoder_num_heads=1,
+        id_list=(0,),
+        scale_list=(2.0,),
+    )
     batch = {"img": torch.zeros(1, 1, 32, 32, dtype=torch.uint8), "attention": torch.rand(1, 32, 32)}
     return model, batch, torch.tensor([[1.0, 1.0, 1.0, 0.0]])
 
@@ -88,9 +96,24 @@ def test_no_text_is_cut_or_read_as_a_formula(draw):
 def made_up_results(n: int, fractions: list[float]) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = [
-        [f"_encoder $ {i:02d}" + " of a long name" * (i == 7), "x", "linear", fraction, seed, label, rng.random(), 0, 1, 9, 5]
-        for i in range(n) for fraction in fractions for seed in (43, 44) for label in ("A", MEAN)
-    ]  # fmt: skip
+        [
+            f"_encoder $ {i:02d}" + " of a long name" * (i == 7),
+            "x",
+            "linear",
+            fraction,
+            seed,
+            label,
+            rng.random(),
+            0,
+            1,
+            9,
+            5,
+        ]
+        for i in range(n)
+        for fraction in fractions
+        for seed in (43, 44)
+        for label in ("A", MEAN)
+    ]
     columns = "weights dataset method fraction seed label auc low high n n_positive".split()
     return pd.DataFrame(rows, columns=columns)
 

@@ -36,11 +36,7 @@ def make_watch(**kwargs) -> FiniteWatch:
 
 def note(watch: FiniteWatch, step: int, *, loss: float = 1.0, skipped: bool = False) -> int:
     return watch.step(
-        2,
-        range(step, step + 1),
-        lr=1e-3,
-        losses=torch.tensor([0.5, loss]),
-        skipped=torch.tensor(float(skipped)),
+        2, range(step, step + 1), lr=1e-3, losses=torch.tensor([0.5, loss]), skipped=torch.tensor(float(skipped))
     )
 
 

@@ -21,9 +21,7 @@ MMPRETRAIN = (
 @pytest.fixture(scope="module")
 def state():
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0
-    )
+    model = timm.create_model("vit_base_patch16_224", img_size=32, embed_dim=64, depth=2, num_heads=1, num_classes=0)
     return model.state_dict()
 
 
@@ -48,19 +46,37 @@ def other(state: dict) -> dict:
 LAYOUTS = {
     "plain timm, with a head": lambda s: s | {"head.weight": torch.zeros(5, 64), "head.bias": torch.zeros(5)},
     "MAE": lambda s: {"model": s | {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(32, 64)}},
-    "SimMIM": lambda s: {"model": under("encoder.", s) | {"encoder.mask_token": torch.zeros(1, 1, 64), "decoder.0.weight": torch.zeros(3)}},
+    "SimMIM": lambda s: {
+        "model": under("encoder.", s)
+        | {"encoder.mask_token": torch.zeros(1, 1, 64), "decoder.0.weight": torch.zeros(3)}
+    },
     "DINO, a backbone's file": lambda s: s,
     "DINO, a full checkpoint": lambda s: {
-        "student": under("module.backbone.", other(s)), "teacher": under("backbone.", s) | {"head.mlp.0.weight": torch.zeros(2, 64)}, "epoch": 3,
+        "student": under("module.backbone.", other(s)),
+        "teacher": under("backbone.", s) | {"head.mlp.0.weight": torch.zeros(2, 64)},
+        "epoch": 3,
     },
-    "both twins in one dict": lambda s: {"state_dict": under("student.backbone.", other(s)) | under("teacher.backbone.", s)},
-    "mmpretrain": lambda s: {"state_dict": under("backbone.", mmpretrain(s)) | {"head.layers.head.weight": torch.zeros(2, 64)}, "meta": {"epoch": 1}},
+    "both twins in one dict": lambda s: {
+        "state_dict": under("student.backbone.", other(s)) | under("teacher.backbone.", s)
+    },
+    "mmpretrain": lambda s: {
+        "state_dict": under("backbone.", mmpretrain(s)) | {"head.layers.head.weight": torch.zeros(2, 64)},
+        "meta": {"epoch": 1},
+    },
     "mmpretrain, without prefix": lambda s: {"state_dict": mmpretrain(s)},
-    "Lightning": lambda s: {"state_dict": under("model.", s) | {"criterion.weight": torch.zeros(1)}, "epoch": 4, "pytorch-lightning_version": "1.5"},
-    "GLoRIA-like": lambda s: {"state_dict": under("img_encoder_k.model.", other(s)) | under("img_encoder_q.model.", s) | {"text_encoder.x": torch.zeros(2)}},
+    "Lightning": lambda s: {
+        "state_dict": under("model.", s) | {"criterion.weight": torch.zeros(1)},
+        "epoch": 4,
+        "pytorch-lightning_version": "1.5",
+    },
+    "GLoRIA-like": lambda s: {
+        "state_dict": under("img_encoder_k.model.", other(s))
+        | under("img_encoder_q.model.", s)
+        | {"text_encoder.x": torch.zeros(2)}
+    },
     "DistributedDataParallel": lambda s: {"model": under("module.", s)},
     "any prefix": lambda s: under("my.own.vit.", s),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,9 +91,7 @@ def test_the_encoder_is_found(state, tmp_path, layout):
 
 
 def test_what_is_no_part_is_told(state, tmp_path):
-    torch.save(
-        {"state_dict": under("backbone.", state) | {"head.weight": torch.zeros(2, 2)}}, tmp_path / "x.pth"
-    )
+    torch.save({"state_dict": under("backbone.", state) | {"head.weight": torch.zeros(2, 2)}}, tmp_path / "x.pth")
     backbone = read_backbone(tmp_path / "x.pth", num_heads=1)
     assert backbone.prefix == "backbone." and list(backbone.ignored) == ["head.weight"]
 

@@ -39,9 +39,7 @@ def direct_hog(img, cell, nbins):
         gradient = torch.where(gradient.abs() < 1e-5, 0.0, gradient)
         gx, gy = gradient.unbind(1)
         bins = (torch.atan2(gy, gx) / math.pi * nbins).floor().long() % nbins
-        planes = torch.zeros(len(img), nbins, *img.shape[2:]).scatter_(
-            1, bins[:, None], torch.hypot(gx, gy)[:, None]
-        )
+        planes = torch.zeros(len(img), nbins, *img.shape[2:]).scatter_(1, bins[:, None], torch.hypot(gx, gy)[:, None])
         channels.append(F.normalize(F.avg_pool2d(planes, cell), dim=1, eps=1e-12))
     return torch.cat(channels, 1).flatten(2).transpose(1, 2)
 
@@ -81,9 +79,7 @@ def test_one_channel_stands_for_three_on_gray_input():
 
 
 def test_flat_areas_have_no_target_and_ties_are_exact():
-    levels = torch.randint(
-        0, 256, (1, 1, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+    levels = torch.randint(0, 256, (1, 1, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     levels[..., :32, :] = 17
     levels[..., 40:52, :] = torch.arange(64, dtype=torch.uint8)  # a ramp: gy is exactly 0
     img = (levels.float() / 255 - MEAN) / STD

@@ -16,9 +16,7 @@ def test_equals_a_plain_search(written, known, cut_off):
     for name in set(written):
         same = {other for other in known if other == name}
         folded = {other for other in known if other.casefold() == name.casefold()}
-        begins = {
-            other for other in known if cut_off and name and other.casefold().startswith(name.casefold())
-        }
+        begins = {other for other in known if cut_off and name and other.casefold().startswith(name.casefold())}
         candidates = same or folded or begins
         if len(candidates) == 1:
             assert {match.found[name]} == candidates and (name in match.completed) == (not same)

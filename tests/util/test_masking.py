@@ -80,16 +80,9 @@ def test_all_ways_to_state_foreground_give_the_same_mask():
     binary = torch.rand(4, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5
     binary[1] = False
     binary[2] = True
-    formats = [
-        binary,
-        binary.to(torch.uint8),
-        binary.to(torch.uint8) * 255,
-        binary.float(),
-        binary.float() * 255,
-    ]
+    formats = [binary, binary.to(torch.uint8), binary.to(torch.uint8) * 255, binary.float(), binary.float() * 255]
     masks = [
-        attention_controlled_mask(foreground, 8, generator=torch.Generator().manual_seed(1))
-        for foreground in formats
+        attention_controlled_mask(foreground, 8, generator=torch.Generator().manual_seed(1)) for foreground in formats
     ]
     assert all(torch.equal(mask, masks[0]) for mask in masks)
 
@@ -116,9 +109,7 @@ def test_choice_is_uniform_inside_each_group():
     significant[:, :3] = True  # 24 significant patches of 64
     foreground = significant.repeat_interleave(2, 0).repeat_interleave(2, 1)
     n_draws = 20000
-    mask = attention_controlled_mask(
-        foreground.expand(n_draws, -1, -1), 2, 0.75, 0.5, torch.Generator().manual_seed(0)
-    )
+    mask = attention_controlled_mask(foreground.expand(n_draws, -1, -1), 2, 0.75, 0.5, torch.Generator().manual_seed(0))
     frequency = mask.mean(0)
     for group, n_chosen in ((significant.flatten(), 12), (~significant.flatten(), 36)):
         share = n_chosen / int(group.sum())
@@ -198,10 +189,7 @@ def test_masked_count_is_the_published_one():
     ("rule", "reason"),
     [
         (lambda ask: torch.ones(2, 16), r"gave \[16.0, 16.0\] masked patches, not 12"),
-        (
-            lambda ask: torch.cat([torch.ones(2, 11), torch.full((2, 2), 0.5), torch.zeros(2, 3)], 1),
-            "each 0 or 1",
-        ),
+        (lambda ask: torch.cat([torch.ones(2, 11), torch.full((2, 2), 0.5), torch.zeros(2, 3)], 1), "each 0 or 1"),
         (lambda ask: random_mask(2, 4), r"shape \[2, 4\], not \[2, 16\]"),
     ],
 )

@@ -116,9 +116,7 @@ def test_set_aside_newer(tmp_path):
     for place in ((3, 0), (3, 4), (4, 0)):
         write(tmp_path, *place, size=1)
     moved = set_aside_newer(tmp_path, epoch=3, step=0)
-    assert {path.name for path in moved} == {
-        f"superseded-checkpoint-4{rest}" for rest in ("-step4.pth", ".pth")
-    }
+    assert {path.name for path in moved} == {f"superseded-checkpoint-4{rest}" for rest in ("-step4.pth", ".pth")}
     assert names(tmp_path) == ["checkpoint-3.pth"]
     for path in moved:
         load_checkpoint(path)

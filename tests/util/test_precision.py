@@ -39,9 +39,15 @@ def batch():
 def make_model():
     torch.manual_seed(1)
     return CXRMIM(
-        img_size=64, embed_dim=64, depth=3, num_heads=2, decoder_embed_dim=32, id_list=(0, 1, 2), scale_list=(4, 1, 0.5),
+        img_size=64,
+        embed_dim=64,
+        depth=3,
+        num_heads=2,
+        decoder_embed_dim=32,
+        id_list=(0, 1, 2),
+        scale_list=(4, 1, 0.5),
         gaze_weighted=True,
-    )  # fmt: skip
+    )
 
 
 def step(model, batch, dtype):

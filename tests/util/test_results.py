@@ -14,9 +14,19 @@ def test_accuracies_of_classes_are_those_of_scikit_learn():
     true, scores = rng.integers(0, 3, n), rng.random((n, 3)).astype(np.float32)
     names = [f"{i}" for i in range(n)]
     outcome = Outcome(
-        "a", "covidx", "linear", 1.0, 43, MULTICLASS, ["x", "y", "z"], names, np.array(names),
-        np.eye(3, dtype=np.float32)[true], scores, draws=20,
-    )  # fmt: skip
+        "a",
+        "covidx",
+        "linear",
+        1.0,
+        43,
+        MULTICLASS,
+        ["x", "y", "z"],
+        names,
+        np.array(names),
+        np.eye(3, dtype=np.float32)[true],
+        scores,
+        draws=20,
+    )
     table = results_table([outcome])
     told = scores.argmax(1)
     expected = [*recall_score(true, told, average=None), accuracy_score(true, told)]

@@ -11,13 +11,23 @@ from util.errors import UserError
 
 
 def describe_mismatch(
-    state: dict, args: dict, *, world_size: int, dataset_size: int = 100, samples: str | None = None,
+    state: dict,
+    args: dict,
+    *,
+    world_size: int,
+    dataset_size: int = 100,
+    samples: str | None = None,
     threads: int | None = None,
-) -> str:  # fmt: skip
+) -> str:
     return resume.describe_mismatch(
-        state, args, shape_flags=SHAPE_FLAGS, world_size=world_size, dataset_size=dataset_size, samples=samples,
+        state,
+        args,
+        shape_flags=SHAPE_FLAGS,
+        world_size=world_size,
+        dataset_size=dataset_size,
+        samples=samples,
         threads=threads,
-    )  # fmt: skip
+    )
 
 
 def test_unchanged_flags_say_nothing():

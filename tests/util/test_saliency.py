@@ -115,8 +115,7 @@ def test_patch_iou_equals_plain_slow_version(seed):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:48, :32]
     p, t = (
-        np.exp(-((y - rng.uniform(18, 30)) ** 2 + (x - rng.uniform(10, 22)) ** 2) / 200)
-        + 0.05 * rng.random(y.shape)
+        np.exp(-((y - rng.uniform(18, 30)) ** 2 + (x - rng.uniform(10, 22)) ** 2) / 200) + 0.05 * rng.random(y.shape)
         for _ in range(2)
     )
     got = float(saliency.patch_iou(p, t, 8))

@@ -13,10 +13,18 @@ from util.export import read_backbone
 from util.tuned import read_tuned
 
 FACTS = {
-    "timm_model": "vit_base_patch16_224", "labels": ["a", "b"], "mean": [0.5], "std": [0.5], "task": "multilabel",
-    "dataset": "rsna", "fraction": 1.0, "seed": 3, "seen": [], "num_heads": 1,
+    "timm_model": "vit_base_patch16_224",
+    "labels": ["a", "b"],
+    "mean": [0.5],
+    "std": [0.5],
+    "task": "multilabel",
+    "dataset": "rsna",
+    "fraction": 1.0,
+    "seed": 3,
+    "seen": [],
+    "num_heads": 1,
     "timm_args": {"embed_dim": 32, "depth": 1, "num_heads": 1, "img_size": 32, "num_classes": 2},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +41,25 @@ def save(state, path, **facts):
 @pytest.mark.parametrize(
     "facts",
     [
-        {"labels": 3}, {"labels": ["a"]}, {"labels": []}, {"labels": ["a", "a"]}, {"mean": []}, {"mean": ["a"]},
-        {"mean": "x"}, {"std": [0]}, {"std": [1, 1, 1, 1]}, {"std": "[NaN]"}, {"fraction": "nan"}, {"seed": 1.5},
-        {"seen": "3"}, {"seen": '"abc"'}, {"timm_model": "nothing"}, {"timm_args": "{bad"}, {"timm_args": {"depth": -1}},
+        {"labels": 3},
+        {"labels": ["a"]},
+        {"labels": []},
+        {"labels": ["a", "a"]},
+        {"mean": []},
+        {"mean": ["a"]},
+        {"mean": "x"},
+        {"std": [0]},
+        {"std": [1, 1, 1, 1]},
+        {"std": "[NaN]"},
+        {"fraction": "nan"},
+        {"seed": 1.5},
+        {"seen": "3"},
+        {"seen": '"abc"'},
+        {"timm_model": "nothing"},
+        {"timm_args": "{bad"},
+        {"timm_args": {"depth": -1}},
     ],
-)  # fmt: skip
+)
 def test_facts_that_no_run_wrote_are_refused(state, tmp_path, facts):
     assert read_tuned(save(state, tmp_path / "good.pth")).labels == ["a", "b"]
     path = save(state, tmp_path / "odd.pth", **facts)

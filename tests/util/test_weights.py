@@ -69,9 +69,7 @@ def test_plain_and_wrapped_files_give_the_same_tensors(vit, tmp_path):
 
 
 def test_namespace_and_numpy_scalars_under_args_are_read(vit, tmp_path):
-    args = argparse.Namespace(
-        model="cxrmim_vit_tiny_patch16", id_list=[1, 3], lr=np.float64(0.25), seed=np.int64(7)
-    )
+    args = argparse.Namespace(model="cxrmim_vit_tiny_patch16", id_list=[1, 3], lr=np.float64(0.25), seed=np.int64(7))
     content = {"model": vit, "args": args, "epoch": np.int64(4), "scaler": {"scale": np.float32(2)}}
     _, info = read_state_dict(save(content, tmp_path / "published.pth"))
     assert info.args["model"] == "cxrmim_vit_tiny_patch16"
@@ -122,12 +120,7 @@ def test_truncated_file(vit, tmp_path, name, keep):
 
 @pytest.mark.parametrize(
     "content, reason",
-    [
-        ([1, 2], "holds a list"),
-        ({}, "empty"),
-        ({"model": {}}, "empty"),
-        ({"epoch": 3}, "'epoch' is no tensor"),
-    ],
+    [([1, 2], "holds a list"), ({}, "empty"), ({"model": {}}, "empty"), ({"epoch": 3}, "'epoch' is no tensor")],
 )
 def test_file_without_state_dict(tmp_path, content, reason):
     with pytest.raises(UserError, match=reason):
@@ -148,13 +141,7 @@ def test_other_files(tmp_path):
 
 
 def test_summarize_keys():
-    keys = [
-        "cls_token",
-        "blocks.0.norm1.weight",
-        "blocks.1.norm1.weight",
-        "blocks.3.mlp.fc1.bias",
-        "norm.weight",
-    ]
+    keys = ["cls_token", "blocks.0.norm1.weight", "blocks.1.norm1.weight", "blocks.3.mlp.fc1.bias", "norm.weight"]
     assert summarize_keys(keys) == "cls_token, blocks.0-1,3, norm"
     assert summarize_keys([]) == ""
 
@@ -162,13 +149,7 @@ def test_summarize_keys():
 # ---------------------------------------------------------------- into a model
 
 SMALL = dict(
-    img_size=64,
-    embed_dim=64,
-    depth=2,
-    num_heads=1,
-    decoder_embed_dim=32,
-    id_list=(0, 1),
-    scale_list=(2.0, 0.5),
+    img_size=64, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, id_list=(0, 1), scale_list=(2.0, 0.5)
 )
 
 
@@ -215,9 +196,7 @@ def test_published_checkpoint_with_hog_enc(tmp_path):
     shapes = json.loads((GOLDEN / "published_state_dict.json").read_text())
     state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
     assert len(state) == 248
-    path = save(
-        {"model": state, "args": argparse.Namespace(gaze_weighted=True), "epoch": 399}, tmp_path / "c.pth"
-    )
+    path = save({"model": state, "args": argparse.Namespace(gaze_weighted=True), "epoch": 399}, tmp_path / "c.pth")
     model = cxrmim_vit_base_patch16()
     report = load_initial_weights(model, path)
     assert report.missing == []
@@ -244,9 +223,7 @@ def test_other_input_size_resamples_pos_embed_only(tmp_path):
 def test_other_model_size_is_an_error_that_names_it(vit, tmp_path):
     model = CXRMIM(**SMALL)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(
-        UserError, match=r"vit.pth: cls_token has shape 1x1x192, the model needs 1x1x64.*--model"
-    ):
+    with pytest.raises(UserError, match=r"vit.pth: cls_token has shape 1x1x192, the model needs 1x1x64.*--model"):
         load_initial_weights(model, save(vit, tmp_path / "vit.pth"))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -333,10 +310,7 @@ def test_build_model_refuses(vit, tmp_path):
     ]:
         with pytest.raises(UserError, match=reason):
             build({"model": state, "model_config": config | wrong})
-    assert (
-        build({"model": state, "model_config": config | {"masking": "gone"}}, masking="block").masking
-        == "block"
-    )
+    assert build({"model": state, "model_config": config | {"masking": "gone"}}, masking="block").masking == "block"
     del state["cls_token"]
     with pytest.raises(UserError, match="cls_token"):
         build(state, **whole)
@@ -367,9 +341,7 @@ def test_weights_of_an_encoder_with_other_heads_are_refused(tmp_path):
             check_same_model(donor.config, own, path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"junk", b"hello world", b"(dp0", b"\x80\x02}q", b"PK\x03\x04..", b"\x80\x05\x95"]
-)
+@pytest.mark.parametrize("content", [b"junk", b"hello world", b"(dp0", b"\x80\x02}q", b"PK\x03\x04..", b"\x80\x05\x95"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_what_is_no_weights_file_at_all_is_one_line(tmp_path, content):
     path = tmp_path / "junk.pth"
@@ -427,8 +399,7 @@ def test_archive_that_was_saved_without_checksums_is_read(tmp_path):
 )
 def test_tensors_that_are_no_weights_are_refused(value, reason, tmp_path):
     path = save(
-        {"model": {"bn.num_batches_tracked": torch.tensor(3), "blocks.0.norm1.weight": value}},
-        tmp_path / "w.pth",
+        {"model": {"bn.num_batches_tracked": torch.tensor(3), "blocks.0.norm1.weight": value}}, tmp_path / "w.pth"
     )
     with pytest.raises(UserError, match=rf"w.pth: blocks.0.norm1.weight (is|has) .*{reason}"):
         read_state_dict(path)
@@ -436,7 +407,5 @@ def test_tensors_that_are_no_weights_are_refused(value, reason, tmp_path):
 
 def test_metadata_of_another_program_may_be_anything(tmp_path):
     for metadata in ("by somebody", 3, [1], None):
-        path = save(
-            {"model": {"blocks.0.norm1.weight": torch.ones(3)}, "metadata": metadata}, tmp_path / "w.pth"
-        )
+        path = save({"model": {"blocks.0.norm1.weight": torch.ones(3)}, "metadata": metadata}, tmp_path / "w.pth")
         assert read_state_dict(path)[1].metadata == {}

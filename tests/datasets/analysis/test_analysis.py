@@ -11,15 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.analysis.measure import (
-    ANY,
-    SIZES,
-    analyze,
-    bootstrap_mean,
-    density_ratio,
-    ellipse_mask,
-    size_class,
-)
+from datasets.analysis.measure import ANY, SIZES, analyze, bootstrap_mean, density_ratio, ellipse_mask, size_class
 from datasets.phantom.egd import make_egd
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
@@ -60,9 +52,7 @@ def test_ellipse_mask_is_the_ellipse_at_pixel_centres(box, image, out):
         for j in range(out[1]):
             x = (j + 0.5) * image[1] / out[1] - 0.5
             y = (i + 0.5) * image[0] / out[0] - 0.5
-            r = (2 * x - xmin - xmax) ** 2 / (xmax - xmin) ** 2 + (2 * y - ymin - ymax) ** 2 / (
-                ymax - ymin
-            ) ** 2
+            r = (2 * x - xmin - xmax) ** 2 / (xmax - xmin) ** 2 + (2 * y - ymin - ymax) ** 2 / (ymax - ymin) ** 2
             if abs(r - 1) > 1e-9:
                 assert mask[i, j] == (r < 1)
 
@@ -86,7 +76,13 @@ def test_density_ratio_is_mass_per_area():
 def test_size_classes_begin_at_their_thresholds():
     shares = [0.0, 0.00999, 0.01, 0.0499, 0.05, 0.9]
     assert [size_class(share, (0.01, 0.05)) for share in shares] == [
-        "small", "small", "medium", "medium", "large", "large"]  # fmt: skip
+        "small",
+        "small",
+        "medium",
+        "medium",
+        "large",
+        "large",
+    ]
 
 
 def test_bootstrap_interval_is_the_known_one_and_counts_groups():
@@ -149,9 +145,10 @@ def test_ratios_equal_a_plain_computation(study):
         ellipses = pd.read_csv(directory / "anomaly_location_ellipses.csv")
         each = [
             ((x - (e.xmin + e.xmax) / 2) / (e.xmax - e.xmin)) ** 2
-            + ((y - (e.ymin + e.ymax) / 2) / (e.ymax - e.ymin)) ** 2 <= 0.25
+            + ((y - (e.ymin + e.ymax) / 2) / (e.ymax - e.ymin)) ** 2
+            <= 0.25
             for e in ellipses.itertuples()
-        ]  # fmt: skip
+        ]
         abnormal = np.any(each, axis=0)
         box = pd.read_csv(directory / "chest_bounding_box.csv").iloc[0]
         chest = (x >= box.xmin) & (x <= box.xmax) & (y >= box.ymin) & (y <= box.ymax)
@@ -187,8 +184,12 @@ def test_tables_agree_with_each_other_and_with_the_raw_data(study):
     assert len(table) == analysis.readings["ellipses"].sum()
     assert set(table["size"]) <= set(SIZES)
     csv = pd.concat(
-        [pd.read_csv(study.raw / "main_data" / name / "anomaly_location_ellipses.csv").iloc[:, :4]
-         for name in analysis.readings["id"]], ignore_index=True)  # fmt: skip
+        [
+            pd.read_csv(study.raw / "main_data" / name / "anomaly_location_ellipses.csv").iloc[:, :4]
+            for name in analysis.readings["id"]
+        ],
+        ignore_index=True,
+    )
     height, width = study.truth[0].size
     area = math.pi / 4 * (csv["xmax"] - csv["xmin"]) * (csv["ymax"] - csv["ymin"]) / (width * height)
     assert table["area_share"].to_numpy() == pytest.approx(area.to_numpy())
@@ -201,19 +202,16 @@ def test_tables_agree_with_each_other_and_with_the_raw_data(study):
     # Nodule and Mass of phase 1 are one finding with phase 2's.
     assert not {"Nodule", "Mass"} & set(sizes.index)
     assert analysis.significant_patches["readings"].sum() == len(analysis.readings)
-    mean = np.average(analysis.significant_patches["significant_patches"],
-                      weights=analysis.significant_patches["readings"])  # fmt: skip
+    mean = np.average(
+        analysis.significant_patches["significant_patches"], weights=analysis.significant_patches["readings"]
+    )
     assert mean == pytest.approx(analysis.readings["significant_patches"].mean())
 
 
 def test_patch_counts_are_those_of_preparation(study, tmp_path):
-    report = prepare(
-        raw=study.raw, images=study.images, out=tmp_path / "each", size=0, readings="each", workers=1
-    )
+    report = prepare(raw=study.raw, images=study.images, out=tmp_path / "each", size=0, readings="each", workers=1)
     readings = analyze(study.raw, size=min(study.truth[0].size)).readings
-    assert report.counts["mean significant patches of 196"] == round(
-        readings["significant_patches"].mean(), 2
-    )
+    assert report.counts["mean significant patches of 196"] == round(readings["significant_patches"].mean(), 2)
 
 
 def test_certainty_and_labels_that_are_no_abnormality(study, tmp_path):
@@ -249,9 +247,11 @@ def test_damaged_readings_are_left_out_by_name(study, tmp_path, capsys):
     out = tmp_path / "out"
     assert analyze_gaze.main(["--raw", str(raw), "--out", str(out)]) == 1
     told = capsys.readouterr()
-    for part in (f"{usable[0]}/chest_bounding_box.csv: file is missing",
-                 f"{usable[1]}/anomaly_location_ellipses.csv: column 'xmax' is missing",
-                 f"{usable[2]}/fixations.csv: line 6, column 'x_position': '?'"):  # fmt: skip
+    for part in (
+        f"{usable[0]}/chest_bounding_box.csv: file is missing",
+        f"{usable[1]}/anomaly_location_ellipses.csv: column 'xmax' is missing",
+        f"{usable[2]}/fixations.csv: line 6, column 'x_position': '?'",
+    ):
         assert part in told.out
     assert "3 readings left out" in told.err
     assert pd.read_csv(out / "readings.csv")["id"].tolist() == usable[3:]
@@ -261,13 +261,7 @@ def test_writes_tables_and_a_figure(study, tmp_path, capsys):
     arguments = ["--raw", str(study.raw), "--images", str(study.images), "--examples", "2", "--size", "128"]
     assert analyze_gaze.main([*arguments, "--out", str(tmp_path / "a")]) == 0
     assert "gaze density ratio, whole image: mean 6.0" in capsys.readouterr().out
-    names = {
-        "ellipses.csv",
-        "size_by_finding.csv",
-        "readings.csv",
-        "ratio_by_finding.csv",
-        "significant_patches.csv",
-    }
+    names = {"ellipses.csv", "size_by_finding.csv", "readings.csv", "ratio_by_finding.csv", "significant_patches.csv"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names | {"gaze_analysis.png"}
     picture = read_gray(tmp_path / "a" / "gaze_analysis.png")
     assert picture.shape[1] > 1500 and picture.std() > 20
@@ -314,7 +308,10 @@ def test_egd_has_no_ellipses_and_says_so(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "EGD-CXR marks no abnormalities" in printed and "4 readings of 4 images" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "readings.csv", "significant_patches.csv", "gaze_analysis.png"}  # fmt: skip
+        "readings.csv",
+        "significant_patches.csv",
+        "gaze_analysis.png",
+    }
     study.truth[0].path.unlink()
     # As in preparation: what is merely not there is listed, but no damage.
     assert analyze_gaze.main([*arguments, "--images", str(study.images)]) == 0
@@ -359,7 +356,5 @@ def test_too_high_a_certainty_is_not_blamed_on_the_data(tmp_path):
     study = make_study(tmp_path, 1, size=(40, 48), shared_images=0, normal_fraction=0)
     for path in study.raw.glob("main_data/*/anomaly_location_ellipses.csv"):
         pd.read_csv(path).assign(certainty=2).to_csv(path, index=False)
-    (note,) = (
-        n for n in analyze(study.raw, min_certainty=3, n_bootstrap=2, size=24).notes if "ellipse sizes" in n
-    )
+    (note,) = (n for n in analyze(study.raw, min_certainty=3, n_bootstrap=2, size=24).notes if "ellipse sizes" in n)
     assert "certainty of --min_certainty 3 or more" in note

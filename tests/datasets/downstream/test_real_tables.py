@@ -86,11 +86,7 @@ def test_siim_has_12047_images_in_12954_rows(tables, tmp_path):
     assert len(images) == 12_047
     # 9,378 rows say -1, one for each image without a mask.
     assert int(images.labels.sum()) == 12_047 - 9_378
-    assert {part: count for part, (count, _) in counts(images).items()} == {
-        TRAIN: 8432,
-        VALID: 1808,
-        TEST: 1807,
-    }
+    assert {part: count for part, (count, _) in counts(images).items()} == {TRAIN: 8432, VALID: 1808, TEST: 1807}
     assert any("own subject" in note for note in images.notes)
 
 

@@ -81,9 +81,7 @@ def table(tmp_path) -> Path:
 
 def test_ids_are_found_nested_flat_and_with_any_suffix(rsna):
     touch(rsna, *(f"stage_2_train_images/p{i:02d}.dcm" for i in range(20)))
-    touch(
-        rsna, *(f"elsewhere/deeper/p{i:02d}.PNG" for i in range(20, 40)), ".cache/p00.dcm", "__MACOSX/p01.dcm"
-    )
+    touch(rsna, *(f"elsewhere/deeper/p{i:02d}.PNG" for i in range(20, 40)), ".cache/p00.dcm", "__MACOSX/p01.dcm")
     images = read_dataset("rsna", rsna)
     assert len(images) == 40 and all(file.is_file() for file in images.files)
     assert all(file.stem == name for file, name in zip(images.files, images.ids, strict=True))
@@ -137,8 +135,10 @@ def test_uncertain_and_empty_cells_of_chexpert(tmp_path):
     raw = raw[raw["Frontal/Lateral"] == "Frontal"].set_index("Path")
     rules = {
         "published": ({"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1}, None),
-        "zeros": ({}, "zeros"), "ones": (dict.fromkeys(raw, 1), "ignore"), "ignore": (dict.fromkeys(raw, np.nan), None),
-    }  # fmt: skip
+        "zeros": ({}, "zeros"),
+        "ones": (dict.fromkeys(raw, 1), "ignore"),
+        "ignore": (dict.fromkeys(raw, np.nan), None),
+    }
     for uncertain, (value_of, empty) in rules.items():
         images = read_dataset("chexpert", tmp_path, uncertain=uncertain, empty=empty)
         for i, name in enumerate(images.ids):
@@ -156,9 +156,7 @@ def test_the_published_draw_of_chexpert_says_that_patients_are_shared(tmp_path):
     chexpert(tmp_path)
     images = read_dataset("chexpert", tmp_path, split="published")
     shared = set(images.subjects[images.indices(TRAIN)]) & set(images.subjects[images.indices(VALID)])
-    assert shared and any(
-        f"{len(shared)} patients are in train and in valid" in note for note in images.notes
-    )
+    assert shared and any(f"{len(shared)} patients are in train and in valid" in note for note in images.notes)
     assert not read_dataset("chexpert", tmp_path).shared_subjects
     (tmp_path / "valid.csv").unlink()
     assert "valid.csv" in refused("chexpert", tmp_path) and "--split subject" in refused("chexpert", tmp_path)
@@ -412,9 +410,7 @@ def test_vindr_with_and_without_its_test(tmp_path):
     for i, image in enumerate(images.ids):
         own = [row.split(",")[1] for row in rows if row.startswith(image)]
         assert images.labels[i].tolist() == [own.count("Edema") >= 2, own.count("Mass") >= 2]
-    write(
-        tmp_path / "annotations_test.csv", "image_id,class_name", "t1,Mass", "t2,No finding", "t2,No finding"
-    )
+    write(tmp_path / "annotations_test.csv", "image_id,class_name", "t1,Mass", "t2,No finding", "t2,No finding")
     images = read_dataset("vindr", tmp_path, need_images=False)
     assert {images.ids[i] for i in images.indices(TEST)} == {"t1", "t2"}
     assert images.labels[images.ids.index("t1")].tolist() == [0, 1]
@@ -573,9 +569,7 @@ def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
     images = read_dataset("tree", tmp_path / "tree")
     truth = {image.path.stem: image for image in study.truth}
     assert images.label_names[0] == "Any finding" and len(images) == 40
-    for file, subject, part, labels in zip(
-        images.files, images.subjects, images.parts, images.labels, strict=True
-    ):
+    for file, subject, part, labels in zip(images.files, images.subjects, images.parts, images.labels, strict=True):
         image = truth[file.stem]
         assert subject == image.subject_id
         assert part == {"train": TRAIN, "validate": VALID, "test": TEST}[image.split]
@@ -616,9 +610,7 @@ def test_one_file_under_two_ids_is_refused(tmp_path):
 
 def test_a_label_may_not_be_called_as_the_mean(tmp_path):
     write(tmp_path / "t.csv", "path,mean", "a.png,1", "b.png,0", "c.png,1")
-    assert "give the label another name" in refused(
-        "csv", tmp_path, label_columns=["mean"], need_images=False
-    )
+    assert "give the label another name" in refused("csv", tmp_path, label_columns=["mean"], need_images=False)
 
 
 def test_labels_that_teach_or_choose_nothing_are_refused():
@@ -631,18 +623,9 @@ def test_labels_that_teach_or_choose_nothing_are_refused():
 
 
 def test_an_image_that_lacks_is_not_another_folders_image_of_its_name(tmp_path):
-    write(
-        tmp_path / "t.csv",
-        "path,sick",
-        "root/a/1.png,1",
-        "root/a/2.png,0",
-        "root/b/3.png,1",
-        "root/b/4.png,0",
-    )
+    write(tmp_path / "t.csv", "path,sick", "root/a/1.png,1", "root/a/2.png,0", "root/b/3.png,1", "root/b/4.png,0")
     touch(tmp_path, "a/1.png", "a/2.png", "a/3.png", "b/4.png")  # b/3.png is not there
-    assert "1 of 4 images are not there, e.g. 'root/b/3.png'" in refused(
-        "csv", tmp_path, label_columns=["sick"]
-    )
+    assert "1 of 4 images are not there, e.g. 'root/b/3.png'" in refused("csv", tmp_path, label_columns=["sick"])
     touch(tmp_path, "b/3.png")
     images = read_dataset("csv", tmp_path, label_columns=["sick"])
     for image, file in zip(images.ids, images.files, strict=True):
@@ -670,9 +653,7 @@ def _csv(root: Path, cells: list[tuple[str, str, str]], **choices) -> LabelledIm
 def test_names_that_may_be_several_or_the_same_are_told(tmp_path):
     cells = [(f"{i}.png", ["Edema;Mass", "edema", "Edema"][i % 3], f"s{i // 2}") for i in range(12)]
     notes = " ".join(_csv(tmp_path, cells).notes)
-    assert (
-        "'Edema;Mass' is taken for one finding" in notes and "'Edema' and 'edema' are taken for two" in notes
-    )
+    assert "'Edema;Mass' is taken for one finding" in notes and "'Edema' and 'edema' are taken for two" in notes
     notes = " ".join(_csv(tmp_path, cells, separator=";", labels=["Mass"]).notes)
     assert "taken for one finding" not in notes
     with pytest.raises(UserError, match="--separator"):

@@ -105,10 +105,5 @@ def test_command_line_writes_each_layout(tmp_path, capsys):
         options = ["--layout", name, "--n_images", "8", "--width", "40", "--height", "48"]
         assert make_phantom.main(["--out", str(tmp_path), *options]) == 0
         assert f"8 images in {tmp_path / name}" in capsys.readouterr().out
-    assert (
-        make_phantom.main(
-            ["--out", str(tmp_path / "jpg"), *options[2:], "--layout", "rsna", "--format", "jpg"]
-        )
-        == 0
-    )
+    assert make_phantom.main(["--out", str(tmp_path / "jpg"), *options[2:], "--layout", "rsna", "--format", "jpg"]) == 0
     assert len(list((tmp_path / "jpg/rsna").rglob("*.jpg"))) == 8

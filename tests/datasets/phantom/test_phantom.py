@@ -32,32 +32,75 @@ import make_phantom
 SMALL = (128, 105)
 # DATA.md
 FIXATIONS = {
-    "timestamp_start_fixation", "timestamp_end_fixation", "x_position", "y_position", "pupil_area_normalized",
-    "angular_resolution_x_pixels_per_degree", "angular_resolution_y_pixels_per_degree", "window_width",
-    "window_level", "xmin_shown_from_image", "ymin_shown_from_image", "xmax_shown_from_image",
-    "ymax_shown_from_image", "xmin_in_screen_coordinates", "ymin_in_screen_coordinates",
-    "xmax_in_screen_coordinates", "ymax_in_screen_coordinates",
-}  # fmt: skip
-METADATA = {"id", "split", "eye_tracking_data_discarded", "image", "dicom_id", "subject_id", "image_size_x",
-            "image_size_y", "Support devices"}  # fmt: skip
+    "timestamp_start_fixation",
+    "timestamp_end_fixation",
+    "x_position",
+    "y_position",
+    "pupil_area_normalized",
+    "angular_resolution_x_pixels_per_degree",
+    "angular_resolution_y_pixels_per_degree",
+    "window_width",
+    "window_level",
+    "xmin_shown_from_image",
+    "ymin_shown_from_image",
+    "xmax_shown_from_image",
+    "ymax_shown_from_image",
+    "xmin_in_screen_coordinates",
+    "ymin_in_screen_coordinates",
+    "xmax_in_screen_coordinates",
+    "ymax_in_screen_coordinates",
+}
+METADATA = {
+    "id",
+    "split",
+    "eye_tracking_data_discarded",
+    "image",
+    "dicom_id",
+    "subject_id",
+    "image_size_x",
+    "image_size_y",
+    "Support devices",
+}
 PHASE_1 = {
-    "Airway wall thickening", "Atelectasis", "Consolidation", "Emphysema", "Enlarged cardiac silhouette",
-    "Fibrosis", "Fracture", "Groundglass opacity", "Mass", "Nodule", "Pleural effusion", "Pleural thickening",
-    "Pneumothorax", "Pulmonary edema", "Wide mediastinum", "Quality issue",
-}  # fmt: skip
+    "Airway wall thickening",
+    "Atelectasis",
+    "Consolidation",
+    "Emphysema",
+    "Enlarged cardiac silhouette",
+    "Fibrosis",
+    "Fracture",
+    "Groundglass opacity",
+    "Mass",
+    "Nodule",
+    "Pleural effusion",
+    "Pleural thickening",
+    "Pneumothorax",
+    "Pulmonary edema",
+    "Wide mediastinum",
+    "Quality issue",
+}
 PHASE_23 = {
-    "Abnormal mediastinal contour", "Acute fracture", "Atelectasis", "Consolidation",
-    "Enlarged cardiac silhouette", "Enlarged hilum", "Groundglass opacity", "Hiatal hernia",
-    "High lung volume / emphysema", "Interstitial lung disease", "Lung nodule or mass",
-    "Pleural abnormality", "Pneumothorax", "Pulmonary edema", "Other",
-}  # fmt: skip
+    "Abnormal mediastinal contour",
+    "Acute fracture",
+    "Atelectasis",
+    "Consolidation",
+    "Enlarged cardiac silhouette",
+    "Enlarged hilum",
+    "Groundglass opacity",
+    "Hiatal hernia",
+    "High lung volume / emphysema",
+    "Interstitial lung disease",
+    "Lung nodule or mass",
+    "Pleural abnormality",
+    "Pneumothorax",
+    "Pulmonary edema",
+    "Other",
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return make_study(
-        tmp_path_factory.mktemp("made"), 16, seed=3, size=SMALL, image_format="mixed", readers=4
-    )
+    return make_study(tmp_path_factory.mktemp("made"), 16, seed=3, size=SMALL, image_format="mixed", readers=4)
 
 
 def metadata(study) -> pd.DataFrame:
@@ -66,9 +109,7 @@ def metadata(study) -> pd.DataFrame:
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def test_has_the_layout_of_reflacx(made):
@@ -89,8 +130,13 @@ def test_has_the_layout_of_reflacx(made):
     for row in table.itertuples():
         directory = made.raw / "main_data" / row.id
         names = {path.name for path in directory.iterdir()}
-        assert names == {"fixations.csv", "anomaly_location_ellipses.csv", "chest_bounding_box.csv",
-                         "timestamps_transcription.csv", "transcription.txt"}  # fmt: skip
+        assert names == {
+            "fixations.csv",
+            "anomaly_location_ellipses.csv",
+            "chest_bounding_box.csv",
+            "timestamps_transcription.csv",
+            "transcription.txt",
+        }
         assert set(pd.read_csv(directory / "fixations.csv").columns) == FIXATIONS
         flags = {"Support devices"} | (PHASE_1 if row.phase == 1 else PHASE_23 - {"Other"})
         ellipses = pd.read_csv(directory / "anomaly_location_ellipses.csv")
@@ -114,13 +160,13 @@ def test_truth_is_what_the_files_say(made):
                 continue  # the discarded one
             reading = readings[name]
             seen.add(name)
-            assert (
-                reading.image_id,
-                reading.study_id,
-                reading.subject_id,
-                reading.split,
-                reading.image_size,
-            ) == (image.dicom_id, image.study_id, image.subject_id, image.split, image.size)
+            assert (reading.image_id, reading.study_id, reading.subject_id, reading.split, reading.image_size) == (
+                image.dicom_id,
+                image.study_id,
+                image.subject_id,
+                image.split,
+                image.size,
+            )
             ellipses = reading.load_ellipses()
             assert len(ellipses) == len(image.boxes) == len(image.lesions)
             for box, row in zip(image.boxes, ellipses.itertuples()):
@@ -139,9 +185,7 @@ def test_same_arguments_same_bytes_and_images_do_not_depend_on_their_number(tmp_
     assert tree_bytes(first.root) == tree_bytes(again.root)
     more = make_study(tmp_path / "c", 6, **options)
     few, many = tree_bytes(first.root), tree_bytes(more.root)
-    assert {name for name, data in few.items() if many.get(name) != data} == {
-        "reflacx/main_data/metadata_phase_3.csv"
-    }
+    assert {name for name, data in few.items() if many.get(name) != data} == {"reflacx/main_data/metadata_phase_3.csv"}
     other = make_study(tmp_path / "d", 4, **{**options, "seed": 6})
     assert not {image.dicom_id for image in other.truth} & {image.dicom_id for image in first.truth}
 
@@ -197,13 +241,7 @@ def test_lesions_are_seen_where_they_are_said_to_be(kind):
 
 
 def test_size_and_contrast_of_lesions_are_parameters(tmp_path):
-    options = {
-        "n_images": 4,
-        "size": SMALL,
-        "shared_images": 0,
-        "lesion_kinds": ["nodule"],
-        "normal_fraction": 0,
-    }
+    options = {"n_images": 4, "size": SMALL, "shared_images": 0, "lesion_kinds": ["nodule"], "normal_fraction": 0}
     small = make_study(tmp_path / "small", **options, lesion_size=0.8)
     large = make_study(tmp_path / "large", **options, lesion_size=1.6, lesion_contrast=0.3)
     for a, b in zip(small.truth, large.truth):
@@ -266,11 +304,12 @@ def test_gaze_has_the_ratio_asked_for(seed, ratio, size, n, shape):
     boxes = [frame.box(draw_lesion(kind, rng, size).ellipse) for kind in rng.permutation(LESION_KINDS)[:n]]
     table = simulate_fixations(shape, boxes, rng, dwell_ratio=ratio)
     fixations = {
-        "x": table["x_position"], "y": table["y_position"],
+        "x": table["x_position"],
+        "y": table["y_position"],
         "duration": table["timestamp_end_fixation"] - table["timestamp_start_fixation"],
         **{f"sigma_{a}": table[f"angular_resolution_{a}_pixels_per_degree"] for a in "xy"},
         **{side: table[f"{side}_shown_from_image"] for side in ("xmin", "ymin", "xmax", "ymax")},
-    }  # fmt: skip
+    }
     out_size = (round(400 * shape[0] / shape[1]), 400)
     inside = ellipse_mask(boxes, shape, out_size)
     heatmap = fixation_heatmap(fixations, shape, out_size)
@@ -335,8 +374,19 @@ def test_egd_layout(tmp_path):
     study = make_egd(tmp_path / "with", 4, size=(100, 130))
     master = pd.read_csv(study.raw / "master_sheet.csv")
     table = pd.read_csv(study.raw / "fixations.csv")
-    assert {"dicom_id", "path", "study_id", "patient_id", "image_top", "image_bottom", "image_left",
-            "image_right", "Normal", "CHF", "pneumonia"} <= set(master.columns)  # fmt: skip
+    assert {
+        "dicom_id",
+        "path",
+        "study_id",
+        "patient_id",
+        "image_top",
+        "image_bottom",
+        "image_left",
+        "image_right",
+        "Normal",
+        "CHF",
+        "pneumonia",
+    } <= set(master.columns)
     strange = ~table["DICOM_ID"].isin(master["dicom_id"])
     assert strange.sum() == 10 and (table["X_ORIGINAL"] < 0).sum() == 2 * 4
     # Screen pixels map to image pixels by (image size) / (screen size - padding).
@@ -393,11 +443,7 @@ def test_command_line(tmp_path, capsys):
     options = ["--n_images", "3", "--width", "105", "--height", "128", "--faults", "all_outside"]
     assert make_phantom.main(["--out", str(tmp_path / "a"), *options, "--format", "dcm"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "3 images in" in printed
-        and "3 simulated readings" in printed
-        and "planted: all_outside in P3" in printed
-    )
+    assert "3 images in" in printed and "3 simulated readings" in printed and "planted: all_outside in P3" in printed
     assert make_phantom.main(["--out", str(tmp_path / "b"), *options[:6], "--egd"]) == 0
     assert (tmp_path / "b" / "egd-cxr" / "master_sheet.csv").is_file()
     with pytest.raises(UserError, match="cannot make this study"):

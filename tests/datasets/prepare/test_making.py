@@ -211,9 +211,7 @@ def test_what_cannot_be_removed_is_an_error(sources, tmp_path):
     out = tmp_path / "out"
     run(sources, out)
     (out / "copies/a/a.txt").unlink()
-    (out / "copies/a/a.txt/inner").mkdir(
-        parents=True
-    )  # a directory in the place of a file, which unlink refuses
+    (out / "copies/a/a.txt/inner").mkdir(parents=True)  # a directory in the place of a file, which unlink refuses
     for _ in range(2):
         with pytest.raises(UserError, match="a.txt: can't be removed"):
             run(sources, out, overwrite=True)

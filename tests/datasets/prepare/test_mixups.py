@@ -66,11 +66,7 @@ def test_a_finished_tree_needs_its_list_of_origins(root, damage):
     if damage == "away":
         path.unlink()
     else:
-        new = {
-            "empty": "",
-            "cut": text[: text.index("\n") + 1],
-            "edited": text.replace('"significant":[', '"s":['),
-        }
+        new = {"empty": "", "cut": text[: text.index("\n") + 1], "edited": text.replace('"significant":[', '"s":[')}
         path.write_text(new.get(damage, text.replace(',{"', ',{{"', 1)))
     next((root / "mimic").rglob("*.jpg")).unlink()  # the tree would shrink
     before = contents(root / "out")
@@ -103,9 +99,7 @@ def test_what_is_left_out_in_part_costs_the_tree_no_moment_without_index(tmp_pat
     (study.raw / "main_data" / ids[0] / "fixations.csv").write_text("damaged")
     report = prepare(study.raw, study.images, tmp_path / "out", readings="each")
     assert report.faults
-    files = [
-        path for path in (tmp_path / "out").rglob("*") if path.name != ".prepare.lock" and path.is_file()
-    ]
+    files = [path for path in (tmp_path / "out").rglob("*") if path.name != ".prepare.lock" and path.is_file()]
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
     assert prepare(study.raw, study.images, tmp_path / "out", readings="each").faults
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files} == before

@@ -56,9 +56,7 @@ def fill(tree, predictor=PLAIN, **options):
 
 
 def contents(tree: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(tree)): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(tree)): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()}
 
 
 def test_a_filled_tree_is_what_training_and_the_published_loader_read(tree):
@@ -111,9 +109,7 @@ def killed_at_the_third_batch(tree: Path, part) -> None:
 def test_a_killed_run_goes_on(images_only, tmp_path, part):
     whole, killed = (shutil.copytree(images_only, tmp_path / name) for name in ("whole", "killed"))
     fill(whole, batch_size=2)
-    process = multiprocessing.get_context("fork").Process(
-        target=killed_at_the_third_batch, args=(killed, part)
-    )
+    process = multiprocessing.get_context("fork").Process(target=killed_at_the_third_batch, args=(killed, part))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -216,10 +212,7 @@ def test_loose_files(study, tmp_path):
     write_gray(images / "a b" / "two.jpg", smooth(rng, 64, 33))
     report = predict_files(images, out, PLAIN, workers=1)
     assert report.counts["heatmaps"] == 2
-    assert read_gray(out / "one.png").shape == (50, 70) and read_gray(out / "a b" / "two.png").shape == (
-        64,
-        33,
-    )
+    assert read_gray(out / "one.png").shape == (50, 70) and read_gray(out / "a b" / "two.png").shape == (64, 33)
     assert predict_files(images, out, PLAIN).counts["made by this run"] == 0
     write_gray(images / "one.jpg", smooth(rng, 50, 70))
     (images / "broken.png").write_bytes(b"no image")

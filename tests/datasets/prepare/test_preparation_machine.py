@@ -107,9 +107,7 @@ class Preparation(RuleBasedStateMachine):
             "mimic": ["mimic/files/**/*.jpg", "heatmaps/*.npy"],
         }
         names = sorted(
-            str(path.relative_to(self.backup))
-            for pattern in patterns[self.kind]
-            for path in self.backup.glob(pattern)
+            str(path.relative_to(self.backup)) for pattern in patterns[self.kind] for path in self.backup.glob(pattern)
         )
         return names[number % len(names)]
 
@@ -239,14 +237,9 @@ class Preparation(RuleBasedStateMachine):
             assert self.finished <= pictures(fresh)
         assert report.counts["entries"] > 0
         self.finished = pictures(fresh)
-        stamps = {
-            path: path.stat().st_mtime_ns for path in self.out.rglob("*") if path.name != ".prepare.lock"
-        }
+        stamps = {path: path.stat().st_mtime_ns for path in self.out.rglob("*") if path.name != ".prepare.lock"}
         again = self.prepare(self.out)
-        assert (
-            again.counts["made by this run"] == len({fault.detail for fault in again.faults})
-            or again.exclusions
-        )
+        assert again.counts["made by this run"] == len({fault.detail for fault in again.faults}) or again.exclusions
         assert contents(self.out) == fresh
         assert all(stamps[p] == p.stat().st_mtime_ns for p in stamps if p.is_file())
 

@@ -40,13 +40,7 @@ def source(tmp_path_factory):
     root = tmp_path_factory.mktemp("mimic")
     study = make_study(root, 8, size=SIZE, shared_images=0, image_format="mixed")
     rows = [
-        {
-            "dicom_id": i.dicom_id,
-            "subject_id": i.subject_id,
-            "study_id": i.study_id,
-            "ViewPosition": view,
-            "Rows": 1,
-        }
+        {"dicom_id": i.dicom_id, "subject_id": i.subject_id, "study_id": i.study_id, "ViewPosition": view, "Rows": 1}
         for i, view in zip(study.truth, VIEWS)
     ]
     pd.DataFrame(rows).to_csv(study.images / "mimic-cxr-2.0.0-metadata.csv.gz", index=False)
@@ -57,9 +51,7 @@ def source(tmp_path_factory):
         if number % 2:
             np.save(directory / f"{image.dicom_id}.npy", 7.5 * blob((56, 56), 0.7, 0.3)[None])
         else:
-            write_gray(
-                directory / f"gaze_{image.dicom_id}_v2.png", (255 * blob((64, 80), 0.7, 0.3)).astype(np.uint8)
-            )
+            write_gray(directory / f"gaze_{image.dicom_id}_v2.png", (255 * blob((64, 80), 0.7, 0.3)).astype(np.uint8))
     return study, heatmaps
 
 
@@ -76,9 +68,12 @@ def test_builds_a_tree_that_trains(source, tmp_path):
     report = prepare_mimic(study.images, heatmaps, tmp_path / "out", size=0)
     frontal = [image for image, view in zip(study.truth, VIEWS) if view in ("AP", "PA")]
     assert report.counts == {
-        "images with heatmaps": 8, "- other view": 3, "entries": 5, "made by this run": 5,
+        "images with heatmaps": 8,
+        "- other view": 3,
+        "entries": 5,
+        "made by this run": 5,
         "mean significant patches of 196": report.counts["mean significant patches of 196"],
-    }  # fmt: skip
+    }
     assert not report.faults
     entries = {entry["dicom_id"]: entry for entry in json.loads((tmp_path / "out" / INDEX).read_text())}
     assert set(entries) == {image.dicom_id for image in frontal}
@@ -104,15 +99,12 @@ def test_builds_a_tree_that_trains(source, tmp_path):
 
 def test_views_and_size_are_options(source, tmp_path):
     study, heatmaps = source
-    assert (
-        prepare_mimic(study.images, heatmaps, tmp_path / "l", views=("LATERAL", "LL")).counts["entries"] == 2
-    )
+    assert prepare_mimic(study.images, heatmaps, tmp_path / "l", views=("LATERAL", "LL")).counts["entries"] == 2
     report = prepare_mimic(study.images, heatmaps, tmp_path / "all", views=("all",), size=64)
     assert report.counts["entries"] == 8
     assert {read_gray(path).shape for path in (tmp_path / "all").rglob("*.png")} == {(78, 64)}
     with pytest.raises(
-        UserError,
-        match="no image of view SWIMMERS to make a tree of .*images with heatmaps: 8, other view: 8",
+        UserError, match="no image of view SWIMMERS to make a tree of .*images with heatmaps: 8, other view: 8"
     ):
         prepare_mimic(study.images, heatmaps, tmp_path / "none", views=("SWIMMERS",))
 
@@ -130,9 +122,7 @@ def test_a_second_run_changes_nothing_and_an_interrupted_one_is_finished(source,
     maps[1].unlink()
     (out / f".tmp-{INDEX}-1").write_bytes(b"half")
     assert prepare_mimic(study.images, heatmaps, out).counts["made by this run"] == 1
-    assert {name: data for name, (data, _) in snapshot(out).items()} == {
-        name: d for name, (d, _) in first.items()
-    }
+    assert {name: data for name, (data, _) in snapshot(out).items()} == {name: d for name, (d, _) in first.items()}
     with pytest.raises(UserError, match="other options"):
         prepare_mimic(study.images, heatmaps, out, size=64)
     prepare_mimic(study.images, heatmaps, out, size=64, overwrite=True)
@@ -146,8 +136,12 @@ def test_images_alone(source, tmp_path):
     report = prepare_mimic(study.images, None, out)
     assert report.counts["entries"] == 5 and not report.faults
     assert {p.name for p in out.iterdir()} == {
-        ".prepare.lock", IMAGES_INDEX, "files", "prepare.json", "prepare.origins"
-    }  # fmt: skip
+        ".prepare.lock",
+        IMAGES_INDEX,
+        "files",
+        "prepare.json",
+        "prepare.origins",
+    }
     entries = json.loads((out / IMAGES_INDEX).read_text())
     assert all((out / "files" / entry["image_path"]).is_file() for entry in entries)
     with pytest.raises(UserError, match="no heatmaps yet; scripts/predict_gaze.py --weights .* --tree"):
@@ -156,9 +150,7 @@ def test_images_alone(source, tmp_path):
         prepare_mimic(study.images, heatmaps, out)
     prepare_mimic(study.images, heatmaps, out, overwrite=True)
     prepare_mimic(study.images, heatmaps, tmp_path / "fresh")
-    assert {n: d for n, (d, _) in snapshot(out).items()} == {
-        n: d for n, (d, _) in snapshot(tmp_path / "fresh").items()
-    }
+    assert {n: d for n, (d, _) in snapshot(out).items()} == {n: d for n, (d, _) in snapshot(tmp_path / "fresh").items()}
 
 
 def test_all_views_need_no_metadata(source, tmp_path):
@@ -201,9 +193,9 @@ def test_excluded_ids_that_are_damaged_are_no_absence(source, tmp_path):
     first, listed = study.truth[0], tmp_path / "test_images.txt"
 
     def run():
-        return prepare_mimic(
-            study.images, None, tmp_path / "out", views=("all",), exclude=listed, dry_run=True
-        ).counts["- of --exclude"]
+        return prepare_mimic(study.images, None, tmp_path / "out", views=("all",), exclude=listed, dry_run=True).counts[
+            "- of --exclude"
+        ]
 
     for name in (f"{first.dicom_id}.jpg", f"{first.dicom_id.upper()}.DCM"):
         listed.write_text(name)

@@ -156,14 +156,25 @@ def test_bad_fixations_are_left_out_counted_and_listed(tmp_path, capsys):
         main([*flags, str(tmp_path / "no"), "--max_bad_fixations", "1.5"])
 
 
-@pytest.mark.parametrize(
-    "flags", [["--dicom_contrast", "window"], ["--screen_filter"], ["--max_bad_fixations", "0"]]
-)
+@pytest.mark.parametrize("flags", [["--dicom_contrast", "window"], ["--screen_filter"], ["--max_bad_fixations", "0"]])
 def test_options_that_decide_pixels_do_not_mix(each, mixed, flags):
     out, _ = each
     with pytest.raises(UserError, match=f"other options.*{flags[0].removeprefix('--')}"):
-        main(["--raw", str(mixed.raw), "--images", str(mixed.images), "--out", str(out), "--size", "150",
-              "--readings", "each", *flags])  # fmt: skip
+        main(
+            [
+                "--raw",
+                str(mixed.raw),
+                "--images",
+                str(mixed.images),
+                "--out",
+                str(out),
+                "--size",
+                "150",
+                "--readings",
+                "each",
+                *flags,
+            ]
+        )
 
 
 def test_real_radiograph_from_dicom(tmp_path):
@@ -204,10 +215,7 @@ def test_merge_adds_the_maps(each, mixed, tmp_path):
     for entry in entries:
         ids = entry["raw_ids"]
         assert entry["reflacx_id"] == (ids[0] if len(ids) == 1 else f"{ids[0]}+{len(ids) - 1}")
-        maps = [
-            fixation_heatmap(readings[i].load_fixations().table, readings[i].image_size, (150, 120))
-            for i in ids
-        ]
+        maps = [fixation_heatmap(readings[i].load_fixations().table, readings[i].image_size, (150, 120)) for i in ids]
         expected = heatmap_to_uint8(sum(maps) / len(maps))
         np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], expected)
 
@@ -372,12 +380,8 @@ def test_killed_and_gone_on(each, mixed, tmp_path):
 
 
 def test_workers_end_with_a_killed_program():
-    program = (
-        "import time; from datasets.prepare.work import run_tasks; list(run_tasks(time.sleep, [99] * 64, 2))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=Path(SCRIPT).parent.parent, start_new_session=True
-    )
+    program = "import time; from datasets.prepare.work import run_tasks; list(run_tasks(time.sleep, [99] * 64, 2))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(SCRIPT).parent.parent, start_new_session=True)
 
     def alive() -> list[int]:
         pids = []
@@ -422,9 +426,7 @@ def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
     assert (one.counts, one.exclusions) == (two.counts, two.exclusions) and len(one.faults) == 1
 
 
-@pytest.mark.parametrize(
-    "other", [{"size": 100}, {"readings": "one"}, {"readings": "merge"}, {"split": "train"}]
-)
+@pytest.mark.parametrize("other", [{"size": 100}, {"readings": "one"}, {"readings": "merge"}, {"split": "train"}])
 def test_other_options_do_not_mix(each, mixed, tmp_path, other):
     out = tmp_path / "out"
     shutil.copytree(each[0], out)
@@ -461,8 +463,7 @@ def place(root, *names):
 
 
 @pytest.mark.parametrize(
-    "prefix",
-    ["physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2", "files/p10/p1/s2", "p10/p1/s2", "", "x/y/z"],
+    "prefix", ["physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2", "files/p10/p1/s2", "p10/p1/s2", "", "x/y/z"]
 )
 def test_images_are_found_below_any_prefix(tmp_path, prefix):
     place(tmp_path / prefix, "a-b.jpg", "other.jpg")
@@ -472,9 +473,7 @@ def test_images_are_found_below_any_prefix(tmp_path, prefix):
 
 
 def test_which_of_several_images_wins(tmp_path):
-    place(
-        tmp_path, "b/a.dcm", "b/a.jpg", "b/a.png", "a/a.jpg", "a/a.dcm", "a/a.JPG.part", "c/b.DCM", "c/b.txt"
-    )
+    place(tmp_path, "b/a.dcm", "b/a.jpg", "b/a.png", "a/a.jpg", "a/a.dcm", "a/a.JPG.part", "c/b.DCM", "c/b.txt")
     found = find_images(tmp_path, {"a": "", "b": ""})  # all empty, hence the same
     assert found.paths == {"a": str(tmp_path / "a/a.jpg"), "b": str(tmp_path / "c/b.DCM")}
     for name in ("b/a.dcm", "b/a.jpg", "b/a.png", "a/a.jpg", "a/a.dcm"):
@@ -506,9 +505,7 @@ def test_egd_gives_the_same_kind_of_tree(tmp_path):
     readings = {reading.id: reading for reading in read_egd(study.raw, sigma=9).readings}
     for entry in entries:
         assert entry["source"] == "egd" and set(entry["labels"]) == {"Normal", "CHF", "Pneumonia"}
-        expected = fixation_heatmap(
-            readings[entry["reflacx_id"]].load_fixations().table, (120, 96), (120, 96)
-        )
+        expected = fixation_heatmap(readings[entry["reflacx_id"]].load_fixations().table, (120, 96), (120, 96))
         np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
     with pytest.raises(UserError, match="no usable reading of split 'train'"):
         prepare(study.raw, study.images, tmp_path / "no", split="train")
@@ -529,9 +526,17 @@ class LeftEyeReading(Reading):
 def read_left_eye(raw):
     image_id = (raw / "left_eye.txt").read_text()
     reading = LeftEyeReading(
-        id="L1", study_id="5", subject_id="6", image_id=image_id, image_size=None, labels={"Nodule": 3},
-        split=None, phase=None, source="left_eye", fixations_path=raw / "left_eye.txt",
-    )  # fmt: skip
+        id="L1",
+        study_id="5",
+        subject_id="6",
+        image_id=image_id,
+        image_size=None,
+        labels={"Nodule": 3},
+        split=None,
+        phase=None,
+        source="left_eye",
+        fixations_path=raw / "left_eye.txt",
+    )
     return RawReadings("left_eye", [reading])
 
 
@@ -550,8 +555,18 @@ def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
 
 def test_reading_is_an_interface():
     with pytest.raises(TypeError, match="load_fixations"):
-        Reading(id="a", study_id="s", subject_id="p", image_id="i", image_size=None, labels={}, split=None,
-                phase=None, source="x", fixations_path=Path("x"))  # fmt: skip
+        Reading(
+            id="a",
+            study_id="s",
+            subject_id="p",
+            image_id="i",
+            image_size=None,
+            labels={},
+            split=None,
+            phase=None,
+            source="x",
+            fixations_path=Path("x"),
+        )
 
 
 def test_made_up_gaze_says_so_in_every_entry(study, tmp_path):

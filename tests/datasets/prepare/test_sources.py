@@ -176,9 +176,7 @@ def test_a_directory_that_cannot_be_read_is_told(tmp_path):
     sources = Sources(tmp_path)
     walk = sources.walk()
     next(walk)
-    shutil.rmtree(
-        tmp_path / "open"
-    )  # while it is looked through: as unreadable as a forbidden one, to root too
+    shutil.rmtree(tmp_path / "open")  # while it is looked through: as unreadable as a forbidden one, to root too
     list(walk)
     assert find_images(tmp_path, {"a": ""}).paths == {}
     (tmp_path / "file").touch()

@@ -37,17 +37,16 @@ def test_bad_rows_are_left_out_counted_and_named(reading):
     whole = reading.load_fixations().table
     assert len(whole) > 20 and not reading.load_fixations().left_out
     damage(
-        reading, x_position=[(0, "nan"), (1, "inf"), (2, "left")], **{SIGMA: [(3, "0"), (4, "-2")]},
-        timestamp_end_fixation=[(5, "-1")], xmin_shown_from_image=[(6, "")],
-    )  # fmt: skip
+        reading,
+        x_position=[(0, "nan"), (1, "inf"), (2, "left")],
+        **{SIGMA: [(3, "0"), (4, "-2")]},
+        timestamp_end_fixation=[(5, "-1")],
+        xmin_shown_from_image=[(6, "")],
+    )
     found = reading.load_fixations(max_bad=0.5)
     pd.testing.assert_frame_equal(found.table, whole.iloc[7:])
-    assert found.left_out == {
-        "not a finite number": 4, "angular resolution not positive": 2, "negative duration": 1
-    }  # fmt: skip
-    assert len(found.bad) == 7 and found.bad[0].endswith(
-        "line 2, column 'x_position': 'nan' is not a finite number"
-    )
+    assert found.left_out == {"not a finite number": 4, "angular resolution not positive": 2, "negative duration": 1}
+    assert len(found.bad) == 7 and found.bad[0].endswith("line 2, column 'x_position': 'nan' is not a finite number")
     assert found.bad[3] == "line 5, angular resolution not positive"
 
 
@@ -73,9 +72,7 @@ def test_a_reading_falls_with_more_bad_rows_than_allowed(reading):
     with pytest.raises(UserError) as error:
         reading.load_fixations()
     message = str(error.value)
-    assert (
-        f"line 2, column 'y_position': '?' is not a finite number; {allowed + 1} of {n} fixations" in message
-    )
+    assert f"line 2, column 'y_position': '?' is not a finite number; {allowed + 1} of {n} fixations" in message
     assert "--max_bad_fixations 0.1" in message and str(reading.fixations_path) in message
     assert len(reading.load_fixations(max_bad=1).table) == n - allowed - 1
 
@@ -151,15 +148,7 @@ def test_half_a_degree_outside_of_the_image_shown(x, y, outside):
 
 @pytest.mark.parametrize(
     "screen_x, screen_y, near",
-    [
-        (10, 933, 1),
-        (-40, 883, 1),
-        (-41, 933, 0),
-        (700, 1172, 1),
-        (701, 1000, 0),
-        (300, 882, 0),
-        (300, 1173, 0),
-    ],
+    [(10, 933, 1), (-40, 883, 1), (-41, 933, 0), (700, 1172, 1), (701, 1000, 0), (300, 882, 0), (300, 1173, 0)],
 )
 def test_on_the_button_of_the_screen(screen_x, screen_y, near):
     """The view: x 100..300 shown at 1000..3000 on the screen, y 0..400 at 500..1500."""

@@ -29,9 +29,16 @@ def change_ids(study, change, images=slice(0, None, 2)):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda name: name[:-3], lambda name: name[:-8], lambda name: name[:-12], str.upper,
-               lambda name: f" {name} ", lambda name: name[:-3].upper()]
-)  # fmt: skip
+    "change",
+    [
+        lambda name: name[:-3],
+        lambda name: name[:-8],
+        lambda name: name[:-12],
+        str.upper,
+        lambda name: f" {name} ",
+        lambda name: name[:-3].upper(),
+    ],
+)
 def test_egd_ids_that_are_cut_off_are_completed_and_counted(egd, change):
     before = read_egd(egd.raw)
     n_rows = change_ids(egd, change)
@@ -171,6 +178,4 @@ def test_gzipped_tables_are_those_of_the_data_set(layout, tmp_path):
     assert (after.notes, len(after.exclusions)) == (before.notes, len(before.exclusions))
     assert all(len(reading.load_fixations().table) for reading in after.readings)
     if layout == "reflacx":
-        assert all(
-            reading.load_chest_box() and reading.load_ellipses() is not None for reading in after.readings
-        )
+        assert all(reading.load_chest_box() and reading.load_ellipses() is not None for reading in after.readings)

@@ -203,9 +203,7 @@ def test_egd_calibration_rows_are_counted_and_off_picture_ones_dropped(egd):
     assert calibration.sum() > 0 and (table["X_ORIGINAL"] < 0).any()
     raw = read_egd(egd.raw)
     (note,) = raw.notes
-    assert note.startswith(
-        f"{calibration.sum()} fixations of 2 ids ('calibration-0', 'calibration-3') are of no"
-    )
+    assert note.startswith(f"{calibration.sum()} fixations of 2 ids ('calibration-0', 'calibration-3') are of no")
     for reading in raw.readings:
         rows = table[table["DICOM_ID"] == reading.image_id]
         on = rows[(rows["X_ORIGINAL"] >= 0) & (rows["Y_ORIGINAL"] >= 0)]
@@ -243,9 +241,7 @@ def test_egd_bad_cells(egd):
     assert "line 2, column 'path'" in reasons[master["dicom_id"][0]][1]
     assert reasons[gone][0] == "no fixations"
     bad = next(reading for reading in raw.readings if reading.image_id == master["dicom_id"][1])
-    with pytest.raises(
-        UserError, match=rf"fixations.csv: line {row + 2}, column 'X_ORIGINAL': 'left'.*; 1 of"
-    ):
+    with pytest.raises(UserError, match=rf"fixations.csv: line {row + 2}, column 'X_ORIGINAL': 'left'.*; 1 of"):
         bad.load_fixations(max_bad=0)
     with pytest.raises(UserError, match="--sigma -1 is not positive"):
         read_egd(egd.raw, sigma=-1)
