@@ -68,7 +68,7 @@ class Recipe(HeadOptions):
 
 RECIPES = {
     "published": Recipe(),
-    # MAE's fine-tuning, scaled to small data.
+    # Rates and decay are ours, for small data: not those that MAE fine-tunes with.
     "layer_decay": Recipe(30, 32, 5e-4, 0.05, 0.1, 10, layer_decay=0.75, drop_path=0.1, pool="avg", optimizer="adamw"),
 }
 
