@@ -99,8 +99,11 @@ class Analysis:
         return [exclusion for exclusion in self.exclusions if exclusion.is_fault]
 
     def write(self, out: Path) -> list[Path]:
-        """Write the tables and the figure into directory `out`; returns their paths."""
+        """Write the tables and the figure into directory `out`, in place of another analysis's; returns their paths."""
         out.mkdir(parents=True, exist_ok=True)
+        figure = out / "gaze_analysis.png"
+        for path in (figure, *(out / f"{name}.csv" for name in self.TABLES)):
+            path.unlink(missing_ok=True)
         written = []
         for name in self.TABLES:
             table = getattr(self, name)
@@ -109,9 +112,8 @@ class Analysis:
             written.append(out / f"{name}.csv")
             with atomic_write(written[-1], "w") as file:
                 table.to_csv(file, index=False, float_format="%.6g")
-        written.append(out / "gaze_analysis.png")
-        save_figure(analysis_figure(self), written[-1])
-        return written
+        save_figure(analysis_figure(self), figure)
+        return [*written, figure]
 
     def __str__(self) -> str:
         patches = self.readings["significant_patches"]

@@ -304,6 +304,8 @@ def test_egd_has_no_ellipses_and_says_so(tmp_path, capsys):
     arguments = ["--raw", str(study.raw), "--sigma", "5", "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match="--images, with them, is needed"):
         analyze_gaze.main(arguments)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ellipses.csv").write_text("of another analysis")
     assert analyze_gaze.main([*arguments, "--images", str(study.images)]) == 0
     printed = capsys.readouterr().out
     assert "EGD-CXR marks no abnormalities" in printed and "4 readings of 4 images" in printed
