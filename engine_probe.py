@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from datasets.downstream.splits import draw_folds
 from util.roc import auc
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, chosen on training images
@@ -77,25 +76,20 @@ def probe_scores(
 
 
 def choose_strength(values: np.ndarray, labels: np.ndarray, subjects: np.ndarray, rows: np.ndarray, seed: int) -> float:
-    """C with the best AUC in three grouped folds of `rows`; the smallest if they are too few."""
-    splitter = StratifiedGroupKFold(STRENGTH_FOLDS, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a class rarer than folds
-        try:
-            parts = list(splitter.split(rows, labels[rows], subjects[rows]))
-        except ValueError:  # fewer images of a class, or subjects, than folds
-            return STRENGTHS[0]
-    best, chosen = -np.inf, STRENGTHS[0]
-    if any(len(np.unique(labels[rows[inner]])) < 2 for inner, _ in parts):
-        return chosen
-    for strength in STRENGTHS:
-        scores = np.empty(len(rows))
-        for inner, outer in parts:
-            fitted = _fit(values[rows[inner]], labels[rows[inner]], strength)
-            scores[outer] = fitted.decision_function(values[rows[outer]])
-        if (value := auc(labels[rows], scores)) > best:
-            best, chosen = value, strength
-    return chosen
+    """C with the best mean of AUCs in three grouped folds of `rows`; the smallest if they are too few."""
+    folds = draw_folds(labels[rows], subjects[rows], STRENGTH_FOLDS, seed)
+    parts = [(rows[folds != k], rows[folds == k]) for k in range(STRENGTH_FOLDS)]
+    if any(len(np.unique(labels[inner])) < 2 for inner, _ in parts):
+        return STRENGTHS[0]
+    parts = [(inner, outer) for inner, outer in parts if len(np.unique(labels[outer])) == 2]
+
+    def value(strength: float) -> float:
+        return sum(
+            auc(labels[outer], _fit(values[inner], labels[inner], strength).decision_function(values[outer]))
+            for inner, outer in parts
+        )
+
+    return max(STRENGTHS, key=value)
 
 
 def _fit(values: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:

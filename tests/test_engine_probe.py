@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from datasets.downstream.labelled import LabelledImages
 from datasets.downstream.partition import partitions
+from datasets.downstream.splits import draw_folds
 from engine_downstream import Encoder, network_input
 from engine_probe import principal_components, probe_scores, standardise
 from models_cxrmim import CXRMIM
@@ -62,6 +63,18 @@ def test_folds_test_every_image_once_and_never_share_a_subject(validate):
     for rows, fewer in zip(found, half, strict=True):
         assert set(fewer.train) < set(rows.train) and len(fewer.train) == round(len(rows.train) / 2)
         assert np.array_equal(fewer.test, rows.test)
+
+
+@pytest.mark.parametrize(("n", "n_folds"), [(48, 40), (60, 5), (61, 7)])
+def test_folds_share_every_kind_evenly_and_none_is_empty(n, n_folds):
+    kinds = np.random.default_rng(0).integers(0, 3, n)
+    folds = draw_folds(kinds, np.arange(n).astype(str), n_folds, 1)
+    assert set(folds) == set(range(n_folds))
+    for kind in range(3):
+        counts = np.bincount(folds[kinds == kind], minlength=n_folds)
+        assert counts.max() - counts.min() <= 2
+    assert np.ptp(np.bincount(folds)) <= 1
+    assert (folds != draw_folds(kinds, np.arange(n).astype(str), n_folds, 2)).any()
 
 
 def test_scores_know_nothing_of_the_tested_subject():

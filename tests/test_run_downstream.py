@@ -54,7 +54,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def command(root: Path, out: Path, *options: object) -> list[str]:
-    fixed = ["--dataset", "rsna", "--data_path", root, "--device", "cpu", "--num_workers", "0", "--bootstrap", "20"]
+    fixed = ["--dataset", "rsna", "--data_path", root, "--device", "cpu", "--num_workers", "0", "--bootstrap", "200"]
     short = ["--batch_size", "16", "--epochs", "4", "--views", "2", "--output_dir", out]
     return [str(option) for option in [*fixed, *short, *options]]
 
@@ -68,7 +68,9 @@ def check_aucs(out: Path) -> pd.DataFrame:
     found = results[results["label"] != "mean"].set_index(keys)
     assert len(groups) == len(found)
     for key, group in groups:
-        assert found.loc[key, "auc"] == pytest.approx(roc_auc_score(group["target"], group["score"]), abs=1e-8)
+        models = [own for _, own in group.groupby("fold")] if "fold" in group else [group]
+        aucs = [roc_auc_score(own["target"], own["score"]) for own in models]
+        assert found.loc[key, "auc"] == pytest.approx(np.mean(aucs), abs=1e-8)
         assert found.loc[key, "n"] == len(group) and found.loc[key, "n_positive"] == group["target"].sum()
     mean = results[results["label"] == "mean"].set_index(keys[:3])["auc"]
     for key, group in results[results["label"] != "mean"].groupby(keys[:3]):
@@ -156,6 +158,7 @@ def test_probe_in_grouped_folds_tests_every_image_once(rsna, encoder, tmp_path, 
     results = check_aucs(out)
     assert list(dict.fromkeys(results["weights"])) == ["ours, cls", "ours, mean of patches", "pixels"]
     assert (results["n"] == 120).all() and (results["auc"] > 0.8).all()
+    assert set(pd.read_csv(out / "predictions.csv")["fold"]) == {1, 2, 3}
     assert "too narrow" in (out / "table.md").read_text() and "too narrow" in capsys.readouterr().out
     assert set(pd.read_csv(out / "split.csv", keep_default_na=False)["split"]) == {""}
 
@@ -244,6 +247,8 @@ def test_dry_run_tells_what_a_run_would_refuse_hours_later(rsna, tmp_path, capsy
             main([*argv[:-1], "0.1", "--method", method, "--weights", f"ours={tmp_path}/none.pth"])
     with pytest.raises(UserError, match=r"only \d images"):
         main([*argv, "--split", "folds", "--folds", "3"])
+    with pytest.raises(UserError, match="--folds 100: no label has so many images"):
+        main([*argv[:-1], "--method", "probe", "--split", "folds", "--folds", "100"])
 
 
 def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
@@ -290,7 +295,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--fractions", "0"], "--fractions 0.0: must be above 0"),
         (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        (["--bootstrap", "0"], "--bootstrap 0"),
+        (["--bootstrap", "199"], "--bootstrap 199: must be at least 200"),
         (["--views", "0"], "--views 0"),
         (["--weights", "pixels", "--min_positives", "10"], "--min_positives 10: no label has so many test images"),
         (["--warmup", "1"], "--warmup 1.0"),

@@ -9,6 +9,7 @@ import numpy as np
 from util.roc import SortedScores
 
 CHUNK_BYTES = 128 << 20  # of one array over (draws, images); a few of them are alive at once
+MIN_DRAWS = 200  # fewer give no interval
 
 
 def subject_draws(n_subjects: int, draws: int, seed: int, chunk: int) -> Iterator[np.ndarray]:
@@ -28,7 +29,13 @@ def subject_draws(n_subjects: int, draws: int, seed: int, chunk: int) -> Iterato
 
 
 def bootstrap_aucs(
-    targets: np.ndarray, scores: np.ndarray, subjects: np.ndarray, *, draws: int, seed: int
+    targets: np.ndarray,
+    scores: np.ndarray,
+    subjects: np.ndarray,
+    folds: np.ndarray | None = None,
+    *,
+    draws: int,
+    seed: int,
 ) -> np.ndarray:
     """AUC of each label on the data (first row) and on `draws` draws of whole subjects.
 
@@ -36,17 +43,22 @@ def bootstrap_aucs(
         targets: [N, C] of 0, 1 and NaN (not known: counts nowhere).
         scores: [N, C].
         subjects: [N].
+        folds: [N]: the mean of the folds' AUCs is taken, over those with both classes. The scores of different folds
+            come from different models, so they are not compared: pooled they give an AUC that is too low.
 
     Returns:
         float64 [1 + draws, C]; NaN where a draw has one class only, and in all draws of a single subject.
     """
     _, index = np.unique(subjects, return_inverse=True)
-    known = [np.flatnonzero(~np.isnan(column)) for column in targets.T]
-    labels = [(SortedScores(targets[rows, j], scores[rows, j]), index[rows]) for j, rows in enumerate(known)]
+    folds = np.zeros(len(targets)) if folds is None else folds
+    parts = [[np.flatnonzero((folds == fold) & ~np.isnan(column)) for fold in np.unique(folds)] for column in targets.T]
+    labels = [
+        [(SortedScores(targets[rows, j], scores[rows, j]), index[rows]) for rows in own] for j, own in enumerate(parts)
+    ]
     chunk = max(1, CHUNK_BYTES // (8 * max(1, len(targets))))
     aucs = np.concatenate(
         [
-            np.stack([ordered.auc(counts, own) for ordered, own in labels], axis=1)
+            np.stack([mean_of_known([part.auc(counts, own) for part, own in label], 0) for label in labels], axis=1)
             for counts in subject_draws(int(index.max()) + 1, draws, seed, chunk)
         ]
     )
@@ -69,6 +81,12 @@ def bootstrap_means(values: np.ndarray, subjects: np.ndarray, *, draws: int, see
     return _without_lone_draws(np.concatenate(means), n_subjects)
 
 
+def mean_of_known(values: np.ndarray | list[np.ndarray], axis: int) -> np.ndarray:
+    """Mean over an axis without its NaN; NaN where nothing is known."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
+
+
 def _without_lone_draws(values: np.ndarray, n_subjects: int) -> np.ndarray:
     """NaN for the draws of a single subject: they are all the same, and would make an interval of no width."""
     if n_subjects == 1:
@@ -76,8 +94,14 @@ def _without_lone_draws(values: np.ndarray, n_subjects: int) -> np.ndarray:
     return values
 
 
+def n_drawn(values: np.ndarray) -> int:
+    """How many draws (all values but the first) have a value."""
+    return int(np.isfinite(values[1:]).sum())
+
+
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Value on the data (first), and the 2.5 and 97.5 percentiles of the draws (the others)."""
+    """Value on the data (first), and the 2.5 and 97.5 percentiles of the draws (the others) that have a value; NaN
+    where these are fewer than `MIN_DRAWS`."""
     drawn = values[1:][np.isfinite(values[1:])]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) >= MIN_DRAWS else (np.nan, np.nan)
     return float(values[0]), float(low), float(high)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from util.bootstrap import bootstrap_aucs, bootstrap_means, interval
+from util.bootstrap import bootstrap_aucs, bootstrap_means, interval, mean_of_known, n_drawn
 from util.files import atomic_write
 
 MEAN = "mean"
@@ -36,6 +36,7 @@ class Outcome:
         min_count: fewest images with and without a label that counts in the mean.
         draws: of the bootstrap.
         not_in_mean: labels that hold others, e.g. "Any finding".
+        folds: int [N] of grouped folds: which model scored each image; the AUC is the mean of the folds'.
         note: what a reader of the results must know of these.
     """
 
@@ -54,6 +55,7 @@ class Outcome:
     draws: int = 1000
     not_in_mean: Sequence[str] = ()
     note: str = ""
+    folds: np.ndarray | None = None
 
     @property
     def measure(self) -> str:
@@ -70,41 +72,53 @@ class Outcome:
         if self.task == MULTICLASS:
             return self.counts[0] > 0
         single = np.array([name not in self.not_in_mean for name in self.label_names])
-        enough = (self.counts >= max(1, self.min_count)).all(0)
+        enough = (self.counts >= max(1, self.min_count)).all(0) & np.isfinite(self.aucs[0])
         return enough & single if (enough & single).any() else enough
+
+    @property
+    def lone(self) -> np.ndarray:
+        """Which labels have test images of one subject at most with, or, of AUCs, without: bool [C]. Their draws would
+        make an interval that is too narrow."""
+        kinds = (1,) if self.task == MULTICLASS else (1, 0)
+        subjects = [[self.subjects[column == kind] for kind in kinds] for column in self.targets.T]
+        return np.array([any((own == own[:1]).all() for own in label) for label in subjects])
+
+    @cached_property
+    def aucs(self) -> np.ndarray:
+        return bootstrap_aucs(self.targets, self.scores, self.subjects, self.folds, draws=self.draws, seed=0)
 
     @cached_property
     def values(self) -> np.ndarray:
         """AUC of each label, or share of each class that is told right, and last the mean (of classes: over
-        images): float64 [1 + draws, C + 1], the first row on the data, the others on draws of subjects."""
+        images): float64 [1 + draws, C + 1], the first row on the data, the others on draws of subjects (NaN of
+        `lone` labels). A draw's mean is over the labels that it has both kinds of."""
         if self.task == MULTICLASS:
             right = (self.scores.argmax(1) == self.targets.argmax(1)).astype(float)
             of_class = np.where(self.targets == 1, right[:, None], np.nan)
             columns = np.column_stack([of_class, right])
-            return bootstrap_means(columns, self.subjects, draws=self.draws, seed=0)
-        aucs = bootstrap_aucs(self.targets, self.scores, self.subjects, draws=self.draws, seed=0)
-        judged = aucs[:, self.judged]
-        mean = judged.mean(1) if judged.shape[1] else np.full(len(aucs), np.nan)
-        return np.column_stack([aucs, mean])
+            values = bootstrap_means(columns, self.subjects, draws=self.draws, seed=0)
+            values[1:, np.r_[self.lone, False]] = np.nan
+            return values
+        values = np.column_stack([self.aucs, mean_of_known(self.aucs[:, self.judged], 1)])
+        values[1:, np.r_[self.lone, self.lone[self.judged].all()]] = np.nan
+        return values
 
 
 def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """One row for each outcome and label, and one for the mean: weights, dataset, method, fraction, seed,
-    label, auc or accuracy with its 95% interval over subjects (low, high), n known images, n_positive."""
+    label, auc or accuracy with its 95% interval over subjects (low, high), n known images, n_positive, and how many
+    draws of subjects had a value, which the interval is taken from."""
     rows = []
     for outcome in outcomes:
         head = [outcome.weights, outcome.dataset, outcome.method, outcome.fraction, outcome.seed]
+        values = outcome.values
         for j, label in enumerate(outcome.label_names):
             positive, negative = outcome.counts[:, j].tolist()
-            found = (
-                interval(outcome.values[:, j])
-                if positive and (negative or outcome.task == MULTICLASS)
-                else [np.nan] * 3
-            )
-            rows.append([*head, label, *found, positive + negative, positive])
-        rows.append([*head, MEAN, *interval(outcome.values[:, -1]), len(outcome.ids), pd.NA])
+            drawn = n_drawn(values[:, j])
+            rows.append([*head, label, *interval(values[:, j]), positive + negative, positive, drawn])
+        rows.append([*head, MEAN, *interval(values[:, -1]), len(outcome.ids), pd.NA, n_drawn(values[:, -1])])
     columns = ["weights", "dataset", "method", "fraction", "seed", "label", outcomes[0].measure, "low", "high"]
-    return pd.DataFrame(rows, columns=[*columns, "n", "n_positive"]).astype({"n_positive": "Int64"})
+    return pd.DataFrame(rows, columns=[*columns, "n", "n_positive", "draws"]).astype({"n_positive": "Int64"})
 
 
 def write_results(table: pd.DataFrame, path: str | os.PathLike) -> None:
@@ -114,15 +128,18 @@ def write_results(table: pd.DataFrame, path: str | os.PathLike) -> None:
 
 
 def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> None:
-    """Write weights, fraction, seed, id, label, target (empty: unknown), score: every test image and label once."""
+    """Write weights, fraction, seed, fold (of grouped folds), id, label, target (empty: unknown), score: every test
+    image and label once."""
     with atomic_write(path, "w") as file:
         for i, outcome in enumerate(outcomes):
             n, c = outcome.scores.shape
+            fold = {} if outcome.folds is None else {"fold": np.repeat(outcome.folds + 1, c)}
             long = pd.DataFrame(
                 {
                     "weights": outcome.weights,
                     "fraction": outcome.fraction,
                     "seed": outcome.seed,
+                    **fold,
                     "id": np.repeat(np.asarray(outcome.ids, object), c),
                     "label": np.tile(np.asarray(outcome.label_names, object), n),
                     "target": pd.array(outcome.targets.ravel(), dtype="Int8"),
@@ -141,7 +158,8 @@ def left_out(outcome: Outcome) -> str:
     rare = [name for name in out if name not in whole]
     texts = [f"{', '.join(whole)} (it holds the others)"] if whole else []
     if rare:
-        texts.append(f"{', '.join(rare)} (fewer than {max(1, outcome.min_count)} test images with or without it)")
+        fold = "" if outcome.folds is None else ", or no fold with both"
+        texts.append(f"{', '.join(rare)} (fewer than {max(1, outcome.min_count)} test images with or without it{fold})")
     return f"the mean leaves out {' and '.join(texts)}" if texts else ""
 
 

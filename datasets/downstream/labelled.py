@@ -116,8 +116,8 @@ class LabelledImages:
         )
 
 
-def sample_fraction(images: LabelledImages, fraction: float) -> np.ndarray:
-    """Places of the training images that a label fraction keeps: int64 [round(fraction * n)].
+def sample_fraction(train: np.ndarray, fraction: float) -> np.ndarray:
+    """Those of the training images' places, int64 [n], that a label fraction keeps: int64 [round(fraction * n)].
 
     As published: `DataFrame.sample(frac, random_state=42)` over the training part in its order, so the
     same images whatever the seed of a run; 1 keeps them all, in their own order.
@@ -125,7 +125,6 @@ def sample_fraction(images: LabelledImages, fraction: float) -> np.ndarray:
     Raises:
         UserError: a fraction outside (0, 1], or one that keeps no image.
     """
-    train = images.indices(TRAIN)
     if not 0 < fraction <= 1:
         raise UserError(f"--fractions {fraction:g}: expected more than 0 and at most 1")
     if fraction == 1:
@@ -200,7 +199,7 @@ def lone_in_fractions(images: LabelledImages, fractions: Sequence[float]) -> lis
     nothing about the encoder. Empty for grouped folds, which differ by seed."""
     lines = []
     for fraction in fractions if not (images.parts == "").all() else ():
-        chosen = sample_fraction(images, fraction)
+        chosen = sample_fraction(images.indices(TRAIN), fraction)
         positive, negative = _counts(images.labels[chosen])
         if names := [n for n, lone in zip(images.label_names, (positive == 0) | (negative == 0)) if lone]:
             lines.append(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
-from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages, sample_fraction
+from datasets.downstream.labelled import MULTICLASS, PARTS, LabelledImages, sample_fraction
+from datasets.downstream.splits import draw_folds
 from util.errors import UserError
 
 
@@ -26,36 +25,40 @@ def in_folds(images: LabelledImages) -> bool:
     return bool((images.parts == "").all())
 
 
+def folds_of(images: LabelledImages, seed: int, n_folds: int) -> np.ndarray:
+    """The grouped fold of each image, stratified by whether it has any label, or by class: int64 [N].
+
+    Raises:
+        UserError: fewer subjects than folds, or no label with an image of both kinds for each fold.
+    """
+    if (count := len(np.unique(images.subjects))) < n_folds:
+        raise UserError(f"--folds {n_folds}: there are only {count} subjects")
+    kinds = images.labels.argmax(1)
+    if images.task != MULTICLASS:
+        kinds = (images.labels == 1).any(1)
+        most = np.min([(images.labels == value).sum(0) for value in (0, 1)], axis=0).max()
+        if most < n_folds:
+            raise UserError(f"--folds {n_folds}: no label has so many images with it, and as many without: lower it")
+    return draw_folds(kinds, images.subjects, n_folds, seed)
+
+
 def partitions(images: LabelledImages, fraction: float, *, seed: int, n_folds: int, validate: bool) -> list[Rows]:
     """One partition by the data's parts, or one for each grouped fold, in which every image is tested once.
 
-    Folds are stratified by whether an image has any label, or by class. Fold k tests; with `validate` the next
-    fold validates; the others train, of which `fraction` is kept.
+    Fold k tests; with `validate` the next fold validates; the others train, of which `fraction` is kept.
 
     Raises:
-        UserError: fewer subjects than folds, or too few folds to train on.
+        UserError: as `folds_of`, too few folds to train on, or a fraction that keeps no image.
     """
     if not in_folds(images):
-        rows = [images.indices(part) for part in (VALID, TEST)]
-        return [Rows(np.array(sample_fraction(images, fraction)), *rows)]
+        train, valid, test = map(images.indices, PARTS)
+        return [Rows(sample_fraction(train, fraction), valid, test)]
     least = 3 if validate else 2
     if n_folds < least:
         raise UserError(f"--folds {n_folds}: must be at least {least}")
-    if (count := len(np.unique(images.subjects))) < n_folds:
-        raise UserError(f"--folds {n_folds}: there are only {count} subjects")
-    kind = images.labels.argmax(1) if images.task == "multiclass" else (images.labels == 1).any(1)
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a class rarer than folds
-        folds = [np.sort(test) for _, test in splitter.split(kind, kind, images.subjects)]
-    found = []
-    for k, test in enumerate(folds):
-        parts = np.full(len(images), TRAIN, object)
-        parts[test] = TEST
-        if validate:
-            parts[folds[(k + 1) % n_folds]] = VALID
-        if not (parts == TRAIN).any():
-            raise UserError(f"--folds {n_folds}: fold {k + 1} leaves no image to train on")
-        folded = replace(images, parts=parts)
-        found.append(Rows(np.array(sample_fraction(folded, fraction)), folded.indices(VALID), test))
+    folds, found = folds_of(images, seed, n_folds), []
+    for k in range(n_folds):
+        test, valid = folds == k, validate & (folds == (k + 1) % n_folds)
+        train = np.flatnonzero(~test & ~valid)
+        found.append(Rows(sample_fraction(train, fraction), np.flatnonzero(valid), np.flatnonzero(test)))
     return found

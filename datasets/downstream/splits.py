@@ -87,3 +87,24 @@ def draw_subjects(subjects: np.ndarray, count: int, seed: int) -> np.ndarray:
     chosen[order[before < count]] = True
     chosen[order[-1]] = False
     return chosen[inverse]
+
+
+def draw_folds(kinds: np.ndarray, subjects: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """The fold of each image, 0 to n_folds - 1: int64 [N]. No subject is in two folds, and with as many subjects as
+    folds or more none is empty.
+
+    Subjects are dealt out there and back in the order of how many images of the rarest kind they have, then of the
+    next one, so that each fold gets its share of each kind. Equal ones stand in an order that is drawn.
+
+    Args:
+        kinds: [N], the class that each fold should have its share of.
+        subjects: [N].
+    """
+    names, subject = np.unique(subjects, return_inverse=True)
+    _, kind, images = np.unique(kinds, return_inverse=True, return_counts=True)
+    counts = np.bincount(subject * len(images) + kind, minlength=len(names) * len(images)).reshape(len(names), -1)
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = order[np.lexsort(-counts[order][:, np.argsort(-images)].T)]
+    fold = np.empty(len(names), np.int64)
+    fold[order] = np.resize(np.r_[:n_folds, n_folds - 1 : -1 : -1], len(names))
+    return fold[subject]

@@ -32,7 +32,7 @@ SETTINGS = {
     "MIMIC_FLAGS": "--size 64 --workers 1 --views all",
     "PRETRAIN_FLAGS": "--input_size 64 --warmup_epochs 1 --image_every 0 --print_every 1 --save_every 1",
     "GAZE_FLAGS": "--backbone resnet18 --weights none --input_size 64 --epochs 2 --batch_size 4",
-    "DOWNSTREAM_FLAGS": "--batch_size 8 --epochs 2 --views 2 --bootstrap 50",
+    "DOWNSTREAM_FLAGS": "--batch_size 8 --epochs 2 --views 2 --bootstrap 200",
     "COMPARE": "random",
     "FRACTIONS": "0.5 1",
     "SEEDS": "43 44",

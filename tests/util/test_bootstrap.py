@@ -108,8 +108,22 @@ def test_a_single_subject_has_no_interval():
     """All its draws are the same; an interval of no width would claim certainty."""
     labels, scores, subject = (np.array([[0.0], [1], [1]]), np.array([[0.2], [0.1], [0.9]]), np.array(["a"] * 3))
     for found in (
-        bootstrap_aucs(labels, scores, subject, draws=20, seed=0),
-        bootstrap_means(scores, subject, draws=20, seed=0),
+        bootstrap_aucs(labels, scores, subject, draws=300, seed=0),
+        bootstrap_means(scores, subject, draws=300, seed=0),
     ):
         value, low, high = interval(found[:, 0])
         assert np.isfinite(value) and np.isnan(low) and np.isnan(high)
+
+
+def test_aucs_of_folds_are_not_pooled():
+    """Scores of different models say nothing about one another: here each fold is right, the pool is not."""
+    targets, folds = np.array([[0.0], [1], [0], [1], [1]]), np.array([0, 0, 1, 1, 2])
+    scores = np.array([[0.7], [0.8], [0.1], [0.2], [0.9]])
+    found = bootstrap_aucs(targets, scores, np.arange(5), folds, draws=300, seed=0)
+    assert found[0] == 1 and np.nanmin(found) == 1
+
+
+def test_fewer_than_200_draws_give_no_interval():
+    values = np.r_[0.5, np.linspace(0, 1, 200)]
+    assert interval(values) == pytest.approx((0.5, 0.025, 0.975))
+    assert np.isnan(interval(np.r_[values[:-1], np.nan])[1:]).all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, recall_score
 
-from util.results import MULTICLASS, Outcome, results_table
+from util.results import MULTICLASS, Outcome, markdown_table, results_table
 
 
 def test_accuracies_of_classes_are_those_of_scikit_learn():
@@ -32,3 +32,23 @@ def test_accuracies_of_classes_are_those_of_scikit_learn():
     expected = [*recall_score(true, told, average=None), accuracy_score(true, told)]
     assert table["accuracy"].tolist() == pytest.approx(expected)
     assert table["n_positive"].tolist()[:3] == np.bincount(true).tolist() and set(table["n"]) == {n}
+
+
+@pytest.mark.parametrize(
+    ("positives", "label", "mean"), [(1, (0, 0), (0, 0)), (2, (800, 900), (1000, 1000)), (5, (990, 1000), (1000, 1000))]
+)
+def test_a_draw_counts_by_the_labels_that_it_can_judge(positives, label, mean):
+    """14 rare labels: hardly any draw has both kinds of all of them. A single positive gives no interval."""
+    rng, n, c = np.random.default_rng(0), 100, 14
+    targets = np.zeros((n, c), np.float32)
+    for j in range(c):
+        targets[positives * j : positives * (j + 1), j] = 1
+    names, scores = [str(i) for i in range(n)], rng.random((n, c)).astype(np.float32)
+    head = ["a", "nih", "linear", 1.0, 43, "multilabel", [f"l{j}" for j in range(c)], names, np.array(names)]
+    outcome = Outcome(*head, targets, scores)
+    table = results_table([outcome]).set_index("label")
+    for name, (least, most) in (("l0", label), ("mean", mean)):
+        row = table.loc[name]
+        assert least <= row["draws"] <= most
+        assert row["low"] < row["auc"] < row["high"] if least else np.isnan(row["low"])
+    assert (" to " in markdown_table([outcome], []).splitlines()[-2]) == (positives > 1)
