@@ -31,7 +31,7 @@ from util.gaze import (
 from util.images import read_gray
 from util.masking import mask_generator
 from util.radiograph import read_radiograph
-from util.tables import numeric_columns, read_table
+from util.tables import numeric_columns, read_header, read_table
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def single_image(
 def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Fixations of a CSV with REFLACX's columns or with those of `util.gaze.FIXATION_COLUMNS`."""
     path = Path(path)
-    ours = "x" in read_table(path, ()).columns
+    ours = "x" in read_header(path, ())
     columns = FIXATION_COLUMNS if ours else (*REFLACX_COLUMNS.values(), *REFLACX_TIMES)
     # Where a fixation is not cut to the part in view, the rectangle is infinite.
     return numeric_columns(read_table(path, columns), columns, path, infinite=RECTANGLE if ours else ())

@@ -59,6 +59,31 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
     Raises `UserError` naming the file and what is wrong: a column that lacks or is there twice, a row of
     another number of cells (line), an unfinished quote, other encodings.
     """
+    names, records = _open_table(path, required)
+    lines, rows = [], []
+    for line, cells in records:
+        if len(cells) != len(names):
+            if len(cells) < len(names) or any(cells[len(names) :]):
+                raise UserError(
+                    f"{path}: line {line} has {len(cells)} cells, the header {len(names)} columns; "
+                    "is the file cut off, or a cell with a separator in it not quoted?"
+                )
+            del cells[len(names) :]
+        if any(cells):
+            lines.append(line)
+            rows.append(cells)
+    columns = zip(*rows) if rows else [()] * len(names)
+    table = {name: list(cells) if name in text else _typed(cells) for name, cells in zip(names, columns) if name}
+    return pd.DataFrame(table, index=pd.Index(lines, dtype=np.int64)).astype(dict.fromkeys(text, str))
+
+
+def read_header(path: Path, required: Sequence[str]) -> list[str]:
+    """The names of a table's columns. Raises `UserError` as `read_table`, of the header alone."""
+    return _open_table(path, required)[0]
+
+
+def _open_table(path: Path, required: Sequence[str]) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The header's names and the records after it."""
     content = read_text(path)
     separator = _separator(path, content, required)
     records = _records(path, content, separator)
@@ -78,21 +103,7 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
             f"{path}: column {', '.join(map(repr, lacking))} is missing; the header, taken as separated by "
             f"{SEPARATORS[separator]}, is {found!r}"
         )
-    lines, rows = [], []
-    for line, cells in records:
-        if len(cells) != len(names):
-            if len(cells) < len(names) or any(cells[len(names) :]):
-                raise UserError(
-                    f"{path}: line {line} has {len(cells)} cells, the header {len(names)} columns; "
-                    "is the file cut off, or a cell with a separator in it not quoted?"
-                )
-            del cells[len(names) :]
-        if any(cells):
-            lines.append(line)
-            rows.append(cells)
-    columns = zip(*rows) if rows else [()] * len(names)
-    table = {name: list(cells) if name in text else _typed(cells) for name, cells in zip(names, columns) if name}
-    return pd.DataFrame(table, index=pd.Index(lines, dtype=np.int64)).astype(dict.fromkeys(text, str))
+    return names, records
 
 
 def read_text(path: Path) -> str:

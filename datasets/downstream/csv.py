@@ -23,7 +23,7 @@ from datasets.downstream.rows import (
 )
 from datasets.downstream.splits import choose_parts
 from util.errors import UserError
-from util.tables import read_table
+from util.tables import read_header
 
 SUBJECT, SPLIT = "subject_id", "split"  # taken where the table has them
 PART_NAMES = {
@@ -47,7 +47,7 @@ def read_csv(paths: list[Path], choices: Choices) -> LabelledImages:
     split."""
     folder = Folder(paths[0])
     path = choices.csv or folder.table("*.csv")
-    header = read_table(path, [choices.image_column]).columns
+    header = read_header(path, [choices.image_column])
     subject, split = (
         name or (default if default in header else None)
         for name, default in ((choices.subject_column, SUBJECT), (choices.split_column, SPLIT))

@@ -34,6 +34,7 @@ from util.tables import (
     check_relative_path,
     numeric_columns,
     parse_bool,
+    read_header,
     read_table,
     table_file,
     to_numbers,
@@ -189,9 +190,9 @@ def _read_phase(path: Path, phase: int, seen: set[str], result: RawReadings) -> 
     labels = (*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase], *TEXT_LABELS[phase])
     text = (*_ID_COLUMNS, *TEXT_LABELS[phase])
     required = (*_ID_COLUMNS, "eye_tracking_data_discarded", *_SIZE_COLUMNS, *labels)
-    table = read_table(path, ("id",))
+    names = set(read_header(path, ("id",)))
     for other in PHASES:
-        if not set(labels) <= set(table.columns) and set(CERTAINTY_LABELS[other]) <= set(table.columns):
+        if not set(labels) <= names and set(CERTAINTY_LABELS[other]) <= names:
             raise UserError(f"{path}: has the label columns of phase {other}, not of phase {phase}")
     table = read_table(path, required, text=text)
     for line, row in zip(table.index, table[list(required)].to_dict("records")):
