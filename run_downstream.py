@@ -72,7 +72,7 @@ RECIPE_HELP = {
 }
 NARROW = (
     "AUCs of grouped folds are the mean of the folds'; their intervals are too narrow, since the folds share their "
-    "training images: on made-up features of 240 images, 95% intervals held the truth in 77% to 89% of 160 runs each"
+    "training images: on made-up features of 240 images, 95% intervals held the truth in 77% to 89% of the runs"
 )
 
 

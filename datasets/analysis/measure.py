@@ -39,6 +39,7 @@ from datasets.prepare.work import run_tasks
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
+from util.bootstrap import MIN_DRAWS
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.figures import save_figure
@@ -179,8 +180,8 @@ def analyze(
     small, medium = size_thresholds
     if not 0 < small < medium < 1:
         raise UserError(f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1")
-    if n_bootstrap < 1 or n_examples < 0:
-        raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least 1 and 0")
+    if n_bootstrap < MIN_DRAWS or n_examples < 0:
+        raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least {MIN_DRAWS} and 0")
     if size < 1:
         raise UserError(f"--size {size} is not positive")
     given, raw = raw, raw.resolve()

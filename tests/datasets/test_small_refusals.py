@@ -38,8 +38,8 @@ def test_benchmark_json_is_checked_before_measuring(tmp_path):
 
 
 def test_analysis_without_bootstrap_samples(tmp_path):
-    with pytest.raises(UserError, match="--bootstrap 0"):
-        analyze_gaze.main(["--raw", str(tmp_path), "--out", str(tmp_path / "out"), "--bootstrap", "0"])
+    with pytest.raises(UserError, match="--bootstrap 199"):
+        analyze_gaze.main(["--raw", str(tmp_path), "--out", str(tmp_path / "out"), "--bootstrap", "199"])
 
 
 def test_infinite_rectangles_are_uncut_and_nan_is_named(tmp_path):

@@ -358,5 +358,5 @@ def test_too_high_a_certainty_is_not_blamed_on_the_data(tmp_path):
     study = make_study(tmp_path, 1, size=(40, 48), shared_images=0, normal_fraction=0)
     for path in study.raw.glob("main_data/*/anomaly_location_ellipses.csv"):
         pd.read_csv(path).assign(certainty=2).to_csv(path, index=False)
-    (note,) = (n for n in analyze(study.raw, min_certainty=3, n_bootstrap=2, size=24).notes if "ellipse sizes" in n)
+    (note,) = (n for n in analyze(study.raw, min_certainty=3, size=24).notes if "ellipse sizes" in n)
     assert "certainty of --min_certainty 3 or more" in note
