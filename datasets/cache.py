@@ -13,14 +13,15 @@ crops then have half of the detail to draw from (at least 115 px enlarged to 224
 originals once, on all CPUs; starting again costs one stat per original and reading the cache once, for its
 checksums. Nothing is copied per rank or worker at any size.
 
-A file's name holds a digest of everything its content depends on: names, sizes and modification times of
-the originals, `cache_size` and PREPROCESSING_VERSION.
+A file's name holds a digest of everything its content depends on: names, sizes, and times of change (of content and
+of status, which no copy or archive sets back) of the originals, `cache_size` and PREPROCESSING_VERSION.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from datasets.plane import ABSENT, CHECKSUM, NATIVE_HEIGHT, Plane, PlaneKind, fi
 from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
 from datasets.tree import GazeTree, Problem, check_same_size
 from util.errors import UserError
-from util.images import image_size, read_gray
+from util.images import image_size, read_gray, read_map
 
 PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
 
@@ -46,7 +47,7 @@ def tree_plane(name: str, cache_size: int) -> PlaneKind:
 
 
 def _tree_picture(name: str, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    native = read_gray(file)
+    native = read_gray(file) if name == "gray" else read_map(file)
     if native.shape != native_size:
         raise UserError(f"{file}: the file changed while it was read; start again")
     if name == "foreground":
@@ -65,6 +66,10 @@ class TreeCache:
         gray, positions = self.by_plane[0]
         native = gray.table[positions[index], NATIVE_HEIGHT:CHECKSUM].tolist()
         return [plane[positions[index]] for plane, positions in self.by_plane], tuple(native)
+
+    def checksums(self, indices: Sequence[int]) -> bytes:
+        """CRC-32 of each plane of some samples."""
+        return b"".join(plane.table[positions[list(indices)], CHECKSUM].tobytes() for plane, positions in self.by_plane)
 
 
 class _Column(NamedTuple):

@@ -191,7 +191,7 @@ def plane_file_name(kind: PlaneKind, files: Sequence[Path], root: Path) -> str:
         except FileNotFoundError:
             raise UserError(f"{file}: no such file{kind.advice}") from None
         name_in_tree = os.fspath(file).removeprefix(f"{root}{os.sep}")
-        digest.update(f"{name_in_tree}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(f"{name_in_tree}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n".encode())
     return f"{_stem(kind)}{digest.hexdigest()[:20]}.u8"
 
 

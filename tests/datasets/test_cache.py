@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from trees import make_mimic, make_reflacx, save
 
 import datasets.cache
@@ -133,6 +134,27 @@ def test_changed_file_is_read_again_and_the_old_plane_goes(tree):
     build(tree)
     now = cache_files(tree)
     assert len(now) == 2 and len(old.keys() & now.keys()) == 1  # attention, untouched
+
+
+@pytest.mark.parametrize("cache_size", [None, 128])
+def test_files_replaced_with_their_sizes_and_times(tree, tmp_path, cache_size):
+    """As from an archive: the cache is built anew, and the data have another identity. A copy of the tree has not."""
+
+    def identity(root):
+        return build(root, cache_size or 512, use_cache=cache_size is not None).identity()
+
+    file = Reflacx(tree).files(1).attention
+    levels = read_gray(file)
+    Image.fromarray(levels).save(file, compress_level=0)
+    os.utime(file, (315532800, 315532800))
+    before, size = identity(tree), file.stat().st_size
+    assert identity(shutil.copytree(tree, tmp_path / "copy")) == before
+    Image.fromarray(np.roll(levels, 99)).save(file, compress_level=0)
+    os.utime(file, (315532800, 315532800))
+    assert file.stat().st_size == size
+    if cache_size is None:  # sizes are all that is read
+        save(file, np.roll(levels, 99))
+    assert identity(tree) != before
 
 
 def test_preprocessing_version_is_part_of_the_key(tree, monkeypatch):
