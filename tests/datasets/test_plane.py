@@ -63,7 +63,9 @@ def test_a_damaged_table_or_length_is_refused_at_the_start(tree, which):
     damages = [whole[:length] for length in (0, 1, 20, 127, 128, len(whole) - 1)]
     damages += [b"text", b"a longer text that is no cache", bytes(len(whole))]
     if which == "table":
-        damages += [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(128, len(whole) - 40, 5)]
+        damages += [
+            whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(128, len(whole) - 40, 5)
+        ]
     for damaged in damages:
         target.write_bytes(damaged)
         with pytest.raises(UserError, match=f"^{path}: the cache is damaged .*; delete this file"):
