@@ -86,7 +86,7 @@ def test_other_samples_can_not_go_on_inside_an_epoch():
     with pytest.raises(UserError, match=r"middle of epoch 4 .* other images or heatmaps now.* \(--data_path was A B\)"):
         describe_mismatch(state, ARGS, world_size=1, samples="b" * 64)
     table = describe_mismatch({**state, "step": 0}, ARGS, world_size=1, samples="b" * 64)
-    assert table.splitlines()[1].split() == ["names", "or", "order", "of", "samples", "aaaaaaaa", "bbbbbbbb"]
+    assert table.splitlines()[1].split()[-3:] == ["samples", "aaaaaaaa", "bbbbbbbb"]
     # An older program's checkpoint doesn't tell.
     assert describe_mismatch(make_state(3, 4), ARGS, world_size=1, samples="b" * 64) == ""
 
