@@ -62,10 +62,11 @@ class Training:
         scaler: scales the loss under float16; with any dtype it skips, on the device, an update whose
             gradient is not finite.
         batches: iterator over this rank's batches of all epochs.
-        dataset_size: samples of the whole data set; `samples` is the digest of their names and order.
+        dataset_size: samples of the whole data set; `samples` is their digest.
         steps_per_epoch: of this rank.
         watch: finds non-finite numbers and requests to stop.
         waited: seconds spent waiting for data since the start.
+        unchanged_since: see `util.resume.unchanged_since`.
     """
 
     model: nn.Module
@@ -81,6 +82,7 @@ class Training:
     progress: Progress
     samples: str | None = None
     waited: float = field(default=0.0)
+    unchanged_since: tuple[int, int] = (0, 0)
 
 
 def train_one_epoch(training: Training, epoch: int, first_step: int, meters: Meters, args) -> tuple[int, int]:

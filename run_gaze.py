@@ -141,7 +141,8 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
             samples[TRAIN].sample_name(i) for i in loader.batch_sampler.batch(epoch, step)
         ],
     )
-    identity = samples[TRAIN].identity()
+    # Of the validation too: the best epoch so far was chosen by it.
+    identity = f"{samples[TRAIN].identity()} {samples[VALIDATE].identity()}"
     sums, best, epoch, step = Sums.zeros(ranks.device), Best(), 0, 0
     if resumed is not None:
         state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(samples[TRAIN]), identity), ranks)
@@ -293,6 +294,12 @@ def load_to_go_on(
         raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
     with fitting(path):
         table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
+        before = Setting.in_checkpoint(state)
+    if (before.dataset_size, before.samples) != (setting.dataset_size, setting.samples):
+        raise UserError(
+            f"{path}: was trained and validated on other images or heatmaps than --data_path has now (in another order, "
+            "or cached otherwise); bring those back, or start anew in another --output_dir"
+        )
     if table:
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
     if state["config"] != core.config:

@@ -27,7 +27,7 @@ from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
 from util.precision import set_tf32
-from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
+from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state, unchanged_since
 from util.stop import GO_ON, StopSignals, exit_status
 from util.weights import load_initial_weights
 
@@ -182,9 +182,12 @@ def set_up(
     )
     meters = Meters.zeros(len(core.scale_list), ranks.device)
     epoch, step = args.start_epoch, 0
+    since = epoch, step
     if resumed is not None:
-        state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(dataset), samples), ranks)
+        setting = Setting.of(ranks, len(dataset), samples)
+        state = load_to_go_on(resumed, args, core, setting, ranks)
         with fitting(resumed):
+            since = unchanged_since(state, vars(args), setting)
             core.load_state_dict(state["model"])
             restore_optimizer(optimizer, scaler, state, watch)
             meters.sums.copy_(own_sums(state, ranks))
@@ -213,6 +216,7 @@ def set_up(
     training = Training(
         model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress, samples
     )
+    training.unchanged_since = since
     if ranks.is_main:
         print(describe_run(training, dataset, args, epoch), flush=True)
     return training, epoch, step, meters
@@ -253,7 +257,7 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
         dataset_size=training.dataset_size,
         samples=training.samples,
         watch=training.watch,
-    ) | {"model_config": training.core.config}
+    ) | {"model_config": training.core.config, "unchanged_since": list(training.unchanged_since)}
 
     def write() -> None:
         training.log.flush()

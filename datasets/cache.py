@@ -1,37 +1,38 @@
-"""Each plane of a tree decoded once: small uint8 pictures in one memory-mapped file per plane (`datasets.plane`).
+"""Each plane of a tree decoded once: small uint8 pictures in a memory-mapped file per plane (`datasets.plane`).
 
 A *plane* is one kind of file of a tree: gray, attention or foreground. Its pictures, scaled down to
-short side `cache_size` (never up), lie one after the other in a single file, after a table of their
-offsets and sizes, so aspect ratios may differ. Files that entries share are held once. Readers map the
-file; its pages belong to the kernel's page cache and are shared by all workers, ranks and jobs of a
+short side `cache_size` (never up), lie one after the other in a single file, with a table of their
+offsets and sizes beside it, so aspect ratios may differ. Files that entries share are held once. Readers map the
+files; their pages belong to the kernel's page cache and are shared by all workers, ranks and jobs of a
 node, whatever way the processes are started.
 
 Size: cache_size**2 * 1.2 bytes for a radiograph of usual shape, 0.29 MiB at 512: 0.77 GiB a plane for
 2,616 images. For the 377,000 images of MIMIC-CXR the same would be 110 GiB a plane, so pass
 `cache_size=256`: 28 GiB a plane, of which the kernel keeps in memory what fits and reads the rest again;
 crops then have half of the detail to draw from (at least 115 px enlarged to 224). Building reads the
-originals once, on all CPUs; starting again costs one stat per original and reading the cache once, for its
-checksums. Nothing is copied per rank or worker at any size.
+originals once, on all CPUs; starting again costs one stat per original and reading the table. Nothing is
+copied per rank or worker at any size.
 
-A file's name holds a digest of everything its content depends on: names, sizes and modification times of
-the originals, `cache_size` and PREPROCESSING_VERSION.
+A file's name holds a digest of everything its content depends on: names, sizes, and times of change (of content and
+of status, which no copy or archive sets back) of the originals, `cache_size` and PREPROCESSING_VERSION.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from datasets.plane import ABSENT, CHECKSUM, NATIVE_HEIGHT, Plane, PlaneKind, find_damage, open_plane, plane_file_name
+from datasets.plane import ABSENT, CHECKSUM, NATIVE_HEIGHT, Plane, PlaneKind, open_plane, plane_file_name
 from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
 from datasets.tree import GazeTree, Problem, check_same_size
 from util.errors import UserError
-from util.images import image_size, read_gray
+from util.images import image_size, read_gray, read_map
 
 PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
 
@@ -46,7 +47,7 @@ def tree_plane(name: str, cache_size: int) -> PlaneKind:
 
 
 def _tree_picture(name: str, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    native = read_gray(file)
+    native = read_gray(file) if name == "gray" else read_map(file)
     if native.shape != native_size:
         raise UserError(f"{file}: the file changed while it was read; start again")
     if name == "foreground":
@@ -65,6 +66,10 @@ class TreeCache:
         gray, positions = self.by_plane[0]
         native = gray.table[positions[index], NATIVE_HEIGHT:CHECKSUM].tolist()
         return [plane[positions[index]] for plane, positions in self.by_plane], tuple(native)
+
+    def checksums(self, indices: Sequence[int]) -> bytes:
+        """CRC-32 of each plane of some samples."""
+        return b"".join(plane.table[positions[list(indices)], CHECKSUM].tobytes() for plane, positions in self.by_plane)
 
 
 class _Column(NamedTuple):
@@ -94,7 +99,7 @@ def add_cache(
     fallback_dir: str | os.PathLike | None = None,
     num_workers: int | None = None,
 ) -> None:
-    """Let a tree read its planes from the cache, building what is missing, out of date or damaged.
+    """Let a tree read its planes from the cache, building what is missing or out of date.
 
     Safe to call from any number of processes at once: one builds, the others wait and use the result.
 
@@ -104,7 +109,8 @@ def add_cache(
         num_workers: threads that build; default all CPUs.
 
     Raises:
-        UserError: a missing or damaged original, planes of different sizes, no place to write, disk full.
+        UserError: a missing or damaged original, a damaged cache, planes of different sizes, no place to write, disk
+            full.
     """
     directories = _directories(tree, cache_dir, fallback_dir)
     columns = _columns(tree)
@@ -124,7 +130,7 @@ def add_cache(
 def check_cache(
     tree: GazeTree, cache_dir: str | os.PathLike | None = None, *, fallback_dir: str | os.PathLike | None = None
 ) -> list[Problem]:
-    """Read what `add_cache` would use of the cache, and change nothing: a line for each plane that is there, a warning
+    """Read what `add_cache` would use of the cache, and change nothing: a line for each plane that is there, an error
     where it is damaged, or one that there is no cache yet.
 
     Raises:
@@ -134,18 +140,18 @@ def check_cache(
     for column in _columns(tree):
         name = plane_file_name(column.kind, column.unique, tree.root)
         for directory in _directories(tree, cache_dir, fallback_dir):
-            path = directory / name
+            plane = Plane(directory / name)
             try:
-                damage = find_damage(path, column.unique)
+                plane.check()
             except ABSENT:
                 continue
-            if damage is None:
+            except UserError as error:
+                found.append(Problem("error", str(plane.path), str(error).removeprefix(f"{plane.path}: ")))
+            else:
                 found.append(
-                    Problem("note", str(path), f"{len(column.unique)} cached pictures, all as they were written")
+                    Problem("note", str(plane.path), f"{len(plane)} cached pictures, all as they were written")
                 )
-                break
-            text = f"{damage.reason}; the next run makes them anew from the originals"
-            found.append(Problem("warning", str(path), text))
+            break
     return found or [Problem("note", str(tree.root), "no cache of these settings yet, so none was checked")]
 
 

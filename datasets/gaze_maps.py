@@ -263,9 +263,12 @@ class GazeSamples(Dataset):
         return self.study.name(self.images[index])
 
     def identity(self) -> str:
-        """Digest of the samples' readings and their order: a checkpoint goes on with the same ones."""
-        names = [[self.study.reading_id(image, place) for place in range(len(image.entries))] for image in self.images]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        """Digest of the samples' readings, their order and their content (`GazeTree.content`)."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            names = [self.study.reading_id(image, place) for place in range(len(image.entries))]
+            digest.update(json.dumps(names).encode() + self.study.trees[image.tree].content(image.entries))
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key if isinstance(key, tuple) else (None, key)

@@ -28,7 +28,7 @@ from util.gaze import (
     fixation_heatmap,
     heatmap_to_uint8,
 )
-from util.images import read_gray
+from util.images import read_map
 from util.masking import mask_generator
 from util.radiograph import read_radiograph
 from util.tables import numeric_columns, read_header, read_table
@@ -180,7 +180,7 @@ def single_image(
             raise UserError(f"{fixations}: {error}") from None
         attention = heatmap_to_uint8(density)
     elif heatmap is not None:
-        attention = read_gray(heatmap)
+        attention = read_map(heatmap)
         if attention.shape != gray.shape:
             raise UserError(
                 f"{heatmap}: {attention.shape[1]} x {attention.shape[0]} px, but {image} has "

@@ -31,11 +31,11 @@ from datasets.transforms import (
 )
 from util.cpus import available_cpus
 from util.errors import UserError
-from util.images import read_gray
+from util.images import read_gray, read_map
 from util.masking import otsu_foreground
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-FILES_IN_IDENTITY = 64
+SIZES_IN_IDENTITY = 4096
 ITEMS_AT_ONCE = 4096  # bounds the memory that waiting tasks take
 
 
@@ -148,16 +148,27 @@ class GazeTree(Dataset):
         return f"{entry['image_path']} ({entry.get('reflacx_id', entry.get('study_id', index))})"
 
     def identity(self) -> str:
-        """Digest of the samples' names and order, and of the sizes of some of their files: another data set, or
-        one in another order, has another. The place of the tree is not part of it."""
+        """Digest of the samples' names, order and `content`: other data have another. Without a cache, of at most
+        8192 samples' content, evenly spread. The place of the tree is not part of it."""
         digest = hashlib.sha256(f"{self.index_file} {len(self)}\n".encode())
         for index in range(len(self)):
             digest.update(f"{self.sample_name(index)}\n".encode("utf-8", "surrogatepass"))
-        # Made-up trees may share their names; a stat for each of 377,000 files would take long.
-        for index in range(0, len(self), max(1, len(self) // FILES_IN_IDENTITY)):
-            with contextlib.suppress(OSError):  # reading the sample tells
-                digest.update(f"{self.files(index).image.stat().st_size}\n".encode())
+        # A stat for each of 377,000 files would take long.
+        step = 1 if self.cache is not None else max(1, len(self) // SIZES_IN_IDENTITY)
+        digest.update(self.content(range(0, len(self), step)))
         return digest.hexdigest()
+
+    def content(self, indices: Sequence[int]) -> bytes:
+        """Differs where the pixels of these samples differ: checksums of the cached planes, or without a cache the
+        sizes of the files."""
+        if self.cache is not None:
+            return self.cache.checksums(indices)
+        sizes = []
+        for index in indices:
+            for file in self.files(index)[: 3 if self.preload else 2]:
+                with contextlib.suppress(OSError):  # reading the sample reports it
+                    sizes.append(file.stat().st_size)
+        return json.dumps(sizes).encode()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of `dataset[i]`; no effect on `dataset[(epoch, i)]`."""
@@ -196,9 +207,9 @@ class GazeTree(Dataset):
         if self.cache is not None:
             return self.cache.planes(index)
         files = self.files(index)
-        planes = [read_gray(files.image), read_gray(files.attention)]
+        planes = [read_gray(files.image), read_map(files.attention)]
         if self.preload:
-            planes.append(full_scale_foreground(read_gray(files.foreground)))
+            planes.append(full_scale_foreground(read_map(files.foreground)))
         for file, plane in zip(files[1:], planes[1:]):
             check_same_size(file, plane.shape, files.image, planes[0].shape)
         return planes, planes[0].shape
@@ -322,13 +333,13 @@ def check_tree(tree_type: type[GazeTree], root: Path, preload: bool) -> list[Pro
             files[i] = tree.entry_files(entry)
 
     n_planes = 3 if preload or (root / "foreground").is_dir() else 2
-    unique = list(dict.fromkeys(file for group in files.values() for file in group[:n_planes]))
+    unique = list(dict.fromkeys((file, role) for group in files.values() for role, file in enumerate(group[:n_planes])))
     found = tqdm(in_threads(_look_at, unique), "checking files", total=len(unique), disable=None)
     seen = dict(zip(unique, found))
     for i, group in files.items():
-        image = seen[group.image]
-        for role, file in zip(EntryFiles._fields[:n_planes], group):
-            look = seen[file]
+        image = seen[group.image, 0]
+        for place, file in enumerate(group[:n_planes]):
+            role, look = EntryFiles._fields[place], seen[file, place]
             where = f"(entry {i}, {role} of {entries[i]['image_path']})"
             if isinstance(look, str):
                 problems[i].append(Problem("error", str(file), f"{look} {where}"))
@@ -349,10 +360,11 @@ def check_tree(tree_type: type[GazeTree], root: Path, preload: bool) -> list[Pro
     return [problem for i in range(len(entries)) for problem in problems[i]]
 
 
-def _look_at(file: Path) -> tuple[tuple[int, int], int, int] | str:
-    """(shape, lowest, highest value) of an image file, or what is wrong with it."""
+def _look_at(file_and_place: tuple[Path, int]) -> tuple[tuple[int, int], int, int] | str:
+    """(shape, lowest, highest value) of a file and its place in `EntryFiles`, or what is wrong with it."""
+    file, place = file_and_place
     try:
-        plane = read_gray(file)
+        plane = read_map(file) if place else read_gray(file)
     except UserError as error:
         return _without(file, error)
     return plane.shape, int(plane.min()), int(plane.max())

@@ -113,6 +113,16 @@ def main(argv: list[str] | None = None) -> int:
         replay = args.epoch is not None
         dataset = training_dataset(options, args.data_path, model.img_size, augment=replay)
         if replay:
+            if info.samples not in (None, dataset.identity()):
+                raise UserError(
+                    "--data_path: holds other images or heatmaps than the run trained on, in another order, or cached "
+                    "otherwise, so its steps can't be shown; leave out --epoch and --step"
+                )
+            if (args.epoch, args.step) < info.unchanged_since:
+                raise UserError(
+                    f"--epoch {args.epoch} --step {args.step}: the run went on with other options or data from epoch "
+                    "{} step {} on; earlier steps need a checkpoint from before that".format(*info.unchanged_since)
+                )
             place = {"epoch": args.epoch, "step": args.step, "rank": args.rank, "world_size": info.world_size}
             shown = training_batch(model, dataset, options, **place)
             if args.index:

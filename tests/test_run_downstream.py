@@ -224,7 +224,7 @@ def test_a_stop_while_images_are_decoded_comes_at_once(rsna, tmp_path, monkeypat
     monkeypatch.setattr(run_downstream, "open_squares", stopped)
     with pytest.raises(SystemExit) as end:
         main(command(rsna, tmp_path, "--weights", "pixels"))
-    assert end.value.code == 128 + signal.SIGTERM and not list(tmp_path.glob("cache/**/*.u8"))
+    assert end.value.code == 128 + signal.SIGTERM and not list(tmp_path.glob("cache/**/*.npy"))
 
 
 def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):

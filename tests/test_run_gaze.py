@@ -17,6 +17,7 @@ from gaze_trees import edit_index, make_gaze_tree
 from reliability_runs import run
 
 import run_gaze
+from datasets.gaze_maps import PARTS, GazeStudy
 from engine_gaze import Best
 from models_gaze import load_gaze_net
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -135,6 +136,17 @@ def test_going_on_elsewhere_takes_the_best_model_along(tree, trained, tmp_path):
     lone = shutil.copy(last, tmp_path / "lone")
     with pytest.raises(UserError, match="lone/best.pth: not there"):
         train(tree, tmp_path / "out", f"--epochs 9 --lr 5e-3 --resume {lone}")
+
+
+@pytest.mark.parametrize("part, cache", [(0, ""), (1, "--no_cache")])  # a reading of training, one of validation
+def test_other_heatmaps_are_not_gone_on_with(tree, tmp_path, part, cache):
+    tree = shutil.copytree(tree, tmp_path / "tree")
+    assert train(tree, tmp_path / "out", f"--epochs 1 {cache}") == 0
+    study = GazeStudy([tree])
+    changed = study.trees[0].files(study.part(PARTS[part])[0].entries[0]).attention
+    write_gray(changed, np.roll(read_gray(changed), 9))
+    with pytest.raises(UserError, match="checkpoint-0.pth: was trained and validated on other images or heatmaps"):
+        train(tree, tmp_path / "out", f"--epochs 2 {cache}")
 
 
 def test_stops_early_and_stays_stopped(tree, tmp_path, capsys):

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from reliability_runs import run
@@ -95,6 +97,25 @@ def test_trains_with_and_without_preload_and_weighting(tree, tmp_path, flags):
 def test_loss_falls(tree, tmp_path):
     records = train(tree, tmp_path, "--epochs 6 --blr 0.05 --gaze_weighted")
     assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+
+
+def test_going_on_with_other_heatmaps(tree, tmp_path, capsys):
+    """Refused in the middle of an epoch, printed at its end."""
+    tree = shutil.copytree(tree, tmp_path / "tree")
+    flags = f"{SMALL} --data_path {tree} --output_dir {tmp_path / 'out'} --epochs 2"
+    assert run_pretrain.main(f"{flags} --max_minutes 0".split()) == 75
+    changed = next((tree / "attention").rglob("*.png"))
+    levels = read_gray(changed)
+    write_gray(changed, np.roll(levels, 9))
+    for more in ("", "--no_cache"):
+        with pytest.raises(UserError, match="in the middle of epoch 0 of 12.* holds other images or heatmaps now"):
+            run_pretrain.main(f"{flags} {more}".split())
+    write_gray(changed, levels)
+    assert run_pretrain.main(flags.split()) == 0
+    assert "content of samples" not in capsys.readouterr().out
+    write_gray(changed, np.roll(levels, 9))
+    assert run_pretrain.main(f"{flags} --epochs 3".split()) == 0
+    assert "names, order or content of samples" in capsys.readouterr().out
 
 
 def test_tensorboard_shows_numbers_and_pictures_on_one_axis(tree, tmp_path):

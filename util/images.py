@@ -40,15 +40,20 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)  # height and width change places
 
 
-def read_gray(path: str | os.PathLike, *, colour: bool = True) -> np.ndarray:
+def read_gray(path: str | os.PathLike) -> np.ndarray:
     """Decode an 8-bit PNG or JPG to gray: uint8 [H, W], a fresh array, turned as its EXIF orientation says.
 
-    Colour becomes gray by ITU-R 601-2 luma (Pillow's mode "L"), or with `colour=False` is an error unless the
-    channels are equal; an alpha channel is ignored. Raises UserError, naming the file, where it is missing,
-    unreadable, empty, not a PNG or JPG, truncated, damaged (any PNG checksum that does not match), deeper than
-    8 bits or larger than MAX_PIXELS.
+    Colour becomes gray by ITU-R 601-2 luma (Pillow's mode "L"); an alpha channel is ignored. Raises UserError,
+    naming the file, where it is missing, unreadable, empty, not a PNG or JPG, truncated, damaged (any PNG checksum
+    that does not match), deeper than 8 bits or larger than MAX_PIXELS.
     """
-    return _decode(path, colour=colour)
+    return _decode(path)
+
+
+def read_map(path: str | os.PathLike) -> np.ndarray:
+    """Decode a heatmap or foreground, whose gray levels are values: like `read_gray`, but colour is an error unless
+    the channels are equal, since a colour scale has no order of gray."""
+    return _decode(path, colour=False)
 
 
 def read_intensities(path: str | os.PathLike) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -12,14 +11,11 @@ from util.images import image_size, read_gray
 
 
 def read_radiograph(path: str | os.PathLike, contrast: str) -> np.ndarray:
-    """The radiograph as uint8 [H, W], air dark and bone bright; the content tells DICOM from JPG and
-    PNG, not the name. `contrast` is what becomes of DICOM's deeper gray, one of `util.contrast.CONTRASTS`.
-    Raises `UserError` naming the file."""
-    path = Path(path)
+    """The radiograph as uint8 [H, W], air dark and bone bright; `contrast` of DICOM is one of
+    `util.contrast.CONTRASTS`. Raises `UserError` naming the file."""
     return read_dicom(path, contrast) if is_dicom(path) else read_gray(path)
 
 
 def radiograph_size(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) from the header, without decoding. Raises `UserError` naming the file."""
-    path = Path(path)
     return dicom_size(path) if is_dicom(path) else image_size(path)

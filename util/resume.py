@@ -26,6 +26,11 @@ HARMLESS_FLAGS = frozenset(
     "cache_dir".split()
 )
 
+# Flags of pretraining that decide what a step sees.
+STEP_FLAGS = (
+    "batch_size accum_iter seed input_size min_crop_ratio preload use_cache cache_size masking mask_ratio clinical_ratio"
+).split()
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -34,7 +39,7 @@ class Setting:
     Attributes:
         world_size: number of processes.
         dataset_size: number of samples.
-        samples: digest of the samples' names and order; None where it isn't known.
+        samples: digest of the samples' names, order and content; None where it isn't known.
         threads: of this process's arithmetic on the CPU, which change the last bits of sums; None on a GPU.
     """
 
@@ -77,7 +82,7 @@ def run_state(
         step: micro-steps done in the next.
         args: the command line's options.
         sums: this rank's sums over the epoch so far, of one shape on all ranks.
-        dataset_size, samples: number of samples, and the digest of their names and order where it is known.
+        dataset_size, samples: number of samples, and their digest where it is known.
         watch: counts what was left out so far.
     """
     return {
@@ -92,6 +97,20 @@ def run_state(
         **asdict(Setting.of(ranks, dataset_size, samples)),
         "format": FORMAT,
     }
+
+
+def unchanged_since(state: Mapping[str, Any], args: Mapping[str, Any], setting: Setting) -> tuple[int, int]:
+    """(epoch, step) from which on the steps of a run saw what its flags and data say now, where it goes on from the
+    checkpoint `state`."""
+    old, before = state["args"], Setting.in_checkpoint(state)
+    same = all(key not in old or _comparable(old[key]) == _comparable(args.get(key)) for key in STEP_FLAGS)
+    if same and (before.world_size, before.dataset_size, before.samples) == (
+        setting.world_size,
+        setting.dataset_size,
+        setting.samples,
+    ):
+        return tuple(state.get("unchanged_since", (0, 0)))
+    return state["epoch"] + 1, state["step"]
 
 
 def restore_optimizer(
@@ -173,7 +192,7 @@ def describe_mismatch(
     if before.dataset_size != setting.dataset_size:
         rows.append(("samples", str(before.dataset_size), str(setting.dataset_size)))
     elif other_samples:
-        rows.append(("names or order of samples", before.samples[:8], setting.samples[:8]))
+        rows.append(("names, order or content of samples", before.samples[:8], setting.samples[:8]))
     if None not in (before.threads, setting.threads) and before.threads != setting.threads:
         rows.append(("threads", str(before.threads), str(setting.threads)))
     if not rows:
@@ -195,7 +214,8 @@ def _require_same_samples(
     if other_samples:
         paths = _flag_value(checkpoint["args"].get("data_path", "what it was"))
         raise UserError(
-            f"{where}, and --data_path holds others now, or those in another order (--data_path was {paths}): {mend}"
+            f"{where}, and --data_path holds other images or heatmaps now, in another order, or cached otherwise "
+            f"(--data_path was {paths}): {mend}"
         )
 
 

@@ -57,6 +57,8 @@ class WeightsInfo:
         config: arguments of the model's constructor (`CXRMIM.config`), {} where the file has none:
             one of another program, or of this one before it kept them.
         metadata: further text entries, as exports of this program carry them.
+        samples: digest of the samples that it was trained on (`GazeTree.identity`), or None.
+        unchanged_since: see `util.resume.unchanged_since`.
     """
 
     path: Path
@@ -66,6 +68,8 @@ class WeightsInfo:
     world_size: int = 1
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    samples: str | None = None
+    unchanged_since: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,8 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         world_size=world_size if isinstance(world_size, int) else 1,
         config=dict(config) if isinstance(config, Mapping) else {},
         metadata={str(key): str(value) for key, value in metadata.items()},
+        samples=samples if isinstance(samples := more.get("samples"), str) else None,
+        unchanged_since=tuple(more.get("unchanged_since", (0, 0))),
     )
 
 

@@ -165,9 +165,9 @@ class Views(Dataset):
 
     def square(self, index: int) -> np.ndarray:
         """The whole image: uint8 [256, 256]."""
-        if self.plane is not None:
-            return pad_to_square(self.plane[index])
         try:
+            if self.plane is not None:
+                return pad_to_square(self.plane[index])
             gray = self.reading.read(self.files[index])
         except UserError as error:  # stays one line where a loader's worker meets it
             raise SampleError(str(error)) from None

@@ -14,7 +14,7 @@ from datasets.raw.image_index import DICOM_ID
 from datasets.raw.readings import Exclusion
 from datasets.raw.walk import Sources, refuse_inside_tree, same_content
 from util.errors import UserError
-from util.images import read_gray
+from util.images import read_map
 
 SUFFIXES = (".png", ".npy")
 LOOSE_INDEX = "heatmaps.json"  # of the heatmaps that scripts/predict_gaze.py makes for loose images
@@ -65,7 +65,7 @@ def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     also where all values are equal: such a map attends to nothing.
     """
     if os.fspath(path).lower().endswith(".png"):
-        values = read_gray(path, colour=False).astype(np.float32)
+        values = read_map(path).astype(np.float64)
     else:
         try:
             loaded = np.load(path, allow_pickle=False)
@@ -73,11 +73,13 @@ def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
             raise UserError(f"{path}: cannot be read as NPY ({' '.join(str(error).split())})") from None
         if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "fiub":
             raise UserError(f"{path}: holds no array of numbers")
-        values = loaded.astype(np.float32).squeeze()
+        values = loaded.astype(np.float64).squeeze()
     if values.ndim != 2:
         raise UserError(f"{path}: is of shape {list(values.shape)}, expected one map [height, width]")
     if not np.isfinite(values).all() or values.min() < 0:
         raise UserError(f"{path}: has negative or not finite values; a heatmap is a density, 0 or more")
+    # By a power of two to a peak below 1: the smallest have no room in float32, and this rounds nothing.
+    values = np.ldexp(values, -np.frexp(values.max())[1]).astype(np.float32)
     if values.min() == values.max():
         raise UserError(f"{path}: all values are equal, it attends to nothing")
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR)).clip(0)

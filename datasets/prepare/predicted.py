@@ -39,7 +39,7 @@ from datasets.raw.walk import Sources, resolved
 from datasets.tree import read_index
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
-from util.images import read_gray
+from util.images import read_gray, read_map
 from util.progress import Steps
 from util.radiograph import read_radiograph
 from util.saliency import resize_density
@@ -115,7 +115,7 @@ def fill_tree(
         entries = {_key(entry): entry for entry in read_index(root / IMAGES_INDEX)}
         seen = _real_readings(real)
         units = [
-            _tree_unit(key, entry, below, seen.get(_dicom_id(entry).casefold(), ()))
+            _tree_unit(root, key, entry, below, seen.get(_dicom_id(entry).casefold(), ()))
             for (key, entry), below in zip(entries.items(), _origins(root, entries))
         ]
         exclusions: list[Exclusion] = []
@@ -190,10 +190,12 @@ def _origins(root: Path, entries: Mapping[str, Any]) -> Iterator[str]:
         yield origin_of(below[key])
 
 
-def _tree_unit(key: str, entry: Mapping[str, Any], below: str, real: tuple[str, ...]) -> Unit:
-    stamps = tuple(map(stamp, real))
+def _tree_unit(root: Path, key: str, entry: Mapping[str, Any], below: str, real: tuple[str, ...]) -> Unit:
     task = Task(f"files/{entry['image_path']}", f"attention/{key}.png", f"foreground/{key}.png", real)
-    return Unit(key, origin_of(below, stamps), task, real, stamps)
+    sources = (str(root / task.image), *real)
+    own, *others = stamps = tuple(map(stamp, sources))
+    # Without the time of the status: a copy of the tree keeps its heatmaps.
+    return Unit(key, origin_of(below, own[:2], others), task, sources, stamps)
 
 
 def _real_readings(trees: Sequence[Path]) -> dict[str, tuple[str, ...]]:
@@ -334,7 +336,7 @@ def _keep_real(task: Task, root: Path, out: Path) -> Made:
         size = read_gray(root / task.image).shape
         readings = []
         for path in task.real:
-            levels = read_gray(path)
+            levels = read_map(path)
             if not levels.any():
                 raise UserError(f"{path}: the heatmap is zero everywhere; prepare it again")
             readings.append(torch.from_numpy(levels))

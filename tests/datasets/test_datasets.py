@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from trees import make_mimic, make_reflacx, save, smooth
 
 from datasets import Mimic, Reflacx, SampleError, build_dataset, check_data
@@ -291,6 +292,21 @@ def test_samples_with_bad_files_raise_one_line(tree):
             assert message.startswith(file) and text in message and dataset.sample_name(i) in message
         else:
             assert_schema(dataset[i], 32)
+
+
+@pytest.mark.parametrize("kind", ["attention", "foreground"])
+def test_a_coloured_map_is_refused_by_all_readers(tree, kind):
+    """Its luma is no order of its levels."""
+    dataset = Reflacx(tree, 32, preload=True)
+    file = getattr(dataset.files(0), kind)
+    gray = read_gray(file)
+    Image.fromarray(np.stack([gray, 255 - gray, gray // 2], -1)).save(file)
+    with pytest.raises(SampleError, match=f"^{file}: is in colour"):
+        dataset[0]
+    with pytest.raises(UserError, match=f"^{file}: is in colour"):
+        build_dataset(tree, preload=True)
+    [problem] = check_data(tree, preload=True)
+    assert (problem.severity, problem.file) == ("error", str(file)) and "is in colour" in problem.message
 
 
 def test_size_error_names_both_sizes(tree):

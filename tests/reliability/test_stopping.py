@@ -142,14 +142,14 @@ def test_trees_swapped_in_the_middle_of_an_epoch_are_refused(flags, tmp_path):
     assert status == 75, output
     before = sorted(path.name for path in out.iterdir())
     status, output = run(flags(out, "--data_path", *swapped), tmp_path / "swapped")
-    assert status == 1 and "others now, or those in another order" in output and "Traceback" not in output
+    assert status == 1 and "holds other images or heatmaps now" in output and "Traceback" not in output
     assert sorted(path.name for path in out.iterdir()) == before
     status, output = run(flags(out, "--data_path", *trees), tmp_path / "last")
     assert status == 0 and "warning" not in output
     moved = tmp_path / "elsewhere"  # the same data in another place is the same data
     Path(trees[0]).rename(moved)
     argv = flags(out, "--data_path", str(moved), trees[1], "--epochs", "4")
-    assert "names or order" not in run(argv, tmp_path / "moved")[1]
+    assert "content of samples" not in run(argv, tmp_path / "moved")[1]
 
 
 def test_a_run_with_other_threads_is_told(flags, undisturbed, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
+import run_pretrain
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
 from datasets.replay import single_image, training_batch, training_dataset
@@ -269,6 +271,27 @@ def test_an_epoch_that_never_was_is_refused(checkpoint, tmp_path):
             main([str(checkpoint), "--epoch", epoch, *out])
     with pytest.raises(UserError, match="--epoch -1"):
         main([str(checkpoint), "--epoch", "-1", *out])
+
+
+def test_steps_that_the_run_saw_otherwise_are_refused(tree, tmp_path):
+    """Before a change of options; and all of them once the tree has changed."""
+    tree = shutil.copytree(tree, tmp_path / "tree")
+    command = f"--model cxrmim_vit_tiny_patch16 --input_size 64 --device cpu --num_workers 0 --data_path {tree} "
+    command += f"--output_dir {tmp_path} --id_list 1 3 --scale_list 2 0.5"
+    assert run_pretrain.main(f"{command} --batch_size 2 --epochs 1".split()) == 0
+    assert run_pretrain.main(f"{command} --batch_size 3 --epochs 2".split()) == 0
+
+    def show(checkpoint, epoch):
+        step = ["--epoch", epoch, "--step", "1", "--sheet", "--out", str(tmp_path / "p.png")]
+        return main([str(tmp_path / checkpoint), *step])
+
+    assert show("checkpoint-0.pth", "0") == show("checkpoint-1.pth", "1") == 0
+    with pytest.raises(UserError, match="--epoch 0 --step 1: the run went on with other options or data from epoch 1 "):
+        show("checkpoint-1.pth", "0")
+    heatmap = next((tree / "attention").rglob("*.png"))
+    Image.fromarray(np.roll(np.asarray(Image.open(heatmap)), 9)).save(heatmap)
+    with pytest.raises(UserError, match="--data_path: holds other images or heatmaps than the run trained on"):
+        show("checkpoint-1.pth", "1")
 
 
 def test_command_draws_samples(checkpoint, tmp_path, capsys):

@@ -191,14 +191,26 @@ def test_voi_lut_from_a_real_file():
         ("MONOCHROME1", -1, 1, True),  # what every viewer shows
         ("MONOCHROME2", 1, -1, False),  # the rescale has turned it over already
         ("MONOCHROME2", -1, -1, True),
+        ("MONOCHROME2", None, -1, False),
+        ("MONOCHROME1", None, -1, True),
     ],
 )
-def test_air_is_dark(tmp_path, photometric, sign, slope, inverted):
+@pytest.mark.parametrize("window", ["", "LINEAR", "LINEAR_EXACT", "LUT"])
+def test_air_is_dark(tmp_path, photometric, sign, slope, inverted, window):
     tags = {} if sign is None else {"PixelIntensityRelationshipSign": sign}
     if slope == -1:
         tags |= {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    if window == "LUT":
+        tags |= {"VOILUTSequence": lut_item(range(4096), 0, 12)}
+    elif window:  # both, with the same contrast as none
+        low, high = (100, 3900) if slope == 1 else (195, 3995)
+        tags |= {
+            "WindowCenter": (low + high + (window == "LINEAR")) / 2,
+            "WindowWidth": high - low + (window == "LINEAR"),
+            "VOILUTFunction": window,
+        }
     path = write(tmp_path / "a.dcm", RAMP, PhotometricInterpretation=photometric, **tags)
-    rising = (RAMP.astype(float) - 100) / 3800
+    rising = RAMP.astype(float) / 4095 if window == "LUT" else (RAMP.astype(float) - 100) / 3800
     shade = rising if (slope == 1) != inverted else 1 - rising
     assert np.abs(read_dicom(path) - 255 * shade).max() <= 0.5 + 1e-6
 
@@ -247,12 +259,12 @@ def error_of(path, function=read_dicom):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("SC_rgb.dcm", "in colour (RGB)"),
-        ("examples_palette.dcm", "in colour (PALETTE COLOR)"),
+        ("SC_rgb.dcm", "RGB, expected MONOCHROME1"),
+        ("examples_palette.dcm", "PALETTE COLOR, expected MONOCHROME1"),
         ("emri_small.dcm", "10 frames"),
-        ("rtplan.dcm", "without pixel data"),
-        ("MR_truncated.dcm", "cannot be decoded"),
-        ("README.txt", "not a DICOM file"),
+        ("rtplan.dcm", "no pixel data"),
+        ("MR_truncated.dcm", "can't be decoded"),
+        ("README.txt", "can't be read as a DICOM radiograph"),
         ("JPEG-lossy.dcm", "12-bit"),
     ],
 )
@@ -276,22 +288,22 @@ def test_damaged_compressed_stream(tmp_path):
     whole = write(tmp_path / "a.dcm", stored, 8, JPEG2000Lossless, encapsulate([frame[start:]]))
     np.testing.assert_array_equal(read_dicom(whole), to_255(stored, int(stored.min()), int(stored.max())))
     path = write(tmp_path / "b.dcm", stored, 8, JPEG2000Lossless, encapsulate([frame[start : start + 60]]))
-    assert "cannot be decoded" in error_of(path)
+    assert "can't be decoded" in error_of(path)
 
 
 def test_window_that_cannot_be(tmp_path):
     path = write(tmp_path / "a.dcm", RAMP, WindowCenter=5, WindowWidth=0)
-    assert "contrast cannot be applied" in error_of(path) and "Window Width" in error_of(path)
+    assert "Window Width must be" in error_of(path)
 
 
 def test_all_padding_and_too_many_bits(tmp_path):
     flat = np.full((4, 5), 7, np.uint16)
-    assert "all padding" in error_of(write(tmp_path / "a.dcm", flat, PixelPaddingValue=7))
+    assert "all its pixels are padding" in error_of(write(tmp_path / "a.dcm", flat, PixelPaddingValue=7))
     assert "32 bits" in error_of(write(tmp_path / "b.dcm", flat.astype(np.uint32), 32))
 
 
 def test_missing_empty_and_cut_files(tmp_path):
-    assert "missing" in error_of(tmp_path / "none.dcm")
+    assert "No such file" in error_of(tmp_path / "none.dcm")
     (tmp_path / "empty.dcm").touch()
     assert "DICOM" in error_of(tmp_path / "empty.dcm")
     whole = write(tmp_path / "a.dcm", RAMP).read_bytes()
@@ -313,7 +325,7 @@ def test_read_radiograph_goes_by_content(tmp_path):
     for path in (dicom, picture):
         np.testing.assert_array_equal(read_radiograph(path, "window"), film)
         assert radiograph_size(path) == (40, 30)
-    assert "missing" in error_of(tmp_path / "no.dcm", radiograph_size)
+    assert "No such file" in error_of(tmp_path / "no.dcm", radiograph_size)
     with pytest.raises(UserError, match="no.jpg"):
         read_radiograph(tmp_path / "no.jpg", "window")
 
@@ -429,7 +441,7 @@ def test_empty_values_say_nothing(tmp_path):
 def test_private_transfer_syntax(tmp_path):
     path = write(tmp_path / "a.dcm", RAMP)
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.99999.1.2.1\0"))
-    assert "private or unknown transfer syntax" in error_of(path)
+    assert "1.2.840.99999.1.2.1" in error_of(path)
 
 
 # Values that a header should not have, as they stand in the file.

@@ -158,7 +158,7 @@ def test_the_cache_gives_the_same_views_and_no_worker_copies_it(files, tmp_path)
     for place in [(i, view) for i in range(len(files)) for view in (CENTRE, 0)]:
         assert torch.equal(cached[place], direct[place])
     assert len(pickle.dumps(plane)) < 500
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.u8")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     open_squares(images, tmp_path)
     open_squares(images.take([0, 2]), tmp_path)  # another choice does not evict the first
     open_squares(images, tmp_path, reading=Reading(intensity_max=4095))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from trees import smooth
 
 from datasets.build import build_dataset
+from datasets.gaze_maps import resize_whole
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.pixels import attention_maps
@@ -182,6 +183,16 @@ def test_a_changed_image_is_predicted_anew(study, tmp_path):
     prepare_mimic(images, None, tree, views=("all",), size=64)
     report = fill(tree)
     assert report.counts["made by this run"] == 1 and report.counts["entries"] == 12
+
+
+def test_an_image_of_the_tree_that_is_changed_in_place_is_predicted_anew(tree):
+    fill(tree)
+    changed = tree / "files" / json.loads((tree / "images.json").read_text())[4]["image_path"]
+    write_gray(changed, 255 - read_gray(changed))
+    assert fill(tree).counts["made by this run"] == 1
+    maps = resize_density(brightness(resize_whole(read_gray(changed), 32)[None]), read_gray(changed).shape)
+    stored = read_gray(tree / "attention" / changed.relative_to(tree / "files").with_suffix(".png"))
+    assert np.array_equal(stored, heatmap_to_uint8(maps[0].numpy()))
 
 
 def test_other_trees_are_refused(tree, study, tmp_path):

@@ -16,6 +16,7 @@ from datasets.phantom.reflacx import make_study
 from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
 from datasets.prepare.mimic import IMAGES_INDEX, INDEX, prepare_mimic
 from util.errors import UserError
+from util.gaze import heatmap_to_uint8
 from util.images import read_gray, write_gray
 from util.radiograph import read_radiograph
 
@@ -273,6 +274,14 @@ def test_npy_that_is_no_heatmap(tmp_path, content, message):
         np.save(path, content, allow_pickle=True)
     with pytest.raises(UserError, match=f"x.npy: .*{message}"):
         read_heatmap(path, (8, 8))
+
+
+@pytest.mark.parametrize("peak", [1e-300, 1e-40, 5e-37, 1.0, 1e300])
+def test_the_scale_of_an_npy_heatmap_does_not_matter(tmp_path, peak):
+    heatmap = np.random.default_rng(0).random((40, 30))
+    np.save(tmp_path / "x.npy", heatmap * peak)
+    levels = heatmap_to_uint8(read_heatmap(tmp_path / "x.npy", (40, 30)))
+    assert np.abs(levels - 255 * heatmap / heatmap.max()).max() < 0.501
 
 
 def test_heatmaps_keep_their_place_when_resized(tmp_path):

@@ -192,7 +192,7 @@ def test_a_coloured_heatmap_is_refused(tmp_path):
     for name in ("jet.png", "palette.png"):
         with pytest.raises(UserError, match=f"{name}: is in colour"):
             read_heatmap(tmp_path / name, (8, 8))
-    np.testing.assert_array_equal(read_heatmap(tmp_path / "rgb.png", (8, 8)), gray)
+    np.testing.assert_array_equal(read_heatmap(tmp_path / "rgb.png", (8, 8)) * 256, gray)
 
 
 # --- pictures ----------------------------------------------------------------------------------------
