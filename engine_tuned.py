@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -89,10 +89,40 @@ def predict(
     return torch.from_numpy(whole)
 
 
+def shared_labels(models: Mapping[str, Tuned], images: LabelledImages) -> list[str]:
+    """The labels that models and images have, in the images' order: the same for all models, since one table and one
+    mean hold them all.
+
+    Raises:
+        UserError: no label in common, another task, a class that only one side has, or models with different labels.
+    """
+    found: dict[str, list[str]] = {}
+    for name, tuned in models.items():
+        both = [label for label in images.label_names if label in tuned.labels]
+        told = (
+            f"{name} predicts {', '.join(tuned.labels)} ({tuned.task}), and {images.name} has "
+            f"{', '.join(images.label_names)} ({images.task})"
+        )
+        if tuned.task != images.task or not both:
+            raise UserError(f"{told}: no labels in common to judge it by")
+        if tuned.task == MULTICLASS and set(tuned.labels) != set(images.label_names):
+            raise UserError(f"{told}: the classes must be the same; --where can leave out images of other classes")
+        found[name] = both
+    first, *others = found
+    for name in others:
+        if found[name] != found[first]:
+            raise UserError(
+                f"--weights: {first} can be judged by {', '.join(found[first])}, {name} by {', '.join(found[name])}; "
+                "choose common ones by --labels, or judge each in a call and --output_dir of its own"
+            )
+    return found[first]
+
+
 def evaluate(
     name: str,
     tuned: Tuned,
     images: LabelledImages,
+    shared: list[str],
     views: Dataset,
     *,
     dtype: torch.dtype,
@@ -100,22 +130,15 @@ def evaluate(
     num_workers: int,
     ranks: Ranks,
     signals: StopSignals,
-) -> tuple[list[str], np.ndarray, np.ndarray, str]:
-    """Judge a fine-tuned model on the test images of any data set, by the labels that both have.
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Judge a fine-tuned model on the test images of any data set, by their `shared_labels`.
 
     Returns:
-        The shared labels in the images' order, the test rows, their scores [n, shared], and a warning where subjects
-        of the test have trained the model ("" where none has).
+        The test rows, their scores [n, shared], and a warning if subjects of the test trained the model (else "").
 
     Raises:
-        UserError: no label in common, another task, or no test image.
+        UserError: no test image, or test images of one kind.
     """
-    shared = [label for label in images.label_names if label in tuned.labels]
-    if tuned.task != images.task or not shared or (tuned.task == MULTICLASS and set(tuned.labels) != set(shared)):
-        raise UserError(
-            f"{name} tells {', '.join(tuned.labels)} ({tuned.task}), and {images.name} has "
-            f"{', '.join(images.label_names)} ({images.task}): no labels in common to judge it by"
-        )
     rows = images.indices(TEST)
     if not len(rows):
         raise UserError(f"{images.name}: no test images; --split test makes all of them test images")
@@ -152,4 +175,4 @@ def evaluate(
             progress=progress,
         )
     scores = probabilities(logits, tuned.task).astype(np.float32)
-    return shared, rows, scores[:, [tuned.labels.index(label) for label in shared]], warning
+    return rows, scores[:, [tuned.labels.index(label) for label in shared]], warning

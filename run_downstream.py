@@ -16,11 +16,13 @@ import torch
 from datasets.downstream import add_arguments, read_from_args
 from datasets.downstream.choices import AUTO, PUBLISHED
 from datasets.downstream.images import (
+    Reading,
     Views,
     add_image_arguments,
     deep_note,
     normalisation,
     open_squares,
+    reading_as_trained,
     reading_from_args,
 )
 from datasets.downstream.labelled import (
@@ -39,7 +41,7 @@ from datasets.downstream.tree import ANY_FINDING
 from engine_downstream import ENCODE_BATCH, HeadOptions, Stopped, steps_per_epoch
 from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
-from engine_tuned import evaluate
+from engine_tuned import evaluate, shared_labels
 from util import distributed
 from util.cli import Parser, check_least, finite_float, seed_number
 from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, named_files, read_candidates
@@ -47,11 +49,20 @@ from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.files import replace_together
 from util.heeded import METHODS, without_effect
-from util.jobs import Jobs
+from util.jobs import Jobs, digest
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
 from util.pretrained import weights_name
-from util.results import Outcome, left_out, markdown_table, results_table, write_predictions, write_results, write_text
+from util.results import (
+    PUBLISHED_IMAGES,
+    Outcome,
+    left_out,
+    markdown_table,
+    results_table,
+    write_predictions,
+    write_results,
+    write_text,
+)
 from util.results_figure import results_figure
 from util.stop import StopSignals, exit_status
 from util.tuned import read_tuned
@@ -296,7 +307,10 @@ def look_ahead(args: argparse.Namespace, images: LabelledImages) -> list[str]:
                 for rows in partitions(images, fraction, seed=seed, n_folds=args.folds, validate=True):
                     steps_per_epoch(len(rows.train), args.batch_size)
     if args.method == "evaluate":
-        return [f"{name}: {path}" for name, path in named_files(args.weights) if read_tuned(path)]
+        files = dict(named_files(args.weights))
+        if files:
+            shared_labels({name: read_tuned(path) for name, path in files.items()}, images)
+        return [f"{name}: {path}" for name, path in files.items()]
     return list(map(describe, candidates_of(args)))
 
 
@@ -315,17 +329,23 @@ def judge(
         min_count=args.min_positives,
         draws=args.bootstrap,
         not_in_mean=(ANY_FINDING,) if args.dataset == "tree" else (),
+        study=digest([study_digest(images), args.folds if in_folds(images) else 0]),
+        as_published=as_published(args, images),
     )
     if args.method == "evaluate":
         with signals.at_once():
             tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
-            views, outcomes = open_views(args, images, ranks), []
+            labels = shared_labels(tuned, images)
+            readings = {name: reading_as_trained(args, model.reading, name) for name, model in tuned.items()}
+            views = {reading: open_views(args, images, ranks, reading) for reading in dict.fromkeys(readings.values())}
+            outcomes = []
         for name, model in tuned.items():
-            labels, rows, scores, warning = evaluate(
+            rows, scores, warning = evaluate(
                 name,
                 model,
                 images,
-                views,
+                labels,
+                views[readings[name]],
                 dtype=dtype,
                 batch_size=encode_batch,
                 num_workers=args.num_workers,
@@ -352,7 +372,7 @@ def judge(
     with signals.at_once():
         candidates = candidates_of(args)
         ranks.say("\n".join(map(describe, candidates)))
-        views = open_views(args, images, ranks)
+        views = open_views(args, images, ranks, reading_from_args(args))
     jobs = Jobs(output_dir / "jobs")
     views_key = [asdict(views.reading), images.strong_augmentation]
     files_key, study_key = files_digest(images), study_digest(images)
@@ -423,9 +443,15 @@ def judge(
     return outcomes
 
 
-def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks) -> Views:
+def as_published(args: argparse.Namespace, images: LabelledImages) -> bool:
+    """Whether images, parts and labels are all those of the published results."""
+    tests = len(images.indices(TEST))
+    there = PUBLISHED_IMAGES.get(images.name) == (len(images) - tests, tests)
+    return there and args.split in (AUTO, PUBLISHED) and not (args.labels or args.where)
+
+
+def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks, reading: Reading) -> Views:
     """The images' views, from the cache of decoded images unless --no_cache; rank 0 builds it."""
-    reading = reading_from_args(args)
     for note in deep_note(images.files, reading):
         ranks.say(note)
     plane = None
@@ -443,8 +469,7 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     notes = [NARROW] if in_folds(images) else []
     notes += [outcome.note for outcome in outcomes if outcome.note]
     table = results_table(outcomes)
-    as_published = args.split in (AUTO, PUBLISHED) and not (args.labels or args.where)
-    text = markdown_table(outcomes, notes, published=as_published)
+    text = markdown_table(outcomes, notes)
     first = outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
     figure = results_figure(table, [line for line in title if line])
