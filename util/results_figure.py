@@ -41,7 +41,7 @@ def summary_figure(means: pd.DataFrame) -> Figure:
     share of labels, or, of a single share, marks side by side; bands and bars are +- one standard deviation over
     seeds."""
     runs = list(dict.fromkeys(zip(means["run"], means["measure"], strict=True)))
-    names = _by_final_value(means, "value")
+    names = list(_final_values(means, "value").index)
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
     wrapped = [_wrapped(name) for name in names]
@@ -77,10 +77,8 @@ def summary_figure(means: pd.DataFrame) -> Figure:
 def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
     """The mean over labels against the share of training images, each line named where it ends."""
     mean = table[table["label"] == MEAN]
-    names = _by_final_value(mean, measure)
-    last = (
-        mean.groupby(["weights", "fraction"])[measure].mean().groupby("weights").last()
-    )  # models have their own shares
+    last = _final_values(mean, measure)
+    names = list(last.index)
     texts = [_wrapped(f"{last[name]:.3f}  {name}") for name in names]
     lines = [text.count("\n") + 1.4 for text in texts]
     size = (5.2 + _width(texts), max(4.4, LINE_INCHES * sum(lines) + 1.4))
@@ -110,10 +108,10 @@ def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
     return figure
 
 
-def _by_final_value(mean: pd.DataFrame, column: str) -> list[str]:
-    """Names of the weights, the best of their largest share of labels first."""
+def _final_values(mean: pd.DataFrame, column: str) -> pd.Series:
+    """The mean of each weights at their own largest share of labels, the best first."""
     final = mean[mean["fraction"] == mean.groupby("weights")["fraction"].transform("max")]
-    return list(final.groupby("weights", sort=False)[column].mean().sort_values(ascending=False, kind="stable").index)
+    return final.groupby("weights", sort=False)[column].mean().sort_values(ascending=False, kind="stable")
 
 
 def _spread_out(wanted: Sequence[float], sizes: np.ndarray) -> np.ndarray:
@@ -206,7 +204,7 @@ def _per_label(table: pd.DataFrame, measure: str) -> Figure:
 def _per_weights(table: pd.DataFrame, measure: str) -> Figure:
     """A panel per label and for the mean, in each a row per weights, the best mean on top: for more weights than can
     be told apart by colour."""
-    names = _by_final_value(table[table["label"] == MEAN], measure)
+    names = list(_final_values(table[table["label"] == MEAN], measure).index)
     table, labels = _judged(table, measure)
     columns = min(4, len(labels))
     rows = -(-len(labels) // columns)
