@@ -96,7 +96,7 @@ def shared_labels(models: Mapping[str, Tuned], images: LabelledImages) -> list[s
     Raises:
         UserError: no label in common, another task, a class that only one side has, or models with different labels.
     """
-    found: dict[str, list[str]] = {}
+    judged_by: dict[tuple[str, ...], str] = {}
     for name, tuned in models.items():
         both = [label for label in images.label_names if label in tuned.labels]
         told = (
@@ -107,15 +107,14 @@ def shared_labels(models: Mapping[str, Tuned], images: LabelledImages) -> list[s
             raise UserError(f"{told}: no labels in common to judge it by")
         if tuned.task == MULTICLASS and set(tuned.labels) != set(images.label_names):
             raise UserError(f"{told}: the classes must be the same; --where can leave out images of other classes")
-        found[name] = both
-    first, *others = found
-    for name in others:
-        if found[name] != found[first]:
-            raise UserError(
-                f"--weights: {first} can be judged by {', '.join(found[first])}, {name} by {', '.join(found[name])}; "
-                "choose common ones by --labels, or judge each in a call and --output_dir of its own"
-            )
-    return found[first]
+        judged_by.setdefault(tuple(both), name)
+    if len(judged_by) > 1:
+        two = " and ".join(f"{name} by {', '.join(labels)}" for labels, name in list(judged_by.items())[:2])
+        raise UserError(
+            f"--weights: only {two} can be judged; choose common labels by --labels, or judge each in a call and "
+            "--output_dir of its own"
+        )
+    return [label for labels in judged_by for label in labels]
 
 
 def evaluate(

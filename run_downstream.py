@@ -65,7 +65,7 @@ from util.results import (
 )
 from util.results_figure import results_figure
 from util.stop import StopSignals, exit_status
-from util.tuned import read_tuned
+from util.tuned import Tuned, read_tuned
 from util.weights import summarize_keys
 
 SPLIT, RESULTS = "split.csv", ("results.csv", "predictions.csv", "table.md", "results.png")
@@ -298,6 +298,15 @@ def candidates_of(args: argparse.Namespace) -> list[Candidate]:
     )
 
 
+def read_models(
+    args: argparse.Namespace, images: LabelledImages
+) -> tuple[dict[str, Tuned], list[str], dict[str, Reading]]:
+    """Fine-tuned models by name, the labels to judge them by, and how each reads files. Raises `UserError`."""
+    tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
+    readings = {name: reading_as_trained(args, model.reading, name) for name, model in tuned.items()}
+    return tuned, shared_labels(tuned, images), readings
+
+
 def look_ahead(args: argparse.Namespace, images: LabelledImages) -> list[str]:
     """What --weights are, for a --dry_run. `UserError` for what a run would refuse after reading many images: weights
     that can't be read, and shares of the training images that are less than a batch."""
@@ -307,10 +316,7 @@ def look_ahead(args: argparse.Namespace, images: LabelledImages) -> list[str]:
                 for rows in partitions(images, fraction, seed=seed, n_folds=args.folds, validate=True):
                     steps_per_epoch(len(rows.train), args.batch_size)
     if args.method == "evaluate":
-        files = dict(named_files(args.weights))
-        if files:
-            shared_labels({name: read_tuned(path) for name, path in files.items()}, images)
-        return [f"{name}: {path}" for name, path in files.items()]
+        return [f"{name}: {', '.join(model.labels)}" for name, model in read_models(args, images)[0].items()]
     return list(map(describe, candidates_of(args)))
 
 
@@ -334,9 +340,7 @@ def judge(
     )
     if args.method == "evaluate":
         with signals.at_once():
-            tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
-            labels = shared_labels(tuned, images)
-            readings = {name: reading_as_trained(args, model.reading, name) for name, model in tuned.items()}
+            tuned, labels, readings = read_models(args, images)
             views = {reading: open_views(args, images, ranks, reading) for reading in dict.fromkeys(readings.values())}
             outcomes = []
         for name, model in tuned.items():
