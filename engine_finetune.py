@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.downstream.images import Views
+from datasets.downstream.images import Views, options_heeded
 from datasets.downstream.labelled import MULTICLASS, LabelledImages
 from datasets.downstream.partition import Rows, partitions
 from datasets.sampler import train_loader
@@ -162,8 +162,8 @@ def finetune(
 ) -> np.ndarray:
     """Train on `rows.train` until the validation loss has not fallen for a while, and test its best epoch.
 
-    Writes into `folder`: best.pth, log.txt (a JSON line per epoch), TensorBoard events, and, until it is done,
-    checkpoint.pth.
+    Writes into `folder`: best.pth, log.txt (a JSON line per epoch), TensorBoard events, and checkpoint.pth, which the
+    caller removes once the scores are kept.
 
     Returns:
         Scores of `rows.test` between 0 and 1, float32 [n, C], on every rank.
@@ -220,6 +220,7 @@ def finetune(
         group=ranks.control,
         half=tuning.dtype == torch.float16,
         sample_names=lambda epoch, step: [images.ids[rows.train[i]] for i in sampler.batch(epoch, step)],
+        remedy="lower --lr, or use --dtype float32",
     )
     on_main(ranks, lambda: _make_folder(folder))
     log = RunLog(folder, None, place.epoch + place.step / steps, enabled=ranks.is_main)
@@ -291,6 +292,7 @@ def finetune(
             core,
             mean=tuning.mean,
             std=tuning.std,
+            reading={name: getattr(views.reading, name) for name in options_heeded(images.files)},
             task=images.task,
             labels=images.label_names,
             pool=recipe.pool,
@@ -302,7 +304,6 @@ def finetune(
             valid_loss=place.best_loss,
             seen=subject_marks(images.subjects[np.r_[rows.train, rows.valid]], images.name),
         )
-        (folder / CHECKPOINT).unlink(missing_ok=True)
 
     on_main(ranks, finish)
     ranks.say(f"{what}: best epoch {place.best_epoch + 1} of {place.epoch}, validation loss {place.best_loss:.4f}")
@@ -421,6 +422,7 @@ def finetune_all(
                 if kept is None:
                     kept = {"scores": finetune(tuning, candidate, rows, fraction, seed, folder, what)}
                     on_main(ranks, lambda of_fold=of_fold, kept=kept: jobs.save(of_fold, kept))
+                on_main(ranks, lambda folder=folder: (folder / CHECKPOINT).unlink(missing_ok=True))
                 scores.append(kept["scores"])
             stored = {"rows": np.concatenate([rows.test for rows in parts]), "scores": np.concatenate(scores)}
             on_main(ranks, lambda name=name, stored=stored: jobs.save(name, stored))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,16 +12,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.downstream.images import CENTRE
-from datasets.downstream.labelled import MULTICLASS, TEST, LabelledImages
+from datasets.downstream.images import CENTRE, Reading, reading_as_trained
+from datasets.downstream.labelled import MULTICLASS, TEST, LabelledImages, check_min_positives
 from engine_downstream import Stopped, network_input, probabilities, read_back
 from util.distributed import Ranks
+from util.encoders import named_files
 from util.errors import UserError
 from util.loading import SampleLoader
 from util.progress import Steps
+from util.results import Outcome
 from util.stop import StopSignals, ignore_stop_signals
 from util.subjects import subject_marks
-from util.tuned import Tuned
+from util.tuned import Tuned, read_tuned
 
 
 class TestViews(Dataset):
@@ -89,43 +93,74 @@ def predict(
     return torch.from_numpy(whole)
 
 
+def read_models(
+    args: argparse.Namespace, images: LabelledImages
+) -> tuple[dict[str, Tuned], list[str], dict[str, Reading]]:
+    """Fine-tuned models by name, the labels to judge them by, and how each reads files. Raises `UserError`."""
+    tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
+    readings = {name: reading_as_trained(args, model.reading, name) for name, model in tuned.items()}
+    return tuned, shared_labels(tuned, images), readings
+
+
+def shared_labels(models: Mapping[str, Tuned], images: LabelledImages) -> list[str]:
+    """The labels that models and images have, in the images' order: the same for all models, since one table and one
+    mean hold them all.
+
+    Raises:
+        UserError: no label in common, another task, a class that only one side has, or models with different labels.
+    """
+    judged_by: dict[tuple[str, ...], str] = {}
+    for name, tuned in models.items():
+        both = [label for label in images.label_names if label in tuned.labels]
+        told = (
+            f"{name} predicts {', '.join(tuned.labels)} ({tuned.task}), and {images.name} has "
+            f"{', '.join(images.label_names)} ({images.task})"
+        )
+        if tuned.task != images.task or not both:
+            raise UserError(f"{told}: no labels in common to judge it by")
+        if tuned.task == MULTICLASS and set(tuned.labels) != set(images.label_names):
+            raise UserError(f"{told}: the classes must be the same; --where can leave out images of other classes")
+        judged_by.setdefault(tuple(both), name)
+    if len(judged_by) > 1:
+        two = " and ".join(f"{name} by {', '.join(labels)}" for labels, name in list(judged_by.items())[:2])
+        raise UserError(
+            f"--weights: only {two} can be judged; choose common labels by --labels, or judge each in a call and "
+            "--output_dir of its own"
+        )
+    return [label for labels in judged_by for label in labels]
+
+
 def evaluate(
     name: str,
     tuned: Tuned,
     images: LabelledImages,
+    shared: list[str],
     views: Dataset,
+    common: Mapping[str, Any],
     *,
     dtype: torch.dtype,
     batch_size: int,
     num_workers: int,
     ranks: Ranks,
     signals: StopSignals,
-) -> tuple[list[str], np.ndarray, np.ndarray, str]:
-    """Judge a fine-tuned model on the test images of any data set, by the labels that both have.
-
-    Returns:
-        The shared labels in the images' order, the test rows, their scores [n, shared], and a warning where subjects
-        of the test have trained the model ("" where none has).
+) -> Outcome:
+    """Judge a fine-tuned model on the test images of any data set, by their `shared_labels`; `common` are the fields of
+    an outcome that do not depend on the model.
 
     Raises:
-        UserError: no label in common, another task, or no test image.
+        UserError: no test image, test images of one kind, or fewer than --min_positives.
     """
-    shared = [label for label in images.label_names if label in tuned.labels]
-    if tuned.task != images.task or not shared or (tuned.task == MULTICLASS and set(tuned.labels) != set(shared)):
-        raise UserError(
-            f"{name} tells {', '.join(tuned.labels)} ({tuned.task}), and {images.name} has "
-            f"{', '.join(images.label_names)} ({images.task}): no labels in common to judge it by"
-        )
     rows = images.indices(TEST)
     if not len(rows):
         raise UserError(f"{images.name}: no test images; --split test makes all of them test images")
-    columns = images.labels[rows][:, [images.label_names.index(label) for label in shared]]
-    kinds = np.stack([(columns == value).any(0) for value in (0, 1)])
+    targets = images.labels[rows][:, [images.label_names.index(label) for label in shared]]
+    kinds = np.stack([(targets == value).any(0) for value in (0, 1)])
     if not kinds.all(0).any():
         raise UserError(
             f"{images.name}: the test images are all of one kind by {', '.join(shared)}, so {name} can't be judged by "
             "them; --split test makes all images test images"
         )
+    check_min_positives(common["min_count"], images, targets)
     subjects = set(images.subjects[rows].tolist())
     warning = ""
     if known := len(tuned.seen & set(subject_marks(subjects, images.name))):
@@ -152,4 +187,15 @@ def evaluate(
             progress=progress,
         )
     scores = probabilities(logits, tuned.task).astype(np.float32)
-    return shared, rows, scores[:, [tuned.labels.index(label) for label in shared]], warning
+    return Outcome(
+        **common,
+        weights=name,
+        fraction=tuned.fraction,
+        seed=tuned.seed,
+        label_names=shared,
+        ids=[images.ids[row] for row in rows],
+        subjects=images.subjects[rows],
+        targets=targets,
+        scores=scores[:, [tuned.labels.index(label) for label in shared]],
+        note=warning,
+    )

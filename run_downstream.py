@@ -10,12 +10,12 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from datasets.downstream import add_arguments, read_from_args
 from datasets.downstream.choices import AUTO, PUBLISHED
 from datasets.downstream.images import (
+    Reading,
     Views,
     add_image_arguments,
     deep_note,
@@ -39,23 +39,31 @@ from datasets.downstream.tree import ANY_FINDING
 from engine_downstream import ENCODE_BATCH, HeadOptions, Stopped, steps_per_epoch
 from engine_finetune import RECIPES, Tuning, finetune_all
 from engine_frozen import Frozen, linear, probe
-from engine_tuned import evaluate
+from engine_tuned import evaluate, read_models
 from util import distributed
 from util.bootstrap import MIN_DRAWS
 from util.cli import Parser, check_least, finite_float, seed_number
-from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, named_files, read_candidates
+from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, read_candidates
 from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.files import replace_together
 from util.heeded import METHODS, without_effect
-from util.jobs import Jobs
+from util.jobs import Jobs, digest
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
 from util.pretrained import weights_name
-from util.results import Outcome, left_out, markdown_table, results_table, write_predictions, write_results, write_text
+from util.results import (
+    PUBLISHED_IMAGES,
+    Outcome,
+    left_out,
+    markdown_table,
+    results_table,
+    write_predictions,
+    write_results,
+    write_text,
+)
 from util.results_figure import results_figure
 from util.stop import StopSignals, exit_status
-from util.tuned import read_tuned
 from util.weights import summarize_keys
 
 SPLIT, RESULTS = "split.csv", ("results.csv", "predictions.csv", "table.md", "results.png")
@@ -224,9 +232,7 @@ def start_output(output_dir: Path, images: LabelledImages, args: argparse.Namesp
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: damaged; move it away")
+            raise UserError(f"{path}: damaged; move it away") from None
         if found != study:
             raise UserError(
                 f"--output_dir {output_dir}: holds results of {found.get('dataset')}, {found.get('method')}, not of "
@@ -298,7 +304,7 @@ def look_ahead(args: argparse.Namespace, images: LabelledImages) -> list[str]:
                     if heads:
                         steps_per_epoch(len(rows.train), args.batch_size)
     if args.method == "evaluate":
-        return [f"{name}: {path}" for name, path in named_files(args.weights) if read_tuned(path)]
+        return [f"{name}: {', '.join(model.labels)}" for name, model in read_models(args, images)[0].items()]
     return list(map(describe, candidates_of(args)))
 
 
@@ -310,6 +316,7 @@ def judge(
     set_tf32(False)
     dtype = getattr(torch, args.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     encode_batch = args.encode_batch or ENCODE_BATCH[ranks.device.type]
+    study_key = study_digest(images)
     common = dict(
         task=images.task,
         dataset=images.name,
@@ -317,47 +324,25 @@ def judge(
         min_count=args.min_positives,
         draws=args.bootstrap,
         not_in_mean=(ANY_FINDING,) if args.dataset == "tree" else (),
+        study=digest([study_key, args.folds if in_folds(images) else 0]),
+        as_published=as_published(args, images),
     )
     if args.method == "evaluate":
         with signals.at_once():
-            tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
-            views, outcomes = open_views(args, images, ranks), []
-        for name, model in tuned.items():
-            labels, rows, scores, warning = evaluate(
-                name,
-                model,
-                images,
-                views,
-                dtype=dtype,
-                batch_size=encode_batch,
-                num_workers=args.num_workers,
-                ranks=ranks,
-                signals=signals,
-            )
-            columns = [images.label_names.index(label) for label in labels]
-            check_min_positives(args.min_positives, images, images.labels[np.ix_(rows, columns)])
-            outcomes.append(
-                Outcome(
-                    **common,
-                    weights=name,
-                    fraction=model.fraction,
-                    seed=model.seed,
-                    label_names=labels,
-                    ids=[images.ids[row] for row in rows],
-                    subjects=images.subjects[rows],
-                    targets=images.labels[np.ix_(rows, columns)],
-                    scores=scores,
-                    note=warning,
-                )
-            )
-        return outcomes
+            tuned, labels, readings = read_models(args, images)
+            views = {reading: open_views(args, images, ranks, reading) for reading in dict.fromkeys(readings.values())}
+        options = dict(dtype=dtype, batch_size=encode_batch, num_workers=args.num_workers, ranks=ranks, signals=signals)
+        return [
+            evaluate(name, model, images, labels, views[readings[name]], common, **options)
+            for name, model in tuned.items()
+        ]
     with signals.at_once():
         candidates = candidates_of(args)
         ranks.say("\n".join(map(describe, candidates)))
-        views = open_views(args, images, ranks)
+        views = open_views(args, images, ranks, reading_from_args(args))
     jobs = Jobs(output_dir / "jobs")
     views_key = [asdict(views.reading), images.strong_augmentation]
-    files_key, study_key = files_digest(images), study_digest(images)
+    files_key = files_digest(images)
     settings = {name: getattr(args, name) for name in RECIPE_HELP}
     outcomes = []
     for candidate in candidates:
@@ -426,9 +411,14 @@ def judge(
     return outcomes
 
 
-def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks) -> Views:
+def as_published(args: argparse.Namespace, images: LabelledImages) -> bool:
+    """Whether images, parts and labels are all those of the published results."""
+    chosen, tests = args.split not in (AUTO, PUBLISHED) or args.labels or args.where, len(images.indices(TEST))
+    return not chosen and PUBLISHED_IMAGES.get(images.name) == (len(images) - tests, tests)
+
+
+def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks, reading: Reading) -> Views:
     """The images' views, from the cache of decoded images unless --no_cache; rank 0 builds it."""
-    reading = reading_from_args(args)
     for note in deep_note(images.files, reading):
         ranks.say(note)
     plane = None
@@ -443,11 +433,9 @@ def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distribu
 def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outcome]) -> None:
     """Write and print the results."""
     output_dir = Path(args.output_dir)
-    notes = [NARROW] if in_folds(images) else []
-    notes += [outcome.note for outcome in outcomes if outcome.note]
+    notes = [NARROW] * in_folds(images) + [outcome.note for outcome in outcomes if outcome.note]
     table = results_table(outcomes)
-    as_published = args.split in (AUTO, PUBLISHED) and not (args.labels or args.where)
-    text = markdown_table(outcomes, notes, published=as_published)
+    text = markdown_table(outcomes, notes)
     first = outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
     figure = results_figure(table, [line for line in title if line])

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.ablation import format_seed_table, seed_table
 from util.ablation_figure import ablation_figure
 from util.cli import Parser
-from util.errors import run_cli
+from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.files import atomic_write
 from util.tables import read_table
@@ -34,8 +34,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    columns = ("weights", "label", "auc", "n", "n_positive")
-    results = pd.concat([read_table(Path(path), columns) for path in args.results], ignore_index=True)
+    columns = ("weights", "label", "auc", "n", "n_positive", "fraction", "study")
+    results = pd.concat([read_table(Path(path), columns, text=["study"]) for path in args.results], ignore_index=True)
+    for column, what in (("fraction", "shares of the labels"), ("study", "images, parts or labels")):
+        if results[column].nunique() > 1:
+            raise UserError(f"{', '.join(args.results)}: results of several {what}; give those of one")
     # Labels too rare to tell settings apart are no columns of the table; the mean has no count.
     fewest = results[["n_positive"]].assign(without=results["n"] - results["n_positive"]).min(axis=1)
     table = seed_table(results[~(fewest < args.min_positives)], args.reference)

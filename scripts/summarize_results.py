@@ -20,7 +20,7 @@ from util.results import MEAN, summary_table, write_text
 from util.results_figure import summary_figure
 from util.tables import read_table
 
-COLUMNS = ("weights", "dataset", "method", "fraction", "seed", "label", "low", "high", "n")
+COLUMNS = ("weights", "dataset", "method", "fraction", "seed", "label", "low", "high", "n", "study", "as_published")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     results = pd.concat([read_means(Path(path)) for path in args.results], ignore_index=True)
-    key = ["dataset", "method", "weights", "fraction", "seed"]
+    results = results.assign(run=run_names(results))
+    key = ["run", "weights", "fraction", "seed"]
     if (twice := results[results.duplicated(key)]).size:
         raise UserError(
             f"{twice['file'].iloc[0]}: {', '.join(map(str, twice[key].iloc[0]))} stands in another file too"
@@ -51,9 +52,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def run_names(results: pd.DataFrame) -> pd.Series:
+    """The column's title of each row: data set and method, with a file's name where these were tested on other images,
+    trained on others, or judged by other labels."""
+    names = results["dataset"] + " " + results["method"]
+    several = results["study"].groupby(names).transform("nunique") > 1
+    return names.where(~several, names + ", " + results["file"].groupby([names, results["study"]]).transform("first"))
+
+
 def read_means(path: Path) -> pd.DataFrame:
     """The rows of the mean over labels, with the measure's name and its value in columns of their own."""
-    table = read_table(path, COLUMNS, text=("weights", "dataset", "method", "label"))
+    table = read_table(path, COLUMNS, text=("weights", "dataset", "method", "label", "study"))
     measures = [name for name in ("auc", "accuracy") if name in table]
     if len(measures) != 1:
         raise UserError(f"{path}: has neither a column 'auc' nor 'accuracy'; give a results.csv of run_downstream.py")

@@ -14,15 +14,19 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from reliability_runs import run, run_ranks, signal_at_call
 from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
+from test_tuned import FACTS, save
 
 import engine_tuned
-from engine_finetune import RECIPES, Recipe, build, build_optimizer
+import run_downstream
+from engine_finetune import RECIPES, Recipe, Tuning, build, build_optimizer
 from run_downstream import main
 from util.encoders import Candidate, read_candidates
 from util.errors import UserError
 from util.export import read_backbone
+from util.jobs import Jobs
 
 
 def tune(root: Path, out: Path, weights: object, *options: object) -> list[str]:
@@ -122,6 +126,89 @@ def test_evaluate_judges_best_pth_on_another_folder(rsna, encoder, tuned, tmp_pa
         main(command(rsna, tmp_path / "x", "--method", "evaluate", "--weights", encoder))
 
 
+def best_pth(path: Path, labels: list[str], task: str = "multilabel") -> str:
+    """A small best.pth, as an argument of --weights."""
+    arguments = FACTS["timm_args"] | {"num_classes": len(labels)}
+    state = timm.create_model(FACTS["timm_model"], **arguments).state_dict()
+    save(state, path, labels=labels, task=task, timm_args=arguments)
+    return f"{path.stem}={path}"
+
+
+def test_one_table_holds_models_of_the_same_labels_only(tmp_path):
+    """Each number would stand under the first model's labels, and the means would be of different ones."""
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(20)], "subject_id": range(20), "split": "test"})
+    for i, label in enumerate(("Cardiomegaly", "Edema", "Effusion")):
+        table[label] = np.arange(20) >> i & 1
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    first = best_pth(tmp_path / "a.pth", ["Cardiomegaly", "Edema"])
+    second = best_pth(tmp_path / "b.pth", ["Effusion", "Edema"])
+    argv = (
+        f"--dataset csv --data_path {tmp_path} --label_columns Cardiomegaly Edema Effusion --method evaluate --dry_run"
+    )
+    argv = [*argv.split(), "--output_dir", str(tmp_path / "out"), "--weights", first, second]
+    with pytest.raises(
+        UserError, match="only a by Cardiomegaly, Edema and b by Edema, Effusion can be judged; choose common"
+    ):
+        main(argv)
+    assert main([*argv, "--labels", "Edema"]) == 0
+
+
+def test_classes_that_the_model_lacks_are_refused(tmp_path):
+    """Their images would count as the first class."""
+    for part, classes in (("train", "abab"), ("test", "abc")):
+        lines = [f"{part}{i} {part}{i}.png {name} source" for i, name in enumerate(classes)]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+    argv = f"--dataset covidx --data_path {tmp_path} --method evaluate --dry_run --output_dir {tmp_path / 'out'}"
+    argv = [*argv.split(), "--weights", best_pth(tmp_path / "two.pth", ["b", "a"], "multiclass")]
+    with pytest.raises(UserError, match=r"two predicts b, a .* covidx has a, b, c .*: the classes must be the same"):
+        main(argv)
+    assert main([*argv, "--where", "class=a", "class=b"]) == 0
+
+
+def test_evaluate_reads_files_as_training_did(encoder, tmp_path):  # noqa: F811
+    """16-bit images scaled by one maximum for all: the same images give the same scores, and no other way is taken."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        deep = rng.integers(0, 900, (64, 64)) + 1500 * (i % 2)
+        Image.fromarray(deep.astype(np.uint16)).save(tmp_path / f"{i}.png")
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(40)], "subject_id": range(40)})
+    table.assign(Bright=table.index % 2).to_csv(tmp_path / "labels.csv", index=False)
+    argv = [
+        "--dataset",
+        "csv",
+        "--data_path",
+        tmp_path,
+        "--label_columns",
+        "Bright",
+        "--device",
+        "cpu",
+        "--bootstrap",
+        9,
+    ]
+    argv = [str(word) for word in [*argv, "--num_workers", 0, "--output_dir"]]
+    trained = [*argv, str(tmp_path / "out"), "--weights", f"ours={encoder}", "--method", "finetune", "--seeds", "43"]
+    assert main([*trained, *"--epochs 1 --batch_size 8 --intensity_max 4095".split()]) == 0
+    (best,) = tmp_path.glob("out/runs/*/best.pth")
+    judged = [*argv, str(tmp_path / "same"), "--weights", f"ours={best}", "--method", "evaluate"]
+    # DICOM's contrast played no part: whoever has DICOM files may choose one.
+    assert main([*judged, "--dicom_contrast", "window"]) == 0
+    found = [pd.read_csv(tmp_path / out / "predictions.csv")["score"] for out in ("out", "same")]
+    np.testing.assert_allclose(*found, atol=1e-6)
+    with pytest.raises(UserError, match="--intensity_max 999.0: ours was trained with 4095.0"):
+        main([*judged, "--intensity_max", "999", "--dry_run"])
+
+
+def test_the_checkpoint_stays_until_the_scores_are_kept(rsna, encoder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(run_downstream, "Tuning", partial(Tuning, save_minutes=0))
+    argv = tune(rsna, tmp_path, encoder, "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Jobs, "save", lambda *args: (_ for _ in ()).throw(UserError("full")))
+        with pytest.raises(UserError, match="full"):
+            main(argv)
+    assert main(argv) == 0 and "goes on from epoch 2, step 0" in capsys.readouterr().out
+    assert not list(tmp_path.glob("runs/*/checkpoint.pth"))
+
+
 def test_published_recipe_is_adam_with_one_rate(encoder):  # noqa: F811
     """One step of the published optimiser, written out."""
     (candidate,) = read_candidates([str(encoder)], imagenet="")
@@ -168,7 +255,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):  # noqa: F811
         (["--drop_path", "-1"], "--drop_path -1"),
         (["--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
         (["--weights", "pixels"], "--weights pixels: there is no encoder to fine-tune"),
-        (["--lr", "1e30"], "lr"),
+        (["--lr", "1e30"], "lower --lr, or use --dtype float32$"),
     ]:
         with pytest.raises(UserError, match=reason) as caught:
             main(tune(rsna, tmp_path / "out", encoder, *options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys, monkeypa
     assert "_our$1: 204 images encoded, 0 were there already" in printed  # 2 views of 84, 36 to judge
     assert "matched   18  cls_token" in printed and "missing    0" in printed
     table = (out / "table.md").read_text()
-    assert "| _our$1 | 50% | 2 |" in table and "(published)* | 100%" in table
+    assert "| _our$1 | 50% | 2 |" in table
     assert Image.open(out / "results.png").size[0] >= 1200
     split = pd.read_csv(out / "split.csv")
     assert split["split"].value_counts().to_dict() == {"train": 84, "valid": 18, "test": 18}
@@ -263,7 +264,29 @@ def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
         found.append(pd.read_csv(tmp_path / "out" / "predictions.csv")["score"])
         assert "0 were there already" in capsys.readouterr().out
     assert (found[0] != found[1]).any()
-    assert "(published)" not in (tmp_path / "out" / "table.md").read_text()  # which is on another split
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "shown"),
+    [
+        ((102, 18), [], True),
+        ((22_681, 4_003), [], False),
+        ((102, 18), ["--skip_missing"], False),
+        ((102, 18), ["--split", "subject"], False),
+        ((102, 18), ["--labels", "Pneumonia"], False),
+        ((102, 18), ["--where", "Target=0", "Target=1"], False),
+    ],
+)
+def test_published_numbers_stand_beside_results_of_all_published_images_only(
+    rsna, tmp_path, monkeypatch, counts, options, shown
+):
+    if "--skip_missing" in options:
+        rsna = shutil.copytree(rsna, tmp_path / "copy")
+        next((rsna / "stage_2_train_images").iterdir()).unlink()
+    monkeypatch.setattr(run_downstream, "PUBLISHED_IMAGES", {"rsna": counts})
+    assert main(command(rsna, tmp_path / "out", "--weights", "pixels", "--seeds", "43", *options)) == 0
+    assert ("86.83" in (tmp_path / "out" / "table.md").read_text()) == shown
+    assert set(pd.read_csv(tmp_path / "out" / "results.csv")["as_published"]) == {shown}
 
 
 def test_a_share_of_one_class_and_features_that_overflow_are_told(rsna, encoder, tmp_path, capsys):

@@ -21,6 +21,7 @@ from util.stop import GO_ON, Agreement, StopSignals
 # What became of a step; where ranks differ, the largest counts.
 _UNKNOWN, _FINE, _OVERFLOW, _BROKEN = range(4)
 OVERFLOWS_IN_A_ROW = 50
+REMEDY = "lower --lr, set --clip_grad, use --dtype float32, or pass --skip_nonfinite N to leave out N such steps"
 
 
 class NonFiniteError(UserError):
@@ -93,6 +94,7 @@ class FiniteWatch:
         half: training in fp16.
         skip_nonfinite: tolerate so many steps without update before failing, with a warning each.
         sample_names: maps (epoch, micro-step) to the names of this rank's samples.
+        remedy: what the error advises, by the program's own flags.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class FiniteWatch:
         half: bool = False,
         skip_nonfinite: int = 0,
         sample_names: Callable[[int, int], Sequence[str]],
+        remedy: str = REMEDY,
     ):
         self._lag = 2 if device.type == "cuda" else 0
         self._signals = signals
@@ -111,6 +114,7 @@ class FiniteWatch:
         self._half = half
         self._tolerate = skip_nonfinite
         self._sample_names = sample_names
+        self._remedy = remedy
         self._unread: deque[_Step] = deque()
         self._unjudged: deque[_Step] = deque()
         self._overflows = 0
@@ -191,10 +195,7 @@ class FiniteWatch:
             report = self._report(step)
             self.skipped += 1
             if self.skipped > self._tolerate:
-                self._fail(
-                    f"{report}; no update was made with it and nothing was saved since: lower --lr, set "
-                    "--clip_grad, use --dtype float32, or pass --skip_nonfinite N to leave out N such steps"
-                )
+                self._fail(f"{report}; no update was made with it and nothing was saved since: {self._remedy}")
             if self._is_main:
                 left_out = f"left out {self.skipped} of at most {self._tolerate} steps (--skip_nonfinite)"
                 print(f"warning: {left_out}: {report}", flush=True)

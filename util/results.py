@@ -13,9 +13,12 @@ import pandas as pd
 
 from util.bootstrap import bootstrap_aucs, bootstrap_means, interval, mean_of_known, n_drawn
 from util.files import atomic_write
+from util.jobs import digest
 
 MEAN = "mean"
 MULTICLASS = "multiclass"
+# Images to train and validate with, and test images, that published results are of.
+PUBLISHED_IMAGES = {"rsna": (22_681, 4_003), "nih": (86_524, 25_596)}
 # Of VP-MIM, the same group's follow-up (J-SMU 2026, 46(4):946), on all training data; percent.
 PUBLISHED = {
     ("rsna", "linear"): [("VP-MIM, pretrained on REFLACX's 2,616 images", 86.83)],
@@ -38,6 +41,8 @@ class Outcome:
         not_in_mean: labels that hold others, e.g. "Any finding".
         folds: int [N] of grouped folds: which model scored each image; the AUC is the mean of the folds'.
         note: what a reader of the results must know of these.
+        study: says which images, parts and labels: only results of the same belong into one column.
+        as_published: whether these are all those of the published results.
     """
 
     weights: str
@@ -56,6 +61,8 @@ class Outcome:
     not_in_mean: Sequence[str] = ()
     note: str = ""
     folds: np.ndarray | None = None
+    study: str = ""
+    as_published: bool = False
 
     @property
     def measure(self) -> str:
@@ -106,19 +113,23 @@ class Outcome:
 
 def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """One row for each outcome and label, and one for the mean: weights, dataset, method, fraction, seed,
-    label, auc or accuracy with its 95% interval over subjects (low, high), n known images, n_positive, and how many
-    draws of subjects had a value, which the interval is taken from."""
+    label, auc or accuracy with its 95% interval over subjects (low, high), n known images, n_positive, draws (how many
+    draws of subjects had a value, which the interval is taken from), study and as_published (`Outcome`; both of the
+    mean's labels, too)."""
     rows = []
     for outcome in outcomes:
         head = [outcome.weights, outcome.dataset, outcome.method, outcome.fraction, outcome.seed]
+        study = digest([outcome.study, list(outcome.label_names), outcome.judged.tolist()])
+        tail = [study, outcome.as_published and bool(outcome.judged.all())]
         values = outcome.values
         for j, label in enumerate(outcome.label_names):
             positive, negative = outcome.counts[:, j].tolist()
             drawn = n_drawn(values[:, j])
-            rows.append([*head, label, *interval(values[:, j]), positive + negative, positive, drawn])
-        rows.append([*head, MEAN, *interval(values[:, -1]), len(outcome.ids), pd.NA, n_drawn(values[:, -1])])
+            rows.append([*head, label, *interval(values[:, j]), positive + negative, positive, drawn, *tail])
+        rows.append([*head, MEAN, *interval(values[:, -1]), len(outcome.ids), pd.NA, n_drawn(values[:, -1]), *tail])
     columns = ["weights", "dataset", "method", "fraction", "seed", "label", outcomes[0].measure, "low", "high"]
-    return pd.DataFrame(rows, columns=[*columns, "n", "n_positive", "draws"]).astype({"n_positive": "Int64"})
+    columns += ["n", "n_positive", "draws", "study", "as_published"]
+    return pd.DataFrame(rows, columns=columns).astype({"n_positive": "Int64"})
 
 
 def write_results(table: pd.DataFrame, path: str | os.PathLike) -> None:
@@ -163,10 +174,14 @@ def left_out(outcome: Outcome) -> str:
     return f"the mean leaves out {' and '.join(texts)}" if texts else ""
 
 
-def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str], *, published: bool = True) -> str:
+def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
     """The paper's table: percent, mean +- standard deviation over seeds, per label and mean, per weights and
-    fraction, with the mean's 95% interval over test subjects; with `published` the published numbers in rows of their
-    own, which tell something beside the same labels and split only."""
+    fraction, with the mean's 95% interval over test subjects; published numbers in rows of their own, if all images,
+    parts and labels are the published ones.
+
+    Args:
+        outcomes: of the same test images and labels.
+    """
     first = outcomes[0]
     groups: dict[tuple[str, float], list[Outcome]] = {}
     for outcome in outcomes:
@@ -193,43 +208,44 @@ def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str], *, publish
         _, low, high = interval(values[:, :, shown[-1]].mean(0))
         between = "" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
         lines.append(_row([weights, f"{100 * fraction:g}%", str(len(group)), *cells, between]))
-    for name, value in PUBLISHED.get((first.dataset, first.method), ()) if published else ():
+    compares = first.as_published and first.judged.all()
+    for name, value in PUBLISHED.get((first.dataset, first.method), ()) if compares else ():
         empty = [""] * (len(first.label_names) if several else 0)
         lines.append(_row([f"*{name} (published)*", "100%", "", *empty, f"*{value:.2f}*", ""]))
     return "\n".join(lines) + "\n"
 
 
 def summary_table(means: pd.DataFrame) -> str:
-    """One table of several runs: a row per weights and share of labels, a column per data set and method.
+    """One table of several runs: a row per weights and share of labels, a column per study and method.
 
     Args:
-        means: rows of the mean over labels of `results_table` of any runs, with its value in the column `value`
-            and "auc" or "accuracy" in `measure`.
+        means: rows of the mean over labels of `results_table` of any runs, with its value in the column `value`,
+            "auc" or "accuracy" in `measure`, and the title of its column, one per study and method, in `run`.
 
     Returns:
-        Markdown; percent, mean ± standard deviation over seeds, published numbers in rows of their own.
+        Markdown; percent, mean ± standard deviation over seeds, published numbers in rows of their own, beside results
+        of all the same images, parts and labels only.
     """
-    runs = list(dict.fromkeys(zip(means["dataset"], means["method"], means["measure"], strict=True)))
+    runs = means.drop_duplicates("run").to_dict("records")
+    published = [dict(PUBLISHED.get((r["dataset"], r["method"]), ())) if r["as_published"] else {} for r in runs]
     lines = [
         "# Downstream results",
         "",
         "Percent on the test images: AUC (its mean over labels), or accuracy where a column says so; mean ± standard "
         "deviation over seeds.",
         "",
-        _row(
-            ["weights", "labels used", *(" ".join([d, m, *(["(accuracy)"] if a != "auc" else [])]) for d, m, a in runs)]
-        ),
+        _row(["weights", "labels used", *(r["run"] + " (accuracy)" * (r["measure"] != "auc") for r in runs)]),
         _row(["---"] * (len(runs) + 2)),
     ]
     for (weights, fraction), group in means.groupby(["weights", "fraction"], sort=False):
         cells = []
-        for dataset, method, _ in runs:
-            own = group.loc[(group["dataset"] == dataset) & (group["method"] == method), "value"]
+        for run in runs:
+            own = group.loc[group["run"] == run["run"], "value"]
             cells.append(_spread(100 * own.to_numpy(float)) if len(own) else "")
         lines.append(_row([weights, f"{100 * fraction:g}%", *cells]))
-    for name in dict.fromkeys(name for dataset, method, _ in runs for name, _ in PUBLISHED.get((dataset, method), ())):
-        values = [dict(PUBLISHED.get((dataset, method), ())).get(name) for dataset, method, _ in runs]
-        lines.append(_row([f"*{name} (published)*", "100%", *("" if v is None else f"*{v:.2f}*" for v in values)]))
+    for name in dict.fromkeys(name for numbers in published for name in numbers):
+        cells = [f"*{numbers[name]:.2f}*" if name in numbers else "" for numbers in published]
+        lines.append(_row([f"*{name} (published)*", "100%", *cells]))
     return "\n".join(lines) + "\n"
 
 

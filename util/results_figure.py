@@ -37,11 +37,11 @@ def results_figure(table: pd.DataFrame, title: Sequence[str]) -> Figure:
 
 
 def summary_figure(means: pd.DataFrame) -> Figure:
-    """One panel per data set and method of `util.results.summary_table`'s input: the mean over labels against the
+    """One panel per `run` of `util.results.summary_table`'s input: the mean over labels against the
     share of labels, or, of a single share, marks side by side; bands and bars are +- one standard deviation over
     seeds."""
-    runs = list(dict.fromkeys(zip(means["dataset"], means["method"], means["measure"], strict=True)))
-    names = _by_final_value(means, "value")
+    runs = list(dict.fromkeys(zip(means["run"], means["measure"], strict=True)))
+    names = list(_final_values(means, "value").index)
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
     wrapped = [_wrapped(name) for name in names]
@@ -51,12 +51,13 @@ def summary_figure(means: pd.DataFrame) -> Figure:
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     entries = {}
-    for axes, (dataset, method, measure) in zip(panels, runs, strict=False):
-        own = means[(means["dataset"] == dataset) & (means["method"] == method)]
+    for axes, (run, measure) in zip(panels, runs, strict=False):
+        own = means[means["run"] == run]
         _mean_over_fractions(axes, own, "value", names)
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         sizes = sorted({int(n) for n in own["n"]})
-        axes.set_title(plain(f"{dataset}, {method}: {' / '.join(f'{n:,}' for n in sizes)} test images"), fontsize=8.5)
+        title = fit_lines(f"{run}: {' / '.join(f'{n:,}' for n in sizes)} test images", 4, 8.5)
+        axes.set_title("\n".join(title), fontsize=8.5)
         axes.set_ylabel(MEASURE_WORDS[measure], fontsize=8)
         _finish(axes)
     for axes in panels[len(runs) :]:
@@ -67,7 +68,7 @@ def summary_figure(means: pd.DataFrame) -> Figure:
         loc="outside right center",
         fontsize=NAME_POINTS,
         frameon=False,
-        title="the best at the largest share first",
+        title="by their mean at the largest share",
         title_fontsize=NAME_POINTS,
     )
     return figure
@@ -76,8 +77,8 @@ def summary_figure(means: pd.DataFrame) -> Figure:
 def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
     """The mean over labels against the share of training images, each line named where it ends."""
     mean = table[table["label"] == MEAN]
-    names = _by_final_value(mean, measure)
-    last = mean[mean["fraction"] == mean["fraction"].max()].groupby("weights")[measure].mean()
+    last = _final_values(mean, measure)
+    names = list(last.index)
     texts = [_wrapped(f"{last[name]:.3f}  {name}") for name in names]
     lines = [text.count("\n") + 1.4 for text in texts]
     size = (5.2 + _width(texts), max(4.4, LINE_INCHES * sum(lines) + 1.4))
@@ -95,7 +96,7 @@ def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
         color = _style(names.index(name))["color"]
         axes.annotate(
             text,
-            (100 * mean["fraction"].max(), last[name]),
+            (100 * mean["fraction"][mean["weights"] == name].max(), last[name]),
             (1.06, place),
             "data",
             "axes fraction",
@@ -107,10 +108,10 @@ def _over_fractions(table: pd.DataFrame, measure: str) -> Figure:
     return figure
 
 
-def _by_final_value(mean: pd.DataFrame, column: str) -> list[str]:
-    """Names of the weights, the best of their largest share of labels first."""
+def _final_values(mean: pd.DataFrame, column: str) -> pd.Series:
+    """The mean of each weights at their own largest share of labels, the best first."""
     final = mean[mean["fraction"] == mean.groupby("weights")["fraction"].transform("max")]
-    return list(final.groupby("weights", sort=False)[column].mean().sort_values(ascending=False, kind="stable").index)
+    return final.groupby("weights", sort=False)[column].mean().sort_values(ascending=False, kind="stable")
 
 
 def _spread_out(wanted: Sequence[float], sizes: np.ndarray) -> np.ndarray:
@@ -203,7 +204,7 @@ def _per_label(table: pd.DataFrame, measure: str) -> Figure:
 def _per_weights(table: pd.DataFrame, measure: str) -> Figure:
     """A panel per label and for the mean, in each a row per weights, the best mean on top: for more weights than can
     be told apart by colour."""
-    names = _by_final_value(table[table["label"] == MEAN], measure)
+    names = list(_final_values(table[table["label"] == MEAN], measure).index)
     table, labels = _judged(table, measure)
     columns = min(4, len(labels))
     rows = -(-len(labels) // columns)

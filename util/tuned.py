@@ -31,6 +31,7 @@ class Tuned:
     Attributes:
         labels: what its outputs are.
         mean, std: of its input.
+        reading: options of `datasets.downstream.images.Reading` that mattered to its images.
         dataset, fraction, seed: what it was trained on, with which share of the labels and seed.
         seen: `subject_marks` of the subjects that trained or validated it.
     """
@@ -40,6 +41,7 @@ class Tuned:
     task: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    reading: dict[str, Any]
     dataset: str
     fraction: float
     seed: int
@@ -91,7 +93,9 @@ def read_tuned(path: str | os.PathLike) -> Tuned:
     try:
         model = timm.create_model(facts["timm_model"], **json.loads(facts["timm_args"]))
         model.load_state_dict(state)
-        mean, std, labels, seen = (json.loads(facts[name]) for name in ("mean", "std", "labels", "seen"))
+        mean, std, reading, labels, seen = (
+            json.loads(facts[name]) for name in ("mean", "std", "reading", "labels", "seen")
+        )
         if not _are(str, labels) or not len(labels) == len(set(labels)) == model.num_classes:
             raise ValueError(f"{model.num_classes} outputs, labels {labels}")
         for name, values in (("mean", mean), ("std", std)):
@@ -111,6 +115,7 @@ def read_tuned(path: str | os.PathLike) -> Tuned:
             facts["task"],
             tuple(mean),
             tuple(std),
+            dict(reading),
             facts["dataset"],
             fraction,
             int(facts["seed"]),

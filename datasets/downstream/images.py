@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -221,22 +221,32 @@ def _fitted_picture(reading: Reading, file: Path, native_size: tuple[int, int], 
     return area_resize(gray, size)
 
 
-def deep_note(files: Sequence[Path], reading: Reading) -> list[str]:
-    """What is done with 16-bit files, if some are among those looked at: at most one line."""
+def options_heeded(files: Sequence[Path]) -> dict[str, Path]:
+    """Which options of `Reading` matter to these files, by the headers of some of them, with a file of each kind."""
+    found: dict[str, Path] = {}
     for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)):
         try:
             with open(files[place], "rb") as file:
                 head = file.read(26)
         except OSError:
             continue  # whoever reads the picture reports it
-        if head.startswith(b"\x89PNG") and head[24:25] == b"\x10":
-            how = (
-                "each by its own smallest and largest value; --intensity_max scales all by the same"
-                if reading.intensity_max is None
-                else f"0 to {reading.intensity_max:g} becoming 0 to 255"
-            )
-            return [f"16-bit images (e.g. {files[place]}) are scaled to 8 bits, {how}"]
-    return []
+        if is_dicom(files[place]):
+            found.setdefault("dicom_contrast", files[place])
+        elif head.startswith(b"\x89PNG") and head[24:25] == b"\x10":
+            found.setdefault("intensity_max", files[place])
+    return found
+
+
+def deep_note(files: Sequence[Path], reading: Reading) -> list[str]:
+    """What is done with 16-bit files, if some are among those looked at: at most one line."""
+    if (file := options_heeded(files).get("intensity_max")) is None:
+        return []
+    how = (
+        "each by its own smallest and largest value; --intensity_max scales all by the same"
+        if reading.intensity_max is None
+        else f"0 to {reading.intensity_max:g} becoming 0 to 255"
+    )
+    return [f"16-bit images (e.g. {file}) are scaled to 8 bits, {how}"]
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -260,7 +270,7 @@ def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `Reading` and of the cache, read back by `reading_from_args`."""
     group = parser.add_argument_group("image files")
-    add_dicom_contrast(group, default=DICOM_CONTRASTS[0], further=MAXIMUM)
+    add_dicom_contrast(group, default=None, further=MAXIMUM)
     add = group.add_argument
     helped = "what becomes white in 16-bit PNGs (default: each file's own smallest to largest value)"
     # fmt: off
@@ -271,4 +281,17 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_from_args(args: argparse.Namespace) -> Reading:
-    return Reading(args.dicom_contrast, args.intensity_max)
+    return Reading(args.dicom_contrast or DICOM_CONTRASTS[0], args.intensity_max)
+
+
+def reading_as_trained(args: argparse.Namespace, trained: Mapping[str, object], name: str) -> Reading:
+    """The options, but those that mattered to the images of a fine-tuned model (`trained`) as then.
+
+    Raises:
+        UserError: an option that asks for another value.
+    """
+    for option, value in trained.items():
+        if (asked := getattr(args, option)) not in (None, value):
+            told = "without it" if value is None else f"with {value}"
+            raise UserError(f"--{option} {asked}: {name} was trained {told}, and reads images as then; leave it out")
+    return replace(reading_from_args(args), **trained)

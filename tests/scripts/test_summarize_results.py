@@ -11,7 +11,7 @@ from util.errors import UserError
 COLUMNS = ["weights", "dataset", "method", "fraction", "seed", "label", "auc", "low", "high", "n", "n_positive"]
 
 
-def results(path, dataset, fractions=(0.1, 1.0), measure="auc", names=("ours", "random")):
+def results(path, dataset, fractions=(0.1, 1.0), measure="auc", names=("ours", "random"), study="a", published=False):
     rng = np.random.default_rng(len(dataset))
     rows = [
         [name, dataset, "linear", fraction, seed, label, rng.uniform(0.5, 0.9), 0.4, 0.95, 120, 30]
@@ -21,13 +21,14 @@ def results(path, dataset, fractions=(0.1, 1.0), measure="auc", names=("ours", "
         for label in ("Pneumonia", "mean")
     ]
     table = pd.DataFrame(rows, columns=COLUMNS).rename(columns={"auc": measure})
+    table = table.assign(study=study, as_published=published)
     path.mkdir(parents=True)
     table.to_csv(path / "results.csv", index=False)
     return path / "results.csv", table
 
 
 def test_table_and_picture(tmp_path):
-    first, rsna = results(tmp_path / "a b", "rsna")
+    first, rsna = results(tmp_path / "a b", "rsna", published=True)
     second, covidx = results(tmp_path / "b", "covidx", fractions=(1.0,), measure="accuracy", names=("ours",))
     out = tmp_path / "out"
     assert summarize_results.main([str(first), str(second), "--out", str(out)]) == 0
@@ -42,6 +43,18 @@ def test_table_and_picture(tmp_path):
             assert cell == (f"{own.mean():.2f} ± {own.std():.2f}" if len(own) else "")
     assert len(rows) == 1 + 4 + 1 and "86.83" in rows[-1][2] and "published" in rows[-1][0] and not rows[-1][3]
     assert Image.open(out / "results.png").size[0] > 1000
+
+
+def test_runs_of_other_images_parts_or_labels_have_columns_of_their_own(tmp_path):
+    files = [
+        results(tmp_path / name, "rsna", names=[weights], study=study)[0]
+        for name, weights, study in (("a", "ours", "1"), ("b", "ours", "2"), ("c", "random", "1"))
+    ]
+    assert summarize_results.main([*map(str, files), "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert head[2:] == [f"rsna linear, {file}" for file in files[:2]]
+    assert [row[0] for row in rows if row[3]] == ["ours", "ours"] and all(row[2] for row in rows) and len(rows) == 4
 
 
 def test_what_is_refused(tmp_path):

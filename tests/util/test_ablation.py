@@ -38,11 +38,16 @@ def test_seed_table_pairs_runs_by_seed():
 def test_command_leaves_out_rare_labels(tmp_path, capsys):
     table = results()
     table.loc[len(table)] = ["mean", "random_unweighted_s0, cls", 0.7, 50, np.nan]
+    table = table.assign(fraction=1.0, study="a")
     table.to_csv(tmp_path / "results.csv", index=False)
     assert main([str(tmp_path / "results.csv"), "--out", str(tmp_path / "table.csv")]) == 0
     assert set(pd.read_csv(tmp_path / "table.csv")["label"]) == {"Mass", "mean"}
     assert "Rare" not in capsys.readouterr().out
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    for column in ("fraction", "study"):
+        table.assign(**{column: "0.5"}).to_csv(tmp_path / "other.csv", index=False)
+        with pytest.raises(UserError, match="other.csv: results of several"):
+            main([str(tmp_path / name) for name in ("results.csv", "other.csv")])
 
 
 def test_the_picture_shows_each_difference_with_its_interval():

@@ -138,9 +138,23 @@ def test_many_encoders_are_named_from_the_best_on_and_no_name_hides_another(frac
     assert len(styles) >= (25 if len(fractions) > 1 else 1)
 
 
+def test_models_of_other_shares_of_labels_end_where_theirs_is():
+    """As --method evaluate judges them."""
+    table = made_up_results(2, [0.1, 1.0])
+    first, second = table["weights"].unique()
+    table = table[(table["weights"] == first) == (table["fraction"] == 1)]
+    (axes,) = results_figure(table, ["title"]).axes
+    for text in axes.texts:
+        (name,) = (name for name in (first, second) if name[9:13] in text.get_text())
+        own = table[(table["weights"] == name) & (table["label"] == MEAN)]
+        assert text.get_text().startswith(f"{own['auc'].mean():.3f}")
+        assert text.xy[0] == 100 * own["fraction"].iloc[0]
+    assert len(axes.texts) == 2
+
+
 def test_the_summary_of_many_encoders_names_each_and_tells_what_its_bars_are():
     table = made_up_results(25, [0.1, 1.0])
-    means = table[table["label"] == MEAN].assign(measure="auc", value=table["auc"])
+    means = table[table["label"] == MEAN].assign(measure="auc", value=table["auc"], run="x linear")
     figure = summary_figure(means)
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends

@@ -14,6 +14,7 @@ import pytest
 
 from datasets.downstream import read_dataset
 from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages, sample_fraction
+from util.results import PUBLISHED_IMAGES
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def test_rsna_is_split_as_published_to_the_row(tables, tmp_path):
     images = read_dataset("rsna", tmp_path, need_images=False)
     assert len(images) == 26_684 == len(set(images.subjects))
     assert counts(images) == {TRAIN: (18_678, 4_162), VALID: (4_003, 928), TEST: (4_003, 922)}
+    assert PUBLISHED_IMAGES["rsna"] == (18_678 + 4_003, 4_003)
     for fraction, expected in ((0.01, (187, 36)), (0.1, (1_868, 414)), (1, (18_678, 4_162))):
         chosen = sample_fraction(images.indices(TRAIN), fraction)
         assert (len(chosen), int(images.labels[chosen, 0].sum())) == expected
