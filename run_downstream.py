@@ -205,17 +205,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--lr {args.lr}: must be above 0")
     if not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: must be at least 0 and below 1")
-    for name, values, fine in (
-        ("fractions", args.fractions, lambda value: 0 < value <= 1),
-        ("seeds", args.seeds, lambda value: 0 <= value < 2**32),
-    ):
-        for value in values:
-            if not fine(value):
-                raise UserError(
-                    f"--{name} {value}: must be {'above 0, at most 1' if name == 'fractions' else '0 or more'}"
-                )
-            if values.count(value) > 1:
-                raise UserError(f"--{name}: {value} is named twice")
+    for value in args.fractions:
+        if not 0 < value <= 1:
+            raise UserError(f"--fractions {value}: must be above 0, at most 1")
+    for name in ("fractions", "seeds"):
+        values = getattr(args, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} {' '.join(map(str, values))}: a value is named twice")
     if not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer_decay {args.layer_decay}: must be above 0, at most 1")
     if not 0 <= args.drop_path < 1:
