@@ -57,7 +57,7 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
     after the last column.
 
     Raises `UserError` naming the file and what is wrong: a column that lacks or is there twice, a row of
-    another number of cells (line), an unfinished quote, other encodings.
+    another number of cells (line), an unfinished quote, an end within the header, other encodings.
     """
     content = read_text(path)
     separator = _separator(path, content, required)
@@ -90,6 +90,8 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
         if any(cells):
             lines.append(line)
             rows.append(cells)
+    if not rows and not content.endswith(("\n", "\r")):
+        raise UserError(f"{path}: ends within its header; is the file cut off?")
     columns = zip(*rows) if rows else [()] * len(names)
     table = {name: list(cells) if name in text else _typed(cells) for name, cells in zip(names, columns) if name}
     return pd.DataFrame(table, index=pd.Index(lines, dtype=np.int64)).astype(dict.fromkeys(text, str))
