@@ -15,8 +15,9 @@ the same file. Nothing depends on the number of processes or on where an earlier
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -142,6 +143,8 @@ def prepare(
             ),
             key=lambda sample: entry_id(sample[0]),
         )
+        if not overwrite:
+            _refuse_other_readings(out, [group for group, _ in samples], chosen.keys() - {e.id for e in exclusions})
         left_out, bad = _left_out_fixations(making)
         mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
         n_other_split = len(found.readings) - len(chosen)
@@ -174,6 +177,22 @@ def sigma_option(source: str, sigma: float | None) -> dict[str, float]:
     if sigma is not None:
         raise UserError(f"--sigma {sigma:g}: is for EGD-CXR; {source} brings its own angular resolution")
     return {}
+
+
+def _refuse_other_readings(out: Path, groups: Sequence[Sequence[Reading]], usable: Collection[str]) -> None:
+    """UserError where the finished tree has entries of `usable` readings that other readings take the place of now."""
+    try:
+        entries = json.loads((out / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no finished tree
+        return
+    now = {tuple(reading.id for reading in group): group[0].image_id for group in groups}
+    for old in entries:
+        if (ids := tuple(old["raw_ids"])) not in now and usable >= set(ids):
+            others = ", ".join(name for own, image in now.items() if image == old["dicom_id"] for name in own)
+            raise UserError(
+                f"{out}: has image {old['dicom_id']} with reading {', '.join(ids)}, and is to have it with {others} now, "
+                "which can be used or was added since; choose another --out, or --overwrite to make the tree afresh"
+            )
 
 
 def _left_out_fixations(making: TreeMaking) -> tuple[Counter, list[str]]:

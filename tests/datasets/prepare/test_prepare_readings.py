@@ -207,6 +207,23 @@ def test_one_goes_on_to_the_next_where_the_first_is_unusable(tmp_path):
     assert [fault.id for fault in report.faults] == [first]
 
 
+@pytest.mark.parametrize("readings", ["one", "merge"])
+def test_a_reading_that_was_mended_changes_no_finished_tree(tmp_path, readings):
+    study = make_study(tmp_path, n_images=1, shared_images=1, size=(120, 96))
+    first, second = sorted(reading.id for reading in read_reflacx(study.raw).readings)
+    path = study.raw / "main_data" / first / "fixations.csv"
+    whole = path.read_text()
+    path.write_text(whole[:30])
+    assert prepare(study.raw, study.images, tmp_path / "out", readings=readings).faults[0].id == first
+    path.write_text(whole)
+    now = first if readings == "one" else f"{first}, {second}"
+    with pytest.raises(UserError, match=f"with reading {second}, and is to have it with {now} now, .* --overwrite"):
+        prepare(study.raw, study.images, tmp_path / "out", readings=readings)
+    assert entries_of(tmp_path / "out")[0]["raw_ids"] == [second]
+    prepare(study.raw, study.images, tmp_path / "out", readings=readings, overwrite=True)
+    assert entries_of(tmp_path / "out")[0]["raw_ids"][0] == first
+
+
 def test_merge_adds_the_maps(each, mixed, tmp_path):
     prepare(mixed.raw, mixed.images, tmp_path / "out", size=120, readings="merge")
     readings = {reading.id: reading for reading in read_reflacx(mixed.raw).readings}
