@@ -602,9 +602,15 @@ def test_words_for_yes_and_no_are_labels_in_a_single_column_too(tmp_path):
     assert images.label_names == ["sick"] and sorted(images.labels[:, 0]) == [0] * 4 + [1] * 4
 
 
-def test_one_file_under_two_ids_is_refused(tmp_path):
+@pytest.mark.parametrize("again", ["same", "./a.png", "symbolic link", "hard link"])
+def test_one_file_under_two_ids_is_refused(tmp_path, again):
     touch(tmp_path, "a.png", "b.png", "c.png")
-    write(tmp_path / "t.csv", "path,sick", "a.png,1", "b.png,0", f"{tmp_path}/a.png,1", "c.png,1")
+    name = {"same": f"{tmp_path}/a.png", "./a.png": again}.get(again, "d.png")
+    if again == "symbolic link":
+        (tmp_path / "d.png").symlink_to("a.png")
+    elif again == "hard link":
+        (tmp_path / "d.png").hardlink_to(tmp_path / "a.png")
+    write(tmp_path / "t.csv", "path,sick", "a.png,1", "b.png,0", f"{name},1", "c.png,1")
     assert "are the same file" in refused("csv", tmp_path, label_columns=["sick"])
 
 
@@ -630,8 +636,33 @@ def test_an_image_that_lacks_is_not_another_folders_image_of_its_name(tmp_path):
     images = read_dataset("csv", tmp_path, label_columns=["sick"])
     for image, file in zip(images.ids, images.files, strict=True):
         assert file == tmp_path / image.removeprefix("root/")
-    (tmp_path / "b").rename(tmp_path / "part 2")  # a folder that no name has may hold them
-    assert len(read_dataset("csv", tmp_path, label_columns=["sick"])) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "there", "missing"),
+    [
+        # another folder that the table never names, with the same folder in it or without
+        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/2.png"], ["images/2.png"]),
+        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/images/2.png"], ["images/2.png"]),
+        (["images/1.png", "images/2.png"], ["rejected/1.png", "rejected/2.png"], ["images/1.png", "images/2.png"]),
+        (["x/train/p1/1.png", "x/train/p2/1.png"], ["train/p1/1.png", "no/p2/1.png"], ["x/train/p2/1.png"]),
+        (["train/1.png", "test/2.png"], ["other/train/2.png"], ["train/1.png", "test/2.png"]),
+        # the root may be the folder, or have another name than the paths begin with
+        (["images/1.png", "images/2.png"], ["1.png", "2.png"], []),
+        (["x/images/1.png", "x/images/2.png"], ["y/z/images/1.png", "y/z/images/2.png"], []),
+        # CheXpert as its site gives it: parts whose folders are in no path
+        (
+            ["x/train/p1/1.png", "x/train/p2/1.png", "x/valid/p3/1.png"],
+            ["a/p1/1.png", "b/p2/1.png", "valid/p3/1.png"],
+            [],
+        ),
+    ],
+)
+def test_a_path_is_matched_by_the_folder_that_it_names_or_is_missing(tmp_path, names, there, missing):
+    touch(tmp_path, *there)
+    files = Folder(tmp_path).images(names, [])
+    assert [name for name, file in zip(names, files, strict=True) if file is None] == missing
+    assert all(file.name == Path(name).name for name, file in zip(names, files, strict=True) if file)
 
 
 def test_an_empty_cell_in_a_column_of_names_heeds_its_rule(tmp_path):
