@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,12 +297,31 @@ def test_covidx_splits_patients_not_images_and_offers_the_published(tmp_path):
     published = read_dataset("covidx", tmp_path, split="published")
     _, drawn = train_test_split(np.arange(60), test_size=0.2, random_state=0)
     assert [published.ids[i] for i in published.indices(VALID)] == [f"train/file {i}.png" for i in drawn]
-    assert any("are in train and in valid" in note for note in published.notes)
+    pairs = set(zip(published.subjects, published.parts, strict=True))
+    assert any(f"{len(pairs) - 23} patients are in two parts" in note for note in published.notes)
     assert len(read_dataset("covidx", tmp_path, where=["source=src"])) == 62
     with pytest.raises(UserError, match="'pneumonia' is absent from every training image"):
         check_classes(images)
     write(tmp_path / "test.txt", "900 a.png normal")
     assert "line 1" in refused("covidx", tmp_path)
+
+
+@pytest.mark.parametrize("release", ["", "_COVIDx9A"])
+def test_covidx_validates_on_its_own_list(tmp_path, release):
+    rows = [f"{i} {i}.png {'COVID-19' if i % 2 else 'normal'} src" for i in range(12)]
+    for name, some in (("train", rows[:6]), ("val", rows[6:9]), ("test", rows[9:])):
+        write(tmp_path / f"labels/{name}{release}.txt", *some)
+        touch(tmp_path, *(f"{name}/{row.split()[1]}" for row in some))
+    for split in ("auto", "published"):
+        images = read_dataset("covidx", tmp_path, split=split)
+        assert images.ids == [f"{'train' if i < 6 else 'val' if i < 9 else 'test'}/{i}.png" for i in range(12)]
+        assert list(images.parts) == [TRAIN] * 6 + [VALID] * 3 + [TEST] * 3
+    for name in ("train", "test"):
+        shutil.copy(tmp_path / f"labels/{name}{release}.txt", tmp_path / f"labels/{name}_COVIDx9B.txt")
+    assert "name the table by --csv" in refused("covidx", tmp_path)
+    other = read_dataset("covidx", tmp_path, csv=tmp_path / "labels/train_COVIDx9B.txt")
+    assert len(other) == 9 and len(other.indices(VALID)) == 1
+    assert "expected the list that trains" in refused("covidx", tmp_path, csv=tmp_path / f"labels/test{release}.txt")
 
 
 # ---------------------------------------------------------------- labels of a CSV
