@@ -150,10 +150,10 @@ def _fitting(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 def _match_paths(wanted: Mapping[int, str], files: Sequence[tuple[str, str]], root_name: str) -> dict[int, list[str]]:
     """Files by the place of the name.
 
-    Leading directories of a path may lack (CheXpert's begin with the root's own name, of which people have another):
-    the fewest with which any image is found of those whose paths begin with the same directories. The folder of the
-    file itself may have another name only if it is the root, and no folder stands for another that is named. Images
-    of one folder in the table are in one folder here.
+    Leading directories of a path may be missing or have another name here (CheXpert's begin with the root's own name).
+    As few are left out as possible: once an image is found, all paths that begin with the same directories keep them.
+    The folder of the file itself is left out only where it is the root. Images of one folder in the table are in one
+    folder here, which is none that the table names otherwise.
     """
     folders = {i: tuple(name.split("/")[:-1]) for i, name in wanted.items()}
     found: dict[int, list[str]] = {}
