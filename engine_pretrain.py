@@ -147,7 +147,7 @@ def update(training: Training, clip_grad: float | None) -> Tensor:
     """Step the optimiser; returns a scalar on the device, non-zero if the update was left out because
     the gradient was not finite."""
     optimizer, scaler = training.optimizer, training.scaler
-    if clip_grad:
+    if clip_grad is not None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(training.core.parameters(), clip_grad)
     scaler.step(optimizer)

@@ -42,7 +42,7 @@ from engine_frozen import Frozen, linear, probe
 from engine_tuned import evaluate, read_models
 from util import distributed
 from util.bootstrap import MIN_DRAWS
-from util.cli import Parser, check_least, finite_float, seed_number
+from util.cli import Parser, check_least, check_positive, finite_float, seed_number
 from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, read_candidates
 from util.errors import UserError, run_cli
 from util.figures import save_figure
@@ -201,8 +201,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_least(args, 1, "views", "epochs", "batch_size", "patience", "encode_batch", "min_positives", "folds")
     check_least(args, MIN_DRAWS, "bootstrap")
     check_least(args, 0, "num_workers", "weight_decay", "max_minutes")
-    if not 0 < args.lr:
-        raise UserError(f"--lr {args.lr}: must be above 0")
+    check_positive(args, "lr")
     if not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: must be at least 0 and below 1")
     for value in args.fractions:

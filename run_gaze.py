@@ -17,7 +17,7 @@ from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import fitting, load_checkpoint, save_checkpoint
-from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import read_backbone
@@ -396,10 +396,10 @@ def check_args(args: argparse.Namespace) -> None:
         "lr",
         "min_lr",
         "cc_weight",
-        "clip_grad",
         "skip_nonfinite",
         "max_minutes",
     )
+    check_positive(args, "clip_grad")
     if not args.judge:
         check_cache_size(args, args.input_size)
     if args.input_size % 32 or args.input_size < 64:

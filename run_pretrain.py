@@ -18,7 +18,7 @@ from engine_pretrain import Meters, Training, describe_run, epoch_record, pictur
 from util import distributed
 from util.architecture import check_same_model
 from util.checkpoint import fitting, load_checkpoint
-from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.finite import FiniteWatch, make_scaler
@@ -315,12 +315,12 @@ def check_args(args: argparse.Namespace) -> None:
         "lr",
         "blr",
         "min_lr",
-        "clip_grad",
         "start_epoch",
         "skip_nonfinite",
         "image_every",
         "max_minutes",
     )
+    check_positive(args, "clip_grad")
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
     if args.cache_size < args.input_size:
@@ -337,7 +337,7 @@ def check_args(args: argparse.Namespace) -> None:
     try:
         masked_count(n_patches, args.mask_ratio)
     except ValueError as error:
-        raise UserError(f"--mask_ratio: {error}") from None
+        raise UserError(f"--{error}") from None
     if args.resume and not Path(args.resume).is_file():
         raise UserError(f"--resume {args.resume}: no such file")
 

@@ -217,4 +217,4 @@ def draw_mask(
     try:
         return model.draw_mask(model.prepare_batch(batch), *ratios, generator, epoch=epoch, step=step)
     except ValueError as error:
-        raise UserError(f"--mask_ratio: {error}") from None
+        raise UserError(f"--{error}") from None

@@ -28,7 +28,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add = parser.add_argument
     add("--images", type=Path, default=None,
-        help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it, having no image sizes")
+        help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it or --metadata, having no image sizes")
     add("--out", type=Path, required=True, help="directory for the tables and gaze_analysis.png")
     add("--split", choices=["all", "train", "validate", "test"], default="all", help="readings to use")
     add("--size", type=int, default=256, help="short side of the heatmaps, px")

@@ -198,6 +198,7 @@ def test_a_model_is_not_judged_on_those_who_trained_it(trained, tmp_path):
         ("--decoder_width 12", "--decoder_width 12"),
         ("--cache_size 63", "--cache_size 63: below the input's 64 px"),
         ("--lr -1", "--lr -1"),
+        ("--clip_grad 0", "--clip_grad 0: must be above 0"),
         ("--judge nothing.pth", "--judge nothing.pth: no such file"),
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
         ("--backbone nothing", "--backbone nothing"),

@@ -238,7 +238,7 @@ def copy_tree(tree, target, change):
         ("--gaze_temperature 0", "gaze_temperature"),
         ("--keep 0", "--keep"),
         ("--lr -1", "--lr"),
-        ("--clip_grad -1", "--clip_grad"),
+        ("--clip_grad 0", "--clip_grad 0: must be above 0"),
         ("--output_dir /dev/null/out", "--output_dir /dev/null/out"),
         ("--log_dir /dev/null/log", "--log_dir /dev/null/log"),
     ],

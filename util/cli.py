@@ -82,6 +82,14 @@ def check_least(args: argparse.Namespace, least: float, *names: str) -> None:
             raise UserError(f"--{name} {value}: {what}")
 
 
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises `UserError`, by the flag's name, for the first of these options that is given and not above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value:g}: must be above 0")
+
+
 def check_device(device: str) -> str:
     """The device's name if it is there: cpu, or cuda or cuda:N. Raises `UserError`."""
     import torch  # the preparations share this file, and start without it

@@ -57,7 +57,7 @@ def read_table(path: Path, required: Sequence[str], *, text: Sequence[str] = ())
     after the last column.
 
     Raises `UserError` naming the file and what is wrong: a column that lacks or is there twice, a row of
-    another number of cells (line), an unfinished quote, other encodings.
+    another number of cells (line), an unfinished quote, an end within the header, other encodings.
     """
     names, records = _open_table(path, required)
     lines, rows = [], []
@@ -103,6 +103,8 @@ def _open_table(path: Path, required: Sequence[str]) -> tuple[list[str], Iterato
             f"{path}: column {', '.join(map(repr, lacking))} is missing; the header, taken as separated by "
             f"{SEPARATORS[separator]}, is {found!r}"
         )
+    if "\n" not in content and "\r" not in content:
+        raise UserError(f"{path}: ends within its header; is the file cut off?")
     return names, records
 
 

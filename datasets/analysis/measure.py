@@ -34,7 +34,7 @@ from datasets.analysis.gaze_density import (
 )
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
 from datasets.prepare.reading_maps import reading_gaze
-from datasets.prepare.readings import SOURCES, detect_source, sigma_option, without_image
+from datasets.prepare.readings import SOURCES, detect_source, egd_options, without_image
 from datasets.prepare.work import run_tasks
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
@@ -159,6 +159,7 @@ def analyze(
     n_examples: int = 3,
     seed: int = 0,
     sigma: float | None = None,
+    metadata: Path | None = None,
     dicom_contrast: str = MIMIC_CXR_JPG,
     workers: int = 1,
 ) -> Analysis:
@@ -172,7 +173,7 @@ def analyze(
         size_thresholds: area shares of the image at which medium and large begin.
         min_certainty: ellipses below this certainty (1-5) are not used.
         n_examples: images to show, evenly spread over the density ratios.
-        sigma: EGD-CXR's Gaussian, px of the original image (default: its authors' own); an error for other data sets.
+        sigma, metadata: of EGD-CXR, see `read_egd`; an error for other data sets.
         dicom_contrast: of the examples, one of `util.contrast.CONTRASTS`.
 
     A damaged reading is left out and listed. Raises `UserError` where nothing can be analysed.
@@ -186,7 +187,7 @@ def analyze(
         raise UserError(f"--size {size} is not positive")
     given, raw = raw, raw.resolve()
     source = source or detect_source(raw)
-    found = SOURCES[source][1](raw, **sigma_option(source, sigma))
+    found = SOURCES[source][1](raw, **egd_options(source, sigma, metadata, images))
     readings = [reading for reading in found.readings if split in ("all", reading.split)]
     if not readings:
         raise UserError(f"{raw}: {found.none_of(split)}")
@@ -203,7 +204,10 @@ def analyze(
         left_out = {exclusion.id for exclusion in exclusions}
         readings = [reading for reading in readings if reading.id not in left_out]
     if not paths and all(reading.image_size is None for reading in readings):
-        raise UserError(f"{raw}: this data set does not say how large its images are: --images, with them, is needed")
+        raise UserError(
+            f"{raw}: this data set does not say how large its images are: --metadata, MIMIC-CXR's table, or --images, "
+            "with them, is needed"
+        )
 
     measure = partial(_measure, size=size, min_certainty=min_certainty)
     tasks = [(reading, paths.get(reading.image_id)) for reading in readings]
@@ -282,9 +286,7 @@ def _measure(task: tuple[Reading, Path | None], *, size: int, min_certainty: int
     """What one reading tells; its image's path is needed only where the data set gives no size."""
     reading, path = task
     try:
-        image_size = reading.image_size
-        if image_size is None:
-            image_size = radiograph_size(path)
+        image_size = reading.image_size or reading.original_size(radiograph_size(path))
         out_size = scaled_size(image_size, size)
         gaze = reading_gaze(reading, reading.fixations_path, image_size, out_size)
         if isinstance(gaze, Exclusion):
@@ -433,11 +435,12 @@ def _example(
 ) -> Example | Exclusion:
     path = paths[reading.image_id]
     try:
-        size = radiograph_size(path)
-        out_size = scaled_size(size, 512)
-        gaze = reading_gaze(reading, path, size, out_size)
+        file_size = radiograph_size(path)
+        out_size = scaled_size(file_size, 512)
+        gaze = reading_gaze(reading, path, file_size, out_size)
         if isinstance(gaze, Exclusion):
             return gaze
+        size = reading.original_size(file_size)
         boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
         gray = resize_gray(read_radiograph(path, dicom_contrast), out_size)
     except UserError as error:

@@ -40,7 +40,7 @@ DATASETS: dict[str, Source] = {
     "nih": Source(read_nih),
     "chexpert": Source(read_chexpert, TABLE_CHOICES | CELL_CHOICES),
     "siim": Source(read_siim),
-    "covidx": Source(read_covidx, frozenset({"images", "where", "skip_missing"})),
+    "covidx": Source(read_covidx, frozenset({"images", "csv", "where", "skip_missing"})),
     "vindr": Source(read_vindr),
     "padchest": Source(read_padchest),
     "csv": Source(read_csv, TABLE_CHOICES | CELL_CHOICES | CSV_CHOICES),

@@ -1,4 +1,4 @@
-"""COVIDx: classes, judged by accuracy; train.txt, of whose patients a fifth validate, and test.txt."""
+"""COVIDx: classes, judged by accuracy; train.txt, test.txt, and val.txt or a fifth of train.txt's patients."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from util.errors import UserError
 from util.tables import read_text
 
 COLUMNS = ("patient", "filename", "class", "source")
+DIRECTORIES = {TRAIN: "train", VALID: "val", TEST: "test"}  # also how a part's list is called
 VALID_SHARE = 0.2
 
 
 def read_covidx(paths: list[Path], choices: Choices) -> LabelledImages:
-    """Lines "patient filename class source" of train.txt and test.txt, images in train/ and test/.
+    """Lines "patient filename class source" of train.txt, test.txt and, in newer releases, val.txt, images in train/,
+    test/ and val/. Lists of older releases are called train_COVIDx9A.txt and so on.
 
-    Patients are told apart within their source, whose numbers another source may use again. As published a
-    fifth of train.txt validates, drawn by image; here by patient unless --split published asks for the former.
+    Patients are told apart within their source, whose numbers another source may use again. Without val.txt a fifth of
+    train.txt validates, as published drawn by image; here by patient unless --split published asks for the former.
     """
     folder = Folder(paths[0])
     notes: list[str] = []
-    tables = [_read(folder.table(f"{part}.txt"), part, notes) for part in (TRAIN, TEST)]
-    table = keep_where(pd.concat(tables, ignore_index=True), folder.root, choices)
+    table = pd.concat([_read(path, part, notes) for part, path in _lists(folder, choices).items()], ignore_index=True)
+    table = keep_where(table, folder.root, choices)
     if table["id"].duplicated().any():
         raise UserError(f"{folder.root}: {table['id'][table['id'].duplicated()].iloc[0]} is there twice")
     subjects = (table["source"] + " " + table["patient"]).to_numpy(str)
     official = table["part"].to_numpy(str)
     train = np.flatnonzero(official == TRAIN)
-    if choices.split == PUBLISHED:
+    order = None
+    if VALID not in official and choices.split == PUBLISHED:
         kept, drawn = train_test_split(np.arange(len(train)), test_size=VALID_SHARE, random_state=0)
         official[train[drawn]] = VALID
         order = np.concatenate([train[kept], train[drawn], np.flatnonzero(official == TEST)])
-        shared = len(set(subjects[train[kept]]) & set(subjects[train[drawn]]))
-        notes.append(f"warning: covidx: --split published draws by image: {shared} patients are in train and in valid")
-    else:
-        order = None
+    elif VALID not in official:
         count = max(1, round(VALID_SHARE * len(train)))
         official[train[draw_subjects(subjects[train], count, choices.split_seed)]] = VALID
+    if choices.split == PUBLISHED:
+        shared = int((pd.Series(official).groupby(subjects).nunique() > 1).sum())
+        notes.append(f"warning: covidx: --split published: {shared} patients are in two parts")
     classes = sorted(set(table["class"]))
     return labelled_images(
         "covidx",
@@ -59,6 +62,15 @@ def read_covidx(paths: list[Path], choices: Choices) -> LabelledImages:
         shared_subjects=choices.split == PUBLISHED,
         order=order,
     )
+
+
+def _lists(folder: Folder, choices: Choices) -> dict[str, Path]:
+    """The list of each part: train's, and those beside it with the same name but for the part's."""
+    train = choices.csv or folder.table("train.txt", "train_COVIDx*.txt")
+    if not train.name.startswith("train"):
+        raise UserError(f"--csv {train}: expected the list that trains, train.txt or train_COVIDx9A.txt")
+    lists = {part: train.with_name(train.name.replace("train", name, 1)) for part, name in DIRECTORIES.items()}
+    return {part: path for part, path in lists.items() if part != VALID or path.is_file()}
 
 
 def _read(path: Path, part: str, notes: list[str]) -> pd.DataFrame:
@@ -77,4 +89,4 @@ def _read(path: Path, part: str, notes: list[str]) -> pd.DataFrame:
         raise UserError(f"{path}: no rows")
     table = pd.DataFrame(rows, index=lines, columns=list(COLUMNS), dtype=str)
     table = join_same(table, "filename", ["patient", "class", "source"], path, notes)
-    return table.assign(part=part, id=f"{part}/" + table["filename"])
+    return table.assign(part=part, id=f"{DIRECTORIES[part]}/" + table["filename"])

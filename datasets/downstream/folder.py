@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -78,9 +79,8 @@ class Folder:
         """The file of each name, None where there is none.
 
         A name is an id, a file name or a path, with or without a suffix. An id is found in any directory
-        below. Of a path the same number of leading directories may lack for all names (CheXpert's begin
-        with the root's own, of which people have another). Of an image that is there with several suffixes
-        the one that is named is taken, else the first of `IMAGE_SUFFIXES`, and `notes` say so.
+        below, the image of a path in the folder that it names (`_match_paths`). Of an image that is there with
+        several suffixes the one that is named is taken, else the first of `IMAGE_SUFFIXES`, and `notes` say so.
 
         Raises:
             UserError: two different files could be meant.
@@ -93,17 +93,8 @@ class Folder:
             wanted, key = paths, str
         stems = {name.rpartition("/")[2] for name in wanted}
         files = [(key(file), file) for file in self.files if key(file).rpartition("/")[2] in stems]
-        best: dict[int, list[str]] = {}
-        stripped, cut = wanted, 0
-        while True:
-            found = _elsewhere_left_out(_match(stripped, files), wanted, stripped, cut)
-            if len(found) > len(best):
-                best = found
-            shorter = [name.partition("/")[2] or name for name in stripped]
-            # Shorter names that are no longer different can't tell images apart.
-            if len(best) == len(names) or shorter == stripped or len(set(shorter)) < len(set(stripped)):
-                break
-            stripped, cut = shorter, cut + 1
+        searched = {i: name for i, name in enumerate(wanted) if i not in direct}
+        best = _match_paths(searched, files, self.root.resolve().name)
         several = 0
         result: list[Path | None] = []
         for i, name in enumerate(names):
@@ -156,38 +147,60 @@ def _fitting(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name, end in last if end[:1] != "." and any(fnmatch.fnmatchcase(end, form) for form in wanted)]
 
 
-def _match(names: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[int, list[str]]:
-    """Files by the place of the name that ends their path."""
-    places = {name: i for i, name in enumerate(names)}
-    lengths = sorted({name.count("/") + 1 for name in names})
+def _match_paths(wanted: Mapping[int, str], files: Sequence[tuple[str, str]], root_name: str) -> dict[int, list[str]]:
+    """Files by the place of the name.
+
+    Leading directories of a path may be missing or have another name here (CheXpert's begin with the root's own name).
+    As few are left out as possible: once an image is found, all paths that begin with the same directories keep them.
+    The folder of the file itself is left out only where it is the root. Images of one folder in the table are in one
+    folder here, which is none that the table names otherwise.
+    """
+    folders = {i: tuple(name.split("/")[:-1]) for i, name in wanted.items()}
     found: dict[int, list[str]] = {}
-    for key, file in files:
-        parts = key.split("/")
-        for length in lengths:
-            place = places.get("/".join(parts[-length:])) if length <= len(parts) else None
-            if place is not None:
-                found.setdefault(place, []).append(file)
+    names, cut = dict(wanted), 0
+    # Names that are no longer different can't tell images apart.
+    while names and (not cut or len(set(names.values())) == len(names)):
+        matches = _match(names, files)
+        if cut:
+            named = {own[cut - 1] for own in folders.values() if len(own) >= cut}
+            for i, places in list(matches.items()):
+                for above in list(places):
+                    last = above.rpartition("/")[2] or root_name
+                    if (above and "/" not in names[i]) or last in named - {folders[i][cut - 1]}:
+                        del places[above]
+                if not places:
+                    del matches[i]
+        homes: dict[tuple[str, ...], Counter[str]] = {}
+        for i, places in matches.items():
+            if folders[i]:
+                homes.setdefault(folders[i], Counter()).update(places.keys())
+        home = {own: min(count, key=lambda above: (-count[above], len(above), above)) for own, count in homes.items()}
+        for i, places in matches.items():
+            if not folders[i] or home[folders[i]] in places:
+                found[i] = [file for own in places.values() for file in own]
+        settled = {folders[i][: cut + 1] for i in matches}
+        names = {
+            i: name.partition("/")[2]
+            for i, name in names.items()
+            if "/" in name and folders[i][: cut + 1] not in settled
+        }
+        cut += 1
     return found
 
 
-def _elsewhere_left_out(
-    found: dict[int, list[str]], wanted: Sequence[str], stripped: Sequence[str], cut: int
-) -> dict[int, list[str]]:
-    """Matches without the files that lie in the directory of other names: of `valid/2.png`, which is not there,
-    `train/2.png` is no match where the table has a `train/` too."""
-    if cut == 0:
-        return found
-    parts = [name.split("/") for name in wanted]
-    named = {own[cut - 1] for own in parts if len(own) > cut}
-    kept = {}
-    for i, files in found.items():
-        own, length = parts[i], stripped[i].count("/") + 1
-        if len(own) > cut:
-            above = [(file, file.split("/")[:-length][-1:]) for file in files]
-            files = [file for file, last in above if not last or last[0] == own[cut - 1] or last[0] not in named]
-        if files:
-            kept[i] = files
-    return kept
+def _match(names: Mapping[int, str], files: Sequence[tuple[str, str]]) -> dict[int, dict[str, list[str]]]:
+    """Files whose path ends with a name, by the name's place and by what is above it in the path."""
+    places: dict[str, list[int]] = {}
+    for i, name in names.items():
+        places.setdefault(name, []).append(i)
+    lengths = sorted({name.count("/") + 1 for name in places})
+    found: dict[int, dict[str, list[str]]] = {}
+    for key, file in files:
+        parts = key.split("/")
+        for length in lengths:
+            for place in places.get("/".join(parts[-length:]), ()) if length <= len(parts) else ():
+                found.setdefault(place, {}).setdefault("/".join(parts[:-length]), []).append(file)
+    return found
 
 
 def _entries(directory: Path) -> list[os.DirEntry]:

@@ -12,6 +12,7 @@ import pandas as pd
 from datasets.downstream.choices import IGNORE, ONES, PUBLISHED, ZEROS, Choices
 from datasets.downstream.folder import Folder, missing_message
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL, PARTS, LabelledImages
+from datasets.raw.walk import identity
 from util.errors import UserError
 from util.subjects import same_subjects
 from util.tables import read_table
@@ -183,7 +184,7 @@ def labelled_images(
         by_part = {part or "no part": int((missing & (parts == part)).sum()) for part in (*PARTS, "")}
         counts = ", ".join(f"{count} of {part}" for part, count in by_part.items() if count)
         notes.append(f"{name}: {len(lacking)} of {len(names)} images are not there and left out ({counts})")
-    _check_files(name, ids, files)
+    check_files(name, ids, files)
     rows = np.arange(len(names)) if order is None else order
     rank = np.array([{part: i for i, part in enumerate(PARTS)}.get(part, 0) for part in parts])
     rows = rows[np.argsort(rank[rows], kind="stable")]
@@ -222,11 +223,11 @@ def own_subjects_note(name: str, subjects: Sequence[str], reason: str) -> list[s
     ]
 
 
-def _check_files(name: str, ids: Sequence[str], files: Sequence[Path | None]) -> None:
-    """`UserError` where two ids are the same file: it could train under one and test under the other."""
-    owners: dict[str, str] = {}
+def check_files(name: str, ids: Sequence[str], files: Sequence[Path | None]) -> None:
+    """`UserError` where two ids are the same file, by a link too: it could train under one and test under the other."""
+    owners: dict[object, str] = {}
     for image, file in zip(ids, files, strict=True):
-        other = image if file is None else owners.setdefault(os.path.abspath(file), image)
+        other = image if file is None else owners.setdefault(identity(file) or os.path.abspath(file), image)
         if other != image:
             raise UserError(f"{name}: images {other!r} and {image!r} are the same file, {file}; keep one of them")
 

@@ -10,7 +10,7 @@ import pandas as pd
 import datasets
 from datasets.downstream.choices import Choices
 from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
-from datasets.downstream.rows import one_spelling
+from datasets.downstream.rows import check_files, one_spelling
 from datasets.downstream.splits import choose_parts
 from util.errors import UserError
 
@@ -64,6 +64,7 @@ def read_tree(paths: list[Path], choices: Choices) -> LabelledImages:
     known = ~np.isnan(values[:, disease]).all(1)
     values = np.column_stack([np.where(known, present, np.nan), values])
     first = grouped.first()
+    check_files("tree", list(first.index), [Path(file) for file in first.index])
     notes: list[str] = []
     subjects = one_spelling("tree", first["subject"], notes)
     official = first["split"].map(PART_NAMES) if "split" in first else pd.Series(dtype=str)

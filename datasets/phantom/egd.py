@@ -38,7 +38,8 @@ def make_egd(
     dwell_ratio: float = 6.0,
     screen: tuple[int, int] = (1080, 1920),
 ) -> PhantomStudy:
-    """Write a study in the raw EGD-CXR layout, `root`/egd-cxr, and its images, `root`/mimic/files.
+    """Write a study in the raw EGD-CXR layout, `root`/egd-cxr, and its images, `root`/mimic/files,
+    with their table of metadata.
 
     One reading per image. fixations.csv has the column FPOGD only `with_duration`; its rows include
     fixations off the picture (negative X_ORIGINAL, Y_ORIGINAL) and, before every third reading, a
@@ -50,7 +51,7 @@ def make_egd(
     root = Path(root)
     study = PhantomStudy(root, root / "egd-cxr", root / "mimic", [], seed, dwell_ratio)
     study.raw.mkdir(parents=True, exist_ok=True)
-    master, gaze = [], []
+    master, metadata, gaze = [], [], []
     for index in range(n_images):
         rng = np.random.default_rng([seed, index, 9])
         lesions = draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
@@ -61,6 +62,16 @@ def make_egd(
         shrink = min(screen[0] / size[0], screen[1] / size[1])
         left = round((screen[1] - size[1] * shrink) / 2)
         top = round((screen[0] - size[0] * shrink) / 2)
+        metadata.append(
+            {
+                "dicom_id": image.dicom_id,
+                "subject_id": image.subject_id,
+                "study_id": image.study_id,
+                "ViewPosition": "PA",
+                "Rows": size[0],
+                "Columns": size[1],
+            }
+        )
         kinds = {lesion.kind for lesion in lesions}
         master.append(
             {
@@ -85,6 +96,7 @@ def make_egd(
     columns = None if with_duration else [name for name in gaze[0].columns if name != "FPOGD"]
     write_csv(pd.DataFrame(master), study.raw / "master_sheet.csv")
     write_csv(pd.concat(gaze, ignore_index=True)[columns or list(gaze[0].columns)], study.raw / "fixations.csv")
+    write_csv(pd.DataFrame(metadata), study.images / "mimic-cxr-2.0.0-metadata.csv")
     mark_simulated(study.raw)
     return study
 

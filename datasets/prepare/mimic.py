@@ -29,7 +29,7 @@ from datasets.prepare.heatmaps import find_heatmaps
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
-from datasets.raw.image_index import find_images
+from datasets.raw.image_index import METADATA_NAMES, find_images, find_metadata
 from datasets.raw.readings import Exclusion
 from datasets.raw.walk import resolved
 from util.contrast import MIMIC_CXR_JPG
@@ -40,7 +40,6 @@ from util.tables import check_id, read_table
 # As datasets.mimic and datasets.build have them, which import torch.
 INDEX, IMAGES_INDEX = "mimic-cxr-jpg-cleanv4.json", "images.json"
 FRONTAL = ("AP", "PA")
-METADATA_NAMES = ("mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.0.0-metadata.csv")
 _ID_COLUMNS = ("dicom_id", "subject_id", "study_id")
 _VIEW_COLUMN = "ViewPosition"
 _PLACE = re.compile(r"/p(?P<subject>\d+)/s(?P<study>\d+)/[^/]+$")
@@ -269,13 +268,13 @@ class Excluded:
 
 
 def _find_metadata(images: Path, *, needed: bool) -> Path | None:
-    here = [images / name for name in METADATA_NAMES if (images / name).is_file()]
-    if needed and not here:
+    found = find_metadata(images)
+    if needed and found is None:
         raise UserError(
             f"{images}: no {METADATA_NAMES[0]} in it, which tells frontal from lateral views; "
             "give its path with --metadata, or take any view with --views all"
         )
-    return here[0] if here else None
+    return found
 
 
 def _read_metadata(path: Path, views: Sequence[str], notes: list[str]) -> pd.DataFrame:

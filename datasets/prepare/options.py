@@ -11,7 +11,7 @@ from util.cli import finite_float
 
 
 def add_raw_options(parser: argparse.ArgumentParser) -> None:
-    """--raw, --source and --sigma: which data set, and how its fixations become heatmaps."""
+    """--raw, --source, --sigma and --metadata: which data set, and how its fixations become heatmaps."""
     # fmt: off
     parser.add_argument("--raw", type=Path, required=True,
         help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above")
@@ -19,4 +19,7 @@ def add_raw_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sigma", type=finite_float, default=None,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; "
              f"{DEFAULT_SIGMA:g} where none is given")
+    parser.add_argument("--metadata", type=Path, default=None,
+        help="EGD-CXR only: MIMIC-CXR's table of metadata, which has the sizes of the original images that fixations "
+             "are in pixels of (default: the one in --images)")
     # fmt: on

@@ -80,7 +80,11 @@ def make_image(task: tuple[str, list[Reading]], *, out: Path | None, options) ->
             attention, foreground = attention_maps(merge_heatmaps([heatmap for _, _, heatmap in group]))
         made.note["used"].append([reading.id for reading in own])
         made.note["significant"].append(count_significant(foreground))
-        made.note["fixations"].append("".join(_fixation_rows(fixations.table, file_size) for _, fixations, _ in group))
+        made.note["fixations"].append(
+            "".join(
+                _fixation_rows(fixations.table, reading.original_size(file_size)) for reading, fixations, _ in group
+            )
+        )
         for kind, pixels in (("attention", attention), ("foreground", foreground)):
             name = f"{kind}/{own[0].study_id}/{entry_id(own)}.png"
             made.files.append(name)
@@ -100,22 +104,22 @@ def reading_gaze(
     screen_filter: bool = False,
 ) -> tuple[Fixations, np.ndarray] | Exclusion:
     """Usable fixations of one reading, see `Reading.load_fixations`, and its gaze map, float64 [H, W] of `out_size`; or
-    why there is none. Sizes are (height, width)."""
-    if reading.image_size and max(abs(a - b) for a, b in zip(reading.image_size, file_size)) > 1:
-        expected = "{1} x {0}".format(*reading.image_size)
-        detail = f"{path}: is {file_size[1]} x {file_size[0]} px, the readings were made on {expected}"
-        return Exclusion(reading.id, "image size differs", detail, is_fault=True)
+    why there is none. Sizes are (height, width); the file may be a scaled copy, see `Reading.original_size`."""
     try:
-        found = replace(reading, image_size=file_size).load_fixations(max_bad=max_bad, screen_filter=screen_filter)
+        size = reading.original_size(file_size)
+    except UserError as error:
+        return Exclusion(reading.id, "image size differs", f"{path}: {error}", is_fault=True)
+    try:
+        found = replace(reading, image_size=size).load_fixations(max_bad=max_bad, screen_filter=screen_filter)
         lasting = found.table
         if lasting.empty:
             told = ", ".join(f"{reason}: {n}" for reason, n in found.left_out.items())
             detail = f"{reading.fixations_path}: none that can be used{told and f' ({told})'}"
             return Exclusion(reading.id, "no fixations", detail)
-        if not inside_image(lasting, file_size).any():
+        if not inside_image(lasting, size).any():
             detail = f"{reading.fixations_path}: all {len(lasting)} lie outside the image"
             return Exclusion(reading.id, "all fixations outside", detail)
-        return found, fixation_heatmap(lasting, file_size, out_size)
+        return found, fixation_heatmap(lasting, size, out_size)
     except UserError as error:
         where = "" if str(reading.fixations_path) in str(error) else f"{reading.fixations_path}: "
         return Exclusion(reading.id, "unusable fixations", f"{where}{error}", is_fault=True)

@@ -15,17 +15,19 @@ the same file. Nothing depends on the number of processes or on where an earlier
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets.prepare.entries import entry, entry_id, stored_image
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
 from datasets.raw.egd import DEFAULT_SIGMA, find_egd_root, read_egd
-from datasets.raw.image_index import FoundImages, find_images
+from datasets.raw.image_index import FoundImages, find_images, find_metadata
 from datasets.raw.readings import MAX_BAD, Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
 from datasets.raw.walk import resolved
@@ -87,6 +89,7 @@ def prepare(
     readings: str = "one",
     split: str = "all",
     sigma: float | None = None,
+    metadata: Path | None = None,
     dicom_contrast: str = MIMIC_CXR_JPG,
     max_bad_fixations: float = MAX_BAD,
     screen_filter: bool = False,
@@ -100,6 +103,7 @@ def prepare(
     """
     # The record is the same from wherever it is run and however a path is spelt.
     raw, images, out = resolved(raw), resolved(images), resolved(out)
+    metadata = metadata and resolved(metadata)
     source = source or detect_source(raw)
     if size < 0:
         raise UserError(f"--size {size} is negative; 0 keeps the native size")
@@ -107,7 +111,7 @@ def prepare(
         raise UserError(f"--max_bad_fixations {max_bad_fixations:g} is no share, 0 to 1")
     if screen_filter and source != "reflacx":
         raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
-    reader_options = sigma_option(source, sigma)
+    reader_options = egd_options(source, sigma, metadata, images)
     options = Options(
         source,
         size,
@@ -116,7 +120,7 @@ def prepare(
         dicom_contrast=dicom_contrast,
         max_bad_fixations=max_bad_fixations,
         screen_filter=screen_filter,
-        **reader_options,
+        sigma=reader_options.get("sigma"),
     )
     making = TreeMaking(out, asdict(options), index=INDEX, tables=[FIXATIONS], overwrite=overwrite, dry_run=dry_run)
     with making:
@@ -142,6 +146,8 @@ def prepare(
             ),
             key=lambda sample: entry_id(sample[0]),
         )
+        if not overwrite:
+            _refuse_other_readings(out, [group for group, _ in samples], chosen.keys() - {e.id for e in exclusions})
         left_out, bad = _left_out_fixations(making)
         mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
         n_other_split = len(found.readings) - len(chosen)
@@ -161,19 +167,45 @@ def prepare(
                 **{f"fixations left out: {reason}": n for reason, n in sorted(left_out.items())},
             },
             notes=[*found.notes, *place.notes, *_tell(bad)],
-            record={"raw": str(raw), "images": str(images), "bad_fixations": bad},
+            record={
+                "raw": str(raw),
+                "images": str(images),
+                "metadata": (table := reader_options.get("metadata")) and str(table),
+                "bad_fixations": bad,
+            },
             seconds=seconds,
             tables={FIXATIONS: lambda: _fixation_table(samples)},
         )
 
 
-def sigma_option(source: str, sigma: float | None) -> dict[str, float]:
-    """What `read_egd` is given; UserError for a sigma where the data set brings its own."""
+def egd_options(source: str, sigma: float | None, metadata: Path | None, images: Path | None) -> dict[str, Any]:
+    """What `read_egd` is given; UserError for options that another data set has no need of."""
     if source == "egd":
-        return {"sigma": DEFAULT_SIGMA if sigma is None else sigma}
+        return {
+            "sigma": DEFAULT_SIGMA if sigma is None else sigma,
+            "metadata": metadata or (images and find_metadata(images)),
+        }
     if sigma is not None:
         raise UserError(f"--sigma {sigma:g}: is for EGD-CXR; {source} brings its own angular resolution")
+    if metadata is not None:
+        raise UserError(f"--metadata {metadata}: is for EGD-CXR; {source} records the sizes of its images")
     return {}
+
+
+def _refuse_other_readings(out: Path, groups: Sequence[Sequence[Reading]], usable: Collection[str]) -> None:
+    """UserError where the finished tree has entries of `usable` readings that other readings take the place of now."""
+    try:
+        entries = json.loads((out / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no finished tree
+        return
+    now = {tuple(reading.id for reading in group): group[0].image_id for group in groups}
+    for old in entries:
+        if (ids := tuple(old["raw_ids"])) not in now and usable >= set(ids):
+            others = ", ".join(name for own, image in now.items() if image == old["dicom_id"] for name in own)
+            raise UserError(
+                f"{out}: has image {old['dicom_id']} with reading {', '.join(ids)}, and is to have it with {others} now, "
+                "which can be used or was added since; choose another --out, or --overwrite to make the tree afresh"
+            )
 
 
 def _left_out_fixations(making: TreeMaking) -> tuple[Counter, list[str]]:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from datasets.raw.image_index import read_sizes
 from datasets.raw.readings import MAX_BAD, Exclusion, Fixations, RawReadings, Reading, only_root, usable_fixations
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS
@@ -23,6 +24,11 @@ _FIXATION_TEXT = ("DICOM_ID", "SESSION_ID")
 _LIKE_DICOM_ID = re.compile("[0-9a-f]{8}-", re.IGNORECASE)
 _TIME, _DURATION = "Time (in secs)", "FPOGD"
 _POSITION = ("X_ORIGINAL", "Y_ORIGINAL")
+# Where no size is recorded: what short sides MIMIC-CXR's films have, and the share of fixations off the picture,
+# without doubt that the file is the original.
+_SHORT_SIDES = 1500, 4300
+_MAX_OFF = 0.1
+_ASK = "give MIMIC-CXR's table of metadata, which has the original sizes, by --metadata"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,16 @@ class EgdReading(Reading):
 
     rows: pd.DataFrame = field(repr=False, compare=False)
     sigma: float
+    size_is_recorded: bool
+
+    def original_size(self, file_size: tuple[int, int]) -> tuple[int, int]:
+        """As `Reading.original_size`; without a recorded size the file must look like the original."""
+        if not self.size_is_recorded and not _SHORT_SIDES[0] <= min(file_size) <= _SHORT_SIDES[1]:
+            raise UserError(
+                f"is {file_size[1]} x {file_size[0]} px, which no original of MIMIC-CXR is, and the fixations are in "
+                f"pixels of the original; {_ASK}"
+            )
+        return super().original_size(file_size)
 
     def fixations_origin(self) -> str:
         rows = self.rows.to_csv().encode()
@@ -48,6 +64,12 @@ class EgdReading(Reading):
         duration = numbers.get(_DURATION, np.diff(time, prepend=0.0))
         x, y = (numbers[column] for column in _POSITION)
         height, width = self.image_size or (np.inf, np.inf)
+        off = (x < 0) | (y < 0) | (x >= width) | (y >= height)
+        if not self.size_is_recorded and off.sum() > _MAX_OFF * len(off):
+            raise UserError(
+                f"{off.sum()} of {len(off)} fixations are off the picture of {width} x {height} px: is it the original? "
+                f"{_ASK}"
+            )
         whole = {"xmin": -np.inf, "ymin": -np.inf, "xmax": np.inf, "ymax": np.inf}
         columns = {"x": x, "y": y, "duration": duration, "sigma_x": self.sigma, "sigma_y": self.sigma, **whole}
         return usable_fixations(
@@ -56,7 +78,7 @@ class EgdReading(Reading):
             max_bad=max_bad,
             damaged=bad_cells(self.rows, numbers),
             repeated=self.rows.duplicated(),
-            rules={"off the picture": (x < 0) | (y < 0) | (x >= width) | (y >= height)},
+            rules={"off the picture": off},
         )
 
 
@@ -65,17 +87,19 @@ def find_egd_root(raw: Path) -> Path | None:
     return only_root(raw, lambda root: table_file(root / "master_sheet.csv").is_file())
 
 
-def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
+def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None = None) -> RawReadings:
     """All readings of the raw data set, ordered by id; raises `UserError` for unusable tables.
 
     A reading is one image in one session, its id <dicom_id>-<session>. The data set has no angular
-    resolution, hence `sigma`, px of the original image; it has no splits and no image sizes.
+    resolution, hence `sigma`, px of the original image; it has no splits and no image sizes, which are those of
+    `metadata`, MIMIC-CXR's table.
     """
     if not sigma > 0:
         raise UserError(f"--sigma {sigma:g} is not positive")
     root = find_egd_root(raw)
     if root is None:
         raise UserError(f"{raw}: no master_sheet.csv here or one directory below (egd-cxr/1.0.0)")
+    sizes = {} if metadata is None else read_sizes(metadata)
     result = RawReadings("egd", [])
     path = table_file(root / "master_sheet.csv")
     master = read_table(path, (*_MASTER_TEXT, *LABELS), text=_MASTER_TEXT)
@@ -110,7 +134,8 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA) -> RawReadings:
             split=None,
             phase=None,
             source="egd",
-            image_size=None,
+            image_size=sizes.get(image),
+            size_is_recorded=image in sizes,
             fixations_path=path,
             rows=rows,
             sigma=sigma,

@@ -10,12 +10,26 @@ from pathlib import Path, PurePosixPath
 
 from datasets.raw.walk import Sources, refuse_inside_tree, same_content
 from util.errors import UserError
+from util.tables import numeric_columns, read_table
 
 # As published: MIMIC-CXR-JPG, 8-bit already and several times faster to read, and MIMIC-CXR.
 PUBLISHED = (".jpg", ".dcm")
 # Of files of the same content the first is taken.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")
+METADATA_NAMES = ("mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.0.0-metadata.csv")
 DICOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}", re.IGNORECASE)  # as MIMIC-CXR has them, in small letters
+
+
+def find_metadata(images: Path) -> Path | None:
+    """MIMIC-CXR's table of metadata in the root of its images, if it is there."""
+    return next((images / name for name in METADATA_NAMES if (images / name).is_file()), None)
+
+
+def read_sizes(path: Path) -> dict[str, tuple[int, int]]:
+    """(height, width) of the original images by dicom_id, as MIMIC-CXR's table of metadata has them."""
+    table = read_table(path, ("dicom_id", "Rows", "Columns"), text=("dicom_id",))
+    sizes = numeric_columns(table, ("Rows", "Columns"), path)
+    return dict(zip(table["dicom_id"], zip(*(sizes[name].astype(int).tolist() for name in ("Rows", "Columns")))))
 
 
 @dataclass

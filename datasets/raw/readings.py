@@ -93,8 +93,8 @@ class Reading(ABC):
     """One reader looking at one image once.
 
     `image_id` is the image's dicom_id, `image_path` where the data set says the image lies (a hint,
-    relative, may be empty), `image_size` (height, width) in pixels or None where the data set does
-    not say. `labels` are the data set's own columns with their own values (certainty 0-5, bool or
+    relative, may be empty), `image_size` (height, width) in pixels of the original image, or None where the data set
+    does not say. `labels` are the data set's own columns with their own values (certainty 0-5, bool or
     text); `datasets.raw.findings.unify` maps them to common findings. `split` is train, validate, test
     or None. `fixations_path` is the file that messages name. The heavy tables are read by the load_
     methods, when they are wanted.
@@ -119,6 +119,16 @@ class Reading(ABC):
 
         Raises `UserError` naming file, line and column.
         """
+
+    def original_size(self, file_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the image that positions count in, in whose scaled copy of `file_size` they are looked at:
+        the recorded size, or the file's. UserError where the sides have another ratio (by more than a pixel each)."""
+        if self.image_size is None:
+            return file_size
+        (height, width), (rows, columns) = file_size, self.image_size
+        if abs(width * rows - height * columns) > columns + rows:
+            raise UserError(f"is {width} x {height} px, the readings were made on {columns} x {rows}")
+        return self.image_size
 
     def fixations_origin(self) -> str:
         """Digest of what `load_fixations` reads; by default the content of `fixations_path`."""

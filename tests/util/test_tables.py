@@ -78,6 +78,7 @@ def test_types_are_those_of_pandas_and_text_is_as_it_is_written(tmp_path):
         (PLAIN[:-3], r"line 3 has 2 cells, the header 3 columns; is the file cut off"),
         ("id,x\n1,2\n1,2,3\n", "line 3 has 3 cells, the header 2 columns"),
         ("id,x\n1,0,5\n", "line 2 has 3 cells"),  # a decimal comma
+        ("id,x,not", "ends within its header; is the file cut off"),
         ("id,x,x\n1,2,3\n", "column 'x' appears twice"),
         ("id;y\n1;2\n", r"column 'x' is missing; the header, taken as separated by semicolons, is 'id;y'"),
         ("id y\n1 2\n", r"columns? 'id', 'x' is missing; .* is 'id y'"),

@@ -314,10 +314,10 @@ def test_egd_has_no_ellipses_and_says_so(tmp_path, capsys):
         "significant_patches.csv",
         "gaze_analysis.png",
     }
-    study.truth[0].path.unlink()
-    # As in preparation: what is merely not there is listed, but no damage.
-    assert analyze_gaze.main([*arguments, "--images", str(study.images)]) == 0
-    assert f"image missing: no {study.truth[0].dicom_id}" in capsys.readouterr().out
+    study.truth[0].path.unlink()  # whose size the table has all the same
+    sizes = study.images / "mimic-cxr-2.0.0-metadata.csv"
+    assert analyze_gaze.main([*arguments, "--metadata", str(sizes)]) == 0
+    assert "4 readings of 4 images" in capsys.readouterr().out
 
 
 def test_an_unreadable_example_is_listed_and_another_one_shown(tmp_path, capsys):

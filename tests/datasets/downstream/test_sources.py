@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,12 +297,31 @@ def test_covidx_splits_patients_not_images_and_offers_the_published(tmp_path):
     published = read_dataset("covidx", tmp_path, split="published")
     _, drawn = train_test_split(np.arange(60), test_size=0.2, random_state=0)
     assert [published.ids[i] for i in published.indices(VALID)] == [f"train/file {i}.png" for i in drawn]
-    assert any("are in train and in valid" in note for note in published.notes)
+    pairs = set(zip(published.subjects, published.parts, strict=True))
+    assert any(f"{len(pairs) - 23} patients are in two parts" in note for note in published.notes)
     assert len(read_dataset("covidx", tmp_path, where=["source=src"])) == 62
     with pytest.raises(UserError, match="'pneumonia' is absent from every training image"):
         check_classes(images)
     write(tmp_path / "test.txt", "900 a.png normal")
     assert "line 1" in refused("covidx", tmp_path)
+
+
+@pytest.mark.parametrize("release", ["", "_COVIDx9A"])
+def test_covidx_validates_on_its_own_list(tmp_path, release):
+    rows = [f"{i} {i}.png {'COVID-19' if i % 2 else 'normal'} src" for i in range(12)]
+    for name, some in (("train", rows[:6]), ("val", rows[6:9]), ("test", rows[9:])):
+        write(tmp_path / f"labels/{name}{release}.txt", *some)
+        touch(tmp_path, *(f"{name}/{row.split()[1]}" for row in some))
+    for split in ("auto", "published"):
+        images = read_dataset("covidx", tmp_path, split=split)
+        assert images.ids == [f"{'train' if i < 6 else 'val' if i < 9 else 'test'}/{i}.png" for i in range(12)]
+        assert list(images.parts) == [TRAIN] * 6 + [VALID] * 3 + [TEST] * 3
+    for name in ("train", "test"):
+        shutil.copy(tmp_path / f"labels/{name}{release}.txt", tmp_path / f"labels/{name}_COVIDx9B.txt")
+    assert "name the table by --csv" in refused("covidx", tmp_path)
+    other = read_dataset("covidx", tmp_path, csv=tmp_path / "labels/train_COVIDx9B.txt")
+    assert len(other) == 9 and len(other.indices(VALID)) == 1
+    assert "expected the list that trains" in refused("covidx", tmp_path, csv=tmp_path / f"labels/test{release}.txt")
 
 
 # ---------------------------------------------------------------- labels of a CSV
@@ -602,9 +622,15 @@ def test_words_for_yes_and_no_are_labels_in_a_single_column_too(tmp_path):
     assert images.label_names == ["sick"] and sorted(images.labels[:, 0]) == [0] * 4 + [1] * 4
 
 
-def test_one_file_under_two_ids_is_refused(tmp_path):
+@pytest.mark.parametrize("again", ["same", "./a.png", "symbolic link", "hard link"])
+def test_one_file_under_two_ids_is_refused(tmp_path, again):
     touch(tmp_path, "a.png", "b.png", "c.png")
-    write(tmp_path / "t.csv", "path,sick", "a.png,1", "b.png,0", f"{tmp_path}/a.png,1", "c.png,1")
+    name = {"same": f"{tmp_path}/a.png", "./a.png": again}.get(again, "d.png")
+    if again == "symbolic link":
+        (tmp_path / "d.png").symlink_to("a.png")
+    elif again == "hard link":
+        (tmp_path / "d.png").hardlink_to(tmp_path / "a.png")
+    write(tmp_path / "t.csv", "path,sick", "a.png,1", "b.png,0", f"{name},1", "c.png,1")
     assert "are the same file" in refused("csv", tmp_path, label_columns=["sick"])
 
 
@@ -630,8 +656,33 @@ def test_an_image_that_lacks_is_not_another_folders_image_of_its_name(tmp_path):
     images = read_dataset("csv", tmp_path, label_columns=["sick"])
     for image, file in zip(images.ids, images.files, strict=True):
         assert file == tmp_path / image.removeprefix("root/")
-    (tmp_path / "b").rename(tmp_path / "part 2")  # a folder that no name has may hold them
-    assert len(read_dataset("csv", tmp_path, label_columns=["sick"])) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "there", "missing"),
+    [
+        # another folder that the table never names, with the same folder in it or without
+        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/2.png"], ["images/2.png"]),
+        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/images/2.png"], ["images/2.png"]),
+        (["images/1.png", "images/2.png"], ["rejected/1.png", "rejected/2.png"], ["images/1.png", "images/2.png"]),
+        (["x/train/p1/1.png", "x/train/p2/1.png"], ["train/p1/1.png", "no/p2/1.png"], ["x/train/p2/1.png"]),
+        (["train/1.png", "test/2.png"], ["other/train/2.png"], ["train/1.png", "test/2.png"]),
+        # the root may be the folder, or have another name than the paths begin with
+        (["images/1.png", "images/2.png"], ["1.png", "2.png"], []),
+        (["x/images/1.png", "x/images/2.png"], ["y/z/images/1.png", "y/z/images/2.png"], []),
+        # CheXpert as its site gives it: parts whose folders are in no path
+        (
+            ["x/train/p1/1.png", "x/train/p2/1.png", "x/valid/p3/1.png"],
+            ["a/p1/1.png", "b/p2/1.png", "valid/p3/1.png"],
+            [],
+        ),
+    ],
+)
+def test_a_path_is_matched_by_the_folder_that_it_names_or_is_missing(tmp_path, names, there, missing):
+    touch(tmp_path, *there)
+    files = Folder(tmp_path).images(names, [])
+    assert [name for name, file in zip(names, files, strict=True) if file is None] == missing
+    assert all(file.name == Path(name).name for name, file in zip(names, files, strict=True) if file)
 
 
 def test_an_empty_cell_in_a_column_of_names_heeds_its_rule(tmp_path):

@@ -209,3 +209,5 @@ def test_a_sigma_for_reflacx_is_refused(root):
         prepare(root / "reflacx", root / "mimic", root / "out", sigma=9.0)
     with pytest.raises(UserError, match="--sigma 9: is for EGD-CXR"):
         analyze(root / "reflacx", sigma=9.0)
+    with pytest.raises(UserError, match="--metadata .*: is for EGD-CXR"):
+        prepare(root / "reflacx", root / "mimic", root / "out", metadata=root / "a.csv")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,23 @@ def test_one_goes_on_to_the_next_where_the_first_is_unusable(tmp_path):
     report = prepare(study.raw, study.images, tmp_path / "out")
     assert [entry["reflacx_id"] for entry in entries_of(tmp_path / "out")] == [second]
     assert [fault.id for fault in report.faults] == [first]
+
+
+@pytest.mark.parametrize("readings", ["one", "merge"])
+def test_a_reading_that_was_mended_changes_no_finished_tree(tmp_path, readings):
+    study = make_study(tmp_path, n_images=1, shared_images=1, size=(120, 96))
+    first, second = sorted(reading.id for reading in read_reflacx(study.raw).readings)
+    path = study.raw / "main_data" / first / "fixations.csv"
+    whole = path.read_text()
+    path.write_text(whole[:30])
+    assert prepare(study.raw, study.images, tmp_path / "out", readings=readings).faults[0].id == first
+    path.write_text(whole)
+    now = first if readings == "one" else f"{first}, {second}"
+    with pytest.raises(UserError, match=f"with reading {second}, and is to have it with {now} now, .* --overwrite"):
+        prepare(study.raw, study.images, tmp_path / "out", readings=readings)
+    assert entries_of(tmp_path / "out")[0]["raw_ids"] == [second]
+    prepare(study.raw, study.images, tmp_path / "out", readings=readings, overwrite=True)
+    assert entries_of(tmp_path / "out")[0]["raw_ids"][0] == first
 
 
 def test_merge_adds_the_maps(each, mixed, tmp_path):
@@ -511,6 +529,42 @@ def test_egd_gives_the_same_kind_of_tree(tmp_path):
         prepare(study.raw, study.images, tmp_path / "no", split="train")
     with pytest.raises(UserError, match="other options"):
         prepare(study.raw, study.images, tmp_path / "out", sigma=10)
+
+
+def resize(study, size):
+    """Give every image of the study another (height, width)."""
+    for image in study.truth:
+        Image.open(image.path).resize(size[::-1]).save(image.path)
+
+
+@pytest.mark.parametrize("make", [make_egd, make_study])
+def test_scaled_copies_of_the_images_have_the_same_maps_and_cropped_ones_are_faults(tmp_path, make):
+    study = make(tmp_path, n_images=3, size=(240, 192))
+    prepare(study.raw, study.images, tmp_path / "whole", size=48)
+    entries = entries_of(tmp_path / "whole")
+    for scaled in ((120, 96), (480, 384)):
+        out = tmp_path / str(scaled)
+        resize(study, scaled)
+        assert not prepare(study.raw, study.images, out, size=48).faults
+        assert entries_of(out) == entries
+        assert (out / "fixations.csv").read_bytes() == (tmp_path / "whole" / "fixations.csv").read_bytes()
+        for entry in entries:
+            np.testing.assert_array_equal(maps_of(out, entry), maps_of(tmp_path / "whole", entry))
+    resize(study, (192, 192))
+    with pytest.raises(UserError, match="is 192 x 192 px, the readings were made on 192 x 240"):
+        prepare(study.raw, study.images, tmp_path / "square", size=48)
+
+
+def test_egd_without_recorded_sizes_needs_images_that_look_like_the_originals(tmp_path):
+    study = make_egd(tmp_path, n_images=2, size=(240, 192))
+    (study.images / "mimic-cxr-2.0.0-metadata.csv").rename(tmp_path / "sizes.csv")
+    with pytest.raises(UserError, match="is 192 x 240 px, which no original of MIMIC-CXR is, .* --metadata"):
+        prepare(study.raw, study.images, tmp_path / "out")
+    assert not prepare(study.raw, study.images, tmp_path / "out", metadata=tmp_path / "sizes.csv").faults
+    (reading, *_) = read_egd(study.raw).readings
+    assert reading.original_size((3056, 2544)) == (3056, 2544)
+    with pytest.raises(UserError, match=r"fixations are off the picture of 96 x 120 px: .* --metadata"):
+        replace(reading, image_size=(120, 96)).load_fixations()
 
 
 class LeftEyeReading(Reading):
