@@ -23,6 +23,7 @@ from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.files import atomic_write
 from util.finite import FiniteWatch, make_scaler
+from util.foreign_weights import PLAIN_VIT, is_unknown
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
@@ -330,8 +331,8 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
         weights, told = None, "encoder weights random (--weights none)"
     if weights is None:
         return GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width), told
-    state, info = read_state_dict(weights)
-    if info.kind in ("cxr-mim", "vit") and "blocks.0.attn.qkv.weight" in state:
+    state, _ = read_state_dict(weights)
+    if PLAIN_VIT in state and not any(map(is_unknown, state)):
         own = read_backbone(weights, img_size=args.input_size)
         backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
         model = GazeNet(own.timm_name, args.decoder, args.input_size, args.decoder_width, backbone_args)

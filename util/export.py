@@ -22,7 +22,7 @@ from torch import Tensor
 from util.architecture import VIT_SIZES, attention_heads
 from util.errors import UserError
 from util.files import atomic_write
-from util.foreign_weights import find_encoder
+from util.foreign_weights import find_encoder, refusal
 from util.weights import WeightsInfo, read_state_dict, resample_pos_embed, summarize_keys
 
 FORMATS = ("timm", "safetensors", "cxr-eval", "hf")
@@ -88,6 +88,8 @@ def read_backbone(
     state, info = read_state_dict(path)
     try:
         found = find_encoder(state)
+        if found.unknown:
+            raise UserError(refusal(info.path, found.unknown))
         state = found.state
         encoder = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_PREFIXES)}
         width, _, patch_size, _ = encoder["patch_embed.proj.weight"].shape

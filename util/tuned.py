@@ -68,6 +68,7 @@ def write_tuned(
     metadata = {
         "timm_model": candidate.timm_name if backbone is None else backbone.timm_name,
         "timm_args": json.dumps(arguments),
+        "num_heads": str(model.blocks[0].attn.num_heads),
         "labels": json.dumps(list(labels)),
         "weights": candidate.name,
     } | {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

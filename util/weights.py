@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from util.architecture import FREE_CONFIG, config_of_older_file, notes_on_config
 from util.checkpoint import check_weights, verify_archive
 from util.errors import UserError
+from util.foreign_weights import is_unknown, refusal
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 WRAPPER_KEYS = ("model", "state_dict", "teacher", "student")  # where checkpoints keep the tensors
@@ -252,8 +253,8 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
 
     Raises:
         UserError: a tensor has another shape than the model's, the encoder was trained with another
-            number of heads, the file has no transformer block that the model has, or lacks some of its
-            blocks.
+            number of heads or an unknown one, the file has no transformer block that the model has, lacks some of
+            its blocks, or has tensors that may belong to another kind of encoder.
     """
     state, info = read_state_dict(path)
     own = model.state_dict()
@@ -264,7 +265,9 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
             f"{_shorten(summarize_keys(state))}); expected timm ViT names such as blocks.0.norm1.weight"
         )
 
-    notes = notes_on_config(info, model.config)
+    if unknown := [name for name in state if name not in own and is_unknown(name)]:
+        raise UserError(refusal(info.path, unknown))
+    notes: list[str] = []
     taken: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, tensor in state.items():
@@ -295,6 +298,7 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
             f"{info.path}: lacks {summarize_keys(lacking)} of the model (first: {lacking[0]}); "
             "likely a file of another model size: choose the --model it was trained with"
         )
+    notes = [*notes_on_config(state, info, model.config), *notes]
 
     with torch.no_grad():
         for name, tensor in taken.items():

@@ -227,16 +227,25 @@ def test_a_named_size_with_other_heads_keeps_them(tmp_path):
         assert (build_backbone(backbone).eval().forward_features(img) - encode(model, img)[-1]).abs().max() < 1e-5
 
 
-def test_files_that_do_not_say_have_the_heads_of_their_named_size_or_none(tmp_path):
-    """A file of a known size, from before checkpoints said it, or of another program."""
-    state = CXRMIM(img_size=32, embed_dim=192, depth=12, num_heads=3, id_list=(11,), scale_list=(0.5,)).state_dict()
-    for args, heads in (({"model": "cxrmim_vit_tiny_patch16"}, 3), ({}, 3), ({"model": "my_encoder"}, None)):
-        torch.save({"model": state, "args": args}, tmp_path / "c.pth")
-        if heads is None:
-            with pytest.raises(UserError, match="does not say.*my_encoder.*--num_heads"):
-                read_backbone(tmp_path / "c.pth")
-        else:
-            assert read_backbone(tmp_path / "c.pth").num_heads == heads
+@pytest.mark.parametrize(
+    "width, name, heads",
+    [
+        (192, "cxrmim_vit_tiny_patch16", 3),  # of the program, which has one number for it
+        (192, "vit_tiny_patch16", None),  # 3, or 12 in several MAE forks
+        (384, "vit_small", None),  # 6, or 12 in MoCo v3
+        (768, "mae_vit_base_patch16", 12),
+        (768, "my_encoder", None),
+    ],
+)
+def test_heads_are_taken_for_granted_only_where_one_number_is_in_use(width, name, heads, tmp_path):
+    model = CXRMIM(img_size=32, embed_dim=width, depth=12, num_heads=12, id_list=(11,), scale_list=(0.5,))
+    torch.save({"model": model.state_dict(), "args": {"model": name}}, tmp_path / "c.pth")
+    if heads is None:
+        with pytest.raises(UserError, match=f"does not say.*{name}.*--num_heads"):
+            read_backbone(tmp_path / "c.pth")
+    else:
+        assert read_backbone(tmp_path / "c.pth").num_heads == heads
+    assert read_backbone(tmp_path / "c.pth", num_heads=heads or 4).num_heads == (heads or 4)
 
 
 def test_mean_pooling_head_takes_the_norm(small):
@@ -267,7 +276,7 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
         ([str(tmp_path / "mute.pth"), "x.pth"], r"mute.pth.*heads.*width 64, 3 blocks.*--num_heads"),
         ([str(tmp_path / "mute.pth"), "x.pth", "--num_heads", "3"], "--num_heads 3.*does not divide.*64"),
         ([str(checkpoint), "x.pth", "--num_heads", "2"], r"--num_heads 2.*checkpoint-7.pth says that it has 1"),
-        ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: not an encoder.*ls1"),
+        ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: blocks.0.ls1.gamma may belong"),
         ([str(tmp_path / "pooled.pth"), "x.pth"], "pooled.pth: no complete ViT.*'norm.weight' is missing"),
         ([str(tmp_path / "flat.pth"), "x.pth"], "flat.pth: not a ViT"),
         ([str(tmp_path / "two.pth"), "x.pth", "--img_size", "128"], "two.pth: not a ViT.*no square grid"),
