@@ -128,13 +128,22 @@ def test_going_on_elsewhere_takes_the_best_model_along(tree, trained, tmp_path):
     best = Best(**state["best"])
     save_checkpoint(state | {"best": asdict(Best())}, tmp_path / "best.pth")  # another run's
     for _ in range(2):
-        run_gaze.bring_best(last, tmp_path, best)
+        assert run_gaze.bring_best(last, tmp_path, best, state["epoch"]) == best
         assert (tmp_path / "best.pth").read_bytes() == whole
-    run_gaze.bring_best(last, trained, best)
-    (tmp_path / "lone").mkdir()
-    lone = shutil.copy(last, tmp_path / "lone")
-    with pytest.raises(UserError, match="lone/best.pth: not there"):
-        train(tree, tmp_path / "out", f"--epochs 9 --lr 5e-3 --resume {lone}")
+
+
+def test_the_best_model_of_abandoned_epochs_is_not_judged(tree, trained, tmp_path, capsys):
+    """Going back to epoch 1, whose best.pth later epochs have overwritten."""
+    for name in ("log.txt", "best.pth"):
+        shutil.copy(trained / name, tmp_path)
+    state = load_checkpoint(max(trained.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.split("-")[1])))
+    save_checkpoint(state | {"epoch": 0, "best": asdict(Best(0, 0.1, 0.9))}, tmp_path / "checkpoint-0.pth")
+    flags = f"--lr 5e-3 --resume {tmp_path / 'checkpoint-0.pth'} --epochs"
+    with pytest.raises(UserError, match="no epoch since the resumed one"):
+        train(tree, tmp_path, f"{flags} 1")
+    assert train(tree, tmp_path, f"{flags} 2") == 0
+    assert "best.pth is not the best model so far (epoch 1" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "best.pth")["best"]["epoch"] == 1
 
 
 def test_stops_early_and_stays_stopped(tree, tmp_path, capsys):

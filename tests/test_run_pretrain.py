@@ -138,7 +138,7 @@ def test_bfloat16_clipping_and_odd_taps(tree, tmp_path):
 def test_starts_from_timm_weights_and_reports(tree, tmp_path, capsys):
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=10)
-    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    torch.save({"state_dict": vit.state_dict(), "metadata": {"num_heads": "3"}}, tmp_path / "vit.pth")
     train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'vit.pth'} --lr 1e-12")
     printed = capsys.readouterr().out
     assert "blocks.0-11" in printed and "head" in printed

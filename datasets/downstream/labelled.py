@@ -242,14 +242,15 @@ def write_split(images: LabelledImages, path: str | os.PathLike) -> None:
 
 
 def files_digest(images: LabelledImages) -> str:
-    """Of all image files in order, by place, size and time of change."""
+    """Of all image files in order, by place, size and both times: archives and `cp -p` set the first, nothing the
+    second."""
     found = []
     for file in images.files:
         try:
             stat = file.stat()
         except OSError as error:
             raise UserError(f"{file}: can't be read ({error.strerror})") from None
-        found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+        found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     return digest(found)
 
 
