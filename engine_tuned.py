@@ -18,7 +18,7 @@ from util.errors import UserError
 from util.loading import SampleLoader
 from util.progress import Steps
 from util.stop import StopSignals, ignore_stop_signals
-from util.subjects import subject_marks
+from util.subjects import overlap_note
 from util.tuned import Tuned
 
 
@@ -104,8 +104,8 @@ def evaluate(
     """Judge a fine-tuned model on the test images of any data set, by the labels that both have.
 
     Returns:
-        The shared labels in the images' order, the test rows, their scores [n, shared], and a warning where subjects
-        of the test have trained the model ("" where none has).
+        The shared labels in the images' order, the test rows, their scores [n, shared], and a warning if subjects of
+        the test have trained the model ("" if none has).
 
     Raises:
         UserError: no label in common, another task, or no test image.
@@ -126,13 +126,7 @@ def evaluate(
             f"{images.name}: the test images are all of one kind by {', '.join(shared)}, so {name} can't be judged by "
             "them; --split test makes all images test images"
         )
-    subjects = set(images.subjects[rows].tolist())
-    warning = ""
-    if known := len(tuned.seen & set(subject_marks(subjects, images.name))):
-        warning = (
-            f"warning: {known} of {len(subjects)} test subjects trained or validated {name}, so its results are too good; "
-            "judge it on the split it was trained with"
-        )
+    if warning := overlap_note(name, tuned.seen, images.subjects[rows], images.study):
         ranks.say(warning)
     for title, names, others in (("model", tuned.labels, shared), ("data", images.label_names, shared)):
         if left := [label for label in names if label not in others]:

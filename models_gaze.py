@@ -42,6 +42,7 @@ class GazeNet(nn.Module):
 
     Attributes:
         seen: who trained or validated it, as `GazeStudy.seen` tells them; checkpoints keep it.
+        encoder_seen: likewise, whose images and gaze pretrained its encoder.
 
     Raises:
         UserError: no such backbone, or one that the decoder can't take.
@@ -64,6 +65,7 @@ class GazeNet(nn.Module):
             "backbone_args": dict(backbone_args or {}),
         }
         self.seen: list[str] = []
+        self.encoder_seen: list[str] = []
         self.input_size = input_size
         self.map_size = input_size // STRIDE
         if input_size % 32:
@@ -260,6 +262,7 @@ def load_gaze_net(path: str | os.PathLike) -> GazeNet:
             model = GazeNet(**config)
             model.load_state_dict(weights)
             model.seen = list(state.get("seen", []))
+            model.encoder_seen = list(state.get("encoder_seen", []))
     except CheckpointError:
         raise
     except UserError as error:  # of a backbone that timm doesn't have

@@ -54,6 +54,7 @@ from util.pretrained import weights_name
 from util.results import Outcome, left_out, markdown_table, results_table, write_predictions, write_results, write_text
 from util.results_figure import results_figure
 from util.stop import StopSignals, exit_status
+from util.subjects import overlap_note
 from util.tuned import read_tuned
 from util.weights import summarize_keys
 
@@ -406,6 +407,9 @@ def judge(
                 signals=signals,
             )
             found = (linear if args.method == "linear" else probe)(frozen, candidate, mean, std)
+        tested = images.subjects[images.indices("" if in_folds(images) else TEST)]
+        if note := overlap_note(candidate.name, candidate.seen, tested, images.study):
+            ranks.say(note)
         for (kind, fraction, seed), (rows, scores) in found.items():
             outcomes.append(
                 Outcome(
@@ -418,6 +422,7 @@ def judge(
                     subjects=images.subjects[rows],
                     targets=images.labels[rows],
                     scores=scores,
+                    note=note,
                 )
             )
     return outcomes
@@ -441,7 +446,7 @@ def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outc
     """Write and print the results."""
     output_dir = Path(args.output_dir)
     notes = [NARROW] if in_folds(images) else []
-    notes += [outcome.note for outcome in outcomes if outcome.note]
+    notes += dict.fromkeys(outcome.note for outcome in outcomes if outcome.note)
     table = results_table(outcomes)
     as_published = args.split in (AUTO, PUBLISHED) and not (args.labels or args.where)
     text = markdown_table(outcomes, notes, published=as_published)

@@ -151,6 +151,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         with fitting(resumed):
             core.load_state_dict(state["model"])
             core.seen = list(state.get("seen", []))
+            core.encoder_seen = list(state.get("encoder_seen", []))
             restore_optimizer(optimizer, scaler, state, watch)
             sums.sums.copy_(own_sums(state, ranks))
             best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
@@ -274,7 +275,8 @@ def gaze_state(
         samples=training.samples,
         watch=training.watch,
     )
-    return state | {"config": training.core.config, "seen": training.core.seen, "best": asdict(best)}
+    core = training.core
+    return state | {"config": core.config, "seen": core.seen, "encoder_seen": core.encoder_seen, "best": asdict(best)}
 
 
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best) -> None:
@@ -346,6 +348,7 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
         own = read_backbone(weights, img_size=args.input_size)
         backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
         model = GazeNet(own.timm_name, args.decoder, args.input_size, args.decoder_width, backbone_args)
+        model.encoder_seen = sorted(own.source.seen)
         state = own.state
     else:
         model = GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width)

@@ -14,6 +14,7 @@ import torch
 import datasets
 import models_cxrmim
 from datasets.sampler import train_loader
+from datasets.tree import entry_subject
 from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
 from util import distributed
 from util.architecture import check_same_model
@@ -29,6 +30,7 @@ from util.output import announce_resume, find_checkpoint, hold_output, is_due, s
 from util.precision import set_tf32
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status
+from util.subjects import MIMIC, subject_marks
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
@@ -186,9 +188,12 @@ def set_up(
         state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(dataset), samples), ranks)
         with fitting(resumed):
             core.load_state_dict(state["model"])
+            core.seen = list(state.get("seen", []))
             restore_optimizer(optimizer, scaler, state, watch)
             meters.sums.copy_(own_sums(state, ranks))
         epoch, step = state["epoch"] + 1, state["step"]
+    subjects = set(map(entry_subject, dataset.entries)) - {""}
+    core.seen = sorted({*core.seen, *subject_marks(subjects, MIMIC)})
     loader = train_loader(
         dataset,
         args.batch_size,
@@ -253,7 +258,7 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
         dataset_size=training.dataset_size,
         samples=training.samples,
         watch=training.watch,
-    ) | {"model_config": training.core.config}
+    ) | {"model_config": training.core.config, "seen": training.core.seen}
 
     def write() -> None:
         training.log.flush()

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,7 @@ from util.masking import otsu_foreground
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 FILES_IN_IDENTITY = 64
+_SUBJECT_FOLDER = re.compile(r"(?:^|/)p(\d{3,})(?=/)")
 ITEMS_AT_ONCE = 4096  # bounds the memory that waiting tasks take
 
 
@@ -259,6 +261,12 @@ class ConcatTrees(Dataset):
             return tree[(key[0], inner)]
         tree, inner = self.locate(key)
         return tree[inner]
+
+
+def entry_subject(entry: Mapping[str, Any]) -> str:
+    """Whose image an entry is, by its subject_id or MIMIC's folder p<subject>; "" if neither tells."""
+    folders = _SUBJECT_FOLDER.findall(entry["image_path"])
+    return str(entry.get("subject_id") or "").strip() or (folders[-1] if folders else "")
 
 
 def read_index(path: Path) -> list[Any]:

@@ -37,6 +37,11 @@ class Candidate:
     timm_name: str = DEFAULT_MODEL
 
     @property
+    def seen(self) -> frozenset[str]:
+        """`subject_marks` of the subjects whose images trained it, as far as its file says."""
+        return frozenset() if self.backbone is None or self.kind == RANDOM else self.backbone.source.seen
+
+    @property
     def architecture(self) -> list:
         """What the weights' own numbers don't tell of the model, such as how many heads share them: plain content."""
         backbone = self.backbone

@@ -249,6 +249,8 @@ def describe(backbone: Backbone) -> dict[str, str]:
         "std": json.dumps(IMAGENET_DEFAULT_STD),
         "args": json.dumps(info.args, default=str),
     }
+    if info.seen:
+        described["seen"] = json.dumps(sorted(info.seen))
     for name, value in (("epoch", info.epoch), ("tap", backbone.tap), ("block", backbone.block)):
         if value is not None:
             described[name] = str(value)
@@ -272,7 +274,7 @@ def _hf_config(model: VisionTransformer, backbone: Backbone, metadata: Mapping[s
     config["pretrained_cfg"].update(tag="cxr_mim", custom_load=False)
     for key in ("origin_url", "paper_ids", "license", "notes"):  # those of timm's own weights
         config["pretrained_cfg"].pop(key, None)
-    config["cxr_mim"] = {key: value for key, value in metadata.items() if not key.startswith("timm_")}
+    config["cxr_mim"] = {key: value for key, value in metadata.items() if not key.startswith(("timm_", "seen"))}
     return json.dumps(config, indent=2).encode()
 
 

@@ -32,7 +32,7 @@ class Tuned:
         labels: what its outputs are.
         mean, std: of its input.
         dataset, fraction, seed: what it was trained on, with which share of the labels and seed.
-        seen: `subject_marks` of the subjects that trained or validated it.
+        seen: `subject_marks` of the subjects that trained or validated it, or pretrained its encoder.
     """
 
     model: VisionTransformer

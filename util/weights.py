@@ -9,6 +9,8 @@ only `argparse.Namespace` and NumPy scalars are accepted, which MAE-style progra
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import re
@@ -58,6 +60,7 @@ class WeightsInfo:
         config: arguments of the model's constructor (`CXRMIM.config`), {} where the file has none:
             one of another program, or of this one before it kept them.
         metadata: further text entries, as exports of this program carry them.
+        seen: `subject_marks` of the subjects whose images trained it, as far as the file says.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class WeightsInfo:
     world_size: int = 1
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    seen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,15 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         world_size=world_size if isinstance(world_size, int) else 1,
         config=dict(config) if isinstance(config, Mapping) else {},
         metadata={str(key): str(value) for key, value in metadata.items()},
+        seen=_marks(more.get("seen") or metadata.get("seen")),
     )
+
+
+def _marks(told: Any) -> frozenset[str]:
+    """`WeightsInfo.seen` from a list, or from its JSON in an export; empty for another program's entry."""
+    with contextlib.suppress(ValueError):
+        told = json.loads(told) if isinstance(told, str) else told
+    return frozenset(map(str, told)) if isinstance(told, list) else frozenset()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -303,6 +315,7 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
     with torch.no_grad():
         for name, tensor in taken.items():
             own[name].copy_(tensor)
+    model.seen = sorted(info.seen)
     missing = [name for name in own if name not in taken]
     return LoadReport(info.path, list(taken), missing, ignored, tuple(notes))
 

@@ -40,6 +40,7 @@ class LabelledImages:
         strong_augmentation: whether the published run also jitters brightness, blurs and flips.
         notes: lines to print.
         shared_subjects: the split is a published one that has subjects in two parts, asked for by name.
+        study: whose patients the subjects are, "" if unknown: the same names elsewhere may be other people.
 
     Raises:
         UserError: an id twice, or a subject in two parts.
@@ -57,6 +58,7 @@ class LabelledImages:
     strong_augmentation: bool = False
     notes: list[str] = field(default_factory=list)
     shared_subjects: bool = False
+    study: str = ""
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.label_names)
