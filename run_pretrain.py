@@ -192,6 +192,10 @@ def set_up(
             restore_optimizer(optimizer, scaler, state, watch)
             meters.sums.copy_(own_sums(state, ranks))
         epoch, step = state["epoch"] + 1, state["step"]
+    if len(args.data_path) > 1 and (shared := dataset.n_shared_images()):
+        ranks.say(
+            f"warning: {shared} images are in several trees of --data_path and are drawn once for each in an epoch"
+        )
     subjects = set(map(entry_subject, dataset.entries)) - {""}
     core.seen = sorted({*core.seen, *subject_marks(subjects, MIMIC)})
     loader = train_loader(

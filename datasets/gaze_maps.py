@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.build import detect_tree
+from datasets.build import detect_trees
 from datasets.cache import add_cache
 from datasets.transforms import Box, crop_resize_flip
 from datasets.tree import GazeTree, SampleError, entry_subject
@@ -67,7 +67,7 @@ class GazeStudy:
 
     def __init__(self, data_path: Sequence[str | Path], *, cache_size: int = 512):
         self.trees: list[GazeTree] = [
-            tree_type(root, cache_size=cache_size) for tree_type, root in map(detect_tree, data_path)
+            tree_type(root, cache_size=cache_size) for tree_type, root in detect_trees(data_path)
         ]
         for number, tree in enumerate(self.trees):
             if (

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -247,6 +248,15 @@ class ConcatTrees(Dataset):
 
     def identity(self) -> str:
         return hashlib.sha256("\n".join(tree.identity() for tree in self.trees).encode()).hexdigest()
+
+    def n_shared_images(self) -> int:
+        """Number of images, by subject and file name, that several trees have."""
+        names = Counter(
+            name
+            for tree in self.trees
+            for name in {(entry_subject(e), e["image_path"].rpartition("/")[2].partition(".")[0]) for e in tree.entries}
+        )
+        return sum(count > 1 for count in names.values())
 
     def set_epoch(self, epoch: int) -> None:
         for tree in self.trees:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from util.architecture import VIT_SIZES, attention_heads
 from util.errors import UserError
-from util.files import atomic_write
+from util.files import atomic_write, replace_together
 from util.foreign_weights import find_encoder, refusal
 from util.weights import WeightsInfo, read_state_dict, resample_pos_embed, summarize_keys
 
@@ -223,8 +223,9 @@ def export_backbone(
     if fmt == "hf":
         config = _hf_config(model, backbone, metadata)
         out.mkdir(exist_ok=True)
-        _write(out / "model.safetensors", safetensors.torch.save(state, {"format": "pt"} | metadata))
-        _write(out / "config.json", config)
+        with replace_together(out, first="config.json") as fresh:
+            _write(fresh / "config.json", config)
+            _write(fresh / "model.safetensors", safetensors.torch.save(state, {"format": "pt"} | metadata))
     elif fmt == "safetensors":
         _write(out, safetensors.torch.save(state, {"format": "pt"} | metadata))
     else:

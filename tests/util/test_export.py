@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from models_cxrmim import CXRMIM
 from scripts.export_backbone import main
 from util.errors import UserError
 from util.export import build_backbone, read_backbone
+from util.subjects import subject_marks
 from util.weights import read_state_dict, resample_pos_embed
 
 SMALL = dict(
@@ -89,6 +91,9 @@ def test_timm_features_equal_the_encoder(size, img_size, tmp_path):
 @pytest.mark.parametrize("fmt", ["timm", "safetensors", "hf"])
 def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, tmp_path, capsys):
     model, checkpoint = small
+    content = torch.load(checkpoint, weights_only=False) | {"seen": subject_marks(["1", "2"], "mimic")}
+    checkpoint = tmp_path / "checkpoint-7.pth"
+    torch.save(content, checkpoint)
     out = tmp_path / {"timm": "b.pth", "safetensors": "b.safetensors", "hf": "folder"}[fmt]
     assert main([str(checkpoint), str(out), "--format", fmt]) == 0
     if fmt == "hf":
@@ -109,7 +114,29 @@ def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, tmp_p
     assert metadata["source_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert json.loads(metadata["args"]) == {"id_list": [0, 2]}
     again = read_backbone(out)  # an export is itself a backbone that the other scripts read
+    assert sorted(again.source.seen) == content["seen"]
     assert all(torch.equal(again.state[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_killed_export_leaves_no_weights_beside_the_config_of_others(small, tmp_path, monkeypatch):
+    """Wherever the process ends while it replaces an older export: both files are of one export, or one is missing."""
+    _, checkpoint = small
+    real = os.replace
+    for end in range(4):
+        out, calls = tmp_path / f"folder{end}", itertools.count()
+        main([str(checkpoint), str(out), "--format", "hf"])
+
+        def killed(source, target, end=end, calls=calls):
+            if next(calls) == end:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            main([str(checkpoint), str(out), "--format", "hf", "--img_size", "96"])
+        if (out / "config.json").exists() and (out / "model.safetensors").exists():
+            side = json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"][-1]
+            assert read_backbone(out).state["pos_embed"].shape[1] == (side // 16) ** 2 + 1
 
 
 def test_every_format_says_how_to_load_it(small, tmp_path, capsys):
