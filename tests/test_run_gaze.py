@@ -23,6 +23,7 @@ from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.images import read_gray, write_gray
 from util.saliency import FIXATION_METRICS, MAP_METRICS
+from util.subjects import subject_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "--backbone test_resnet --input_size 64 --decoder_width 16 --device cpu --batch_size 4 --num_workers 0"
@@ -183,6 +184,17 @@ def test_a_model_is_not_judged_on_those_who_trained_it(trained, tmp_path):
     )
     assert train(other, tmp_path / "judged", f"--judge {trained / 'best.pth'}") == 0
     assert len(set(pd.read_csv(tmp_path / "judged" / "readings.csv")["image"])) < 9  # of 9
+
+
+def test_subjects_that_pretrained_the_encoder_are_told(tree, trained, backbone, tmp_path, capsys):
+    content, seen = torch.load(backbone, weights_only=True), subject_marks(map(str, range(10000, 10036)), "mimic")
+    torch.save(content | {"metadata": {"num_heads": "1", "seen": json.dumps(seen)}}, tmp_path / "encoder.pth")
+    flags = f"--epochs 1 --weights {tmp_path / 'encoder.pth'}"
+    assert train(tree, tmp_path / "out", flags) == 0
+    told = "warning: 6 of 6 test subjects were in the training or pretraining of the encoder"
+    assert told in capsys.readouterr().out
+    assert train(tree, tmp_path / "out", flags) == 0  # resumed
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import run_pretrain
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.images import read_gray, write_gray
+from util.subjects import subject_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "--model cxrmim_vit_tiny_patch16 --input_size 64 --device cpu --batch_size 4 --num_workers 0 --warmup_epochs 1"
@@ -115,6 +117,24 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(tre
     a, b, c = (load_checkpoint(tmp_path / name / "checkpoint-0.pth")["model"] for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["blocks.0.mlp.fc1.weight"], c["blocks.0.mlp.fc1.weight"])
+
+
+def test_checkpoints_keep_who_was_seen_and_no_image_is_taken_twice_unsaid(tree, tmp_path, capsys):
+    """By the run, its initial weights and what it goes on from."""
+    earlier = subject_marks(["7"], "nih")
+    vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    metadata = {"num_heads": "3", "seen": json.dumps(earlier)}
+    torch.save({"state_dict": vit.state_dict(), "metadata": metadata}, tmp_path / "vit.pth")
+    train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'vit.pth'}")
+    seen = load_checkpoint(tmp_path / "out" / "checkpoint-0.pth")["seen"]
+    subjects = {entry["subject_id"] for entry in json.loads((tree / "reflacx.json").read_text())}
+    assert seen == sorted({*earlier, *subject_marks(subjects, "mimic")})
+    copy = shutil.copytree(tree, tmp_path / "copy")
+    train(tree, tmp_path / "out", f"--epochs 2 --data_path {tree} {copy}")
+    assert load_checkpoint(tmp_path / "out" / "checkpoint-1.pth")["seen"] == seen
+    assert "warning: 12 images are in several trees" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--data_path: .* is named twice"):
+        train(tree, tmp_path / "out", f"--data_path {tree} {tree}/reflacx.json")
 
 
 def test_accumulation_is_the_larger_batch(tree, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from datasets.downstream.labelled import (
     VALID,
     LabelledImages,
     check_classes,
+    files_digest,
     sample_fraction,
     split_table,
     write_split,
@@ -305,6 +307,26 @@ def test_covidx_splits_patients_not_images_and_offers_the_published(tmp_path):
 
 
 # ---------------------------------------------------------------- labels of a CSV
+
+
+def test_the_study_of_a_csv_is_what_the_user_says(table, tmp_path):
+    """Patients 1 to N of two hospitals are different people."""
+    for study, found in ((" NIH", "nih"), (None, "")):
+        options = {"need_images": False, "label_columns": ["A", "B"], "study": study}
+        assert read_dataset("csv", table.parent, **options).study == found
+    assert "--study has no effect" in refused("rsna", tmp_path, study="nih")
+
+
+def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    (tmp_path / "b.png").write_bytes(b"2")
+    shutil.copystat(tmp_path / "a.png", tmp_path / "b.png")
+    part = np.array([""])
+    images = LabelledImages("x", ["a"], [tmp_path / "a.png"], np.array(["s"]), part, ["A"], np.ones((1, 1), np.float32))
+    before = files_digest(images)
+    assert files_digest(images) == before
+    (tmp_path / "b.png").replace(tmp_path / "a.png")
+    assert files_digest(images) != before
 
 
 def test_one_column_per_label_and_one_column_of_names(table):
