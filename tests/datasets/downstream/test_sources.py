@@ -589,6 +589,7 @@ def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
     options = [str(word) for pair in where.items() for word in pair]
     assert prepare_reflacx.main(options) == 0
     images = read_dataset("tree", tmp_path / "tree")
+    assert images.study == "mimic"
     truth = {image.path.stem: image for image in study.truth}
     assert images.label_names[0] == "Any finding" and len(images) == 40
     for file, subject, part, labels in zip(images.files, images.subjects, images.parts, images.labels, strict=True):
