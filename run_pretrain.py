@@ -13,6 +13,7 @@ import torch
 
 import datasets
 import models_cxrmim
+from datasets.build import detect_trees
 from datasets.sampler import train_loader
 from datasets.tree import entry_subject
 from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
@@ -366,6 +367,7 @@ def check_data(args: argparse.Namespace) -> int:
 
 
 def build_data(args: argparse.Namespace):
+    detect_trees(args.data_path)  # none twice
     return datasets.build_dataset(
         args.data_path,
         input_size=args.input_size,

@@ -48,7 +48,7 @@ def build_dataset(
     """
     trees = [
         tree_type(root, input_size, min_crop_ratio, seed, preload=preload, augment=augment, cache_size=cache_size)
-        for tree_type, root in detect_trees(data_path)
+        for tree_type, root in map(detect_tree, _paths(data_path))
     ]
     if use_cache:
         for tree in trees:
@@ -104,13 +104,18 @@ def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:
 
 
 def detect_trees(data_path: DataPath) -> list[tuple[type[GazeTree], Path]]:
-    """`detect_tree` of each path. Raises UserError where a tree is named twice."""
-    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
-    if not paths:
-        raise UserError("--data_path: no directory given")
+    """`detect_tree` of each path that a user names. Raises UserError if a tree is named twice."""
+    paths = _paths(data_path)
     found = [detect_tree(path) for path in paths]
     indexes = [(root / tree_type.index_file).resolve() for tree_type, root in found]
     for path, index in zip(paths, indexes, strict=True):
         if indexes.count(index) > 1:
             raise UserError(f"--data_path: {path} is named twice; name each tree once")
     return found
+
+
+def _paths(data_path: DataPath) -> list[str | os.PathLike]:
+    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
+    if not paths:
+        raise UserError("--data_path: no directory given")
+    return paths

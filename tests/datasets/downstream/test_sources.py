@@ -590,6 +590,7 @@ def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
     assert prepare_reflacx.main(options) == 0
     images = read_dataset("tree", tmp_path / "tree")
     assert images.study == "mimic"
+    assert "is named twice" in refused("tree", [tmp_path / "tree", tmp_path / "tree/reflacx.json"])
     truth = {image.path.stem: image for image in study.truth}
     assert images.label_names[0] == "Any finding" and len(images) == 40
     for file, subject, part, labels in zip(images.files, images.subjects, images.parts, images.labels, strict=True):
