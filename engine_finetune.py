@@ -302,7 +302,9 @@ def finetune(
             recipe=asdict(recipe),
             epoch=place.best_epoch,
             valid_loss=place.best_loss,
-            seen=subject_marks(images.subjects[np.r_[rows.train, rows.valid]], images.name),
+            seen=sorted(
+                {*candidate.seen, *subject_marks(images.subjects[np.r_[rows.train, rows.valid]], images.study)}
+            ),
         )
 
     on_main(ranks, finish)

@@ -24,6 +24,7 @@ from util.files import atomic_write
 from util.finite import poison
 from util.loading import SampleLoader
 from util.stop import GO_ON, ignore_stop_signals
+from util.subjects import MIMIC, overlap_note
 
 JUDGED_AT = 224  # side of the grid on which every map is judged: 14 x 14 patches of 16 px
 MODEL, PRIOR, READERS = "model", "centre prior", "other readers"
@@ -254,6 +255,8 @@ def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.d
     made_up = ", SIMULATED GAZE" if any(entry.get("simulated") for entry in entries) else ""
     trees = ", ".join(str(tree.root) for tree in study.trees)
     title = f"{out.name} on {trees}: {len(images)} test images, {len(entries)} readings{made_up}"
+    if note := overlap_note("the encoder", model.encoder_seen, (image.subject for image in images), MIMIC):
+        title += f"\n{note}"
     save_figure(metrics_figure(summary, model=MODEL, title=title), out / "metrics.png")
 
     own = rows[rows["predictor"] == MODEL].groupby("image")["cc"].mean()
@@ -269,7 +272,7 @@ def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.d
     groups = [(heading, [example(number) for number in numbers]) for heading, numbers in chosen.items()]
     save_figure(examples_figure(groups, title=title), out / "examples.png")
     written = ", ".join(("metrics.csv", "readings.csv", "metrics.png", "examples.png"))
-    return f"{format_table(summary)}\nwrote {written} to {out}"
+    return f"{note}\n{format_table(summary)}".strip() + f"\nwrote {written} to {out}"
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from util.loading import SampleLoader
 from util.progress import Steps
 from util.results import Outcome
 from util.stop import StopSignals, ignore_stop_signals
-from util.subjects import subject_marks
+from util.subjects import overlap_note
 from util.tuned import Tuned, read_tuned
 
 
@@ -161,13 +161,7 @@ def evaluate(
             "them; --split test makes all images test images"
         )
     check_min_positives(common["min_count"], images, targets)
-    subjects = set(images.subjects[rows].tolist())
-    warning = ""
-    if known := len(tuned.seen & set(subject_marks(subjects, images.name))):
-        warning = (
-            f"warning: {known} of {len(subjects)} test subjects trained or validated {name}, so its results are too good; "
-            "judge it on the split it was trained with"
-        )
+    if warning := overlap_note(name, tuned.seen, images.subjects[rows], images.study):
         ranks.say(warning)
     for title, names, others in (("model", tuned.labels, shared), ("data", images.label_names, shared)):
         if left := [label for label in names if label not in others]:

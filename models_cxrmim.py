@@ -44,6 +44,7 @@ class CXRMIM(nn.Module):
     Attributes:
         config: these arguments as plain types: `CXRMIM(**model.config)` has the same architecture.
             Checkpoints keep it under "model_config".
+        seen: `util.subjects.subject_marks` of the subjects whose images trained it; checkpoints keep it too.
 
     Raises:
         ValueError: for values that don't fit together; the message names them.
@@ -72,6 +73,7 @@ class CXRMIM(nn.Module):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.config = config
+        self.seen: list[str] = []
         _check_taps(id_list, scale_list, depth)
         for scale in scale_list:
             if patch_size / scale % 1:

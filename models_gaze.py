@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from util.checkpoint import CheckpointError, fitting, load_checkpoint
 from util.errors import UserError
+from util.foreign_weights import PLAIN_VIT, is_unknown
 from util.weights import resample_pos_embed, summarize_keys
 
 DECODERS = ("topdown", "unet", "dpt")
@@ -41,6 +42,7 @@ class GazeNet(nn.Module):
 
     Attributes:
         seen: who trained or validated it, as `GazeStudy.seen` tells them; checkpoints keep it.
+        encoder_seen: likewise, whose images and gaze pretrained its encoder.
 
     Raises:
         UserError: no such backbone, or one that the decoder can't take.
@@ -63,6 +65,7 @@ class GazeNet(nn.Module):
             "backbone_args": dict(backbone_args or {}),
         }
         self.seen: list[str] = []
+        self.encoder_seen: list[str] = []
         self.input_size = input_size
         self.map_size = input_size // STRIDE
         if input_size % 32:
@@ -202,23 +205,31 @@ def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) 
     """Put an encoder's weights, under timm's names, into a features-only model; returns a line about it.
 
     timm gives the same tensors other names there ("model." before a ViT's, "stages_0" for "stages.0"). Every
-    tensor of the model must be in the file; what the file has beyond that (the head) is told. A ViT's position
+    tensor of the model must be in the file; what the file has beyond that (the head) is named. A ViT's position
     embedding is resampled to the input's size.
 
     Raises:
-        UserError: a tensor is missing or of another shape: weights of another model.
+        UserError: a tensor is missing, of another shape, or has no place inside the encoder: weights of another model.
     """
     own = encoder.state_dict()
-    found, ignored = {}, []
-    for name, tensor in state.items():
-        places = (name, f"model.{name}", re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name))
-        place = next((place for place in places if place in own), None)
-        if place is None:
-            ignored.append(name)
-            continue
-        if name == "pos_embed" and tensor.shape != own[place].shape and tensor.ndim == 3:
+    places = {}
+    for name in state:
+        names = (name, f"model.{name}", re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name))
+        if place := next((name for name in names if name in own), None):
+            places[name] = place
+    ignored = [name for name in state if name not in places]
+    parts = set(map(_part, places))
+    if more := [name for name in ignored if _part(name) in parts or (PLAIN_VIT in state and is_unknown(name))]:
+        raise UserError(f"{path}: not the weights of this backbone, which has no {more[0]}; name theirs by --backbone")
+    found = {}
+    for name, place in places.items():
+        tensor = state[name]
+        if name == "pos_embed" and tensor.shape != own[place].shape:
             side = round((own[place].shape[1] - 1) ** 0.5)
-            tensor = resample_pos_embed(tensor, (side, side))
+            try:
+                tensor = resample_pos_embed(tensor, (side, side))
+            except ValueError as error:
+                raise UserError(f"{path}: pos_embed can't be resampled for this --input_size ({error})") from None
         if tensor.shape != own[place].shape:
             raise UserError(
                 f"{path}: {name} has shape {list(tensor.shape)}, the backbone needs {list(own[place].shape)}; "
@@ -251,11 +262,17 @@ def load_gaze_net(path: str | os.PathLike) -> GazeNet:
             model = GazeNet(**config)
             model.load_state_dict(weights)
             model.seen = list(state.get("seen", []))
+            model.encoder_seen = list(state.get("encoder_seen", []))
     except CheckpointError:
         raise
     except UserError as error:  # of a backbone that timm doesn't have
         raise UserError(f"{path}: {error}") from None
     return model.eval()
+
+
+def _part(name: str) -> str:
+    """The part of a network that a tensor is in, such as layer1.0."""
+    return ".".join(name.split(".")[:2])
 
 
 def _mix(width: int) -> nn.Module:

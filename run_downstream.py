@@ -43,7 +43,7 @@ from engine_tuned import evaluate, read_models
 from util import distributed
 from util.bootstrap import MIN_DRAWS
 from util.cli import Parser, check_least, check_positive, finite_float, seed_number
-from util.encoders import DEFAULT_MODEL, IMAGENET, PIXELS, Candidate, read_candidates
+from util.encoders import DEFAULT_MODEL, IMAGENET, Candidate, describe, read_candidates
 from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.files import replace_together
@@ -64,7 +64,7 @@ from util.results import (
 )
 from util.results_figure import results_figure
 from util.stop import StopSignals, exit_status
-from util.weights import summarize_keys
+from util.subjects import overlap_note
 
 SPLIT, RESULTS = "split.csv", ("results.csv", "predictions.csv", "table.md", "results.png")
 RECIPE_HELP = {
@@ -259,23 +259,6 @@ def _holds_other_results(output_dir: Path, images: LabelledImages) -> bool:
         return not filecmp.cmp(Path(folder, SPLIT), output_dir / SPLIT, shallow=False)
 
 
-def describe(candidate: Candidate) -> str:
-    """What was found in a file, or what stands in for one."""
-    backbone = candidate.backbone
-    if candidate.kind == PIXELS:
-        return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
-    if backbone is None or candidate.kind == "random":
-        shape = candidate.timm_name if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
-        return f"{candidate.name}: random weights, {shape}"
-    lines = [
-        f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
-        + (f", prefix {backbone.prefix}" if backbone.prefix else "")
-    ]
-    for title, names in (("matched", list(backbone.state)), ("missing", []), ("ignored", list(backbone.ignored))):
-        lines.append(f"  {title:8s}{len(names):4d}  {summarize_keys(names)[:160]}".rstrip())
-    return "\n".join(lines)
-
-
 def candidates_of(args: argparse.Namespace) -> list[Candidate]:
     """The encoders of --weights, read. Raises `UserError`."""
     return read_candidates(
@@ -388,6 +371,9 @@ def judge(
                 signals=signals,
             )
             found = (linear if args.method == "linear" else probe)(frozen, candidate, mean, std)
+        tested = images.subjects[images.indices("" if in_folds(images) else TEST)]
+        if note := overlap_note(candidate.name, candidate.seen, tested, images.study):
+            ranks.say(note)
         for (kind, fraction, seed), (rows, scores) in found.items():
             outcomes.append(
                 Outcome(
@@ -401,6 +387,7 @@ def judge(
                     targets=images.labels[rows],
                     scores=scores,
                     folds=folds_of(images, seed, args.folds)[rows] if in_folds(images) else None,
+                    note=note,
                 )
             )
     return outcomes
@@ -428,7 +415,7 @@ def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distribu
 def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outcome]) -> None:
     """Write and print the results."""
     output_dir = Path(args.output_dir)
-    notes = [NARROW] * in_folds(images) + [outcome.note for outcome in outcomes if outcome.note]
+    notes = [NARROW] * in_folds(images) + list(dict.fromkeys(outcome.note for outcome in outcomes if outcome.note))
     table = results_table(outcomes)
     text = markdown_table(outcomes, notes)
     first = outcomes[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +18,14 @@ from engine_gaze import Best, Sums, centre_prior, describe_run, train_one_epoch,
 from engine_pretrain import Training
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
-from util.checkpoint import fitting, load_checkpoint, save_checkpoint
+from util.checkpoint import CheckpointError, fitting, load_checkpoint, save_checkpoint
 from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.files import atomic_write
 from util.finite import FiniteWatch, make_scaler
+from util.foreign_weights import PLAIN_VIT, is_unknown
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
@@ -149,10 +152,11 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         with fitting(resumed):
             core.load_state_dict(state["model"])
             core.seen = list(state.get("seen", []))
+            core.encoder_seen = list(state.get("encoder_seen", []))
             restore_optimizer(optimizer, scaler, state, watch)
             sums.sums.copy_(own_sums(state, ranks))
             best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
-        distributed.on_main(ranks, lambda: bring_best(resumed, Path(args.output_dir), best))
+        best = distributed.on_main(ranks, lambda: bring_best(resumed, Path(args.output_dir), best, state["epoch"]))
     else:
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
         for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
@@ -211,8 +215,11 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         return request
     if epoch < args.epochs:
         ranks.say(f"stopped early: {args.patience} epochs without a better validation KLD")
-    if best.epoch < 0:
-        raise UserError(f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32")
+    if best.kld == math.inf:
+        raise UserError(
+            f"{args.output_dir}: no epoch{' since the resumed one' if resumed else ''} had a finite validation KLD; raise "
+            "--epochs, lower --lr or use --dtype float32"
+        )
     ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
     return GO_ON
 
@@ -269,7 +276,8 @@ def gaze_state(
         samples=training.samples,
         watch=training.watch,
     )
-    return state | {"config": training.core.config, "seen": training.core.seen, "best": asdict(best)}
+    core = training.core
+    return state | {"config": core.config, "seen": core.seen, "encoder_seen": core.encoder_seen, "best": asdict(best)}
 
 
 def save(training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best) -> None:
@@ -308,22 +316,27 @@ def load_to_go_on(
     return state
 
 
-def bring_best(resumed: Path, output_dir: Path, best: Best) -> None:
-    """Where the checkpoint is of another directory, take the best model so far along into `output_dir`: the run may find
-    no better one, and what is judged there must be its own. UserError where it is in neither."""
+def bring_best(resumed: Path, output_dir: Path, best: Best, epoch: int) -> Best:
+    """The best so far of the run that a checkpoint goes on, after `epoch`, with its model in `output_dir`.
+
+    Its model is looked for there and beside the checkpoint. If later epochs, which are abandoned, have overwritten it,
+    the best is sought anew from here on: what is judged must be of this run.
+    """
     source, target = resumed.parent / BEST, output_dir / BEST
-    if best.epoch < 0 or resumed.parent.resolve() == output_dir.resolve():
-        return
+    if best.kld == math.inf:
+        return best
     for path in (target, source):
-        if path.exists() and load_checkpoint(path).get("best") == asdict(best):
-            if path is source:
-                with atomic_write(target) as file:
-                    file.write(source.read_bytes())
-            return
-    raise UserError(
-        f"{source}: not there, or not the best model (epoch {best.epoch + 1}, validation KLD {best.kld:.4f}) of the run "
-        f"that {resumed} goes on; put it there"
+        with contextlib.suppress(CheckpointError):  # missing or damaged
+            if load_checkpoint(path).get("best") == asdict(best):
+                if path.resolve() != target.resolve():
+                    with atomic_write(target) as file:
+                        file.write(source.read_bytes())
+                return best
+    print(
+        f"warning: {source} is not the best model so far (epoch {best.epoch + 1}, validation KLD {best.kld:.4f}) of the "
+        f"run that {resumed} goes on; the best is sought among the epochs that follow"
     )
+    return Best(epoch)
 
 
 def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]:
@@ -337,11 +350,12 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
         weights, told = None, "encoder weights random (--weights none)"
     if weights is None:
         return GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width), told
-    state, info = read_state_dict(weights)
-    if info.kind in ("cxr-mim", "vit") and "blocks.0.attn.qkv.weight" in state:
+    state, _ = read_state_dict(weights)
+    if PLAIN_VIT in state and not any(map(is_unknown, state)):
         own = read_backbone(weights, img_size=args.input_size)
         backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
         model = GazeNet(own.timm_name, args.decoder, args.input_size, args.decoder_width, backbone_args)
+        model.encoder_seen = sorted(own.source.seen)
         state = own.state
     else:
         model = GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width)

@@ -13,7 +13,9 @@ import torch
 
 import datasets
 import models_cxrmim
+from datasets.build import detect_trees
 from datasets.sampler import train_loader
+from datasets.tree import entry_subject
 from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
 from util import distributed
 from util.architecture import check_same_model
@@ -29,6 +31,7 @@ from util.output import announce_resume, find_checkpoint, hold_output, is_due, s
 from util.precision import set_tf32
 from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state, unchanged_since
 from util.stop import GO_ON, StopSignals, exit_status
+from util.subjects import MIMIC, subject_marks
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
@@ -189,9 +192,16 @@ def set_up(
         with fitting(resumed):
             since = unchanged_since(state, vars(args), setting)
             core.load_state_dict(state["model"])
+            core.seen = list(state.get("seen", []))
             restore_optimizer(optimizer, scaler, state, watch)
             meters.sums.copy_(own_sums(state, ranks))
         epoch, step = state["epoch"] + 1, state["step"]
+    if len(args.data_path) > 1 and (shared := dataset.n_shared_images()):
+        ranks.say(
+            f"warning: {shared} images are in several trees of --data_path and are drawn once for each in an epoch"
+        )
+    subjects = set(map(entry_subject, dataset.entries)) - {""}
+    core.seen = sorted({*core.seen, *subject_marks(subjects, MIMIC)})
     loader = train_loader(
         dataset,
         args.batch_size,
@@ -257,7 +267,11 @@ def save(training: Training, args: argparse.Namespace, epoch: int, step: int, me
         dataset_size=training.dataset_size,
         samples=training.samples,
         watch=training.watch,
-    ) | {"model_config": training.core.config, "unchanged_since": list(training.unchanged_since)}
+    ) | {
+        "model_config": training.core.config,
+        "seen": training.core.seen,
+        "unchanged_since": list(training.unchanged_since),
+    }
 
     def write() -> None:
         training.log.flush()
@@ -361,6 +375,7 @@ def check_data(args: argparse.Namespace) -> int:
 
 
 def build_data(args: argparse.Namespace):
+    detect_trees(args.data_path)  # none twice
     return datasets.build_dataset(
         args.data_path,
         input_size=args.input_size,

@@ -48,7 +48,7 @@ def build_dataset(
     """
     trees = [
         tree_type(root, input_size, min_crop_ratio, seed, preload=preload, augment=augment, cache_size=cache_size)
-        for tree_type, root in (detect_tree(path) for path in _paths(data_path))
+        for tree_type, root in map(detect_tree, _paths(data_path))
     ]
     if use_cache:
         for tree in trees:
@@ -58,7 +58,7 @@ def build_dataset(
 
 def check_data(data_path: DataPath, preload: bool = False) -> list[Problem]:
     """Read every file of the trees and return every bad entry; none raises but an unreadable index."""
-    return [problem for path in _paths(data_path) for problem in check_tree(*detect_tree(path), preload)]
+    return [problem for tree in detect_trees(data_path) for problem in check_tree(*tree, preload)]
 
 
 def check_caches(
@@ -72,7 +72,7 @@ def check_caches(
     """Read and check the caches that `build_dataset` would use with these settings: notes on those that are whole or
     not there, warnings about damaged ones. A tree that has no readable index or lacks files is left to `check_data`."""
     found = []
-    for tree_type, root in map(detect_tree, _paths(data_path)):
+    for tree_type, root in detect_trees(data_path):
         try:
             tree = tree_type(root, preload=preload, cache_size=cache_size)
             found += check_cache(tree, cache_dir, fallback_dir=fallback_dir)
@@ -101,6 +101,17 @@ def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:
     if len(found) > 1:
         raise UserError(f"--data_path: {path} has more than one index; name the file itself: {names}")
     return found[0], path
+
+
+def detect_trees(data_path: DataPath) -> list[tuple[type[GazeTree], Path]]:
+    """`detect_tree` of each path that a user names. Raises UserError if a tree is named twice."""
+    paths = _paths(data_path)
+    found = [detect_tree(path) for path in paths]
+    indexes = [(root / tree_type.index_file).resolve() for tree_type, root in found]
+    for path, index in zip(paths, indexes, strict=True):
+        if indexes.count(index) > 1:
+            raise UserError(f"--data_path: {path} is named twice; name each tree once")
+    return found
 
 
 def _paths(data_path: DataPath) -> list[str | os.PathLike]:

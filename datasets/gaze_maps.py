@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,22 +21,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.build import detect_tree
+from datasets.build import detect_trees
 from datasets.cache import add_cache
 from datasets.transforms import Box, crop_resize_flip
-from datasets.tree import GazeTree, SampleError
+from datasets.tree import GazeTree, SampleError, entry_subject
 from util.errors import UserError
 from util.saliency import density
-from util.subjects import same_subjects, subject_mark, subject_marks
+from util.subjects import MIMIC, same_subjects, subject_mark, subject_marks
 from util.tables import numeric_columns, read_table
 
-STUDY = "gaze"  # of `subject_marks`: subjects are MIMIC's in every tree
 TRAIN, VALIDATE, TEST = PARTS = ("train", "validate", "test")
 FIXATIONS = "fixations.csv"
 FIXATION_COLUMNS = ("reflacx_id", "x", "y", "duration")
 # Of subjects whose tree has no split: a tenth for validation, a fifth for the test, as REFLACX's own split.
 SHARES = {VALIDATE: 0.1, TEST: 0.2}
-_SUBJECT_FOLDER = re.compile(r"p(\d{3,})")
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class GazeStudy:
 
     def __init__(self, data_path: Sequence[str | Path], *, cache_size: int = 512):
         self.trees: list[GazeTree] = [
-            tree_type(root, cache_size=cache_size) for tree_type, root in map(detect_tree, data_path)
+            tree_type(root, cache_size=cache_size) for tree_type, root in detect_trees(data_path)
         ]
         for number, tree in enumerate(self.trees):
             if (
@@ -111,20 +108,15 @@ class GazeStudy:
 
     def _subject(self, tree: int, entries: Sequence[int]) -> str:
         """Subject of an image, by the index or by MIMIC's folder p<subject>."""
-        found = {str(self._entry(tree, i).get("subject_id") or "").strip() or self._folder(tree, i) for i in entries}
-        if len(found) > 1:
-            raise UserError(f"{self._where(tree, entries[0])}: its image is of subjects {sorted(found)}")
-        return found.pop()
-
-    def _folder(self, tree: int, index: int) -> str:
-        path = PurePosixPath(self._entry(tree, index)["image_path"])
-        matches = [match for part in path.parts[:-1] if (match := _SUBJECT_FOLDER.fullmatch(part))]
-        if not matches:
+        found = {entry_subject(self._entry(tree, i)): i for i in entries}
+        if "" in found:
             raise UserError(
-                f"{self._where(tree, index)}: no subject_id, and no folder p<subject> in its image_path; without "
+                f"{self._where(tree, found[''])}: no subject_id, and no folder p<subject> in its image_path; without "
                 "the subject one could be on both sides of the split"
             )
-        return matches[-1].group(1)
+        if len(found) > 1:
+            raise UserError(f"{self._where(tree, entries[0])}: its image is of subjects {sorted(found)}")
+        return next(iter(found))
 
     def _given_parts(self, groups, subjects) -> dict[str, str]:
         """Part of each subject that has one in some tree's split column."""
@@ -156,7 +148,7 @@ class GazeStudy:
         Raises:
             UserError: no test image is left.
         """
-        left = [i for i in self.images if i.part != TEST or subject_mark(i.subject, STUDY) not in seen]
+        left = [i for i in self.images if i.part != TEST or subject_mark(i.subject, MIMIC) not in seen]
         n_out, n_test = len(self.images) - len(left), len(self.part(TEST))
         if not n_out:
             return ""
@@ -168,7 +160,7 @@ class GazeStudy:
 
     def seen(self) -> list[str]:
         """`subject_marks` of all who train or validate."""
-        return subject_marks((i.subject for i in self.images if i.part != TEST), STUDY)
+        return subject_marks((i.subject for i in self.images if i.part != TEST), MIMIC)
 
     def name(self, image: GazeImage) -> str:
         return self.trees[image.tree].sample_name(image.entries[0])

@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +38,7 @@ from util.masking import otsu_foreground
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 SIZES_IN_IDENTITY = 4096
+_SUBJECT_FOLDER = re.compile(r"(?:^|/)p(\d{3,})(?=/)")
 ITEMS_AT_ONCE = 4096  # bounds the memory that waiting tasks take
 
 
@@ -257,6 +260,15 @@ class ConcatTrees(Dataset):
     def identity(self) -> str:
         return hashlib.sha256("\n".join(tree.identity() for tree in self.trees).encode()).hexdigest()
 
+    def n_shared_images(self) -> int:
+        """Number of images, by subject and file name, that several trees have."""
+        names = Counter(
+            name
+            for tree in self.trees
+            for name in {(entry_subject(e), e["image_path"].rpartition("/")[2].partition(".")[0]) for e in tree.entries}
+        )
+        return sum(count > 1 for count in names.values())
+
     def set_epoch(self, epoch: int) -> None:
         for tree in self.trees:
             tree.set_epoch(epoch)
@@ -270,6 +282,12 @@ class ConcatTrees(Dataset):
             return tree[(key[0], inner)]
         tree, inner = self.locate(key)
         return tree[inner]
+
+
+def entry_subject(entry: Mapping[str, Any]) -> str:
+    """Whose image an entry is, by its subject_id or MIMIC's folder p<subject>; "" if neither tells."""
+    folders = _SUBJECT_FOLDER.findall(entry["image_path"])
+    return str(entry.get("subject_id") or "").strip() or (folders[-1] if folders else "")
 
 
 def read_index(path: Path) -> list[Any]:

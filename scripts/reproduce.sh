@@ -23,7 +23,8 @@ set -euof pipefail
 : "${RSNA:=}" "${NIH:=}" "${CHEXPERT:=}" "${SIIM:=}" "${COVIDX:=}"
 # yes: go on where damaged files were listed and left out in preparing, which is an error otherwise
 : "${ACCEPT_DAMAGED:=no}"
-# yes: also train a gaze predictor, fill a tree of all images in MORE_IMAGES with its heatmaps, and pretrain on both
+# yes: also train a gaze predictor, fill a tree of all images in MORE_IMAGES with its heatmaps, and pretrain on both; on
+# that tree alone if MORE_IMAGES is IMAGES, since it then holds REFLACX's images too, with their real gaze
 : "${PREDICTED_GAZE:=no}" "${MORE_IMAGES:=$IMAGES}"
 # --- Training: the paper's values. BATCH_SIZE: images per step, which the GPUs share
 : "${OUT:=output_dir/reproduce}" "${EPOCHS:=400}" "${BATCH_SIZE:=128}" "${MODEL:=cxrmim_vit_base_patch16}"
@@ -78,6 +79,9 @@ fi
 for variable in "${data[@]}"; do
   [ -z "${!variable}" ] || [ -d "${!variable}" ] || fail "$variable=${!variable}: no such directory"
 done
+if [ "$PREDICTED_GAZE" = yes ] && [[ " $PREPARE_FLAGS" == *" --split"* ]]; then
+  fail "PREPARE_FLAGS=$PREPARE_FLAGS: PREDICTED_GAZE=yes trains a gaze predictor, which needs all parts; leave out --split"
+fi
 [ "$PRETRAINED" = none ] || [ "$PRETRAINED" = "$imagenet" ] || [ -f "$PRETRAINED" ] ||
   fail "PRETRAINED=$PRETRAINED: no such file"
 matches() { # PATTERN EXPECTED VARIABLE...
@@ -260,7 +264,11 @@ chain() {
     from="$prepared $predictor $made" afresh=--overwrite on="--device $DEVICE" step predict scripts/predict_gaze.py \
       --weights "$OUT/gaze/best.pth" --tree "$OUT/data/mimic" --real "$OUT/data/reflacx"
     prepared=$made
-    trees+=("$OUT/data/mimic")
+    if [ "$MORE_IMAGES" = "$IMAGES" ]; then
+      trees=("$OUT/data/mimic")
+    else
+      trees+=("$OUT/data/mimic")
+    fi
   fi
 
   from="$prepared, batches of $BATCH_SIZE" place=$OUT/pretrain launch=$launcher \

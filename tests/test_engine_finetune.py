@@ -121,7 +121,7 @@ def test_evaluate_judges_best_pth_on_another_folder(rsna, encoder, tuned, tmp_pa
     assert (check_aucs(tmp_path / "all")["n"] == 120).all()
     # 84 patients trained it and 18 validated it: their scores are no test.
     assert "arning: 102 of 120 test subjects" in (tmp_path / "all" / "table.md").read_text()
-    assert "test subjects trained" not in (tmp_path / "same" / "table.md").read_text()
+    assert "test subjects were" not in (tmp_path / "same" / "table.md").read_text()
     with pytest.raises(UserError, match=r"not a best\.pth"):
         main(command(rsna, tmp_path / "x", "--method", "evaluate", "--weights", encoder))
 

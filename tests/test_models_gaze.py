@@ -95,3 +95,17 @@ def test_bad_options_are_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     with pytest.raises(UserError, match="needs segmentation-models-pytorch"):
         GazeNet("test_resnet", "unet", 64)
+
+
+@pytest.mark.parametrize(
+    "weights, backbone, name",
+    [
+        ("seresnet50", "resnet50", "layer1.0.se.fc1.weight"),
+        ("deit3_small_patch16_224", "vit_small_patch16_224", "blocks.0.ls1.gamma"),
+    ],
+)
+def test_weights_of_an_encoder_that_has_more_are_refused(weights, backbone, name):
+    model = GazeNet(backbone, input_size=64)
+    state = timm.create_model(weights).state_dict()
+    with pytest.raises(UserError, match=f"file.pth: not the weights of this backbone, which has no {name}"):
+        load_encoder(model.encoder, state, "file.pth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -20,6 +21,7 @@ import engine_frozen
 import run_downstream
 from run_downstream import main
 from util.errors import UserError
+from util.subjects import subject_marks
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +289,23 @@ def test_published_numbers_stand_beside_results_of_all_published_images_only(
     assert main(command(rsna, tmp_path / "out", "--weights", "pixels", "--seeds", "43", *options)) == 0
     assert ("86.83" in (tmp_path / "out" / "table.md").read_text()) == shown
     assert set(pd.read_csv(tmp_path / "out" / "results.csv")["as_published"]) == {shown}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "arning: 18 of 18 test subjects were in the training or pretraining of encoder"),
+        (("--split", "folds", "--folds", "2"), "arning: 120 of 120 test subjects were in"),
+    ],
+)
+def test_test_subjects_that_pretrained_an_encoder_are_counted_in_the_table(rsna, encoder, tmp_path, options, told):
+    seen = subject_marks([f"p{i:03d}" for i in range(120)], "rsna")
+    content = torch.load(encoder, weights_only=True)
+    torch.save(content | {"metadata": {"num_heads": "1", "seen": json.dumps(seen)}}, tmp_path / "encoder.pth")
+    short = ["--method", "probe", "--seeds", "43", "44", "--weights", tmp_path / "encoder.pth", "random", *options]
+    assert main(command(rsna, tmp_path / "out", *short)) == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.count(told) == 1 and text.count("test subjects were") == 1
 
 
 def test_a_share_of_one_class_and_features_that_overflow_are_told(rsna, encoder, tmp_path, capsys):

@@ -24,6 +24,7 @@ from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.images import read_gray, write_gray
 from util.saliency import FIXATION_METRICS, MAP_METRICS
+from util.subjects import subject_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "--backbone test_resnet --input_size 64 --decoder_width 16 --device cpu --batch_size 4 --num_workers 0"
@@ -129,13 +130,22 @@ def test_going_on_elsewhere_takes_the_best_model_along(tree, trained, tmp_path):
     best = Best(**state["best"])
     save_checkpoint(state | {"best": asdict(Best())}, tmp_path / "best.pth")  # another run's
     for _ in range(2):
-        run_gaze.bring_best(last, tmp_path, best)
+        assert run_gaze.bring_best(last, tmp_path, best, state["epoch"]) == best
         assert (tmp_path / "best.pth").read_bytes() == whole
-    run_gaze.bring_best(last, trained, best)
-    (tmp_path / "lone").mkdir()
-    lone = shutil.copy(last, tmp_path / "lone")
-    with pytest.raises(UserError, match="lone/best.pth: not there"):
-        train(tree, tmp_path / "out", f"--epochs 9 --lr 5e-3 --resume {lone}")
+
+
+def test_the_best_model_of_abandoned_epochs_is_not_judged(tree, trained, tmp_path, capsys):
+    """Going back to epoch 1, whose best.pth later epochs have overwritten."""
+    for name in ("log.txt", "best.pth"):
+        shutil.copy(trained / name, tmp_path)
+    state = load_checkpoint(max(trained.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.split("-")[1])))
+    save_checkpoint(state | {"epoch": 0, "best": asdict(Best(0, 0.1, 0.9))}, tmp_path / "checkpoint-0.pth")
+    flags = f"--lr 5e-3 --resume {tmp_path / 'checkpoint-0.pth'} --epochs"
+    with pytest.raises(UserError, match="no epoch since the resumed one"):
+        train(tree, tmp_path, f"{flags} 1")
+    assert train(tree, tmp_path, f"{flags} 2") == 0
+    assert "best.pth is not the best model so far (epoch 1" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "best.pth")["best"]["epoch"] == 1
 
 
 @pytest.mark.parametrize("part, cache", [(0, ""), (1, "--no_cache")])  # a reading of training, one of validation
@@ -186,6 +196,17 @@ def test_a_model_is_not_judged_on_those_who_trained_it(trained, tmp_path):
     )
     assert train(other, tmp_path / "judged", f"--judge {trained / 'best.pth'}") == 0
     assert len(set(pd.read_csv(tmp_path / "judged" / "readings.csv")["image"])) < 9  # of 9
+
+
+def test_subjects_that_pretrained_the_encoder_are_told(tree, trained, backbone, tmp_path, capsys):
+    content, seen = torch.load(backbone, weights_only=True), subject_marks(map(str, range(10000, 10036)), "mimic")
+    torch.save(content | {"metadata": {"num_heads": "1", "seen": json.dumps(seen)}}, tmp_path / "encoder.pth")
+    flags = f"--epochs 1 --weights {tmp_path / 'encoder.pth'}"
+    assert train(tree, tmp_path / "out", flags) == 0
+    told = "warning: 6 of 6 test subjects were in the training or pretraining of the encoder"
+    assert told in capsys.readouterr().out
+    assert train(tree, tmp_path / "out", flags) == 0  # resumed
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import run_pretrain
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.images import read_gray, write_gray
+from util.subjects import subject_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "--model cxrmim_vit_tiny_patch16 --input_size 64 --device cpu --batch_size 4 --num_workers 0 --warmup_epochs 1"
@@ -138,6 +139,24 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(tre
     assert not torch.equal(a["blocks.0.mlp.fc1.weight"], c["blocks.0.mlp.fc1.weight"])
 
 
+def test_checkpoints_keep_who_was_seen_and_no_image_is_taken_twice_unsaid(tree, tmp_path, capsys):
+    """By the run, its initial weights and what it goes on from."""
+    earlier = subject_marks(["7"], "nih")
+    vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    metadata = {"num_heads": "3", "seen": json.dumps(earlier)}
+    torch.save({"state_dict": vit.state_dict(), "metadata": metadata}, tmp_path / "vit.pth")
+    train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'vit.pth'}")
+    seen = load_checkpoint(tmp_path / "out" / "checkpoint-0.pth")["seen"]
+    subjects = {entry["subject_id"] for entry in json.loads((tree / "reflacx.json").read_text())}
+    assert seen == sorted({*earlier, *subject_marks(subjects, "mimic")})
+    copy = shutil.copytree(tree, tmp_path / "copy")
+    train(tree, tmp_path / "out", f"--epochs 2 --data_path {tree} {copy}")
+    assert load_checkpoint(tmp_path / "out" / "checkpoint-1.pth")["seen"] == seen
+    assert "warning: 12 images are in several trees" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--data_path: .* is named twice"):
+        train(tree, tmp_path / "out", f"--data_path {tree} {tree}/reflacx.json")
+
+
 def test_accumulation_is_the_larger_batch(tree, tmp_path):
     """Unweighted, with one mask count, two steps of 4 and one of 8 differ by rounding and by the masks drawn."""
     whole = train(tree, tmp_path / "whole", "--batch_size 8 --masking random")
@@ -159,7 +178,7 @@ def test_bfloat16_clipping_and_odd_taps(tree, tmp_path):
 def test_starts_from_timm_weights_and_reports(tree, tmp_path, capsys):
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=10)
-    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    torch.save({"state_dict": vit.state_dict(), "metadata": {"num_heads": "3"}}, tmp_path / "vit.pth")
     train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'vit.pth'} --lr 1e-12")
     printed = capsys.readouterr().out
     assert "blocks.0-11" in printed and "head" in printed

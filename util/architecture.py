@@ -20,7 +20,7 @@ from util.errors import UserError
 if TYPE_CHECKING:
     from util.weights import WeightsInfo
 
-# (width, depth) -> (name of the size, attention heads), as the ViT and MAE papers define the sizes. Heads are
+# (width, depth) -> (name of the size, attention heads), as timm and the ViT and MAE papers define the sizes. Heads are
 # not in the shapes of any tensor, so this is consulted only for files that don't say how many they have.
 VIT_SIZES = {
     (192, 12): ("tiny", 3),
@@ -29,14 +29,16 @@ VIT_SIZES = {
     (1024, 24): ("large", 16),
     (1280, 32): ("huge", 16),
 }
+# Sizes that others use with other heads: MoCo v3's small and several MAE forks' tiny have 12.
+SEVERAL_HEADS = ("tiny", "small")
 # Choices of training that a model may change without its weights meaning something else.
 FREE_CONFIG = ("gaze_weighted", "gaze_temperature", "masking")
 
 
-def notes_on_config(info: WeightsInfo, own: Mapping[str, Any]) -> list[str]:
+def notes_on_config(state: Mapping[str, Tensor], info: WeightsInfo, own: Mapping[str, Any]) -> list[str]:
     """What to know where tensors of equal shapes mean something else; UserError for the encoder's heads."""
-    heads = _told_heads(info)
-    if heads is not None and heads != own["num_heads"]:
+    heads, _ = attention_heads(state, info)
+    if heads != own["num_heads"]:
         raise UserError(
             f"{info.path}: its encoder has {heads} attention heads, the model {own['num_heads']}; "
             "choose the --model it was trained with"
@@ -83,8 +85,8 @@ def attention_heads(state: Mapping[str, Tensor], info: WeightsInfo, num_heads: i
         num_heads: what the user says, for files that don't.
 
     Raises:
-        UserError: the file doesn't say, and its size is none of `VIT_SIZES`, or what the file says of its
-            own size is another; or `num_heads` contradicts the file or does not divide the width.
+        UserError: the file doesn't say, and its size is none of `VIT_SIZES`, or one of `SEVERAL_HEADS`, or what the
+            file says of its own size is another; or `num_heads` contradicts the file or does not divide the width.
     """
     width, depth = state["patch_embed.proj.weight"].shape[0], len(numbers(state, "blocks"))
     told = _told_heads(info)
@@ -102,13 +104,14 @@ def attention_heads(state: Mapping[str, Tensor], info: WeightsInfo, num_heads: i
         return num_heads, "--num_heads"
     size, heads = VIT_SIZES.get((width, depth), ("", 0))
     name = str(info.args.get("model") or f"vit_{size}")  # of its class, as MAE and this program store it
-    if not size or f"vit_{size}" not in name:
+    ours = f"cxrmim_vit_{size}" in name
+    if not size or f"vit_{size}" not in name or (size in SEVERAL_HEADS and not ours):
         raise UserError(
             f"{info.path}: the file does not say how many attention heads its encoder has (width {width}, "
             f"{depth} blocks{', ' + name if 'model' in info.args else ''}); say it with --num_heads "
             "(visualize.py, export_backbone.py, run_downstream.py; the other programs read the export)"
         )
-    return heads, f"of every ViT-{size}; the file does not say"
+    return heads, f"of {name}" if ours else f"of every ViT-{size}; the file does not say"
 
 
 def config_of_older_file(state: Mapping[str, Tensor], info: WeightsInfo, args: Mapping[str, Any]) -> dict[str, Any]:

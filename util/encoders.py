@@ -15,6 +15,7 @@ from torch import nn
 from util.download import address_name, local_file
 from util.errors import UserError
 from util.export import Backbone, build_backbone, read_backbone
+from util.weights import summarize_keys
 
 RANDOM, IMAGENET, PIXELS = "random", "imagenet", "pixels"
 RANDOM_SEED = 0  # of random weights that stay frozen: the same for all seeds of the heads
@@ -35,6 +36,11 @@ class Candidate:
     kind: str
     backbone: Backbone | None = None
     timm_name: str = DEFAULT_MODEL
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """`subject_marks` of the subjects whose images trained it, as far as its file says."""
+        return frozenset() if self.backbone is None or self.kind == RANDOM else self.backbone.source.seen
 
     @property
     def architecture(self) -> list:
@@ -146,3 +152,20 @@ def digest_of(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def describe(candidate: Candidate) -> str:
+    """What was found in a file, or what stands in for one."""
+    backbone = candidate.backbone
+    if candidate.kind == PIXELS:
+        return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
+    if backbone is None or candidate.kind == "random":
+        shape = candidate.timm_name if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
+        return f"{candidate.name}: random weights, {shape}"
+    lines = [
+        f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
+        + (f", prefix {backbone.prefix}" if backbone.prefix else "")
+    ]
+    for title, names in (("matched", list(backbone.state)), ("missing", []), ("ignored", list(backbone.ignored))):
+        lines.append(f"  {title:8s}{len(names):4d}  {summarize_keys(names)[:160]}".rstrip())
+    return "\n".join(lines)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from util.architecture import VIT_SIZES, attention_heads
 from util.errors import UserError
-from util.files import atomic_write
-from util.foreign_weights import find_encoder
+from util.files import atomic_write, replace_together
+from util.foreign_weights import find_encoder, refusal
 from util.weights import WeightsInfo, read_state_dict, resample_pos_embed, summarize_keys
 
 FORMATS = ("timm", "safetensors", "cxr-eval", "hf")
@@ -88,6 +88,8 @@ def read_backbone(
     state, info = read_state_dict(path)
     try:
         found = find_encoder(state)
+        if found.unknown:
+            raise UserError(refusal(info.path, found.unknown))
         state = found.state
         encoder = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_PREFIXES)}
         width, _, patch_size, _ = encoder["patch_embed.proj.weight"].shape
@@ -221,8 +223,9 @@ def export_backbone(
     if fmt == "hf":
         config = _hf_config(model, backbone, metadata)
         out.mkdir(exist_ok=True)
-        _write(out / "model.safetensors", safetensors.torch.save(state, {"format": "pt"} | metadata))
-        _write(out / "config.json", config)
+        with replace_together(out, first="config.json") as fresh:
+            _write(fresh / "config.json", config)
+            _write(fresh / "model.safetensors", safetensors.torch.save(state, {"format": "pt"} | metadata))
     elif fmt == "safetensors":
         _write(out, safetensors.torch.save(state, {"format": "pt"} | metadata))
     else:
@@ -247,6 +250,8 @@ def describe(backbone: Backbone) -> dict[str, str]:
         "std": json.dumps(IMAGENET_DEFAULT_STD),
         "args": json.dumps(info.args, default=str),
     }
+    if info.seen:
+        described["seen"] = json.dumps(sorted(info.seen))
     for name, value in (("epoch", info.epoch), ("tap", backbone.tap), ("block", backbone.block)):
         if value is not None:
             described[name] = str(value)
@@ -270,7 +275,7 @@ def _hf_config(model: VisionTransformer, backbone: Backbone, metadata: Mapping[s
     config["pretrained_cfg"].update(tag="cxr_mim", custom_load=False)
     for key in ("origin_url", "paper_ids", "license", "notes"):  # those of timm's own weights
         config["pretrained_cfg"].pop(key, None)
-    config["cxr_mim"] = {key: value for key, value in metadata.items() if not key.startswith("timm_")}
+    config["cxr_mim"] = {key: value for key, value in metadata.items() if not key.startswith(("timm_", "seen"))}
     return json.dumps(config, indent=2).encode()
 
 

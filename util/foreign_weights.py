@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 ENCODER = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|blocks\.\d+\..+|(fc_)?norm\.(\d+\.)?(weight|bias)"
+    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|(fc_)?norm\.(\d+\.)?(weight|bias)|"
+    r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 )
+# What stands behind an encoder in training, by the first part of its name. Of any other name nobody knows whether the
+# encoder computes with it, as with register_tokens, norm_pre or a table of relative positions.
+BEHIND = re.compile(
+    r"(head|decoder|pred|projec|classifier|criterion|loss|queue|text|bert|hog_enc|mask_token|masked_embed|pre_logits|fc$)"
+    r"|.*_(head|decoder|predictor|projector|classifier|loss|queue)$"
+)
+PLAIN_VIT = "blocks.0.attn.qkv.weight"  # a name that each has
 PATCH_EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.projection.weight")  # timm's, mmpretrain's
 # Of twin encoders the one that is used afterwards: DINO's teacher, MoCo's query encoder.
 BETTER_TWIN = (("teacher", "student"), ("encoder_q", "encoder_k"), ("online", "target"), ("", "momentum"), ("", "ema"))
@@ -39,12 +47,14 @@ class Found:
         prefix: "" or e.g. "module.backbone.".
         layout: "timm" or "mmpretrain".
         ignored: names of the file that are no part of an encoder, as they stand there.
+        unknown: those of them that may be part of it: not known to be a head or decoder (`BEHIND`).
     """
 
     state: dict[str, Tensor]
     prefix: str
     layout: str
     ignored: list[str]
+    unknown: list[str]
 
 
 def find_encoder(state: Mapping[str, Tensor]) -> Found:
@@ -64,14 +74,31 @@ def find_encoder(state: Mapping[str, Tensor]) -> Found:
         raise KeyError(PATCH_EMBEDDINGS[0])
     prefix = _choose(list(found))
     layout = found[prefix]
-    renamed, ignored = {}, []
+    twins = tuple(other for other in found if other.startswith(prefix) and other != prefix)
+    renamed, ignored, unknown = {}, [], []
     for name, tensor in state.items():
         own = _timm_name(name[len(prefix) :], layout) if name.startswith(prefix) else None
         if own is None or not ENCODER.fullmatch(own):
             ignored.append(name)
         if own is not None:
             renamed[own] = tensor
-    return Found(renamed, prefix, layout, ignored)
+            if is_unknown(own) and not name.startswith(twins):
+                unknown.append(name)
+    return Found(renamed, prefix, layout, ignored, unknown)
+
+
+def is_unknown(name: str) -> bool:
+    """Whether a name, in timm's layout, is neither an encoder's nor known to stand behind one."""
+    return not (ENCODER.fullmatch(name) or BEHIND.match(name.partition(".")[0]))
+
+
+def refusal(path: object, unknown: list[str]) -> str:
+    """Why a file with these unknown names is not read."""
+    more = f" and {len(unknown) - 1} more names" if unknown[1:] else ""
+    return (
+        f"{path}: {unknown[0]}{more} may belong to an encoder that is no plain ViT, which this program would compute "
+        "wrongly; if not, save the encoder's state dict without them"
+    )
 
 
 def _timm_name(name: str, layout: str) -> str:

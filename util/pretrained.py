@@ -14,6 +14,7 @@ import huggingface_hub
 import timm
 import torch
 from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
 
 from util.errors import UserError
 from util.export import sha256
@@ -60,7 +61,8 @@ def tagged_name(text: str) -> str:
 
 
 def fetch_weights(name: str, out: str | os.PathLike, *, file: str | os.PathLike | None = None) -> str:
-    """Save timm's pretrained weights as a plain state dict at `out`, and their checksum beside it.
+    """Save timm's pretrained weights at `out`, under "state_dict", with timm's name and a ViT's number of attention
+    heads under "metadata"; and their checksum beside it.
 
     Args:
         name: of `tagged_name`.
@@ -89,7 +91,10 @@ def fetch_weights(name: str, out: str | os.PathLike, *, file: str | os.PathLike 
     except RuntimeError as error:  # load_state_dict: keys or shapes don't fit
         raise UserError(f"{file or name}: not the weights of {name}: {_first_line(error)}") from None
     buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
+    metadata = {"timm_model": name}
+    if isinstance(model, VisionTransformer):
+        metadata["num_heads"] = str(model.blocks[0].attn.num_heads)
+    torch.save({"state_dict": model.state_dict(), "metadata": metadata}, buffer)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as target:
         target.write(buffer.getvalue())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+
+MIMIC = "mimic"  # the study whose subjects every processed tree has
+UNNAMED = "unnamed"  # the mark of all subjects of a study that has no name
 
 _NUMBER = re.compile(r"0*(\d+)(?:\.0*)?")  # 7, 007 and the 7.0 that spreadsheets make of it
 _MIMIC = re.compile(r"p(?=\d{5,})")  # MIMIC's folders are called p10000032 where its tables say 10000032
@@ -31,8 +34,26 @@ def same_subjects(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def subject_marks(subjects: Iterable[str], study: str) -> list[str]:
     """A short digest of each subject of a study, once, in order: enough to tell later that a model has seen a subject,
-    without the file naming anybody."""
-    return sorted({subject_mark(name, study) for name in subjects})
+    without the file naming anybody. If the study has no name ("") one mark stands for all."""
+    return sorted({subject_mark(name, study) for name in subjects}) if study else [UNNAMED]
+
+
+def overlap_note(name: str, seen: Collection[str], subjects: Iterable[str], study: str) -> str:
+    """What to know of the results of the model `name`, trained on the subjects with the marks `seen`, on test subjects of
+    a study; "" if they share none."""
+    subjects = set(subjects)
+    known = len(set(seen) & set(subject_marks(subjects, study))) if study else 0
+    if known:
+        return (
+            f"warning: {known} of {len(subjects)} test subjects were in the training or pretraining of {name}, so its "
+            "results are too good; judge it on others"
+        )
+    if seen and (not study or UNNAMED in seen):
+        return (
+            f"warning: whether test subjects were in the training or pretraining of {name} is not known; name the study "
+            "that a csv's subjects are of by --study, in training too"
+        )
+    return ""
 
 
 def subject_mark(name: str, study: str) -> str:

@@ -33,7 +33,7 @@ class Tuned:
         mean, std: of its input.
         reading: options of `datasets.downstream.images.Reading` that mattered to its images.
         dataset, fraction, seed: what it was trained on, with which share of the labels and seed.
-        seen: `subject_marks` of the subjects that trained or validated it.
+        seen: `subject_marks` of the subjects that trained or validated it, or pretrained its encoder.
     """
 
     model: VisionTransformer
@@ -70,6 +70,7 @@ def write_tuned(
     metadata = {
         "timm_model": candidate.timm_name if backbone is None else backbone.timm_name,
         "timm_args": json.dumps(arguments),
+        "num_heads": str(model.blocks[0].attn.num_heads),
         "labels": json.dumps(list(labels)),
         "weights": candidate.name,
     } | {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

@@ -9,6 +9,8 @@ only `argparse.Namespace` and NumPy scalars are accepted, which MAE-style progra
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import re
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from util.architecture import FREE_CONFIG, config_of_older_file, notes_on_config
 from util.checkpoint import check_weights, verify_archive
 from util.errors import UserError
+from util.foreign_weights import is_unknown, refusal
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 WRAPPER_KEYS = ("model", "state_dict", "teacher", "student")  # where checkpoints keep the tensors
@@ -59,6 +62,7 @@ class WeightsInfo:
         metadata: further text entries, as exports of this program carry them.
         samples: digest of the samples that it was trained on (`GazeTree.identity`), or None.
         unchanged_since: see `util.resume.unchanged_since`.
+        seen: `subject_marks` of the subjects whose images trained it, as far as the file says.
     """
 
     path: Path
@@ -70,6 +74,7 @@ class WeightsInfo:
     metadata: dict[str, str] = field(default_factory=dict)
     samples: str | None = None
     unchanged_since: tuple[int, int] = (0, 0)
+    seen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,15 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         metadata={str(key): str(value) for key, value in metadata.items()},
         samples=samples if isinstance(samples := more.get("samples"), str) else None,
         unchanged_since=tuple(more.get("unchanged_since", (0, 0))),
+        seen=_marks(more.get("seen") or metadata.get("seen")),
     )
+
+
+def _marks(told: Any) -> frozenset[str]:
+    """`WeightsInfo.seen` from a list, or from its JSON in an export; empty for another program's entry."""
+    with contextlib.suppress(ValueError):
+        told = json.loads(told) if isinstance(told, str) else told
+    return frozenset(map(str, told)) if isinstance(told, list) else frozenset()
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -258,8 +271,8 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
 
     Raises:
         UserError: a tensor has another shape than the model's, the encoder was trained with another
-            number of heads, the file has no transformer block that the model has, or lacks some of its
-            blocks.
+            number of heads or an unknown one, the file has no transformer block that the model has, lacks some of
+            its blocks, or has tensors that may belong to another kind of encoder.
     """
     state, info = read_state_dict(path)
     own = model.state_dict()
@@ -270,7 +283,9 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
             f"{_shorten(summarize_keys(state))}); expected timm ViT names such as blocks.0.norm1.weight"
         )
 
-    notes = notes_on_config(info, model.config)
+    if unknown := [name for name in state if name not in own and is_unknown(name)]:
+        raise UserError(refusal(info.path, unknown))
+    notes: list[str] = []
     taken: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, tensor in state.items():
@@ -301,10 +316,12 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
             f"{info.path}: lacks {summarize_keys(lacking)} of the model (first: {lacking[0]}); "
             "likely a file of another model size: choose the --model it was trained with"
         )
+    notes = [*notes_on_config(state, info, model.config), *notes]
 
     with torch.no_grad():
         for name, tensor in taken.items():
             own[name].copy_(tensor)
+    model.seen = sorted(info.seen)
     missing = [name for name in own if name not in taken]
     return LoadReport(info.path, list(taken), missing, ignored, tuple(notes))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from datasets.downstream.siim import read_siim
 from datasets.downstream.tree import read_tree
 from datasets.downstream.vindr import read_vindr
 from util.errors import UserError
+from util.subjects import MIMIC
 
 TABLE_CHOICES = frozenset({"images", "csv", "labels", "where", "skip_missing"})
 CELL_CHOICES = frozenset({"uncertain", "empty"})
-CSV_CHOICES = frozenset({"image_column", "label_columns", "separator", "subject_column", "split_column"})
+CSV_CHOICES = frozenset({"image_column", "label_columns", "separator", "subject_column", "split_column", "study"})
 ANY_CHOICES = frozenset({"split", "split_seed", "need_images"})
 
 
@@ -89,4 +90,5 @@ def _read(name: str, paths: list[Path], choices: Choices) -> LabelledImages:
     for choice in (field.name for field in fields(Choices)):
         if choice not in ANY_CHOICES | source.heeds and getattr(choices, choice) != getattr(default, choice):
             raise UserError(f"--{choice} has no effect with --dataset {name}; leave it out")
-    return source.read(paths, choices)
+    study = {"tree": MIMIC, "csv": (choices.study or "").strip().casefold()}.get(name, name)
+    return replace(source.read(paths, choices), study=study)

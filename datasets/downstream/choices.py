@@ -31,6 +31,7 @@ class Choices:
         skip_missing: go on without images that are not there.
         need_images: False = tables only (--dry_run).
         image_column, label_columns, separator, subject_column, split_column: of a csv.
+        study: whose patients the subjects of a csv are, e.g. mimic; subjects of different studies are different people.
         min_certainty: a tree's finding counts as present from this certainty (0 to 5) on.
     """
 
@@ -49,6 +50,7 @@ class Choices:
     separator: str = "|"
     subject_column: str | None = None
     split_column: str | None = None
+    study: str | None = None
     min_certainty: float = 3
 
     def __post_init__(self) -> None:
@@ -102,6 +104,8 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     add("--separator", default="|", help="csv: between the names in a joined column")
     add("--subject_column", help="csv: column of the subject (default: subject_id, if there is one)")
     add("--split_column", help="csv: column of train, valid, test (default: split, if there is one)")
+    helped = "csv: the study whose patients its subjects are, e.g. mimic or nih: tells if they have trained an encoder"
+    add("--study", help=helped)
     helped = "tree: a finding counts as present from this certainty (0-5) on"
     add("--min_certainty", type=finite_float, default=3, help=helped)
     # fmt: on

@@ -40,6 +40,7 @@ class LabelledImages:
         strong_augmentation: whether the published run also jitters brightness, blurs and flips.
         notes: lines to print.
         shared_subjects: the split is a published one that has subjects in two parts, asked for by name.
+        study: whose patients the subjects are, "" if unknown: the same names elsewhere may be other people.
 
     Raises:
         UserError: an id twice, or a subject in two parts.
@@ -57,6 +58,7 @@ class LabelledImages:
     strong_augmentation: bool = False
     notes: list[str] = field(default_factory=list)
     shared_subjects: bool = False
+    study: str = ""
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.label_names)
@@ -241,14 +243,15 @@ def write_split(images: LabelledImages, path: str | os.PathLike) -> None:
 
 
 def files_digest(images: LabelledImages) -> str:
-    """Of all image files in order, by place, size and time of change."""
+    """Of all image files in order, by place, size and both times: archives and `cp -p` set the first, nothing the
+    second."""
     found = []
     for file in images.files:
         try:
             stat = file.stat()
         except OSError as error:
             raise UserError(f"{file}: can't be read ({error.strerror})") from None
-        found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+        found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     return digest(found)
 
 

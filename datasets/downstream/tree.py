@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 import datasets
+from datasets.build import detect_trees
 from datasets.downstream.choices import Choices
 from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
 from datasets.downstream.rows import check_files, one_spelling
@@ -31,6 +32,7 @@ def read_tree(paths: list[Path], choices: Choices) -> LabelledImages:
     if not CERTAINTY[0] < choices.min_certainty <= CERTAINTY[1]:
         raise UserError(f"--min_certainty {choices.min_certainty:g}: expected more than 0, at most 5")
     name = ", ".join(map(str, paths))
+    detect_trees(paths)  # none twice
     dataset = datasets.build_dataset(paths, use_cache=False)
     rows = []
     for i, entry in enumerate(dataset.entries):

@@ -156,7 +156,7 @@ def test_test_images_of_subjects_that_a_model_has_seen_are_left_out(tree, tmp_pa
     left = study.part("test")
     assert told.startswith(f"warning: {n_test - len(left)} of {n_test} test images") and 0 < len(left) < n_test
     assert study.leave_out(frozenset()) == ""
-    marks = subject_marks([image.subject for image in GazeStudy([other]).images], "gaze")
+    marks = subject_marks([image.subject for image in GazeStudy([other]).images], "mimic")
     with pytest.raises(UserError, match="judge it on images that it has not seen"):
         GazeStudy([other]).leave_out(frozenset(marks))
 

@@ -14,7 +14,7 @@ from models_cxrmim import CXRMIM, cxrmim_vit_tiny_patch16
 from scripts.fetch_weights import main
 from util.errors import UserError
 from util.pretrained import TAG, stored_weights, tagged_name
-from util.weights import load_initial_weights
+from util.weights import load_initial_weights, read_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,12 @@ def downloaded(tmp_path_factory):
     return path, model.state_dict()
 
 
-def test_local_file_becomes_plain_state_dict_with_checksum(downloaded, tmp_path, capsys):
+def test_local_file_becomes_weights_with_checksum_and_heads(downloaded, tmp_path, capsys):
     path, expected = downloaded
     out = tmp_path / "preTrain" / "vit_tiny_p16_224_timm.pth"
     assert main(["--model", "cxrmim_vit_tiny_patch16", "--file", str(path), "--out", str(out)]) == 0
-    state = torch.load(out, weights_only=True)
-    assert state.keys() == expected.keys()
+    state, info = read_state_dict(out)
+    assert state.keys() == expected.keys() and info.metadata["num_heads"] == "3"
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
     assert (out.parent / f"{out.name}.sha256").read_text() == f"{digest}  {out.name}\n"
@@ -80,7 +80,7 @@ def test_any_of_timms_models_where_the_gaze_predictor_looks_for_it(tmp_path, mon
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     assert main(["--model", "test_resnet", "--file", str(tmp_path / "model.safetensors")]) == 0
     assert "test_resnet.r160_in1k" in capsys.readouterr().out
-    state = torch.load(stored_weights("test_resnet"), weights_only=True)
+    state, _ = read_state_dict(stored_weights("test_resnet"))
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert tagged_name("base") == tagged_name("cxrmim_vit_base_patch16") == f"vit_base_patch16_224.{TAG}"
     assert tagged_name("resnet50").startswith("resnet50.")

@@ -99,7 +99,7 @@ def test_every_command_is_understood_by_its_program(chain):
         "DEVICE": "cpu",
         "GPUS": "2",
         "COMPARE": "",
-        "PREPARE_FLAGS": "--split train",
+        "PREPARE_FLAGS": "--readings each",
         "MIMIC_FLAGS": "--views all",
         "FRACTIONS": "0.01 1",
     }
@@ -118,7 +118,7 @@ def test_every_command_is_understood_by_its_program(chain):
     assert not parsed["scripts/prepare_reflacx.py"][0].accept_damaged
     (read,), (filled,) = parsed["scripts/prepare_reflacx.py"], parsed["scripts/prepare_mimic.py"]
     assert (read.raw, read.images) == (chain.root / "reflacx", chain.root / "mimic jpg")
-    assert pretrained.data_path == [str(read.out), str(filled.out)]
+    assert pretrained.data_path == [str(filled.out)]  # which holds REFLACX's images too
     dry, judged = parsed["run_downstream.py"][:6], parsed["run_downstream.py"][6:]
     assert all(args.dry_run for args in dry) and not any(args.dry_run for args in judged)
     assert [(args.dataset, args.method) for args in judged] == [
@@ -216,6 +216,10 @@ def test_a_step_that_fails_is_named_and_gone_on_with(chain):
         ({"NIH": "nowhere"}, "NIH={root}/nowhere: no such directory"),
         ({"PRETRAINED": "no.pth"}, "PRETRAINED={root}/no.pth: no such file"),
         ({"PREDICTED_GAZE": "true"}, "PREDICTED_GAZE=true: expected yes or no"),
+        (
+            {"PREDICTED_GAZE": "yes", "PREPARE_FLAGS": "--split train"},
+            "PREPARE_FLAGS=--split train: PREDICTED_GAZE=yes",
+        ),
         ({"EPOCHS": "many"}, "EPOCHS=many"),
         ({"METHODS": " "}, "METHODS is empty"),
         ({"N_GPUS": "0"}, "DEVICE=cuda: torch sees no GPU"),

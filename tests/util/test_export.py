@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from models_cxrmim import CXRMIM
 from scripts.export_backbone import main
 from util.errors import UserError
 from util.export import build_backbone, read_backbone
+from util.subjects import subject_marks
 from util.weights import read_state_dict, resample_pos_embed
 
 SMALL = dict(
@@ -89,6 +91,9 @@ def test_timm_features_equal_the_encoder(size, img_size, tmp_path):
 @pytest.mark.parametrize("fmt", ["timm", "safetensors", "hf"])
 def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, tmp_path, capsys):
     model, checkpoint = small
+    content = torch.load(checkpoint, weights_only=False) | {"seen": subject_marks(["1", "2"], "mimic")}
+    checkpoint = tmp_path / "checkpoint-7.pth"
+    torch.save(content, checkpoint)
     out = tmp_path / {"timm": "b.pth", "safetensors": "b.safetensors", "hf": "folder"}[fmt]
     assert main([str(checkpoint), str(out), "--format", fmt]) == 0
     if fmt == "hf":
@@ -109,7 +114,29 @@ def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, tmp_p
     assert metadata["source_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert json.loads(metadata["args"]) == {"id_list": [0, 2]}
     again = read_backbone(out)  # an export is itself a backbone that the other scripts read
+    assert sorted(again.source.seen) == content["seen"]
     assert all(torch.equal(again.state[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_killed_export_leaves_no_weights_beside_the_config_of_others(small, tmp_path, monkeypatch):
+    """Wherever the process ends while it replaces an older export: both files are of one export, or one is missing."""
+    _, checkpoint = small
+    real = os.replace
+    for end in range(4):
+        out, calls = tmp_path / f"folder{end}", itertools.count()
+        main([str(checkpoint), str(out), "--format", "hf"])
+
+        def killed(source, target, end=end, calls=calls):
+            if next(calls) == end:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            main([str(checkpoint), str(out), "--format", "hf", "--img_size", "96"])
+        if (out / "config.json").exists() and (out / "model.safetensors").exists():
+            side = json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"][-1]
+            assert read_backbone(out).state["pos_embed"].shape[1] == (side // 16) ** 2 + 1
 
 
 def test_every_format_says_how_to_load_it(small, tmp_path, capsys):
@@ -227,16 +254,25 @@ def test_a_named_size_with_other_heads_keeps_them(tmp_path):
         assert (build_backbone(backbone).eval().forward_features(img) - encode(model, img)[-1]).abs().max() < 1e-5
 
 
-def test_files_that_do_not_say_have_the_heads_of_their_named_size_or_none(tmp_path):
-    """A file of a known size, from before checkpoints said it, or of another program."""
-    state = CXRMIM(img_size=32, embed_dim=192, depth=12, num_heads=3, id_list=(11,), scale_list=(0.5,)).state_dict()
-    for args, heads in (({"model": "cxrmim_vit_tiny_patch16"}, 3), ({}, 3), ({"model": "my_encoder"}, None)):
-        torch.save({"model": state, "args": args}, tmp_path / "c.pth")
-        if heads is None:
-            with pytest.raises(UserError, match="does not say.*my_encoder.*--num_heads"):
-                read_backbone(tmp_path / "c.pth")
-        else:
-            assert read_backbone(tmp_path / "c.pth").num_heads == heads
+@pytest.mark.parametrize(
+    "width, name, heads",
+    [
+        (192, "cxrmim_vit_tiny_patch16", 3),  # of the program, which has one number for it
+        (192, "vit_tiny_patch16", None),  # 3, or 12 in several MAE forks
+        (384, "vit_small", None),  # 6, or 12 in MoCo v3
+        (768, "mae_vit_base_patch16", 12),
+        (768, "my_encoder", None),
+    ],
+)
+def test_heads_are_taken_for_granted_only_where_one_number_is_in_use(width, name, heads, tmp_path):
+    model = CXRMIM(img_size=32, embed_dim=width, depth=12, num_heads=12, id_list=(11,), scale_list=(0.5,))
+    torch.save({"model": model.state_dict(), "args": {"model": name}}, tmp_path / "c.pth")
+    if heads is None:
+        with pytest.raises(UserError, match=f"does not say.*{name}.*--num_heads"):
+            read_backbone(tmp_path / "c.pth")
+    else:
+        assert read_backbone(tmp_path / "c.pth").num_heads == heads
+    assert read_backbone(tmp_path / "c.pth", num_heads=heads or 4).num_heads == (heads or 4)
 
 
 def test_mean_pooling_head_takes_the_norm(small):
@@ -267,7 +303,7 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
         ([str(tmp_path / "mute.pth"), "x.pth"], r"mute.pth.*heads.*width 64, 3 blocks.*--num_heads"),
         ([str(tmp_path / "mute.pth"), "x.pth", "--num_heads", "3"], "--num_heads 3.*does not divide.*64"),
         ([str(checkpoint), "x.pth", "--num_heads", "2"], r"--num_heads 2.*checkpoint-7.pth says that it has 1"),
-        ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: not an encoder.*ls1"),
+        ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: blocks.0.ls1.gamma may belong"),
         ([str(tmp_path / "pooled.pth"), "x.pth"], "pooled.pth: no complete ViT.*'norm.weight' is missing"),
         ([str(tmp_path / "flat.pth"), "x.pth"], "flat.pth: not a ViT"),
         ([str(tmp_path / "two.pth"), "x.pth", "--img_size", "128"], "two.pth: not a ViT.*no square grid"),

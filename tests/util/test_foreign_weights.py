@@ -90,6 +90,18 @@ def test_the_encoder_is_found(state, tmp_path, layout):
     assert all("attn" not in name for name in backbone.ignored if "student" not in name and "_k." not in name)
 
 
+# Of CLIP, DINOv2, BEiT, EVA, DeiT: each changes the features.
+@pytest.mark.parametrize(
+    "name",
+    "register_tokens reg_token norm_pre.weight ln_pre.weight rel_pos_bias.relative_position_bias_table rope.freqs "
+    "dist_token blocks.0.gamma_1 blocks.1.attn.q_norm.weight blocks.1.attn.relative_position_bias_table".split(),
+)
+def test_tensors_that_may_be_the_encoders_are_refused(state, tmp_path, name):
+    torch.save({"model": under("backbone.", state | {name: torch.zeros(1, 1, 64)})}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rf"x.pth: backbone.{name} may belong to an encoder that is no plain ViT"):
+        read_backbone(tmp_path / "x.pth", num_heads=1)
+
+
 def test_what_is_no_part_is_told(state, tmp_path):
     torch.save({"state_dict": under("backbone.", state) | {"head.weight": torch.zeros(2, 2)}}, tmp_path / "x.pth")
     backbone = read_backbone(tmp_path / "x.pth", num_heads=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from util.subjects import same_subjects, subject_marks
+import pytest
+
+from util.subjects import overlap_note, same_subjects, subject_marks
 
 
 def test_spellings_of_one_subject():
@@ -15,3 +17,19 @@ def test_spellings_of_one_subject():
 def test_marks_tell_subjects_and_studies_apart():
     assert len(subject_marks(["a", "b", "a"], "nih")) == 2
     assert not set(subject_marks(["a"], "nih")) & set(subject_marks(["a"], "rsna"))
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "study", "note"),
+    [
+        ("nih", "nih", "2 of 3 test subjects were in the training or pretraining of ours"),
+        ("nih", "hospital", ""),
+        ("nih", "", "is not known"),  # a csv whose study nobody named
+        ("", "nih", "is not known"),
+        (None, "", ""),  # weights that no subject is known of
+    ],
+)
+def test_test_subjects_that_trained_a_model_are_counted(trained_on, study, note):
+    seen = [] if trained_on is None else subject_marks(["1", "02", "9"], trained_on)
+    found = overlap_note("ours", seen, ["1", "2", "3", "3"], study)
+    assert note in found and bool(note) == bool(found)

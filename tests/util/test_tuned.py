@@ -8,9 +8,10 @@ import pytest
 import timm
 import torch
 
+from util.encoders import Candidate
 from util.errors import UserError
-from util.export import read_backbone
-from util.tuned import read_tuned
+from util.export import build_backbone, read_backbone
+from util.tuned import read_tuned, write_tuned
 
 FACTS = {
     "timm_model": "vit_base_patch16_224",
@@ -76,6 +77,21 @@ def test_heads_that_cannot_be_are_refused(state, tmp_path, heads):
     path = save(state, tmp_path / "odd.pth", num_heads=heads)
     with pytest.raises(UserError, match=f"^{path}: says that its encoder has '?{heads}'? attention heads"):
         read_backbone(path)
+
+
+def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
+    """A tiny ViT with 6 heads, where timm's has 3."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "num_heads": 6}
+    encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
+    torch.save({"state_dict": encoder.state_dict(), "metadata": {"num_heads": "6"}}, tmp_path / "encoder.pth")
+    candidate = Candidate("x", "file", read_backbone(tmp_path / "encoder.pth"))
+    model = candidate.build(2).eval()
+    write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, pool="token", labels=["a", "b"])
+    again = build_backbone(read_backbone(tmp_path / "best.pth")).eval()
+    img = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(img), model.forward_features(img))
 
 
 def test_position_embedding_of_another_rank_is_refused(state, tmp_path):

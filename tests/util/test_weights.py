@@ -40,6 +40,11 @@ def save(content, path: Path) -> Path:
     return path
 
 
+def with_heads(state, heads: int) -> dict:
+    """The content of a file that says how many attention heads its encoder has."""
+    return {"model": state, "metadata": {"num_heads": str(heads)}}
+
+
 class RunsCode:
     def __reduce__(self):
         return os.system, ("touch /tmp/should_never_exist",)
@@ -160,7 +165,7 @@ def is_encoder(name: str) -> bool:
 def test_timm_file_fills_the_encoder(vit, tmp_path):
     model = cxrmim_vit_tiny_patch16()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = load_initial_weights(model, save(vit, tmp_path / "vit.pth"))
+    report = load_initial_weights(model, save(with_heads(vit, 3), tmp_path / "vit.pth"))
     after = model.state_dict()
     assert set(report.matched) == {name for name in vit if is_encoder(name)}
     assert set(report.ignored) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
@@ -184,7 +189,7 @@ def test_mae_file_fills_the_encoder_and_its_decoder_is_ignored(tmp_path):
         "decoder_blocks.0.norm1.weight": torch.ones(16),
         "decoder_pred.weight": torch.zeros(768, 16),
     }
-    path = save({"model": mae, "args": argparse.Namespace(lr=np.float64(1))}, tmp_path / "mae.pth")
+    path = save(with_heads(mae, 1) | {"args": argparse.Namespace(lr=np.float64(1))}, tmp_path / "mae.pth")
     assert read_state_dict(path)[1].kind == "mae"
     report = load_initial_weights(model, path)
     assert set(report.matched) == set(state)
@@ -206,7 +211,7 @@ def test_published_checkpoint_with_hog_enc(tmp_path):
 
 def test_other_input_size_resamples_pos_embed_only(tmp_path):
     donor = CXRMIM(**SMALL)
-    path = save({"model": donor.state_dict()}, tmp_path / "c.pth")
+    path = save(with_heads(donor.state_dict(), 1), tmp_path / "c.pth")
     model = CXRMIM(**SMALL | {"img_size": 96})
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = load_initial_weights(model, path)
@@ -238,7 +243,7 @@ def test_missing_blocks_are_an_error_and_further_ones_are_reported(tmp_path):
     deep, shallow = CXRMIM(**SMALL | {"depth": 4}), CXRMIM(**SMALL)
     with pytest.raises(UserError, match=r"lacks blocks.2-3"):
         load_initial_weights(deep, save(shallow.state_dict(), tmp_path / "shallow.pth"))
-    report = load_initial_weights(shallow, save(deep.state_dict(), tmp_path / "deep.pth"))
+    report = load_initial_weights(shallow, save(with_heads(deep.state_dict(), 1), tmp_path / "deep.pth"))
     assert summarize_keys(report.ignored) == "blocks.2-3" and report.missing == []
 
 
@@ -322,6 +327,19 @@ def test_config_rebuilds_the_model_and_holds_every_argument():
     assert set(config) == set(inspect.signature(CXRMIM.__init__).parameters) - {"self"}
     assert config["scale_list"] == (1.0, 4.0) and config["gaze_weighted"] is True
     assert CXRMIM(**config).config == config
+
+
+def test_weights_of_an_encoder_with_unknown_heads_are_refused(vit, tmp_path):
+    """No tensor's shape tells the heads, and tiny ViTs with 3 and with 12 are in use."""
+    with pytest.raises(UserError, match="vit.pth: the file does not say how many attention heads"):
+        load_initial_weights(cxrmim_vit_tiny_patch16(), save(vit, tmp_path / "vit.pth"))
+
+
+def test_an_encoder_with_tensors_that_we_do_not_compute_is_refused(tmp_path):
+    state = {name: t for name, t in CXRMIM(**SMALL).state_dict().items() if is_encoder(name)}
+    path = save(with_heads(state | {"register_tokens": torch.zeros(1, 4, 64)}, 1), tmp_path / "c.pth")
+    with pytest.raises(UserError, match="c.pth: register_tokens may belong to an encoder that is no plain ViT"):
+        load_initial_weights(CXRMIM(**SMALL), path)
 
 
 def test_weights_of_an_encoder_with_other_heads_are_refused(tmp_path):

@@ -24,6 +24,7 @@ from datasets.downstream.labelled import (
     VALID,
     LabelledImages,
     check_classes,
+    files_digest,
     sample_fraction,
     split_table,
     write_split,
@@ -327,6 +328,26 @@ def test_covidx_validates_on_its_own_list(tmp_path, release):
 # ---------------------------------------------------------------- labels of a CSV
 
 
+def test_the_study_of_a_csv_is_what_the_user_says(table, tmp_path):
+    """Patients 1 to N of two hospitals are different people."""
+    for study, found in ((" NIH", "nih"), (None, "")):
+        options = {"need_images": False, "label_columns": ["A", "B"], "study": study}
+        assert read_dataset("csv", table.parent, **options).study == found
+    assert "--study has no effect" in refused("rsna", tmp_path, study="nih")
+
+
+def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    (tmp_path / "b.png").write_bytes(b"2")
+    shutil.copystat(tmp_path / "a.png", tmp_path / "b.png")
+    part = np.array([""])
+    images = LabelledImages("x", ["a"], [tmp_path / "a.png"], np.array(["s"]), part, ["A"], np.ones((1, 1), np.float32))
+    before = files_digest(images)
+    assert files_digest(images) == before
+    (tmp_path / "b.png").replace(tmp_path / "a.png")
+    assert files_digest(images) != before
+
+
 def test_one_column_per_label_and_one_column_of_names(table):
     images = read_dataset("csv", table.parent, need_images=False, label_columns=["A", "B"])
     raw = pd.read_csv(table).set_index("path")
@@ -587,6 +608,8 @@ def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
     options = [str(word) for pair in where.items() for word in pair]
     assert prepare_reflacx.main(options) == 0
     images = read_dataset("tree", tmp_path / "tree")
+    assert images.study == "mimic"
+    assert "is named twice" in refused("tree", [tmp_path / "tree", tmp_path / "tree/reflacx.json"])
     truth = {image.path.stem: image for image in study.truth}
     assert images.label_names[0] == "Any finding" and len(images) == 40
     for file, subject, part, labels in zip(images.files, images.subjects, images.parts, images.labels, strict=True):
