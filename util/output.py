@@ -72,9 +72,10 @@ def writing_results(output_dir: str | os.PathLike) -> Iterator[None]:
 
 def _remove_leftovers(output_dir: str | os.PathLike) -> None:
     """Delete the temporary files that a killed save left; the lock is held, so none of them is in use."""
-    for path in Path(output_dir).glob(f"{TEMPORARY_PREFIX}checkpoint-*"):
-        with contextlib.suppress(OSError):  # another user's, in a shared directory: it does no harm
-            path.unlink()
+    for folder, name in itertools.product(("", "runs/*/"), ("checkpoint*.pth-*", "best.pth-*")):
+        for path in Path(output_dir).glob(f"{folder}{TEMPORARY_PREFIX}{name}"):
+            with contextlib.suppress(OSError):  # another user's, in a shared directory: it does no harm
+                path.unlink()
 
 
 def find_checkpoint(output_dir: str | os.PathLike, *, resume: str = "", auto_resume: bool = True) -> Path | None:

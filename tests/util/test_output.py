@@ -63,13 +63,20 @@ def test_newest_falls_back_and_names_the_damaged(tmp_path):
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
     path = write(tmp_path, 2)
-    (tmp_path / ".tmp-checkpoint-3.pth-abc123").write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "runs/a").mkdir(parents=True)
+    for name in (
+        ".tmp-checkpoint-3.pth-abc",
+        ".tmp-best.pth-a",
+        "runs/a/.tmp-checkpoint.pth-a",
+        "runs/a/.tmp-best.pth-a",
+    ):
+        (tmp_path / name).write_bytes(path.read_bytes()[:1000])
     (tmp_path / ".tmp-args.json-abc123").touch()
     assert newest_checkpoint(tmp_path) == path
     with hold_output(tmp_path, ranks=ALONE):
         pass
-    left = [".lock", ".tmp-args.json-abc123", "checkpoint-2.pth"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == left
+    left = [".lock", ".tmp-args.json-abc123", "checkpoint-2.pth", "runs", "runs/a"]
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == left
 
 
 def names(folder: Path) -> list[str]:
