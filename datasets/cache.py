@@ -154,7 +154,7 @@ def _directories(
 ) -> list[Path]:
     """Where the planes of a tree may be, in order of preference."""
     kind = Path(tree.index_file).stem
-    name = f"{kind}-{hashlib.sha256(str(tree.root.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{kind}-{hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]}"
     if cache_dir is not None:
         return [Path(cache_dir) / name]
     own = tree.root / ".cache" / kind
