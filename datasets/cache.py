@@ -71,13 +71,13 @@ class _Column(NamedTuple):
     """A plane of a tree: its kind, each file once, the file of each sample and its place among those."""
 
     kind: PlaneKind
-    unique: list[Path]
-    files: tuple[Path, ...]
+    unique: list[str]
+    files: tuple[str, ...]
     positions: np.ndarray
 
 
 def _columns(tree: GazeTree) -> list[_Column]:
-    by_plane = list(zip(*(tree.files(index) for index in range(len(tree)))))[: 3 if tree.preload else 2]
+    by_plane = list(zip(*map(tree.entry_files, tree.entries)))[: 3 if tree.preload else 2]
     columns = []
     for name, files in zip(PLANES, by_plane):
         unique = list(dict.fromkeys(files))

@@ -208,7 +208,7 @@ def test_killed_builder_blocks_nobody(tree, monkeypatch):
     real = datasets.cache.read_gray
 
     def hang(file):
-        if file.stem == "image2":
+        if Path(file).stem == "image2":
             started.set()
             time.sleep(1000)
         return real(file)
