@@ -47,9 +47,9 @@ class Sums:
         self.sums += torch.where(torch.isfinite(row).all(), row, 0.0)
 
     def means(self, row: int) -> tuple[float, float]:
-        """Mean KLD and CC of the epoch (row 0) or since the last report (row 1)."""
-        kld, cc, steps = self.sums[row].tolist()
-        return kld / steps, cc / steps
+        """Mean KLD and CC of the epoch (row 0) or since the last report (row 1); NaN without a step."""
+        sums = self.sums[row]
+        return tuple((sums[:2] / sums[2]).tolist())
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,13 @@ class _Column(NamedTuple):
     """A plane of a tree: its kind, each file once, the file of each sample and its place among those."""
 
     kind: PlaneKind
-    unique: list[Path]
-    files: tuple[Path, ...]
+    unique: list[str]
+    files: tuple[str, ...]
     positions: np.ndarray
 
 
 def _columns(tree: GazeTree) -> list[_Column]:
-    by_plane = list(zip(*(tree.files(index) for index in range(len(tree)))))[: 3 if tree.preload else 2]
+    by_plane = list(zip(*map(tree.entry_files, tree.entries)))[: 3 if tree.preload else 2]
     columns = []
     for name, files in zip(PLANES, by_plane):
         unique = list(dict.fromkeys(files))
@@ -160,7 +160,7 @@ def _directories(
 ) -> list[Path]:
     """Where the planes of a tree may be, in order of preference."""
     kind = Path(tree.index_file).stem
-    name = f"{kind}-{hashlib.sha256(str(tree.root.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{kind}-{hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]}"
     if cache_dir is not None:
         return [Path(cache_dir) / name]
     own = tree.root / ".cache" / kind

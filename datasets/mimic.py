@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import os
 from typing import Any
 
 from datasets.tree import EntryFiles, GazeTree
@@ -17,17 +17,17 @@ class Mimic(GazeTree):
     required_keys = ("image_path",)
 
     def entry_files(self, entry: dict[str, Any]) -> EntryFiles:
-        image = PurePosixPath(entry["image_path"])
-        inner = image.relative_to("files") if image.parts[0] == "files" else image
-        png = inner.with_suffix(".png")
-        with_prefix_first = image.parts[0] == "files"
+        image = os.path.normpath(entry["image_path"])
+        inner = image.removeprefix("files/")
+        png = f"{os.path.splitext(inner)[0]}.png"
+        with_prefix_first = image != inner
 
         def mirror(kind: str) -> tuple[str, str]:
             places = (f"{kind}/files/{png}", f"{kind}/{png}")
             return places if with_prefix_first else places[::-1]
 
         return EntryFiles(
-            image=self.first_existing(f"files/{inner}", str(image)),
+            image=self.first_existing(f"files/{inner}", image),
             attention=self.first_existing(*mirror("attention")),
             foreground=self.first_existing(*mirror("foreground")),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from datasets.tree import EntryFiles, GazeTree
@@ -19,6 +20,6 @@ class Reflacx(GazeTree):
         return EntryFiles(
             # Indexes written against MIMIC-CXR-JPG may leave its top directory out.
             image=self.first_existing(image, f"files/{image}"),
-            attention=self.root / "attention" / name,
-            foreground=self.root / "foreground" / name,
+            attention=os.path.join(self.root, "attention", name),
+            foreground=os.path.join(self.root, "foreground", name),
         )

@@ -47,11 +47,11 @@ class SampleError(UserError):
 
 
 class EntryFiles(NamedTuple):
-    """The files of one entry."""
+    """The files of one entry. As text from `GazeTree.entry_files`: of 377,000 entries, paths would take 20 s."""
 
-    image: Path
-    attention: Path
-    foreground: Path
+    image: str | Path
+    attention: str | Path
+    foreground: str | Path
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class GazeTree(Dataset):
 
     def files(self, index: int) -> EntryFiles:
         """The files of sample `index`, as absolute paths where `data_path` is one."""
-        return self.entry_files(self.entries[index])
+        return EntryFiles(*map(Path, self.entry_files(self.entries[index])))
 
     def sample_name(self, index: int) -> str:
         """ "<image_path> (<reflacx_id>)", for messages."""
@@ -222,13 +222,14 @@ class GazeTree(Dataset):
         """Whether our preparation made and finished the tree, in the published layout."""
         return (self.root / "prepare.origins").exists()
 
-    def first_existing(self, *candidates: str) -> Path:
+    def first_existing(self, *candidates: str) -> str:
         """The first of some paths below the root that exists, or else the first; at once where the tree's record
         vouches for the first."""
-        if self.is_prepared:
-            return self.root / candidates[0]
-        paths = [self.root / candidate for candidate in candidates]
-        return next((path for path in paths if path.exists()), paths[0])
+        first = os.path.join(self.root, candidates[0])
+        if self.is_prepared or os.path.exists(first):
+            return first
+        others = (os.path.join(self.root, candidate) for candidate in candidates[1:])
+        return next(filter(os.path.exists, others), first)
 
 
 class ConcatTrees(Dataset):

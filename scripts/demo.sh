@@ -7,6 +7,11 @@ set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/.."
 source scripts/venv.sh
 out=output_dir/demo
+mkdir -p output_dir
+exec 8>> output_dir/.demo.lock # what is started here has it too
+status=0
+flock --conflict-exit-code 100 --nonblock 8 2> /dev/null || status=$?
+[ "$status" != 100 ] || { echo "error: another demo is at work in $out; wait for it" >&2; exit 1; }
 rm -rf "$out"
 
 echo "== Made-up studies: REFLACX's layout with one real radiograph (simulated gaze), further images without gaze, RSNA's"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The paper's pretraining: 400 epochs on one GPU. Edit the lines below; further flags can be given
 # behind the command: bash scripts/pretrain.sh --dtype bfloat16
-# A second call goes on from the newest checkpoint in output_dir. Other nodes: scripts/slurm_pretrain.sh
+# A second call goes on from the newest checkpoint in output_dir. Several GPUs of this machine, with --batch_size images
+# each: GPUS=2 bash scripts/pretrain.sh --batch_size 64. Other nodes: scripts/slurm_pretrain.sh
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/.."
 # Set PYTHON to use an environment of your own.
@@ -15,8 +16,11 @@ fi
 # One thread per process for the CPU's part: the loader's workers are processes of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# exec, so that a signal to this script reaches torchrun, which hands it on.
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 1 run_pretrain.py \
+launcher=()
+[ "${GPUS:=1}" = 1 ] || launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+
+# exec, so that a signal to this script reaches the program, or torchrun, which hands it on.
+exec "$PYTHON" ${launcher[@]+"${launcher[@]}"} run_pretrain.py \
   --data_path ../data/reflacx-1.0.0/ \
   --output_dir ./output_dir/cxrmim/ \
   --pretrained preTrain/vit_base_p16_224_timm.pth \

@@ -32,8 +32,8 @@ set -euof pipefail
 : "${DEVICE:=cuda}" "${GPUS:=auto}" "${WORKERS:=4}"
 # COMPARE: further encoders to judge, imagenet, random, pixels or NAME=FILE; several are split at blanks
 : "${FRACTIONS:=0.01 0.1 1}" "${SEEDS:=43 44 45}" "${METHODS:=linear}" "${COMPARE=imagenet random}"
-# Further flags of each program, split at blanks
-: "${PREPARE_FLAGS:=}" "${MIMIC_FLAGS:=}" "${PRETRAIN_FLAGS:=--warmup_epochs 10 --blr 3e-3}" "${GAZE_FLAGS:=}" "${DOWNSTREAM_FLAGS:=}"
+# Further flags of each program, split at blanks; paths in them are absolute
+: "${PREPARE_FLAGS:=}" "${MIMIC_FLAGS:=}" "${PRETRAIN_FLAGS:=}" "${GAZE_FLAGS:=}" "${DOWNSTREAM_FLAGS:=}"
 # Entries of the REFLACX tree to draw; empty: the first four
 : "${PICTURES:=}"
 # Initial weights: the ImageNet weights, which are fetched where they are not there; a file; or none
@@ -95,6 +95,13 @@ matches '[1-9][0-9]{0,8}' 'a number from 1' EPOCHS BATCH_SIZE
 matches '[0-9]{1,4}' 'a number from 0' WORKERS
 matches 'auto|[1-9][0-9]{0,3}' 'auto or a number from 1' GPUS
 matches '[0-9 ]*' 'numbers' PICTURES
+# Programs run in the repository, which is not where such a path is meant.
+[ . -ef "$called_from" ] || for variable in PREPARE_FLAGS MIMIC_FLAGS PRETRAIN_FLAGS GAZE_FLAGS DOWNSTREAM_FLAGS; do
+  for word in ${!variable}; do
+    [[ ! ${word#--*=} =~ ^[^-/][^:]*/ && ! -f $called_from/${word#--*=} ]] ||
+      fail "$variable: $word: give the absolute path"
+  done
+done
 [[ " $PRETRAIN_FLAGS" != *" --epochs"* ]] || fail "PRETRAIN_FLAGS=$PRETRAIN_FLAGS: set EPOCHS for --epochs"
 
 # What to judge with: name of the step, data set, method, directory of the data.
@@ -239,8 +246,13 @@ chain() {
   on=$accept afresh=--overwrite step prepare scripts/prepare_reflacx.py --raw "$REFLACX" --images "$IMAGES" \
     --out "$OUT/data/reflacx" $PREPARE_FLAGS
   prepared=$made
+  if [ "$PREDICTED_GAZE" = yes ]; then
+    on=$accept afresh=--overwrite step prepare_mimic scripts/prepare_mimic.py --images "$MORE_IMAGES" \
+      --out "$OUT/data/mimic" $MIMIC_FLAGS
+    images=$made
+  fi
   trees=("$OUT/data/reflacx")
-  pretrain=(--preload --gaze_weighted --model "$MODEL" --epochs "$EPOCHS" $PRETRAIN_FLAGS)
+  pretrain=(--preload --gaze_weighted --warmup_epochs 10 --blr 3e-3 --model "$MODEL" --epochs "$EPOCHS" $PRETRAIN_FLAGS)
   needed=" $PRETRAINED "
   [ "${#judged[@]}" = 0 ] || needed+="$COMPARE "
   if [ ! -e "$imagenet" ] && [[ $needed == *" $imagenet "* || $needed == *" imagenet "* ]]; then
@@ -259,9 +271,7 @@ chain() {
     from=$prepared place=$OUT/gaze on="--device $DEVICE --num_workers $WORKERS" step gaze run_gaze.py \
       --data_path "$OUT/data/reflacx" --output_dir "$OUT/gaze" $GAZE_FLAGS
     predictor=$made
-    on=$accept afresh=--overwrite step prepare_mimic scripts/prepare_mimic.py --images "$MORE_IMAGES" \
-      --out "$OUT/data/mimic" $MIMIC_FLAGS
-    from="$prepared $predictor $made" afresh=--overwrite on="--device $DEVICE" step predict scripts/predict_gaze.py \
+    from="$prepared $predictor $images" afresh=--overwrite on="--device $DEVICE" step predict scripts/predict_gaze.py \
       --weights "$OUT/gaze/best.pth" --tree "$OUT/data/mimic" --real "$OUT/data/reflacx"
     prepared=$made
     if [ "$MORE_IMAGES" = "$IMAGES" ]; then

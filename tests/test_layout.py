@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,15 +48,12 @@ def upward_imports(path: Path, module: str) -> list[str]:
     return found
 
 
-def source_files() -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split("\n")
-    names = [name for name in listed if name and (ROOT / name).exists()]
-    return names or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
-
-
-SOURCES = [name for name in source_files() if room(name.removesuffix(".py").replace("/", ".")) is not None]
+FILES = [*ROOT.glob("*.py"), *(path for top in BELOW for path in (ROOT / top).rglob("*.py"))]
+SOURCES = [
+    name
+    for name in (str(path.relative_to(ROOT)) for path in FILES)
+    if room(name.removesuffix(".py").replace("/", ".")) is not None
+]
 
 
 @pytest.mark.parametrize("name", SOURCES)

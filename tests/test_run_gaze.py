@@ -18,7 +18,7 @@ from reliability_runs import run
 
 import run_gaze
 from datasets.gaze_maps import PARTS, GazeStudy
-from engine_gaze import Best
+from engine_gaze import Best, Sums
 from models_gaze import load_gaze_net
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
@@ -84,6 +84,12 @@ def test_outputs_of_a_run(trained):
     assert state["epoch"] == best["epoch"] and state["best"]["kld"] == best["val_kld"]
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6.pth", "checkpoint-7.pth"]
     assert json.loads((trained / "args.json").read_text())[0]["args"]["backbone"] == "test_resnet"
+
+
+def test_a_report_without_a_finite_step_has_no_means():
+    sums = Sums.zeros(torch.device("cpu"))
+    sums.add(torch.tensor(torch.nan), torch.tensor(0.5))
+    assert np.isnan(sums.means(1)).all()
 
 
 def test_the_checkpoint_is_enough_to_rebuild_the_model(trained):

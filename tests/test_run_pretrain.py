@@ -83,6 +83,12 @@ def test_published_command_is_understood():
     assert (args.preload, args.gaze_weighted, args.local_rank, args.blr) == (True, True, 0, 3e-3)
 
 
+def test_trains_without_git(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train(tree, tmp_path)
+    assert json.loads((tmp_path / "args.json").read_text())[0]["git"] is None
+
+
 @pytest.mark.parametrize("flags", ["", "--preload", "--gaze_weighted", "--preload --gaze_weighted --masking block"])
 def test_trains_with_and_without_preload_and_weighting(tree, tmp_path, flags):
     (record,) = train(tree, tmp_path, flags)

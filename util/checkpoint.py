@@ -133,6 +133,8 @@ def fitting(path: str | os.PathLike) -> Iterator[None]:
         ArithmeticError,
         MemoryError,
     ) as error:
+        if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
+            raise  # torch's own kinds are of the device or another rank: out of memory, a failed kernel
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{path}: what it holds doesn't fit this program ({what})") from error
 

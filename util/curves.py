@@ -109,7 +109,8 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         place.xaxis.get_major_locator().set_params(integer=True)
         place.spines[["top", "right"]].set_visible(False)
     if parts := [place for place, key in zip(axes, panels, strict=False) if key != "train_loss"]:
-        losses = [entry[key] for log in runs.values() for entry in log for key in keys if key in entry]
+        logged = (entry[key] for log in runs.values() for entry in log for key in keys if key in entry)
+        losses = [loss for loss in logged if math.isfinite(loss)] or [0.0]  # NaN: all steps of an epoch were left out
         margin = 0.05 * (max(losses) - min(losses)) or 0.05 * abs(max(losses)) or 1.0
         for place in parts:
             place.set_ylim(min(losses) - margin, max(losses) + margin)

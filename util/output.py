@@ -23,6 +23,7 @@ from util.files import TEMPORARY_PREFIX, fsync_directory
 from util.locks import file_lock
 
 LOCK_FILE = ".lock"
+OWNER_FILE = ".run"  # in a log_dir: the output_dir of the run whose events it holds
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 
 
@@ -30,27 +31,26 @@ _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 def hold_output(
     output_dir: str | os.PathLike, log_dir: str | os.PathLike | None = None, *, ranks: Ranks
 ) -> Iterator[None]:
-    """Make a run's directories, be the only run in `output_dir` while the block lasts, and clear what a killed
+    """Make a run's directories, be the only run in them while the block lasts, and clear what a killed
     one left half-written. Every rank enters, rank 0 acts.
 
-    Raises UserError where another run holds it, with its host, process and start, or where a directory
-    can't be made or written.
+    Raises UserError where another run holds one of them, with its host, process and start, where `log_dir` has the
+    events of another run, or where a directory can't be made or written.
     """
+    log_dir = log_dir or output_dir
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
-            for flag, directory in (("output_dir", output_dir), ("log_dir", log_dir or output_dir)):
+            for flag, directory in (("output_dir", output_dir), ("log_dir", log_dir)):
                 try:
                     Path(directory).mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise UserError(f"--{flag} {directory}: can't make this directory: {error.strerror}") from None
-            stack.enter_context(
-                file_lock(
-                    Path(output_dir) / LOCK_FILE,
-                    what=f"--output_dir {output_dir}",
-                    mend="wait for it or stop it, or choose another --output_dir",
-                )
-            )
+                if flag == "output_dir" or not os.path.samefile(log_dir, output_dir):
+                    mend = f"wait for it or stop it, or choose another --{flag}"
+                    lock = file_lock(Path(directory) / LOCK_FILE, what=f"--{flag} {directory}", mend=mend)
+                    stack.enter_context(lock)
+            _claim(Path(log_dir), Path(output_dir))
             _remove_leftovers(output_dir)
 
         on_main(ranks, hold)
@@ -70,11 +70,24 @@ def writing_results(output_dir: str | os.PathLike) -> Iterator[None]:
         ) from None
 
 
+def _claim(log_dir: Path, output_dir: Path) -> None:
+    """Refuse a directory with another run's events: TensorBoard would take both for one run and purge points."""
+    try:
+        owner = Path(os.fsdecode((log_dir / OWNER_FILE).read_bytes()))
+    except FileNotFoundError:
+        owner = log_dir if (log_dir / "args.json").exists() else output_dir
+    if owner.exists() and not owner.samefile(output_dir):
+        raise UserError(f"--log_dir {log_dir}: holds the events of the run in {owner}; choose another")
+    if not log_dir.samefile(output_dir):
+        (log_dir / OWNER_FILE).write_bytes(os.fsencode(output_dir.resolve()))
+
+
 def _remove_leftovers(output_dir: str | os.PathLike) -> None:
     """Delete the temporary files that a killed save left; the lock is held, so none of them is in use."""
-    for path in Path(output_dir).glob(f"{TEMPORARY_PREFIX}checkpoint-*"):
-        with contextlib.suppress(OSError):  # another user's, in a shared directory: it does no harm
-            path.unlink()
+    for folder, name in itertools.product(("", "runs/*/"), ("checkpoint*.pth-*", "best.pth-*")):
+        for path in Path(output_dir).glob(f"{folder}{TEMPORARY_PREFIX}{name}"):
+            with contextlib.suppress(OSError):  # another user's, in a shared directory: it does no harm
+                path.unlink()
 
 
 def find_checkpoint(output_dir: str | os.PathLike, *, resume: str = "", auto_resume: bool = True) -> Path | None:

@@ -201,7 +201,7 @@ def open_squares(
     reading = reading or Reading()
     # Another choice of rows or files gets a directory of its own, so that two uses don't evict each other.
     listed = "\n".join(map(os.fspath, images.files))
-    place = Path(cache_dir, f"{images.name}-{hashlib.sha256(listed.encode()).hexdigest()[:8]}")
+    place = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
     scale = "range" if reading.intensity_max is None else f"{reading.intensity_max:g}"
     kind = PlaneKind(
         f"fitted-{reading.dicom_contrast}-{scale}",

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datasets.build import IMAGES_INDEX, detect_tree
 from datasets.gaze_maps import resize_whole
@@ -40,6 +40,7 @@ from datasets.tree import read_index
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.images import read_gray, read_map
+from util.loading import SampleLoader
 from util.progress import Steps
 from util.radiograph import read_radiograph
 from util.saliency import resize_density
@@ -303,9 +304,9 @@ def _make(
 
 def _batches(
     todo: Sequence[Unit], predictor: Predictor, root: Path, read: Read, batch_size: int, workers: int
-) -> DataLoader:
+) -> SampleLoader:
     images = _Images(root, [unit.task for unit in todo], read, predictor.input_size)
-    return DataLoader(
+    return SampleLoader(
         images,
         batch_size=batch_size,
         num_workers=workers if len(todo) > batch_size else 0,

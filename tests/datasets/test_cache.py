@@ -166,6 +166,12 @@ def test_several_trees_share_a_cache_dir(tree, tmp_path):
     assert equal(both[4], build([tree, mimic], use_cache=False, cache_size=128)[4])  # small: not scaled
 
 
+def test_a_tree_may_lie_below_a_name_that_is_not_utf8(tmp_path):
+    tree = make_reflacx(tmp_path / "donn\udce9es", BIG[:1])
+    build(tree)
+    assert len(cache_files(tree)) == 2
+
+
 def test_pickled_data_set_holds_no_pixels(tree):
     dataset = build(tree, 256)
     pickled = pickle.dumps(dataset)
@@ -217,7 +223,7 @@ def test_killed_builder_blocks_nobody(tree, monkeypatch):
     real = datasets.cache.read_gray
 
     def hang(file):
-        if file.stem == "image2":
+        if Path(file).stem == "image2":
             started.set()
             time.sleep(1000)
         return real(file)

@@ -135,7 +135,6 @@ def _run(main: Callable, argv: list[str], log: str, fault: Callable | None, env:
     os.dup2(descriptor, 2)
     os.environ.update(env)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a run of its own
     sys.argv = [f"{main.__module__}.py", *argv]
     shrink_model()
     if fault is not None:

@@ -40,7 +40,7 @@ SETTINGS = {
     "PYTHONUNBUFFERED": "1",
 }
 STEPS = (
-    "prepare check rsna-linear-check nih-linear-check gaze prepare_mimic predict pretrain export "
+    "prepare prepare_mimic check rsna-linear-check nih-linear-check gaze predict pretrain export "
     "rsna-linear nih-linear table pictures"
 ).split()
 # For the user, and the same whenever it is made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_figure_draws_the_logged_values(tmp_path):
             assert list(line.get_xdata()) == list(range(epochs))
             assert list(line.get_ydata()) == pytest.approx([share * factor / (e + 1) for e in range(epochs)])
     assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("epochs", "lowest", "highest"), [(3, 0.25 / 3, 0.375), (1, 0, 0)])
+def test_an_epoch_without_a_finite_loss_is_a_gap(tmp_path, epochs, lowest, highest):
+    log = read_log(write_run(tmp_path / "a", epochs))
+    log[0] |= dict.fromkeys(("train_loss", "train_loss_scale_4.0", "train_loss_scale_0.5"), math.nan)
+    margin = 0.05 * (highest - lowest) or 1
+    assert loss_figure({"a": log}).axes[1].get_ylim() == pytest.approx((lowest - margin, highest + margin))
 
 
 def test_epoch_logged_again_after_a_resume_counts_once(tmp_path):

@@ -101,6 +101,7 @@ def test_every_command_is_understood_by_its_program(chain):
         "COMPARE": "",
         "PREPARE_FLAGS": "--readings each",
         "MIMIC_FLAGS": "--views all",
+        "PRETRAIN_FLAGS": "--dtype bfloat16",
         "FRACTIONS": "0.01 1",
     }
     chain.call(**settings)
@@ -115,6 +116,8 @@ def test_every_command_is_understood_by_its_program(chain):
     check, pretrained = parsed["run_pretrain.py"]
     assert check.check_data and not pretrained.check_data
     assert (pretrained.epochs, pretrained.gaze_weighted, pretrained.blr) == (7, True, 3e-3)
+    assert (pretrained.warmup_epochs, pretrained.dtype) == (10, "bfloat16")
+    assert list(parsed).index("scripts/prepare_mimic.py") < list(parsed).index("run_gaze.py")  # hours before its faults
     assert not parsed["scripts/prepare_reflacx.py"][0].accept_damaged
     (read,), (filled,) = parsed["scripts/prepare_reflacx.py"], parsed["scripts/prepare_mimic.py"]
     assert (read.raw, read.images) == (chain.root / "reflacx", chain.root / "mimic jpg")
@@ -230,6 +233,8 @@ def test_a_step_that_fails_is_named_and_gone_on_with(chain):
         ({"WORKERS": "four"}, "WORKERS=four: expected a number from 0"),
         ({"PICTURES": "0 -1"}, "PICTURES=0 -1: expected numbers"),
         ({"PRETRAIN_FLAGS": "--epochs 5"}, "PRETRAIN_FLAGS=--epochs 5: set EPOCHS"),
+        ({"PREPARE_FLAGS": "--split train --metadata ./a.csv"}, "PREPARE_FLAGS: ./a.csv: give the absolute path"),
+        ({"DOWNSTREAM_FLAGS": "--csv=hook"}, "DOWNSTREAM_FLAGS: --csv=hook: give the absolute path"),
         ({"OUT": "hook"}, "OUT={root}/hook: can't be written"),
     ],
     ids=str,

@@ -55,6 +55,31 @@ def test_a_relative_python_is_seen_from_where_the_script_is_called(tmp_path, nam
         assert result.returncode == 0 and f"own python in {ROOT}:" in result.stdout, result.stderr
 
 
+@pytest.mark.parametrize("gpus", ["", "1", "2"])
+def test_one_gpu_needs_no_launcher(tmp_path, gpus):
+    """So that a mistake is one line, and the exit status is the program's."""
+    python = stand_in(tmp_path / "python", 'echo "$*"')
+    words = run("bash", ROOT / "scripts/pretrain.sh", "--seed", "3", PYTHON=str(python), GPUS=gpus).stdout
+    launched = words.startswith("-m torch.distributed.run --standalone --nproc_per_node 2 run_pretrain.py --data_path")
+    assert launched if gpus == "2" else words.startswith("run_pretrain.py --data_path")
+    assert words.endswith(" --seed 3\n")
+
+
+def test_a_second_demo_leaves_the_first_alone(tmp_path):
+    for name in ("demo.sh", "venv.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    python = stand_in(tmp_path / "python", '[ "$1" = -c ] || exit 3')
+    made = tmp_path / "output_dir/demo/made"
+    made.mkdir(parents=True)
+    with open(tmp_path / "output_dir/.demo.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run("bash", tmp_path / "scripts/demo.sh", PYTHON=str(python))
+        assert result.returncode == 1 and made.exists()
+        assert result.stderr == "error: another demo is at work in output_dir/demo; wait for it\n"
+    assert run("bash", tmp_path / "scripts/demo.sh", PYTHON=str(python)).returncode == 3 and not made.exists()
+
+
 @pytest.mark.parametrize("name", ["slurm_pretrain.sh", "slurm_predict_gaze.sh", "reproduce.sh"])
 def test_a_job_of_slurm_finds_the_repository(tmp_path, name):
     """sbatch runs a copy; in a shell of salloc the script lies where it is, wherever that was started. And CDPATH, by

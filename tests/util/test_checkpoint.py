@@ -200,5 +200,6 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         with pytest.raises(CheckpointError, match=f"^a.pth: .*{type(error).__name__}") as caught, fitting("a.pth"):
             raise error
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="^as it is$"), fitting("a.pth"):
-        raise UserError("as it is")
+    for error in (UserError("as it is"), torch.OutOfMemoryError("as it is")):
+        with pytest.raises(type(error), match="^as it is$"), fitting("a.pth"):
+            raise error

@@ -32,19 +32,20 @@ def test_numbers_are_taken_and_words_are_not(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "option"),
+    ("words", "option", "told"),
     [
-        (["--output_dir", ""], "--output_dir"),
-        (["--output_dir="], "--output_dir"),
-        (["--data_path", "a", ""], "--data_path"),
-        (["--seed", "1", "--cache_dir", "", "--epochs", "1"], "--cache_dir"),
+        (["--output_dir", ""], "--output_dir", "the value is empty"),
+        (["--output_dir="], "--output_dir", "the value is empty"),
+        (["--data_path", "a", ""], "--data_path", "the value is empty"),
+        (["--seed", "1", "--cache_dir", "", "--epochs", "1"], "--cache_dir", "the value is empty"),
+        (["--data_path", "a", "donn\udce9es"], "--data_path", "'donn\\udce9es' is not UTF-8"),
     ],
 )
-def test_an_empty_value_is_refused_by_its_flag(words, option, capsys):
+def test_a_value_that_no_file_has_is_refused_by_its_flag(words, option, told, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_pretrain.get_args_parser().parse_args(words)
     assert stopped.value.code == 2
-    assert f"error: argument {option}: the value is empty" in capsys.readouterr().err
+    assert f"error: argument {option}: {told}" in capsys.readouterr().err
 
 
 def test_no_checkpoint_is_said_by_an_empty_word_as_published():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from pathlib import Path
@@ -61,15 +62,43 @@ def test_newest_falls_back_and_names_the_damaged(tmp_path):
     assert all(str(path) in str(error.value) for path in (old, middle, new))
 
 
+def test_a_log_dir_is_of_one_run(tmp_path):
+    a, b, logs = tmp_path / "a", tmp_path / "b", tmp_path / "logs"
+
+    def refused(*directories: Path) -> str:
+        with pytest.raises(UserError) as error, hold_output(*directories, ranks=ALONE):
+            pass
+        return str(error.value)
+
+    with hold_output(a, logs, ranks=ALONE):
+        assert refused(b, logs).startswith(f"--log_dir {logs} is in use by process {os.getpid()}")
+    (a / "args.json").touch()
+    assert refused(b, logs) == f"--log_dir {logs}: holds the events of the run in {a}; choose another"
+    assert refused(logs) == refused(b, logs)
+    assert refused(b, a) == f"--log_dir {a}: holds the events of the run in {a}; choose another"
+    with hold_output(a, logs, ranks=ALONE):
+        pass
+    a.rename(tmp_path / "moved")
+    with hold_output(b, logs, ranks=ALONE):
+        pass
+
+
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
     path = write(tmp_path, 2)
-    (tmp_path / ".tmp-checkpoint-3.pth-abc123").write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "runs/a").mkdir(parents=True)
+    for name in (
+        ".tmp-checkpoint-3.pth-abc",
+        ".tmp-best.pth-a",
+        "runs/a/.tmp-checkpoint.pth-a",
+        "runs/a/.tmp-best.pth-a",
+    ):
+        (tmp_path / name).write_bytes(path.read_bytes()[:1000])
     (tmp_path / ".tmp-args.json-abc123").touch()
     assert newest_checkpoint(tmp_path) == path
     with hold_output(tmp_path, ranks=ALONE):
         pass
-    left = [".lock", ".tmp-args.json-abc123", "checkpoint-2.pth"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == left
+    left = [".lock", ".tmp-args.json-abc123", "checkpoint-2.pth", "runs", "runs/a"]
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == left
 
 
 def names(folder: Path) -> list[str]:

@@ -140,8 +140,10 @@ LOADER = """
 import sys; sys.path.insert(0, "@ROOT@")
 import os, signal, time
 import torch
-from torch.utils.data import DataLoader
+import multiprocessing
+from util.loading import SampleLoader
 from util.stop import ignore_stop_signals
+multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
 class Slow(torch.utils.data.Dataset):
     def __len__(self): return 10**6
     def __getitem__(self, index):
@@ -149,7 +151,7 @@ class Slow(torch.utils.data.Dataset):
         return os.getpid()
 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(signum, lambda *_: None)
-batches = iter(DataLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
+batches = iter(SampleLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
 print(*sorted({int(next(batches)[0]) for _ in range(2)}))
 for _ in range(@BATCHES@):
     next(batches)
