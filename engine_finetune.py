@@ -32,15 +32,15 @@ from engine_downstream import (
     steps_per_epoch,
 )
 from engine_tuned import predict
-from util.checkpoint import fitting, load_checkpoint, save_checkpoint
+from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main, parallel
 from util.encoders import PIXELS, RANDOM, Candidate, digest_of
 from util.errors import UserError
-from util.finite import FiniteWatch, make_scaler, poison, update_was_skipped
+from util.finite import FiniteWatch, make_scaler, nan_gradient_unless_finite, update_was_skipped
 from util.jobs import Jobs, digest
 from util.logging import RunLog
 from util.progress import Steps
-from util.resume import own_sums, restore_optimizer, run_state
+from util.resume import restore_optimizer, run_state, sums_of_rank
 from util.stop import GO_ON, StopSignals
 from util.subjects import subject_marks
 from util.tuned import BEST, write_tuned
@@ -193,10 +193,10 @@ def finetune(
     place, sums = Place(), torch.zeros(2, dtype=torch.float64, device=ranks.device)
     if on_main(ranks, (folder / CHECKPOINT).exists):
         state = load_checkpoint(folder / CHECKPOINT)
-        with fitting(folder / CHECKPOINT):
+        with restoring(folder / CHECKPOINT):
             core.load_state_dict(state["model"])
             restore_optimizer(optimizer, scaler, state)
-            sums.copy_(own_sums(state, ranks))
+            sums.copy_(sums_of_rank(state, ranks))
             place = Place(state["epoch"] + 1, state["step"], state["best_epoch"], state["best_loss"], state["best"])
         ranks.say(f"{what}: goes on from epoch {place.epoch + 1}, step {place.step}")
     data = TrainingViews(views, rows.train, images.labels)
@@ -345,7 +345,7 @@ def _train_epoch(
         with torch.autocast(device.type, tuning.dtype, enabled=tuning.dtype != torch.float32):
             logits = model(network_input(gray.to(device, non_blocking=True), core, tuning.mean, tuning.std))
         loss = global_loss(logits, labels.to(device, non_blocking=True), tuning.images.task, ranks)
-        scaler.scale(poison(loss)).backward()
+        scaler.scale(nan_gradient_unless_finite(loss)).backward()
         scaler.step(optimizer)
         skipped = update_was_skipped(scaler, optimizer)
         scaler.update()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,21 +14,20 @@ import torch
 import datasets
 import models_cxrmim
 from datasets.sampler import train_loader
-from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
+from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
 from util import distributed
 from util.architecture import check_same_model
-from util.checkpoint import fitting, load_checkpoint
+from util.checkpoint import load_checkpoint, restoring
 from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
-from util.finite import FiniteWatch, make_scaler
-from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
 from util.precision import set_tf32
-from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
+from util.resume import Setting, describe_mismatch
 from util.stop import GO_ON, StopSignals, exit_status
+from util.training import Training
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
@@ -146,22 +145,17 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         with signals.at_once():  # so far there is nothing to save
             settle_options(args, ranks)
             held.enter_context(hold_output(args.output_dir, args.log_dir, ranks=ranks))
-            training, epoch, step, meters = set_up(args, ranks, signals)
-        epoch, step, request = train(training, args, epoch, step, meters)
-        training.progress.close()
-        training.log.close()
+            training = set_up(args, ranks, signals)
+        request = training.run()
+        training.close()
     distributed.stop()
-    if epoch < args.epochs:
-        ranks.say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
-        return exit_status(request)
-    return 0
+    if request != GO_ON:
+        ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")
+    return exit_status(request)
 
 
-def set_up(
-    args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
-) -> tuple[Training, int, int, Meters]:
-    """Model, data, optimiser and logs, as they are at the start or as a checkpoint left them; and the place
-    to train from: epoch, step, and the sums over the epoch so far."""
+def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals) -> Training:
+    """Model, data, optimiser and logs, as they are at the start or as a checkpoint left them."""
     core = build_model(args).to(ranks.device)
     resumed = distributed.on_main(
         ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume, auto_resume=args.auto_resume)
@@ -169,97 +163,45 @@ def set_up(
     if resumed is None and (path := initial_weights(args)):
         ranks.say(load_initial_weights(core, path))
     dataset = build_data(args)  # after what fails sooner: a cache may be built first, which takes minutes
-    samples = dataset.identity()
-    optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
-    scaler = make_scaler(args.dtype, ranks.device)
-    watch = FiniteWatch(
-        ranks.device,
-        signals,
-        group=ranks.control,
-        half=args.dtype == "float16",
-        skip_nonfinite=args.skip_nonfinite,
-        sample_names=lambda epoch, step: [dataset.sample_name(i) for i in loader.batch_sampler.batch(epoch, step)],
+    training = Training(
+        core=core,
+        optimizer=torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True),
+        ranks=ranks,
+        signals=signals,
+        options=vars(args),
+        n_values=len(core.scale_list) + 1,
+        losses=partial(batch_losses, args=args),
+        finish_epoch=partial(finish_epoch, args=args),
+        name_means=partial(name_means, core),
+        save_due=lambda: is_due(training.epoch - 1, save_every=args.save_every, epochs=args.epochs),
+        write=partial(save_and_prune, output_dir=args.output_dir, save_every=args.save_every, keep=args.keep),
+        more_state=lambda: {"model_config": core.config},
+        sample_name=dataset.sample_name,
+        samples=dataset.identity(),
+        dataset_size=len(dataset),
+        epoch=args.start_epoch,
     )
-    meters = Meters.zeros(len(core.scale_list), ranks.device)
-    epoch, step = args.start_epoch, 0
     if resumed is not None:
-        state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(dataset), samples), ranks)
-        with fitting(resumed):
-            core.load_state_dict(state["model"])
-            restore_optimizer(optimizer, scaler, state, watch)
-            meters.sums.copy_(own_sums(state, ranks))
-        epoch, step = state["epoch"] + 1, state["step"]
+        setting = Setting.of(ranks, len(dataset), training.samples)
+        training.restore(load_to_go_on(resumed, args, core, setting, ranks), resumed)
     loader = train_loader(
         dataset,
         args.batch_size,
         ranks,
         seed=args.seed,
         epochs=args.epochs,
-        epoch=epoch,
-        step=step,
+        epoch=training.epoch,
+        step=training.step,
         accum_iter=args.accum_iter,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
     )
-    steps = loader.batch_sampler.steps_per_epoch
-    log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
-    log.start(vars(args), ranks.world_size)
-    progress = Progress(
-        args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
-    )
     if args.compile:
         core.compile()
-    model = distributed.parallel(core, ranks)
-    training = Training(
-        model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress, samples
-    )
+    training.start(loader)
     if ranks.is_main:
-        print(describe_run(training, dataset, args, epoch), flush=True)
-    return training, epoch, step, meters
-
-
-def train(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> tuple[int, int, int]:
-    """Train from a place to the end or to a request to stop, saving on the way.
-
-    Returns the place reached, epoch and step, and the request.
-    """
-    ranks, request = training.ranks, GO_ON
-    while epoch < args.epochs and request == GO_ON:
-        began = time.perf_counter()
-        step, request = train_one_epoch(training, epoch, step, meters, args)
-        if step == training.steps_per_epoch:  # the line first: a run killed before the checkpoint replaces it
-            training.log.epoch(epoch_record(training, epoch, meters, time.perf_counter() - began))
-            meters.sums.zero_()
-            epoch, step = epoch + 1, 0
-            if ranks.is_main and args.image_every and epoch % args.image_every == 0:
-                picture(training, args, epoch)
-        due = step == 0 and is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
-        if due or request != GO_ON:
-            save(training, args, epoch - 1, step, meters)
-    return epoch, step, request
-
-
-def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
-    """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
-    state = run_state(
-        training.core,
-        training.optimizer,
-        training.scaler,
-        epoch=epoch,
-        step=step,
-        args=vars(args),
-        sums=meters.sums,
-        ranks=training.ranks,
-        dataset_size=training.dataset_size,
-        samples=training.samples,
-        watch=training.watch,
-    ) | {"model_config": training.core.config}
-
-    def write() -> None:
-        training.log.flush()
-        save_and_prune(state, args.output_dir, save_every=args.save_every, keep=args.keep)
-
-    distributed.on_main(training.ranks, write)
+        print(describe_run(training, dataset, args), flush=True)
+    return training
 
 
 def load_to_go_on(
@@ -267,7 +209,7 @@ def load_to_go_on(
 ) -> dict:
     """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
     state = load_checkpoint(path)
-    with fitting(path):
+    with restoring(path):
         table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
     if table:
         ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")

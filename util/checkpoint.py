@@ -118,7 +118,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fitting(path: str | os.PathLike) -> Iterator[None]:
+def restoring(path: str | os.PathLike) -> Iterator[None]:
     """What is put back from a checkpoint inside fits what it is put into, or else CheckpointError, which names it."""
     try:
         yield

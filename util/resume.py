@@ -1,7 +1,7 @@
 """Going on from a checkpoint exactly: what a run's state is, how it is put back, which changes can't go on.
 
 Nothing here knows what is trained. A task calls `describe_mismatch` with the flags that shape its model,
-loads its weights from `state["model"]`, and puts the rest back with `restore_optimizer` and `own_sums`;
+loads its weights from `state["model"]`, and puts the rest back with `restore_optimizer` and `sums_of_rank`;
 `run_state` is the other way round.
 """
 
@@ -116,7 +116,7 @@ def restore_optimizer(
         watch.load_state_dict(state.get("watch", {}))
 
 
-def own_sums(state: Mapping[str, Any], ranks: Ranks) -> Tensor:
+def sums_of_rank(state: Mapping[str, Any], ranks: Ranks) -> Tensor:
     """This rank's sums over the unfinished epoch, float64; another number of ranks goes on from their mean."""
     sums = torch.tensor(state["meters"]["sums"], dtype=torch.float64)  # [ranks, ...]
     return sums[ranks.rank] if len(sums) == ranks.world_size else sums.mean(0)
