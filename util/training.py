@@ -189,7 +189,7 @@ class Training:
                 self._report(lr)
 
             if updates:
-                skipped = self._update()
+                skipped = self.update()
                 window = range(self.step - accum_iter, self.step)
                 request = self.watch.step(self.epoch, window, lr=lr, losses=window_losses, skipped=skipped)
                 if request != GO_ON:
@@ -254,7 +254,7 @@ class Training:
         with self.model.no_sync() if wrapped else contextlib.nullcontext():
             yield
 
-    def _update(self) -> Tensor:
+    def update(self) -> Tensor:
         """Step the optimiser; returns a scalar on the device, non-zero if the gradient was not finite and the update was
         left out."""
         if clip_grad := self.options.get("clip_grad"):
