@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     useless = without_effect(args, parser)
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
-        with signals.off():
+        with signals.default_handlers():
             ranks = distributed.start(args.device)
         if useless:
             ranks.say(f"warning: without effect here: {', '.join(useless)}")
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
     """Read, judge and report; returns the exit status (util/stop.py)."""
     if ranks.world_size > 1 and args.method != "finetune":
         raise UserError(f"--method {args.method} runs in one process; start it without torchrun")
-    with signals.at_once():  # so far there is nothing to save
+    with signals.exit_at_signal():  # so far there is nothing to save
         images = read_from_args(args, need_images=not args.dry_run)
     ranks.say("\n".join([*images.notes, split_table(images)]))
     if not args.weights and not args.dry_run:
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
             tested = images.indices("" if in_folds(images) else TEST)
             check_min_positives(args.min_positives, images, images.labels[tested])
         if args.dry_run:
-            with signals.at_once():
+            with signals.exit_at_signal():
                 for line in look_ahead(args, images):
                     ranks.say(line)
             return 0
@@ -317,7 +317,7 @@ def judge(
         not_in_mean=(ANY_FINDING,) if args.dataset == "tree" else (),
     )
     if args.method == "evaluate":
-        with signals.at_once():
+        with signals.exit_at_signal():
             tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
             views, outcomes = open_views(args, images, ranks), []
         for name, model in tuned.items():
@@ -349,7 +349,7 @@ def judge(
                 )
             )
         return outcomes
-    with signals.at_once():
+    with signals.exit_at_signal():
         candidates = candidates_of(args)
         ranks.say("\n".join(map(describe, candidates)))
         views = open_views(args, images, ranks)

@@ -25,7 +25,6 @@ from util.lr_sched import parameter_groups
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
 from util.precision import set_tf32
 from util.pretrained import stored_weights
-from util.resume import Setting, describe_mismatch
 from util.stop import GO_ON, StopSignals, exit_status
 from util.training import Training
 from util.weights import read_state_dict
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop, and judge; returns the exit status (util/stop.py)."""
-    with signals.off():
+    with signals.default_handlers():
         ranks = distributed.start(
             args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
         )
@@ -171,11 +170,18 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         dataset_size=len(samples[TRAIN]),
     )
     if resumed is not None:
-        setting = Setting.of(ranks, len(samples[TRAIN]), training.samples)
-        state = load_to_go_on(resumed, args, core, setting, ranks)
+        state = load_checkpoint(resumed)
+        if "config" not in state or "best" not in state:
+            raise UserError(f"{resumed}: a checkpoint of another program; pass one of run_gaze.py")
+        if not state["optimizer"]:
+            raise UserError(f"--resume {resumed}: holds weights alone; go on from a checkpoint-*.pth")
+        training.warn_of_changes(state, resumed, SHAPE_FLAGS)
+        if state["config"] != core.config:
+            raise UserError(f"{resumed}: has another encoder; to go on pass the --weights that it was begun with")
         with restoring(resumed):
             core.seen, best = list(state.get("seen", [])), Best(**state["best"])
         training.restore(state, resumed)
+        announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
         distributed.on_main(ranks, lambda: bring_best(resumed, Path(args.output_dir), best))
     else:
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
@@ -205,25 +211,6 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         raise UserError(f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32")
     ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
     return GO_ON
-
-
-def load_to_go_on(
-    path: Path, args: argparse.Namespace, core: GazeNet, setting: Setting, ranks: distributed.Ranks
-) -> dict[str, Any]:
-    """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
-    state = load_checkpoint(path)
-    if "config" not in state or "best" not in state:
-        raise UserError(f"{path}: a checkpoint of another program; pass one of run_gaze.py")
-    if not state["optimizer"]:
-        raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
-    with restoring(path):
-        table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
-    if table:
-        ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
-    if state["config"] != core.config:
-        raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")
-    announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))
-    return state
 
 
 def bring_best(resumed: Path, output_dir: Path, best: Best) -> None:

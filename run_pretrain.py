@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from datasets.sampler import train_loader
 from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
 from util import distributed
 from util.architecture import check_same_model
-from util.checkpoint import load_checkpoint, restoring
+from util.checkpoint import load_checkpoint
 from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
@@ -25,7 +24,6 @@ from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
 from util.precision import set_tf32
-from util.resume import Setting, describe_mismatch
 from util.stop import GO_ON, StopSignals, exit_status
 from util.training import Training
 from util.weights import load_initial_weights
@@ -138,11 +136,11 @@ def main(argv: list[str] | None = None) -> int:
 def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop; returns the exit status (util/stop.py)."""
     with contextlib.ExitStack() as held:
-        with signals.off():
+        with signals.default_handlers():
             ranks = distributed.start(
                 args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
             )
-        with signals.at_once():  # so far there is nothing to save
+        with signals.exit_at_signal():  # so far there is nothing to save
             settle_options(args, ranks)
             held.enter_context(hold_output(args.output_dir, args.log_dir, ranks=ranks))
             training = set_up(args, ranks, signals)
@@ -182,8 +180,11 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
         epoch=args.start_epoch,
     )
     if resumed is not None:
-        setting = Setting.of(ranks, len(dataset), training.samples)
-        training.restore(load_to_go_on(resumed, args, core, setting, ranks), resumed)
+        state = load_checkpoint(resumed)
+        training.warn_of_changes(state, resumed, SHAPE_FLAGS)
+        check_same_model(state.get("model_config", {}), core.config, resumed)
+        training.restore(state, resumed)
+        announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
     loader = train_loader(
         dataset,
         args.batch_size,
@@ -202,20 +203,6 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
     if ranks.is_main:
         print(describe_run(training, dataset, args), flush=True)
     return training
-
-
-def load_to_go_on(
-    path: Path, args: argparse.Namespace, core: models_cxrmim.CXRMIM, setting: Setting, ranks: distributed.Ranks
-) -> dict:
-    """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
-    state = load_checkpoint(path)
-    with restoring(path):
-        table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
-    if table:
-        ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
-    check_same_model(state.get("model_config", {}), core.config, path)
-    announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))
-    return state
 
 
 def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:

@@ -10,20 +10,19 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from util import distributed
-from util.checkpoint import restoring
+from util.checkpoint import FORMAT, restoring
 from util.finite import FiniteWatch, make_scaler, nan_gradient_unless_finite, update_was_skipped
 from util.logging import Progress, RunLog
 from util.lr_sched import learning_rate
-from util.resume import restore_optimizer, run_state, sums_of_rank
+from util.resume import describe_mismatch
 from util.stop import GO_ON, StopSignals
 
 
@@ -43,15 +42,9 @@ class Sums:
         row = torch.cat([values, torch.ones_like(values[:1])])
         self.totals += torch.where(torch.isfinite(row).all(), row, 0.0)
 
-    def epoch_means(self) -> list[float]:
-        """Means since the epoch began; NaN if no step was finite."""
-        return (self.totals[0, :-1] / self.totals[0, -1]).tolist()
-
-    def report_means(self) -> list[float]:
-        """Means since the last call; NaN if no step was finite."""
-        means = (self.totals[1, :-1] / self.totals[1, -1]).tolist()
-        self.totals[1] = 0
-        return means
+    def means(self, row: int = 0) -> list[float]:
+        """Means [V] since the epoch began (row 0) or since the last report (row 1); NaN if no step was finite."""
+        return (self.totals[row, :-1] / self.totals[row, -1]).tolist()
 
 
 @dataclass(kw_only=True)
@@ -70,7 +63,7 @@ class Training:
         more_state: what the task adds to a checkpoint.
         is_over: whether training ends before `epochs`.
         rate: learning rate at (epoch, step); by default warm-up and cosine by the options.
-        sample_name: name of a sample of the data set, by number; `samples` is the digest of all (`Setting`).
+        sample_name: name of a sample of the data set, by number; `samples` is a digest of all names in order.
         epoch, step: the place, in steps done since the epoch began.
         waited: seconds spent waiting for data.
     """
@@ -112,12 +105,32 @@ class Training:
         self.sums = Sums(self.n_values, device)
 
     def restore(self, state: Mapping[str, Any], path: str | os.PathLike) -> None:
-        """Go on from a checkpoint, before `start`. Raises CheckpointError, which names `path`."""
+        """Go on from a checkpoint's place, before `start`. The optimiser's hyper-parameters stay those of this command.
+
+        Raises CheckpointError, which names `path`.
+        """
         with restoring(path):
             self.core.load_state_dict(state["model"])
-            restore_optimizer(self.optimizer, self.scaler, state, self.watch)
-            self.sums.totals.copy_(sums_of_rank(state, self.ranks))
-        self.epoch, self.step = state["epoch"] + 1, state["step"]
+            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+            # Elsewhere the scale stays 1 (`util.finite.make_scaler`), and under float16 a scale of 1 would stay too low.
+            if state["args"]["dtype"] == "float16":
+                self.scaler.load_state_dict(state["scaler"])
+            self.watch.load_state_dict(state.get("watch", {}))
+            totals = torch.tensor(state["meters"]["sums"], dtype=torch.float64)  # [ranks, ...]
+            same = len(totals) == self.ranks.world_size  # another number of ranks goes on from their mean
+            self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
+            self.epoch, self.step = state["epoch"] + 1, state["step"]
+
+    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike, shape_flags: Collection[str]) -> None:
+        """Print which options and data differ from those of a checkpoint. Raises UserError if it can't go on with them
+        (`util.resume.describe_mismatch`)."""
+        with restoring(path):
+            table = describe_mismatch(state, self.options, shape_flags=shape_flags, **self._setting())
+        if table:
+            self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
 
     def start(self, loader, *, log: RunLog | None = None, progress=None, sync_buffers: bool = False) -> None:
         """Open the logs, if `log` and `progress` are not given, and begin loading.
@@ -178,7 +191,8 @@ class Training:
                 lr = self._set_learning_rate()
                 window_losses = 0.0
             updates = (self.step + 1) % accum_iter == 0
-            with self._without_exchange() if not updates else contextlib.nullcontext():
+            waits = not updates and self.ranks.world_size > 1  # gradients travel between ranks once per update
+            with self.model.no_sync() if waits else contextlib.nullcontext():
                 losses, values = self.losses(self, batch)
                 self.scaler.scale(nan_gradient_unless_finite(losses.sum()) / accum_iter).backward()
             window_losses = window_losses + losses.detach() / accum_iter  # [L]
@@ -202,23 +216,20 @@ class Training:
         return torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds at this place. All ranks call this."""
-        return (
-            run_state(
-                self.core,
-                self.optimizer,
-                self.scaler,
-                epoch=self.epoch - 1,
-                step=self.step,
-                args=self.options,
-                sums=self.sums.totals,
-                ranks=self.ranks,
-                dataset_size=self.dataset_size,
-                samples=self.samples,
-                watch=self.watch,
-            )
-            | self.more_state()
-        )
+        """What a checkpoint (`util.checkpoint`) holds at this place. All ranks call this, each with its own sums."""
+        return {
+            "model": self.core.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "watch": self.watch.state_dict(),
+            "epoch": self.epoch - 1,
+            "step": self.step,
+            "args": dict(self.options),
+            "meters": {"sums": self.ranks.gather(self.sums.totals.tolist())},
+            **self._setting(),
+            "format": FORMAT,
+            **self.more_state(),
+        }
 
     def save(self) -> None:
         """Save a checkpoint of this place. All ranks call this; rank 0 writes."""
@@ -234,6 +245,15 @@ class Training:
         self.progress.close()
         self.log.close()
 
+    def _setting(self) -> dict[str, Any]:
+        """On what the numbers depend beside the options."""
+        return {
+            "world_size": self.ranks.world_size,
+            "dataset_size": self.dataset_size,
+            "samples": self.samples,
+            "threads": torch.get_num_threads() if self.ranks.device.type == "cpu" else None,
+        }
+
     def _is_done(self) -> bool:
         return self.epoch >= self.options["epochs"] or self.is_over()
 
@@ -246,13 +266,6 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
-
-    @contextlib.contextmanager
-    def _without_exchange(self) -> Iterator[None]:
-        """Gradients travel between ranks once per update."""
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        with self.model.no_sync() if wrapped else contextlib.nullcontext():
-            yield
 
     def update(self) -> Tensor:
         """Step the optimiser; returns a scalar on the device, non-zero if the gradient was not finite and the update was
@@ -268,12 +281,13 @@ class Training:
 
     def _report(self, lr: float) -> None:
         """Show this rank's means since the last report on the terminal and in TensorBoard."""
-        values = self.name_means(self.sums.report_means())  # the only wait for the device
+        values = self.name_means(self.sums.means(1))  # the only wait for the device
+        self.sums.totals[1] = 0
         rates = self.progress.rates(self.waited)
         where = f"epoch {self.epoch + 1}/{self.options['epochs']}  step {self.step}/{self.steps_per_epoch}"
         self.progress.show(where, next(iter(values.values())), lr, rates)
         self.log.scalars({**values, "lr": lr, **rates}, self.epoch + self.step / self.steps_per_epoch)
 
     def _means_of_ranks(self) -> list[float]:
-        ranks_means = self.ranks.gather(self.sums.epoch_means())
+        ranks_means = self.ranks.gather(self.sums.means())
         return [sum(values) / len(values) for values in zip(*ranks_means, strict=True)]

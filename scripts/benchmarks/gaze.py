@@ -98,7 +98,7 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
             return iter([batch] * BATCHES)
 
     def ours() -> None:
-        with StopSignals() as signals, signals.at_once():
+        with StopSignals() as signals, signals.exit_at_signal():
             training = Training(
                 core=model,
                 optimizer=optimizer,

@@ -142,7 +142,7 @@ def fine_tuned_on(device, dtype, n, *, recipe="published", size=4, side=32):
         training.start(GivenBatches(batches, n), log=silent, progress=progress)
         assert training.train_epoch() == GO_ON
     assert training.sums.totals[0, 1].item() == n
-    return training.sums.epoch_means()[0]
+    return training.sums.means()[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -68,7 +68,7 @@ def losses_of(given, n, device, tmp_path, *flags):
             progress=Progress(n, 0, BATCH, enabled=False),
         )
         assert training.train_epoch() == GO_ON and training.step == n
-    return training.sums.epoch_means()
+    return training.sums.means()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

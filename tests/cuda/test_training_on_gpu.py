@@ -94,7 +94,7 @@ def training_of(given, device, tmp_path, *flags, n_steps=None):
 def losses_of(training):
     """Means of an epoch."""
     assert training.train_epoch() == 0 and training.step == training.steps_per_epoch
-    return training.sums.epoch_means()
+    return training.sums.means()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
