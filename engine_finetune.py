@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +33,16 @@ from engine_downstream import (
     steps_per_epoch,
 )
 from engine_tuned import predict
-from util.checkpoint import fitting, load_checkpoint, save_checkpoint
-from util.distributed import Ranks, on_main, parallel
+from util.checkpoint import load_checkpoint, restoring, save_checkpoint
+from util.distributed import Ranks, on_main
 from util.encoders import PIXELS, RANDOM, Candidate, digest_of
 from util.errors import UserError
-from util.finite import FiniteWatch, make_scaler, poison, update_was_skipped
 from util.jobs import Jobs, digest
 from util.logging import RunLog
 from util.progress import Steps
-from util.resume import own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals
 from util.subjects import subject_marks
+from util.training import Training
 from util.tuned import BEST, write_tuned
 
 CHECKPOINT = "checkpoint.pth"
@@ -141,20 +141,42 @@ def global_loss(logits: Tensor, labels: Tensor, task: str, ranks: Ranks) -> Tens
     return loss * known * ranks.world_size / everywhere.clamp(min=1)
 
 
+def batch_losses(training: Training, batch: tuple[Tensor, Tensor], tuning: Tuning, seed: int) -> tuple[Tensor, Tensor]:
+    """The loss [1] of this rank's next batch, twice: to minimise and to average."""
+    gray, labels = (tensor.to(tuning.ranks.device, non_blocking=True) for tensor in batch)
+    # Stochastic depth draws from the global generator: after a resume the same numbers come.
+    place = (seed, training.epoch, training.step, tuning.ranks.rank)
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+    with training.autocast():
+        logits = training.model(network_input(gray, training.core, tuning.mean, tuning.std))
+    loss = global_loss(logits, labels, tuning.images.task, tuning.ranks)[None]
+    return loss, loss
+
+
+def make_training(tuning: Tuning, core: VisionTransformer, seed: int, steps: int, **more) -> Training:
+    """The training of a model in `steps` steps per epoch; `more` goes to `Training`."""
+    recipe = tuning.recipe
+    return Training(
+        core=core,
+        optimizer=build_optimizer(core, recipe),
+        ranks=tuning.ranks,
+        signals=tuning.signals,
+        options=asdict(recipe) | {"dtype": str(tuning.dtype).removeprefix("torch."), "seed": seed},
+        n_values=1,
+        losses=partial(batch_losses, tuning=tuning, seed=seed),
+        rate=lambda epoch, step: schedule(epoch * steps + step, steps, recipe),
+        **more,
+    )
+
+
 @dataclass
-class Place:
-    """Where a run is: what a checkpoint holds beside model and optimiser.
+class Best:
+    """The epoch (from 0, -1 before the first validation) with the lowest validation loss so far, and its weights, on
+    the CPU."""
 
-    Attributes:
-        epoch, step: to go on with.
-        best_epoch: -1 before the first validation; best: its weights, on the CPU.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best_epoch: int = -1
-    best_loss: float = math.inf
-    best: dict[str, Tensor] | None = None
+    epoch: int = -1
+    loss: float = math.inf
+    weights: dict[str, Tensor] | None = None
 
 
 def finetune(
@@ -188,20 +210,61 @@ def finetune(
         signals=tuning.signals,
     )
     core = build(candidate, recipe, len(images.label_names), seed).to(ranks.device)
-    optimizer = build_optimizer(core, recipe)
-    scaler = make_scaler(str(tuning.dtype).removeprefix("torch."), ranks.device)
-    place, sums = Place(), torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    if on_main(ranks, (folder / CHECKPOINT).exists):
-        state = load_checkpoint(folder / CHECKPOINT)
-        with fitting(folder / CHECKPOINT):
-            core.load_state_dict(state["model"])
-            restore_optimizer(optimizer, scaler, state)
-            sums.copy_(own_sums(state, ranks))
-            place = Place(state["epoch"] + 1, state["step"], state["best_epoch"], state["best_loss"], state["best"])
-        ranks.say(f"{what}: goes on from epoch {place.epoch + 1}, step {place.step}")
     data = TrainingViews(views, rows.train, images.labels)
     steps = steps_per_epoch(len(data), recipe.batch_size)
-    epoch, step = divmod(place.epoch * steps + place.step, steps)  # behind an epoch that is still to be validated
+    valid_labels = torch.from_numpy(images.labels[rows.valid])
+    best, saved = Best(), time.monotonic()
+
+    def judge(part: np.ndarray) -> Tensor:
+        try:
+            return predict(core, views, part, **judging)
+        except Stopped:
+            training.save()
+            training.log.close()
+            raise
+
+    def finish_epoch(training: Training, means: list[float], seconds: float) -> dict[str, float]:
+        nonlocal best
+        loss = float(known_loss(judge(rows.valid), valid_labels, images.task))
+        if not math.isfinite(loss):
+            raise UserError(f"{what}, epoch {training.epoch + 1}: the validation loss is {loss}; lower --lr")
+        if loss < best.loss:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in core.state_dict().items()}
+            best = Best(training.epoch, loss, weights)
+        losses = {"train_loss": means[0], "valid_loss": loss}
+        training.log.scalars(losses, training.epoch + 1)
+        training.progress.add(0, f"validation loss {loss:.4f}")
+        return losses
+
+    def save_due() -> bool:
+        nonlocal saved
+        due = ranks.gather(time.monotonic() - saved > 60 * tuning.save_minutes)[0]
+        if due:
+            saved = time.monotonic()
+        return due
+
+    training = make_training(
+        tuning,
+        core,
+        seed,
+        steps,
+        finish_epoch=finish_epoch,
+        is_over=lambda: training.epoch - max(best.epoch, 0) > recipe.patience,
+        save_due=save_due,
+        write=partial(save_checkpoint, path=folder / CHECKPOINT),
+        more_state=lambda: {"best_epoch": best.epoch, "best_loss": best.loss, "best": best.weights},
+        sample_name=lambda i: images.ids[rows.train[i]],
+        dataset_size=len(data),
+        remedy="lower --lr, or use --dtype float32",
+    )
+    if on_main(ranks, (folder / CHECKPOINT).exists):
+        state = load_checkpoint(folder / CHECKPOINT)
+        with restoring(folder / CHECKPOINT):
+            best = Best(state["best_epoch"], state["best_loss"], state["best"])
+        training.restore(state, folder / CHECKPOINT)
+        ranks.say(f"{what}: goes on from epoch {training.epoch + 1}, step {training.step}")
+    done = training.epoch * steps + training.step
+    epoch, step = divmod(done, steps)  # behind an epoch that is still to be validated
     loader = train_loader(
         data,
         recipe.batch_size // ranks.world_size,
@@ -213,81 +276,23 @@ def finetune(
         num_workers=tuning.num_workers,
         mend="; lower it, or raise --fractions",
     )
-    sampler = loader.batch_sampler
-    watch = FiniteWatch(
-        ranks.device,
-        tuning.signals,
-        group=ranks.control,
-        half=tuning.dtype == torch.float16,
-        sample_names=lambda epoch, step: [images.ids[rows.train[i]] for i in sampler.batch(epoch, step)],
-        remedy="lower --lr, or use --dtype float32",
-    )
     on_main(ranks, lambda: _make_folder(folder))
-    log = RunLog(folder, None, place.epoch + place.step / steps, enabled=ranks.is_main)
-    model = parallel(core, ranks)
-    valid_labels = torch.from_numpy(images.labels[rows.valid])
-
-    def save() -> None:
-        state = run_state(
-            core,
-            optimizer,
-            scaler,
-            epoch=place.epoch - 1,
-            step=place.step,
-            args=asdict(recipe) | {"dtype": str(tuning.dtype).removeprefix("torch."), "seed": seed},
-            sums=sums,
-            ranks=ranks,
-            dataset_size=len(data),
-        )
-        state |= {"best_epoch": place.best_epoch, "best_loss": place.best_loss, "best": place.best}
-        on_main(ranks, lambda: save_checkpoint(state, folder / CHECKPOINT))
-
-    def judge(part: np.ndarray) -> Tensor:
-        try:
-            return predict(core, views, part, **judging)
-        except Stopped:
-            save()
-            log.close()
-            raise
-
-    saved = time.monotonic()
-    batches = iter(loader)
-    total, done = recipe.epochs * steps, place.epoch * steps + place.step
-    with Steps(what, total, "steps", done=done, enabled=ranks.is_main) as progress:
-        while place.epoch < recipe.epochs and place.epoch - max(place.best_epoch, 0) <= recipe.patience:
-            request = _train_epoch(
-                tuning, model, core, optimizer, scaler, batches, steps, place, sums, seed, watch, progress
-            )
-            if request != GO_ON:
-                save()
-                log.close()
-                raise Stopped
-            logits = judge(rows.valid)
-            loss = float(known_loss(logits, valid_labels, images.task))
-            if not math.isfinite(loss):
-                raise UserError(f"{what}, epoch {place.epoch + 1}: the validation loss is {loss}; lower --lr")
-            if loss < place.best_loss:
-                best = {name: tensor.detach().cpu().clone() for name, tensor in core.state_dict().items()}
-                place.best_epoch, place.best_loss, place.best = place.epoch, loss, best
-            means = np.mean(ranks.gather(sums.tolist()), axis=0)
-            record = {"epoch": place.epoch, "train_loss": means[0] / means[1], "valid_loss": loss}
-            on_main(ranks, lambda record=record: log.epoch(record))
-            log.scalars({"train_loss": record["train_loss"], "valid_loss": loss}, place.epoch + 1)
-            place.epoch, place.step = place.epoch + 1, 0
-            sums.zero_()
-            progress.add(0, f"validation loss {loss:.4f}")
-            if ranks.gather(time.monotonic() - saved > 60 * tuning.save_minutes)[0]:
-                save()
-                saved = time.monotonic()
-    del batches, loader
-    core.load_state_dict(place.best)
+    log = RunLog(folder, None, done / steps, enabled=ranks.is_main)
+    with Steps(what, recipe.epochs * steps, "steps", done=done, enabled=ranks.is_main) as progress:
+        training.start(loader, log=log, progress=progress)
+        request = training.run()
+    if request != GO_ON:
+        log.close()
+        raise Stopped
+    del training.batches, training.loader, loader
+    core.load_state_dict(best.weights)
     scores = probabilities(judge(rows.test), images.task).astype(np.float32)
     log.close()
 
     def finish() -> None:
         write_tuned(
             folder / BEST,
-            place.best,
+            best.weights,
             candidate,
             core,
             mean=tuning.mean,
@@ -300,15 +305,15 @@ def finetune(
             fraction=fraction,
             seed=seed,
             recipe=asdict(recipe),
-            epoch=place.best_epoch,
-            valid_loss=place.best_loss,
+            epoch=best.epoch,
+            valid_loss=best.loss,
             seen=sorted(
                 {*candidate.seen, *subject_marks(images.subjects[np.r_[rows.train, rows.valid]], images.study)}
             ),
         )
 
     on_main(ranks, finish)
-    ranks.say(f"{what}: best epoch {place.best_epoch + 1} of {place.epoch}, validation loss {place.best_loss:.4f}")
+    ranks.say(f"{what}: best epoch {best.epoch + 1} of {training.epoch}, validation loss {best.loss:.4f}")
     return scores
 
 
@@ -317,49 +322,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: can't make this directory: {error.strerror}") from None
-
-
-def _train_epoch(
-    tuning: Tuning,
-    model,
-    core,
-    optimizer,
-    scaler,
-    batches,
-    steps: int,
-    place: Place,
-    sums: Tensor,
-    seed: int,
-    watch: FiniteWatch,
-    progress: Steps,
-) -> int:
-    """Train from `place` to the end of its epoch, or to a step at which all ranks agree to stop; returns the
-    request. `sums` gathers the losses and their number."""
-    recipe, ranks, device = tuning.recipe, tuning.ranks, tuning.ranks.device
-    model.train()
-    request = GO_ON
-    for step in range(place.step, steps):
-        gray, labels = next(batches)
-        # Stochastic depth draws from the global generator: after a resume the same numbers come.
-        torch.manual_seed(int(np.random.SeedSequence((seed, place.epoch, step, ranks.rank)).generate_state(1)[0]))
-        lr = schedule(place.epoch * steps + step, steps, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        with torch.autocast(device.type, tuning.dtype, enabled=tuning.dtype != torch.float32):
-            logits = model(network_input(gray.to(device, non_blocking=True), core, tuning.mean, tuning.std))
-        loss = global_loss(logits, labels.to(device, non_blocking=True), tuning.images.task, ranks)
-        scaler.scale(poison(loss)).backward()
-        scaler.step(optimizer)
-        skipped = update_was_skipped(scaler, optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        sums += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
-        place.step = step + 1
-        progress.add(1)
-        request = watch.step(place.epoch, range(step, step + 1), lr=lr, losses=loss.detach()[None], skipped=skipped)
-        if request != GO_ON:
-            break
-    return max(request, watch.settle())
 
 
 # ---------------------------------------------------------------- all runs of a call

@@ -1,9 +1,8 @@
-"""One epoch of training the gaze predictor, and its evaluation."""
+"""The gaze predictor: the losses of a batch for the training loop (`util.training`), validation and judgement."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,40 +15,17 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from datasets.gaze_maps import TEST, GazeImage, GazeSamples, GazeStudy, resize_whole
-from engine_pretrain import Training, set_learning_rate, update
 from models_gaze import GazeNet
 from util import saliency
 from util.distributed import Ranks
 from util.files import atomic_write
-from util.finite import poison
 from util.loading import SampleLoader
-from util.stop import GO_ON, ignore_stop_signals
+from util.stop import ignore_stop_signals
 from util.subjects import MIMIC, overlap_note
+from util.training import Training
 
 JUDGED_AT = 224  # side of the grid on which every map is judged: 14 x 14 patches of 16 px
 MODEL, PRIOR, READERS = "model", "centre prior", "other readers"
-
-
-@dataclass
-class Sums:
-    """Sums over steps on this rank, on the device until they are read: float64 [2, 3], since the epoch began and since the
-    last report: KLD, CC, how many steps."""
-
-    sums: Tensor
-
-    @classmethod
-    def zeros(cls, device: torch.device) -> Sums:
-        return cls(torch.zeros(2, 3, dtype=torch.float64, device=device))
-
-    def add(self, kld: Tensor, cc: Tensor) -> None:
-        """Add a step, unless its loss is not finite: training leaves such a step out too."""
-        row = torch.stack([kld.detach().double(), cc.detach().double(), torch.ones_like(kld).double()])
-        self.sums += torch.where(torch.isfinite(row).all(), row, 0.0)
-
-    def means(self, row: int) -> tuple[float, float]:
-        """Mean KLD and CC of the epoch (row 0) or since the last report (row 1); NaN without a step."""
-        sums = self.sums[row]
-        return tuple((sums[:2] / sums[2]).tolist())
 
 
 @dataclass(frozen=True)
@@ -71,57 +47,20 @@ class Best:
         return epochs_done - 1 - self.epoch >= patience
 
 
-def train_one_epoch(training: Training, epoch: int, first_step: int, sums: Sums, args) -> tuple[int, int]:
-    """Train from `first_step` to the end of the epoch, or to a step at which all ranks agree to stop.
-
-    Args:
-        args: the command line's options: dtype, cc_weight, clip_grad, print_every and those of the learning
-            rate.
-
-    Returns:
-        The number of steps done in this epoch, and the request to stop (`util.stop`), GO_ON for none.
-
-    Raises:
-        NonFiniteError: on all ranks, when the loss or the gradient of a step was not finite.
-    """
-    device, steps = training.ranks.device, training.steps_per_epoch
-    dtype = getattr(torch, args.dtype)
-    request, step = GO_ON, first_step - 1
-    training.model.train()
-    for step in range(first_step, steps):
-        began = time.perf_counter()
-        batch = next(training.batches)
-        training.waited += time.perf_counter() - began
-        lr = set_learning_rate(training.optimizer, epoch + step / steps, args)
-
-        img, target = (batch[key].to(device, non_blocking=True) for key in ("img", "target"))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            log_p = training.model(img)  # [B, G, G]
-        kld = saliency.log_kld(log_p, target).mean()
-        cc = saliency.cc(log_p.exp(), target).mean().float()
-        loss = kld + args.cc_weight * (1 - cc) if args.cc_weight else kld
-        training.scaler.scale(poison(loss)).backward()
-        skipped = update(training, args.clip_grad)
-
-        sums.add(kld, cc)
-        training.progress.step()
-        if (step + 1) % args.print_every == 0 or step + 1 == steps:
-            report(training, epoch, step, sums, lr, args)
-        request = training.watch.step(epoch, range(step, step + 1), lr=lr, losses=loss.detach()[None], skipped=skipped)
-        if request != GO_ON:
-            break
-    return step + 1, max(request, training.watch.settle())
+def batch_losses(training: Training, batch: Mapping[str, Tensor], cc_weight: float) -> tuple[Tensor, Tensor]:
+    """Loss [1] of this rank's next batch; and its KLD and CC, [2]."""
+    img, target = (batch[key].to(training.ranks.device, non_blocking=True) for key in ("img", "target"))
+    with training.autocast():
+        log_p = training.model(img)  # [B, G, G]
+    kld = saliency.log_kld(log_p, target).mean()
+    cc = saliency.cc(log_p.exp(), target).mean().float()
+    loss = kld + cc_weight * (1 - cc) if cc_weight else kld
+    return loss[None], torch.stack([kld.detach().double(), cc.detach().double()])
 
 
-def report(training: Training, epoch: int, step: int, sums: Sums, lr: float, args) -> None:
-    """Show this rank's means since the last report on the terminal and in TensorBoard."""
-    kld, cc = sums.means(1)  # the only wait for the device
-    sums.sums[1] = 0
-    rates = training.progress.rates(training.waited)
-    where = f"epoch {epoch + 1}/{args.epochs}  step {step + 1}/{training.steps_per_epoch}"
-    training.progress.show(where, kld, lr, rates)
-    scalars = {"train_kld": kld, "train_cc": cc, "lr": lr, **rates}
-    training.log.scalars(scalars, epoch + (step + 1) / training.steps_per_epoch)
+def name_means(means: list[float]) -> dict[str, float]:
+    """Names, in TensorBoard, of the means [2] of what `batch_losses` gives."""
+    return {"train_kld": means[0], "train_cc": means[1]}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from util.checkpoint import CheckpointError, fitting, load_checkpoint
+from util.checkpoint import CheckpointError, load_checkpoint, restoring
 from util.errors import UserError
 from util.foreign_weights import PLAIN_VIT, is_unknown
 from util.weights import resample_pos_embed, summarize_keys
@@ -258,7 +258,7 @@ def load_gaze_net(path: str | os.PathLike) -> GazeNet:
     if not isinstance(config, dict) or "log_prior" not in weights:
         raise UserError(f"{path}: not a gaze predictor; pass best.pth of run_gaze.py")
     try:
-        with fitting(path):
+        with restoring(path):
             model = GazeNet(**config)
             model.load_state_dict(weights)
             model.seen = list(state.get("seen", []))

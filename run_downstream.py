@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     useless = without_effect(args, parser)
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
-        with signals.off():
+        with signals.default_handlers():
             ranks = distributed.start(args.device)
         if useless:
             ranks.say(f"warning: without effect here: {', '.join(useless)}")
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
     """Read, judge and report; returns the exit status (util/stop.py)."""
     if ranks.world_size > 1 and args.method != "finetune":
         raise UserError(f"--method {args.method} runs in one process; start it without torchrun")
-    with signals.at_once():  # so far there is nothing to save
+    with signals.exit_at_signal():  # so far there is nothing to save
         images = read_from_args(args, need_images=not args.dry_run)
     ranks.say("\n".join([*images.notes, split_table(images)]))
     if not args.weights and not args.dry_run:
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
             tested = images.indices("" if in_folds(images) else TEST)
             check_min_positives(args.min_positives, images, images.labels[tested])
         if args.dry_run:
-            with signals.at_once():
+            with signals.exit_at_signal():
                 for line in look_ahead(args, images):
                     ranks.say(line)
             return 0
@@ -306,7 +306,7 @@ def judge(
         as_published=as_published(args, images),
     )
     if args.method == "evaluate":
-        with signals.at_once():
+        with signals.exit_at_signal():
             tuned, labels, readings = read_models(args, images)
             views = {reading: open_views(args, images, ranks, reading) for reading in dict.fromkeys(readings.values())}
         options = dict(dtype=dtype, batch_size=encode_batch, num_workers=args.num_workers, ranks=ranks, signals=signals)
@@ -314,7 +314,7 @@ def judge(
             evaluate(name, model, images, labels, views[readings[name]], common, **options)
             for name, model in tuned.items()
         ]
-    with signals.at_once():
+    with signals.exit_at_signal():
         candidates = candidates_of(args)
         ranks.say("\n".join(map(describe, candidates)))
         views = open_views(args, images, ranks, reading_from_args(args))

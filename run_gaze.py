@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,22 @@ import torch
 
 from datasets.gaze_maps import TEST, TRAIN, VALIDATE, GazeSamples, GazeStudy
 from datasets.sampler import train_loader
-from engine_gaze import Best, Sums, centre_prior, describe_run, train_one_epoch, validate, write_judgement
-from engine_pretrain import Training
+from engine_gaze import Best, batch_losses, centre_prior, describe_run, name_means, validate, write_judgement
 from models_gaze import DECODERS, GazeNet, load_encoder, load_gaze_net
 from util import distributed
-from util.checkpoint import CheckpointError, fitting, load_checkpoint, save_checkpoint
+from util.checkpoint import CheckpointError, load_checkpoint, restoring, save_checkpoint
 from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import read_backbone
 from util.files import atomic_write
-from util.finite import FiniteWatch, make_scaler
 from util.foreign_weights import PLAIN_VIT, is_unknown
-from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
 from util.precision import set_tf32
 from util.pretrained import stored_weights
-from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state
 from util.stop import GO_ON, StopSignals, exit_status
+from util.training import Training
 from util.weights import read_state_dict
 
 SHAPE_FLAGS = ("backbone", "decoder", "decoder_width", "input_size")
@@ -104,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop, and judge; returns the exit status (util/stop.py)."""
-    with signals.off():
+    with signals.default_handlers():
         ranks = distributed.start(
             args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
         )
@@ -132,30 +129,74 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         part: GazeSamples(study, study.part(part), core.input_size, core.map_size) for part in (TRAIN, VALIDATE, TEST)
     }
     core.to(ranks.device)
-    optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, fused=True)
-    scaler = make_scaler(args.dtype, ranks.device)
-    watch = FiniteWatch(
-        ranks.device,
-        signals,
-        group=ranks.control,
-        half=args.dtype == "float16",
-        skip_nonfinite=args.skip_nonfinite,
-        sample_names=lambda epoch, step: [
-            samples[TRAIN].sample_name(i) for i in loader.batch_sampler.batch(epoch, step)
-        ],
+    best = Best()
+
+    def finish_epoch(training: Training, means: list[float], seconds: float) -> dict[str, Any]:
+        """Validate, and keep the model if it is the best so far; returns the epoch's record."""
+        nonlocal best
+        distributed.broadcast_buffers(core, ranks)
+        scores = validate(
+            core, samples[VALIDATE], ranks, batch_size=args.batch_size, dtype=args.dtype, workers=args.num_workers
+        )
+        best, is_better = best.after(training.epoch, scores)
+        ranks.say(
+            f"epoch {training.epoch + 1}/{args.epochs}  validation KLD {scores['val_kld']:.4f}  CC {scores['val_cc']:.4f}"
+            f"{'  best so far' if is_better else ''}"
+        )
+        training.log.scalars(scores, training.epoch + 1)
+        if is_better:  # the weights alone: an optimiser's state is three times as large
+            state = training.state() | {"epoch": training.epoch, "step": 0, "optimizer": {}, "scaler": {}}
+            distributed.on_main(ranks, lambda: save_checkpoint(state, Path(args.output_dir) / BEST))
+        losses = {"train_loss": means[0], "train_cc": means[1]}
+        lr = training.optimizer.param_groups[0]["lr"]
+        return {**losses, **scores, "train_lr": lr, "time_s": round(seconds, 2)}
+
+    def is_stale() -> bool:
+        return best.is_stale(training.epoch, args.patience)
+
+    training = Training(
+        core=core,
+        optimizer=torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, fused=True),
+        ranks=ranks,
+        signals=signals,
+        options=vars(args),
+        n_values=2,
+        losses=partial(batch_losses, cc_weight=args.cc_weight),
+        finish_epoch=finish_epoch,
+        name_means=name_means,
+        is_over=is_stale,
+        save_due=lambda: is_stale() or is_due(training.epoch - 1, save_every=args.save_every, epochs=args.epochs),
+        write=partial(save_and_prune, output_dir=args.output_dir, save_every=args.save_every, keep=args.keep),
+        more_state=lambda: {
+            "config": core.config,
+            "seen": core.seen,
+            "encoder_seen": core.encoder_seen,
+            "best": asdict(best),
+        },
+        sample_name=samples[TRAIN].sample_name,
+        # Of the validation too: the best epoch so far was chosen by it.
+        samples=f"{samples[TRAIN].identity()} {samples[VALIDATE].identity()}",
+        dataset_size=len(samples[TRAIN]),
     )
-    # Of the validation too: the best epoch so far was chosen by it.
-    identity = f"{samples[TRAIN].identity()} {samples[VALIDATE].identity()}"
-    sums, best, epoch, step = Sums.zeros(ranks.device), Best(), 0, 0
     if resumed is not None:
-        state = load_to_go_on(resumed, args, core, Setting.of(ranks, len(samples[TRAIN]), identity), ranks)
-        with fitting(resumed):
-            core.load_state_dict(state["model"])
-            core.seen = list(state.get("seen", []))
-            core.encoder_seen = list(state.get("encoder_seen", []))
-            restore_optimizer(optimizer, scaler, state, watch)
-            sums.sums.copy_(own_sums(state, ranks))
-            best, epoch, step = Best(**state["best"]), state["epoch"] + 1, state["step"]
+        state = load_checkpoint(resumed)
+        if "config" not in state or "best" not in state:
+            raise UserError(f"{resumed}: a checkpoint of another program; pass one of run_gaze.py")
+        if not state["optimizer"]:
+            raise UserError(f"--resume {resumed}: holds weights alone; go on from a checkpoint-*.pth")
+        training.warn_of_changes(state, resumed, SHAPE_FLAGS)
+        if (state["dataset_size"], state["samples"]) != (training.dataset_size, training.samples):
+            raise UserError(
+                f"{resumed}: was trained and validated on other images or heatmaps than --data_path has now (in another "
+                "order, or cached otherwise); bring those back, or start anew in another --output_dir"
+            )
+        if state["config"] != core.config:
+            raise UserError(f"{resumed}: has another encoder; to go on pass the --weights that it was begun with")
+        with restoring(resumed):
+            core.seen, core.encoder_seen = list(state["seen"]), list(state["encoder_seen"])
+            best = Best(**state["best"])
+        training.restore(state, resumed)
+        announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
         best = distributed.on_main(ranks, lambda: bring_best(resumed, Path(args.output_dir), best, state["epoch"]))
     else:
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
@@ -168,52 +209,18 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         ranks,
         seed=args.seed,
         epochs=args.epochs,
-        epoch=epoch,
-        step=step,
+        epoch=training.epoch,
+        step=training.step,
         num_workers=args.num_workers,
     )
-    steps = loader.batch_sampler.steps_per_epoch
-    ranks.say(describe_run(args, core, study, steps, told, ranks))
-
-    log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
-    log.start(vars(args), ranks.world_size)
-    progress = Progress(
-        args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
-    )
-    training = Training(
-        distributed.parallel(core, ranks, sync_buffers=True),
-        core,
-        optimizer,
-        scaler,
-        iter(loader),
-        len(samples[TRAIN]),
-        steps,
-        watch,
-        ranks,
-        log,
-        progress,
-        identity,
-    )
-    request = GO_ON
-    while epoch < args.epochs and request == GO_ON and not best.is_stale(epoch, args.patience):
-        began = time.perf_counter()
-        step, request = train_one_epoch(training, epoch, step, sums, args)
-        if step == steps:
-            best = finish_epoch(training, args, epoch, sums, best, samples[VALIDATE], began)
-            sums, epoch, step = Sums.zeros(ranks.device), epoch + 1, 0
-        over = best.is_stale(epoch, args.patience)
-        if (
-            request != GO_ON
-            or over
-            or (step == 0 and is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs))
-        ):
-            save(training, args, epoch - 1, step, sums, best)
-    progress.close()
-    log.close()
-    if request != GO_ON and (epoch < args.epochs and not best.is_stale(epoch, args.patience)):
-        ranks.say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
+    ranks.say(describe_run(args, core, study, loader.batch_sampler.steps_per_epoch, told, ranks))
+    training.start(loader, sync_buffers=True)
+    request = training.run()
+    training.close()
+    if request != GO_ON:
+        ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")
         return request
-    if epoch < args.epochs:
+    if training.epoch < args.epochs:
         ranks.say(f"stopped early: {args.patience} epochs without a better validation KLD")
     if best.kld == math.inf:
         raise UserError(
@@ -222,98 +229,6 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         )
     ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
     return GO_ON
-
-
-def finish_epoch(
-    training: Training, args: argparse.Namespace, epoch: int, sums: Sums, best: Best, samples: GazeSamples, began: float
-) -> Best:
-    """Validate, keep the model if it is the best so far, and write the epoch's line; returns the best."""
-    ranks = training.ranks
-    distributed.broadcast_buffers(training.core, ranks)
-    scores = validate(
-        training.core, samples, ranks, batch_size=args.batch_size, dtype=args.dtype, workers=args.num_workers
-    )
-    best, is_better = best.after(epoch, scores)
-    means = [sum(values) / len(values) for values in zip(*ranks.gather(sums.means(0)), strict=True)]
-    record = {
-        "epoch": epoch,
-        "train_loss": means[0],
-        "train_cc": means[1],
-        **scores,
-        "train_lr": training.optimizer.param_groups[0]["lr"],
-        "time_s": round(time.perf_counter() - began, 2),
-    }
-    ranks.say(
-        f"epoch {epoch + 1}/{args.epochs}  validation KLD {scores['val_kld']:.4f}  CC {scores['val_cc']:.4f}"
-        f"{'  best so far' if is_better else ''}"
-    )
-    training.log.scalars(scores, epoch + 1)
-    state = gaze_state(training, args, epoch, 0, sums, best)
-
-    def write() -> None:
-        if is_better:  # the weights alone: an optimiser's state is three times as large
-            save_checkpoint(state | {"optimizer": {}, "scaler": {}}, Path(args.output_dir) / BEST)
-        training.log.epoch(record)
-
-    distributed.on_main(ranks, write)
-    return best
-
-
-def gaze_state(
-    training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best
-) -> dict[str, Any]:
-    """What a checkpoint holds; `config` is what `models_gaze.rebuild` needs."""
-    state = run_state(
-        training.core,
-        training.optimizer,
-        training.scaler,
-        epoch=epoch,
-        step=step,
-        args=vars(args),
-        sums=sums.sums,
-        ranks=training.ranks,
-        dataset_size=training.dataset_size,
-        samples=training.samples,
-        watch=training.watch,
-    )
-    core = training.core
-    return state | {"config": core.config, "seen": core.seen, "encoder_seen": core.encoder_seen, "best": asdict(best)}
-
-
-def save(training: Training, args: argparse.Namespace, epoch: int, step: int, sums: Sums, best: Best) -> None:
-    """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
-    state = gaze_state(training, args, epoch, step, sums, best)
-
-    def write() -> None:
-        training.log.flush()
-        save_and_prune(state, args.output_dir, save_every=args.save_every, keep=args.keep)
-
-    distributed.on_main(training.ranks, write)
-
-
-def load_to_go_on(
-    path: Path, args: argparse.Namespace, core: GazeNet, setting: Setting, ranks: distributed.Ranks
-) -> dict[str, Any]:
-    """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
-    state = load_checkpoint(path)
-    if "config" not in state or "best" not in state:
-        raise UserError(f"{path}: a checkpoint of another program; pass one of run_gaze.py")
-    if not state["optimizer"]:
-        raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
-    with fitting(path):
-        table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
-        before = Setting.in_checkpoint(state)
-    if (before.dataset_size, before.samples) != (setting.dataset_size, setting.samples):
-        raise UserError(
-            f"{path}: was trained and validated on other images or heatmaps than --data_path has now (in another order, "
-            "or cached otherwise); bring those back, or start anew in another --output_dir"
-        )
-    if table:
-        ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
-    if state["config"] != core.config:
-        raise UserError(f"{path}: has another encoder; to go on pass the --weights that it was begun with")
-    announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))
-    return state
 
 
 def bring_best(resumed: Path, output_dir: Path, best: Best, epoch: int) -> Best:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import time
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,22 +15,21 @@ import models_cxrmim
 from datasets.build import detect_trees
 from datasets.sampler import train_loader
 from datasets.tree import entry_subject
-from engine_pretrain import Meters, Training, describe_run, epoch_record, picture, train_one_epoch
+from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
 from util import distributed
 from util.architecture import check_same_model
-from util.checkpoint import fitting, load_checkpoint
+from util.checkpoint import load_checkpoint, restoring
 from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
-from util.finite import FiniteWatch, make_scaler
-from util.logging import Progress, RunLog
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
 from util.precision import set_tf32
-from util.resume import Setting, describe_mismatch, own_sums, restore_optimizer, run_state, unchanged_since
+from util.resume import unchanged_since
 from util.stop import GO_ON, StopSignals, exit_status
 from util.subjects import MIMIC, subject_marks
+from util.training import Training
 from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
@@ -142,29 +140,24 @@ def main(argv: list[str] | None = None) -> int:
 def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop; returns the exit status (util/stop.py)."""
     with contextlib.ExitStack() as held:
-        with signals.off():
+        with signals.default_handlers():
             ranks = distributed.start(
                 args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
             )
-        with signals.at_once():  # so far there is nothing to save
+        with signals.exit_at_signal():  # so far there is nothing to save
             settle_options(args, ranks)
             held.enter_context(hold_output(args.output_dir, args.log_dir, ranks=ranks))
-            training, epoch, step, meters = set_up(args, ranks, signals)
-        epoch, step, request = train(training, args, epoch, step, meters)
-        training.progress.close()
-        training.log.close()
+            training = set_up(args, ranks, signals)
+        request = training.run()
+        training.close()
     distributed.stop()
-    if epoch < args.epochs:
-        ranks.say(f"stopped at epoch {epoch + 1}, step {step}; the same command goes on from here")
-        return exit_status(request)
-    return 0
+    if request != GO_ON:
+        ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")
+    return exit_status(request)
 
 
-def set_up(
-    args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
-) -> tuple[Training, int, int, Meters]:
-    """Model, data, optimiser and logs, as they are at the start or as a checkpoint left them; and the place
-    to train from: epoch, step, and the sums over the epoch so far."""
+def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals) -> Training:
+    """Model, data, optimiser and logs, as they are at the start or as a checkpoint left them."""
     core = build_model(args).to(ranks.device)
     resumed = distributed.on_main(
         ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume, auto_resume=args.auto_resume)
@@ -172,30 +165,34 @@ def set_up(
     if resumed is None and (path := initial_weights(args)):
         ranks.say(load_initial_weights(core, path))
     dataset = build_data(args)  # after what fails sooner: a cache may be built first, which takes minutes
-    samples = dataset.identity()
-    optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
-    scaler = make_scaler(args.dtype, ranks.device)
-    watch = FiniteWatch(
-        ranks.device,
-        signals,
-        group=ranks.control,
-        half=args.dtype == "float16",
-        skip_nonfinite=args.skip_nonfinite,
-        sample_names=lambda epoch, step: [dataset.sample_name(i) for i in loader.batch_sampler.batch(epoch, step)],
+    since = args.start_epoch, 0
+    training = Training(
+        core=core,
+        optimizer=torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True),
+        ranks=ranks,
+        signals=signals,
+        options=vars(args),
+        n_values=len(core.scale_list) + 1,
+        losses=partial(batch_losses, args=args),
+        finish_epoch=partial(finish_epoch, args=args),
+        name_means=partial(name_means, core),
+        save_due=lambda: is_due(training.epoch - 1, save_every=args.save_every, epochs=args.epochs),
+        write=partial(save_and_prune, output_dir=args.output_dir, save_every=args.save_every, keep=args.keep),
+        more_state=lambda: {"model_config": core.config, "seen": core.seen, "unchanged_since": list(since)},
+        sample_name=dataset.sample_name,
+        samples=dataset.identity(),
+        dataset_size=len(dataset),
+        epoch=args.start_epoch,
     )
-    meters = Meters.zeros(len(core.scale_list), ranks.device)
-    epoch, step = args.start_epoch, 0
-    since = epoch, step
     if resumed is not None:
-        setting = Setting.of(ranks, len(dataset), samples)
-        state = load_to_go_on(resumed, args, core, setting, ranks)
-        with fitting(resumed):
-            since = unchanged_since(state, vars(args), setting)
-            core.load_state_dict(state["model"])
+        state = load_checkpoint(resumed)
+        training.warn_of_changes(state, resumed, SHAPE_FLAGS)
+        check_same_model(state.get("model_config", {}), core.config, resumed)
+        with restoring(resumed):
+            since = unchanged_since(state, vars(args), training.setting())
             core.seen = list(state.get("seen", []))
-            restore_optimizer(optimizer, scaler, state, watch)
-            meters.sums.copy_(own_sums(state, ranks))
-        epoch, step = state["epoch"] + 1, state["step"]
+        training.restore(state, resumed)
+        announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
     if len(args.data_path) > 1 and (shared := dataset.n_shared_images()):
         ranks.say(
             f"warning: {shared} images are in several trees of --data_path and are drawn once for each in an epoch"
@@ -208,90 +205,18 @@ def set_up(
         ranks,
         seed=args.seed,
         epochs=args.epochs,
-        epoch=epoch,
-        step=step,
+        epoch=training.epoch,
+        step=training.step,
         accum_iter=args.accum_iter,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
     )
-    steps = loader.batch_sampler.steps_per_epoch
-    log = RunLog(args.output_dir, args.log_dir, epoch + step / steps, enabled=ranks.is_main)
-    log.start(vars(args), ranks.world_size)
-    progress = Progress(
-        args.epochs * steps, epoch * steps + step, args.batch_size * ranks.world_size, enabled=ranks.is_main
-    )
     if args.compile:
         core.compile()
-    model = distributed.parallel(core, ranks)
-    training = Training(
-        model, core, optimizer, scaler, iter(loader), len(dataset), steps, watch, ranks, log, progress, samples
-    )
-    training.unchanged_since = since
+    training.start(loader)
     if ranks.is_main:
-        print(describe_run(training, dataset, args, epoch), flush=True)
-    return training, epoch, step, meters
-
-
-def train(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> tuple[int, int, int]:
-    """Train from a place to the end or to a request to stop, saving on the way.
-
-    Returns the place reached, epoch and step, and the request.
-    """
-    ranks, request = training.ranks, GO_ON
-    while epoch < args.epochs and request == GO_ON:
-        began = time.perf_counter()
-        step, request = train_one_epoch(training, epoch, step, meters, args)
-        if step == training.steps_per_epoch:  # the line first: a run killed before the checkpoint replaces it
-            training.log.epoch(epoch_record(training, epoch, meters, time.perf_counter() - began))
-            meters.sums.zero_()
-            epoch, step = epoch + 1, 0
-            if ranks.is_main and args.image_every and epoch % args.image_every == 0:
-                picture(training, args, epoch)
-        due = step == 0 and is_due(epoch - 1, save_every=args.save_every, epochs=args.epochs)
-        if due or request != GO_ON:
-            save(training, args, epoch - 1, step, meters)
-    return epoch, step, request
-
-
-def save(training: Training, args: argparse.Namespace, epoch: int, step: int, meters: Meters) -> None:
-    """Save a checkpoint: `epoch` is the last finished one, `step` the steps done in the next. Rank 0 writes."""
-    state = run_state(
-        training.core,
-        training.optimizer,
-        training.scaler,
-        epoch=epoch,
-        step=step,
-        args=vars(args),
-        sums=meters.sums,
-        ranks=training.ranks,
-        dataset_size=training.dataset_size,
-        samples=training.samples,
-        watch=training.watch,
-    ) | {
-        "model_config": training.core.config,
-        "seen": training.core.seen,
-        "unchanged_since": list(training.unchanged_since),
-    }
-
-    def write() -> None:
-        training.log.flush()
-        save_and_prune(state, args.output_dir, save_every=args.save_every, keep=args.keep)
-
-    distributed.on_main(training.ranks, write)
-
-
-def load_to_go_on(
-    path: Path, args: argparse.Namespace, core: models_cxrmim.CXRMIM, setting: Setting, ranks: distributed.Ranks
-) -> dict:
-    """Read the checkpoint that this run goes on from, or refuse it; tells what differs."""
-    state = load_checkpoint(path)
-    with fitting(path):
-        table = describe_mismatch(state, vars(args), shape_flags=SHAPE_FLAGS, **asdict(setting))
-    if table:
-        ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
-    check_same_model(state.get("model_config", {}), core.config, path)
-    announce_resume(path, state, args.output_dir, ranks, named=bool(args.resume))
-    return state
+        print(describe_run(training, dataset, args), flush=True)
+    return training
 
 
 def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:

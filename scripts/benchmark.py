@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     header = f"{'':44}  {'baseline':>9}  {'ours':>9}  {'':10}  {'ratio (quartiles)':24}  bar"
     print(header, flush=True)
     parts.write()  # so that a place where it can't be is told now
-    with StopSignals() as signals, signals.at_once():  # what was made below work_dir is removed
+    with StopSignals() as signals, signals.exit_at_signal():  # what was made below work_dir is removed
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.work_dir) as name:
             run_parts(parts, report, Path(name), settings)
     report.whole = True

@@ -1,9 +1,10 @@
-"""Finding steps that wait for the GPU: for the tests of training there."""
+"""Finding steps that wait for the GPU, and a loader of given batches: for the tests of training there."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import torch
 
@@ -26,3 +27,14 @@ def no_host_waits(given: list, device: str) -> Iterator[Iterator]:
     finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+
+
+class GivenBatches:
+    """A loader, as `Training.start` takes it, of one epoch of given batches."""
+
+    def __init__(self, batches: Iterable, n: int):
+        self.batches = batches
+        self.batch_sampler = SimpleNamespace(steps_per_epoch=n, batch=lambda epoch, step: [step])
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches)

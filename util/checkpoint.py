@@ -8,7 +8,7 @@ renamed (`util.files.atomic_write`), so a crash leaves the old file or the new o
 
 Keys: "model", "optimizer", "scaler", "epoch" (the last finished epoch, -1 before the first),
 "step" (micro-steps done in epoch + 1, 0 between epochs), "args", "meters", "world_size", "dataset_size",
-"format"; newer ones also "samples" and "threads" (`util.resume.Setting`) and "watch" (`util.finite`), in pretraining also
+"format"; newer ones also "samples" and "threads" (`util.resume`) and "watch" (`util.finite`), in pretraining also
 "model_config", the arguments that rebuild the model (`util.architecture`),
 which older files lack. `util.output` names, lists and keeps the files, `util.resume` goes on from one.
 """
@@ -118,7 +118,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fitting(path: str | os.PathLike) -> Iterator[None]:
+def restoring(path: str | os.PathLike) -> Iterator[None]:
     """What is put back from a checkpoint inside fits what it is put into, or else CheckpointError, which names it."""
     try:
         yield

@@ -1,7 +1,7 @@
 """Finding non-finite losses and gradients without making the GPU wait.
 
 A `GradScaler` (`make_scaler`; outside fp16 of scale 1) with a fused optimiser leaves out an update with a
-non-finite gradient, on the device. `poison` makes a non-finite loss of one rank such a gradient on all of
+non-finite gradient, on the device. `nan_gradient_unless_finite` makes a non-finite loss of one rank such a gradient on all of
 them, through the gradient's mean. `FiniteWatch` reads later what happened, and stops the run.
 """
 
@@ -48,7 +48,7 @@ def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type) if dtype == "float16" else UnitScaler(device.type)
 
 
-def poison(loss: torch.Tensor) -> torch.Tensor:
+def nan_gradient_unless_finite(loss: torch.Tensor) -> torch.Tensor:
     """The loss itself if finite, else one whose gradient is NaN everywhere. Scalar in, scalar out.
 
     An infinite loss can have finite gradients; they must not be applied.

@@ -217,10 +217,11 @@ class Progress:
         if enabled and sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True)
 
-    def step(self) -> None:
-        self.done += 1
+    def add(self, steps: int) -> None:
+        """So many more steps are done."""
+        self.done += steps
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(steps)
 
     def rates(self, waited: float) -> dict[str, float]:
         """Samples per second and share of time spent waiting for data since the last call.

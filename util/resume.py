@@ -1,23 +1,14 @@
-"""Going on from a checkpoint exactly: what a run's state is, how it is put back, which changes can't go on.
+"""Which changes since a checkpoint a run can't go on with, and which it should know of.
 
-Nothing here knows what is trained. A task calls `describe_mismatch` with the flags that shape its model,
-loads its weights from `state["model"]`, and puts the rest back with `restore_optimizer` and `own_sums`;
-`run_state` is the other way round.
+Nothing here knows what is trained; `util.training` puts the rest of a checkpoint back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from util.checkpoint import FORMAT
-from util.distributed import Ranks
 from util.errors import UserError
-from util.finite import FiniteWatch
 
 # Flags, of any task, that change neither the numbers nor the order of the samples.
 HARMLESS_FLAGS = frozenset(
@@ -32,113 +23,14 @@ STEP_FLAGS = (
 ).split()
 
 
-@dataclass(frozen=True)
-class Setting:
-    """On what a run's numbers depend beside its flags.
-
-    Attributes:
-        world_size: number of processes.
-        dataset_size: number of samples.
-        samples: digest of the samples' names, order and content; None where it isn't known.
-        threads: of this process's arithmetic on the CPU, which change the last bits of sums; None on a GPU.
-    """
-
-    world_size: int
-    dataset_size: int
-    samples: str | None = None
-    threads: int | None = None
-
-    @classmethod
-    def of(cls, ranks: Ranks, dataset_size: int, samples: str | None) -> Setting:
-        """This process's setting."""
-        threads = torch.get_num_threads() if ranks.device.type == "cpu" else None
-        return cls(ranks.world_size, dataset_size, samples, threads)
-
-    @classmethod
-    def in_checkpoint(cls, state: Mapping[str, Any]) -> Setting:
-        """That of the run that wrote a checkpoint; an older program's tells neither samples nor threads."""
-        return cls(int(state["world_size"]), state["dataset_size"], state.get("samples"), state.get("threads"))
-
-
-def run_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    *,
-    epoch: int,
-    step: int,
-    args: Mapping[str, Any],
-    sums: Tensor,
-    ranks: Ranks,
-    dataset_size: int,
-    samples: str | None = None,
-    watch: FiniteWatch | None = None,
-) -> dict[str, Any]:
-    """What a checkpoint holds (`util.checkpoint`). All ranks call this, since each has sums of its own.
-
-    Args:
-        model: the bare model, not its wrapper for several ranks.
-        epoch: the last finished one, -1 before the first.
-        step: micro-steps done in the next.
-        args: the command line's options.
-        sums: this rank's sums over the epoch so far, of one shape on all ranks.
-        dataset_size, samples: number of samples, and their digest where it is known.
-        watch: counts what was left out so far.
-    """
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "watch": {} if watch is None else watch.state_dict(),
-        "epoch": epoch,
-        "step": step,
-        "args": dict(args),
-        "meters": {"sums": ranks.gather(sums.tolist())},
-        **asdict(Setting.of(ranks, dataset_size, samples)),
-        "format": FORMAT,
-    }
-
-
-def unchanged_since(state: Mapping[str, Any], args: Mapping[str, Any], setting: Setting) -> tuple[int, int]:
-    """(epoch, step) from which on the steps of a run saw what its flags and data say now, where it goes on from the
-    checkpoint `state`."""
-    old, before = state["args"], Setting.in_checkpoint(state)
-    same = all(key not in old or _comparable(old[key]) == _comparable(args.get(key)) for key in STEP_FLAGS)
-    if same and (before.world_size, before.dataset_size, before.samples) == (
-        setting.world_size,
-        setting.dataset_size,
-        setting.samples,
-    ):
+def unchanged_since(state: Mapping[str, Any], args: Mapping[str, Any], setting: Mapping[str, Any]) -> tuple[int, int]:
+    """(epoch, step) from which on the steps of a run saw what its flags and data (`Training.setting`) say now, where it
+    goes on from the checkpoint `state`."""
+    old = state["args"]
+    same = all(key not in old or _flag_value(old[key]) == _flag_value(args.get(key)) for key in STEP_FLAGS)
+    if same and all(state.get(key) == setting[key] for key in ("world_size", "dataset_size", "samples")):
         return tuple(state.get("unchanged_since", (0, 0)))
     return state["epoch"] + 1, state["step"]
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    state: Mapping[str, Any],
-    watch: FiniteWatch | None = None,
-) -> None:
-    """Put back moments, loss scale and the count of what was left out, but not the optimiser's
-    hyper-parameters, which this command sets.
-
-    A scale is put back from float16 to float16 only: elsewhere it stays 1 (`util.finite.make_scaler`), and
-    under float16 a scale of 1 would stay too low for long.
-    """
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-    if state["args"]["dtype"] == "float16":
-        scaler.load_state_dict(state["scaler"])
-    if watch is not None:
-        watch.load_state_dict(state.get("watch", {}))
-
-
-def own_sums(state: Mapping[str, Any], ranks: Ranks) -> Tensor:
-    """This rank's sums over the unfinished epoch, float64; another number of ranks goes on from their mean."""
-    sums = torch.tensor(state["meters"]["sums"], dtype=torch.float64)  # [ranks, ...]
-    return sums[ranks.rank] if len(sums) == ranks.world_size else sums.mean(0)
 
 
 def describe_mismatch(
@@ -163,14 +55,15 @@ def describe_mismatch(
     Args:
         args: the flags of the run that would go on.
         shape_flags: those of the task that shape the weights: with another value the checkpoint does not fit.
-        world_size, dataset_size, samples, threads: its `Setting`.
+        world_size, dataset_size: numbers of its processes and samples.
+        samples: digest of the samples' names and order.
+        threads: of its arithmetic on the CPU, which change the last bits of sums; None on a GPU.
     """
-    old, before = checkpoint["args"], Setting.in_checkpoint(checkpoint)
-    setting = Setting(world_size, dataset_size, samples, threads)
+    old = checkpoint["args"]
     changed = {
         key: (old[key], args[key])
         for key in old
-        if key in args and key not in HARMLESS_FLAGS and _comparable(old[key]) != _comparable(args[key])
+        if key in args and key not in HARMLESS_FLAGS and _flag_value(old[key]) != _flag_value(args[key])
     }
     if misfits := [key for key in shape_flags if key in changed]:
         differs = ", ".join(f"--{key} is {_flag_value(changed[key][1])}" for key in misfits)
@@ -179,22 +72,23 @@ def describe_mismatch(
             f"the checkpoint is of another model: {differs}; to go on pass {flags}, or choose "
             "another --output_dir to start anew"
         )
-    other_samples = None not in (before.samples, setting.samples) and before.samples != setting.samples
+    digests = checkpoint.get("samples"), samples
     if checkpoint["step"]:
         _require_same_epoch(checkpoint, args, changed, world_size)
-        _require_same_samples(checkpoint, before, setting, other_samples)
+        _require_same_samples(checkpoint, dataset_size, other=None not in digests and digests[0] != digests[1])
     rows = [(f"--{key}", _flag_value(was), _flag_value(now)) for key, (was, now) in changed.items()]
-    if before.world_size != world_size:
-        rows.append(("processes", str(before.world_size), str(world_size)))
-    batches = _effective_batch(old, before.world_size), _effective_batch(args, world_size)
-    if batches[0] != batches[1]:
-        rows.append(("effective batch", *map(str, batches)))
-    if before.dataset_size != setting.dataset_size:
-        rows.append(("samples", str(before.dataset_size), str(setting.dataset_size)))
-    elif other_samples:
-        rows.append(("names, order or content of samples", before.samples[:8], setting.samples[:8]))
-    if None not in (before.threads, setting.threads) and before.threads != setting.threads:
-        rows.append(("threads", str(before.threads), str(setting.threads)))
+    old_world = checkpoint["world_size"]
+    rows += [
+        (name, str(was)[:8], str(now)[:8])
+        for name, was, now in (
+            ("processes", old_world, world_size),
+            ("effective batch", _effective_batch(old, old_world), _effective_batch(args, world_size)),
+            ("samples", checkpoint["dataset_size"], dataset_size),
+            ("names, order or content of samples", *digests),
+            ("threads", checkpoint.get("threads"), threads),
+        )
+        if None not in (was, now) and was != now
+    ]
     if not rows:
         return ""
     rows.insert(0, ("changed", "checkpoint", "now"))
@@ -204,14 +98,13 @@ def describe_mismatch(
     )
 
 
-def _require_same_samples(
-    checkpoint: Mapping[str, Any], before: Setting, setting: Setting, other_samples: bool
-) -> None:
-    where = f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of {before.dataset_size} samples"
+def _require_same_samples(checkpoint: Mapping[str, Any], dataset_size: int, *, other: bool) -> None:
+    before = checkpoint["dataset_size"]
+    where = f"the checkpoint is in the middle of epoch {checkpoint['epoch'] + 1} of {before} samples"
     mend = "bring back those, or --resume a checkpoint from the end of an epoch"
-    if before.dataset_size != setting.dataset_size:
-        raise UserError(f"{where}, and --data_path has {setting.dataset_size} now: {mend}")
-    if other_samples:
+    if before != dataset_size:
+        raise UserError(f"{where}, and --data_path has {dataset_size} now: {mend}")
+    if other:
         paths = _flag_value(checkpoint["args"].get("data_path", "what it was"))
         raise UserError(
             f"{where}, and --data_path holds other images or heatmaps now, in another order, or cached otherwise "
@@ -250,10 +143,6 @@ def _order_flags(args: Mapping[str, Any]) -> str:
 
 def _effective_batch(args: Mapping[str, Any], world_size: int) -> int:
     return args["batch_size"] * args["accum_iter"] * world_size
-
-
-def _comparable(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _flag_value(value: Any) -> str:

@@ -6,7 +6,7 @@ All of them left a checkpoint from which `--auto_resume`, the default, goes on, 
 first step.
 
 A task runs in `with StopSignals(args.max_minutes) as signals`, what comes before its first step in
-`with signals.at_once()`, and asks `signals.request` after each step (`util.finite.FiniteWatch` does).
+`with signals.exit_at_signal()`, and asks `signals.request` after each step (`util.finite.FiniteWatch` does).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def exit_status(request: int) -> int:
 class StopSignals:
     """Turns SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and a time limit into a request to stop.
 
-    The first signal is noted in `request`, for the training loop to see after its step; inside `at_once`
+    The first signal is noted in `request`, for the training loop to see after its step; inside `exit_at_signal`
     it ends the process there. A second one, at least half a second later, ends the process at once, as if
     nothing had been installed. A SIGHUP that was ignored before, as under nohup, stays so. As a context
     manager it puts the earlier handlers back.
@@ -63,7 +63,7 @@ class StopSignals:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._request = GO_ON
         self._noted_at = 0.0
-        self._at_once = False
+        self._exits_at_signal = False
         self._earlier = {
             signum: signal.signal(signum, self._note)
             for signum in _REQUESTS
@@ -78,21 +78,21 @@ class StopSignals:
             signal.signal(signum, handler)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def exit_at_signal(self) -> Iterator[None]:
         """While there is nothing to save yet: a signal raises SystemExit, with its own status, where it comes.
 
         What runs inside, the building of a cache for instance, cleans up after itself as after any error.
         """
-        self._at_once = True
+        self._exits_at_signal = True
         try:
             self._end_if_asked()  # by a signal that came before
             yield
         finally:
-            self._at_once = False
+            self._exits_at_signal = False
         self._end_if_asked()  # where its SystemExit was swallowed, as one is in a destructor
 
     @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
+    def default_handlers(self) -> Iterator[None]:
         """While processes wait for one another in C++, where no handler of Python's is run: signals end the
         process at once, by the system's own means."""
         for signum in self._earlier:
@@ -119,7 +119,7 @@ class StopSignals:
         name = signal.Signals(signum).name
         if self._request == GO_ON:
             self._request, self._noted_at = _REQUESTS[signal.Signals(signum)], now
-            if self._at_once:
+            if self._exits_at_signal:
                 write_now(f"{name}: stopping; there is nothing to save yet\n")
                 raise SystemExit(exit_status(self._request))
             write_now(f"{name}: saving a checkpoint after this step, then stopping; again: at once\n")

@@ -71,7 +71,7 @@ def measure_heads(
         found: dict = {}
 
         def ours(n_views: int = n_views, found: dict = found) -> None:
-            with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals, signals.at_once():
+            with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals, signals.exit_at_signal():
                 place = root / f"views{n_views}"
                 plane = open_squares(images, place / "cache")
                 frozen = Frozen(

@@ -59,7 +59,7 @@ def measure_encoder(
             pass
 
     def whole() -> None:
-        with tempfile.TemporaryDirectory(dir=root) as folder, StopSignals() as signals, signals.at_once():
+        with tempfile.TemporaryDirectory(dir=root) as folder, StopSignals() as signals, signals.exit_at_signal():
             wanted = []
             for view in range(keys[-1][0] + 1):
                 images = np.array([image for of, image in keys if of == view])

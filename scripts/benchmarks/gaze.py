@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,17 +16,17 @@ import run_gaze
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.predicted import fill_tree
-from engine_gaze import Sums, train_one_epoch
-from engine_pretrain import Training
+from engine_gaze import batch_losses, name_means
 from models_gaze import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate
 from scripts.predict_gaze import as_predictor
 from util import distributed, saliency
 from util.cpus import available_cpus
-from util.finite import FiniteWatch, make_scaler
+from util.finite import make_scaler
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.stop import StopSignals
+from util.training import Training
 
 BATCHES = 6
 SIZE = (624, 512)  # of a film that prepare_mimic.py has scaled to short side 512
@@ -89,24 +91,27 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
+    class Batches:
+        batch_sampler = SimpleNamespace(steps_per_epoch=BATCHES)
+
+        def __iter__(self):
+            return iter([batch] * BATCHES)
+
     def ours() -> None:
-        with StopSignals() as signals, signals.at_once():
-            half = args.dtype == "float16"
-            watch = FiniteWatch(ranks.device, signals, half=half, sample_names=lambda epoch, step: [])
+        with StopSignals() as signals, signals.exit_at_signal():
             training = Training(
-                model,
-                model,
-                optimizer,
-                scaler,
-                iter([batch] * BATCHES),
-                BATCHES * settings.batch_size,
-                BATCHES,
-                watch,
-                ranks,
-                RunLog(root, root, 0.0, enabled=False),
-                Progress(BATCHES, 0, settings.batch_size, enabled=False),
+                core=model,
+                optimizer=optimizer,
+                ranks=ranks,
+                signals=signals,
+                options=vars(args),
+                n_values=2,
+                losses=partial(batch_losses, cc_weight=args.cc_weight),
+                name_means=name_means,
             )
-            train_one_epoch(training, 0, 0, Sums.zeros(ranks.device), args)
+            log = RunLog(root, root, 0.0, enabled=False)
+            training.start(Batches(), log=log, progress=Progress(BATCHES, 0, settings.batch_size, enabled=False))
+            training.train_epoch()
 
     times = alternate(bare, ours, settings.repeats, settings.device)
     rate = BATCHES * settings.batch_size / float(np.median(times[1]))

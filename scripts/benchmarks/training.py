@@ -14,6 +14,7 @@ import run_pretrain
 from datasets import build_dataset
 from scripts.benchmarks.loading import restart_gap
 from scripts.benchmarks.timing import Report, Settings
+from util.training import Training
 
 
 class TimedBatches:
@@ -33,19 +34,19 @@ class TimedBatches:
 def measure_training(report: Report, tree: Path, output: Path, settings: Settings, workers: int) -> None:
     """A real run of run_pretrain.py, watched from outside: rate, data wait, and the gap between epochs."""
     epochs: list[tuple[float, float, TimedBatches]] = []  # began, ended, batches
-    original = run_pretrain.train_one_epoch
+    original = Training.train_epoch
 
-    def watched(training, *args):
+    def watched(training):
         if not isinstance(training.batches, TimedBatches):
             training.batches = TimedBatches(training.batches)
         began = time.perf_counter()
-        result = original(training, *args)
+        request = original(training)
         epochs.append((began, time.perf_counter(), training.batches))
-        return result
+        return request
 
     trees = [str(tree)] * settings.copies
     batch_size = min(settings.batch_size, settings.n_images * settings.copies)
-    run_pretrain.train_one_epoch = watched
+    Training.train_epoch = watched
     try:
         with contextlib.redirect_stdout(sys.stderr):
             status = run_pretrain.main(
@@ -59,7 +60,7 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
                 ]
             )
     finally:
-        run_pretrain.train_one_epoch = original
+        Training.train_epoch = original
     if status:  # a signal ended it: of this program, too
         raise SystemExit(status)
     waits = epochs[0][2].waits

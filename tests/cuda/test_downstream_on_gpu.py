@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from host_waits import no_host_waits
+from host_waits import GivenBatches, no_host_waits
 
 from datasets.downstream.images import normalisation
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL
 from engine_downstream import Encoder, FeatureFile, HeadOptions, encode, train_heads
-from engine_finetune import RECIPES, Place, Tuning, _train_epoch, build_optimizer
+from engine_finetune import RECIPES, Tuning, make_training
 from util import distributed
-from util.finite import FiniteWatch, make_scaler
+from util.logging import RunLog
 from util.precision import set_tf32
 from util.progress import Steps
 from util.stop import GO_ON, StopSignals
@@ -121,8 +121,6 @@ def fine_tuned_on(device, dtype, n, *, recipe="published", size=4, side=32):
         "vit_tiny_patch16_224", img_size=side, embed_dim=48, depth=2, num_heads=3, num_classes=3
     ).to(ranks.device)
     recipe = RECIPES[recipe]
-    scaler = make_scaler(str(dtype).removeprefix("torch."), ranks.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     with (
         StopSignals() as signals,
         no_host_waits(given, device) as batches,
@@ -139,16 +137,12 @@ def fine_tuned_on(device, dtype, n, *, recipe="published", size=4, side=32):
             ranks=ranks,
             signals=signals,
         )
-        watch = FiniteWatch(
-            ranks.device, signals, half=dtype == torch.float16, sample_names=lambda epoch, step: [f"{step}"]
-        )
-        request = _train_epoch(
-            tuning, model, model, build_optimizer(model, recipe), scaler, batches, n, Place(), sums, 0, watch, progress
-        )
-    assert request == GO_ON
-    loss, count = sums.tolist()
-    assert count == n
-    return loss / n
+        training = make_training(tuning, model, 0, n)
+        silent = RunLog("none", None, 0.0, enabled=False)
+        training.start(GivenBatches(batches, n), log=silent, progress=progress)
+        assert training.train_epoch() == GO_ON
+    assert training.sums.totals[0, 1].item() == n
+    return training.sums.means()[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,20 +6,20 @@ Each test runs on the CPU as well, as far as the CPU has what it needs, so that 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from host_waits import no_host_waits
+from host_waits import GivenBatches, no_host_waits
 
 import run_gaze
-from engine_gaze import Sums, train_one_epoch
-from engine_pretrain import Training
+from engine_gaze import batch_losses
 from models_gaze import GazeNet
 from util import distributed
-from util.finite import FiniteWatch, make_scaler
 from util.logging import Progress, RunLog
 from util.precision import set_tf32
-from util.stop import StopSignals
+from util.stop import GO_ON, StopSignals
+from util.training import Training
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 DEVICES = ["cpu", GPU]
@@ -52,25 +52,23 @@ def losses_of(given, n, device, tmp_path, *flags):
     core = core.to(ranks.device)
     optimizer = torch.optim.AdamW(core.parameters(), lr=0.0, fused=True)
     with StopSignals() as signals:
-        watch = FiniteWatch(
-            ranks.device, signals, half=args.dtype == "float16", sample_names=lambda epoch, step: [f"{step}"]
-        )
         training = Training(
-            core,
-            core,
-            optimizer,
-            make_scaler(args.dtype, ranks.device),
-            iter(given),
-            BATCH * n,
-            n,
-            watch,
-            ranks,
-            RunLog(tmp_path, tmp_path, 0.0, enabled=False),
-            Progress(n, 0, BATCH, enabled=False),
+            core=core,
+            optimizer=optimizer,
+            ranks=ranks,
+            signals=signals,
+            options=vars(args),
+            n_values=2,
+            losses=partial(batch_losses, cc_weight=args.cc_weight),
+            name_means=lambda means: {"kld": means[0]},
         )
-        sums = Sums.zeros(ranks.device)
-        assert train_one_epoch(training, 0, 0, sums, args) == (n, 0)
-    return sums.means(0)
+        training.start(
+            GivenBatches(given, n),
+            log=RunLog(tmp_path, None, 0.0, enabled=False),
+            progress=Progress(n, 0, BATCH, enabled=False),
+        )
+        assert training.train_epoch() == GO_ON and training.step == n
+    return training.sums.means()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import timm
 import torch
 from fake_gpu import CUDA, HostWaitError, fake_gpu, needs_fake_gpu
+from host_waits import GivenBatches
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-import engine_finetune
+import engine_gaze
 import engine_pretrain
 import run_gaze
 import run_pretrain
 from datasets.downstream.images import normalisation
 from datasets.downstream.labelled import MULTICLASS, MULTILABEL
 from engine_downstream import Encoder, read_back
-from engine_finetune import RECIPES, Place, Tuning, build_optimizer
-from engine_gaze import Sums
-from engine_gaze import train_one_epoch as train_gaze_epoch
-from engine_pretrain import Meters, Training, train_one_epoch
+from engine_finetune import RECIPES, Tuning, make_training
 from models_gaze import GazeNet
 from util.distributed import Ranks
-from util.finite import FiniteWatch, make_scaler
+from util.finite import FiniteWatch
 from util.logging import Progress
 from util.lr_sched import parameter_groups
 from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
-from util.progress import Steps
 from util.stop import GO_ON, PAUSE
+from util.training import Training
 
 pytestmark = needs_fake_gpu
 SIDE, BATCH = 64, 2
@@ -67,10 +67,17 @@ def pixels(*shape):
     return torch.zeros(*shape, dtype=torch.uint8)
 
 
-def training(model: nn.Module, optimizer, batch, args, ranks: Ranks, watch) -> Training:
-    scaler = make_scaler(args.dtype, ranks.device)
-    progress = Progress(9, 0, BATCH, enabled=False)
-    return Training(model, model, optimizer, scaler, iter([batch] * 9), 9, 9, watch, ranks, None, progress)
+def requested(training: Training, batch, watch) -> int:
+    """The request with which an epoch of 9 such batches ends."""
+    training.watch = watch
+    training.start(GivenBatches([batch] * 9, 9), log=object(), progress=Progress(9, 0, BATCH, enabled=False))
+    return training.train_epoch()
+
+
+def training(model: nn.Module, args, ranks: Ranks, n_values: int, losses) -> Training:
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
+    shared = {"core": model, "optimizer": optimizer, "ranks": ranks, "signals": None, "options": vars(args)}
+    return Training(**shared, n_values=n_values, losses=losses)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +98,11 @@ def test_pretraining(masking, flags, watch, monkeypatch):
     # A generator of a GPU's numbers can't be made without one.
     monkeypatch.setattr(engine_pretrain, "mask_generator", lambda *place: asked.append(place))
     with fake_gpu(model, monkeypatch) as ranks:
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
         planes = {"attention": pixels(BATCH, SIDE, SIDE), "foreground": pixels(BATCH, SIDE, SIDE)}
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE), **planes}
-        place = training(model, optimizer, batch, args, ranks, watch)
-        meters = Meters.zeros(4, ranks.device)
-        assert train_one_epoch(place, 0, 0, meters, args) == (2 * args.accum_iter, PAUSE)
+        losses = partial(engine_pretrain.batch_losses, args=args)
+        place = training(model, args, ranks, 5, losses)
+        assert (requested(place, batch, watch), place.step) == (PAUSE, 2 * args.accum_iter)
     assert {place[-1] for place in asked} == {CUDA}
 
 
@@ -104,10 +110,9 @@ def test_gaze_training(watch, monkeypatch):
     args = run_gaze.get_args_parser().parse_args(["--data_path", "none", "--dtype", "float16", "--cc_weight", "1"])
     model = GazeNet("test_resnet", input_size=SIDE, width=16)
     with fake_gpu(model, monkeypatch) as ranks:
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE), "target": torch.zeros(BATCH, SIDE // 4, SIDE // 4)}
-        place = training(model, optimizer, batch, args, ranks, watch)
-        assert train_gaze_epoch(place, 0, 0, Sums.zeros(ranks.device), args) == (2, PAUSE)
+        place = training(model, args, ranks, 2, partial(engine_gaze.batch_losses, cc_weight=1.0))
+        assert (requested(place, batch, watch), place.step) == (PAUSE, 2)
 
 
 @pytest.mark.parametrize(("recipe", "task"), [("published", MULTILABEL), ("layer_decay", MULTICLASS)])
@@ -120,7 +125,6 @@ def test_fine_tuning(recipe, task, watch, monkeypatch):
 
     Images.task = task
     with fake_gpu(model, monkeypatch) as ranks:
-        optimizer = build_optimizer(model, RECIPES[recipe])
         mean, std = normalisation("imagenet")
         tuning = Tuning(
             Images,
@@ -134,24 +138,8 @@ def test_fine_tuning(recipe, task, watch, monkeypatch):
             ranks=ranks,
             signals=None,
         )
-        batches = iter([(pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3))] * 9)
-        sums = torch.zeros(2, dtype=torch.float64, device=CUDA)
-        with Steps("test", 9, "steps", enabled=False) as progress:
-            request = engine_finetune._train_epoch(
-                tuning,
-                model,
-                model,
-                optimizer,
-                make_scaler("bfloat16", CUDA),
-                batches,
-                9,
-                Place(),
-                sums,
-                0,
-                watch,
-                progress,
-            )
-        assert request == PAUSE
+        place = make_training(tuning, model, 0, 9)
+        assert requested(place, (pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3)), watch) == PAUSE
 
 
 def small_vit(**options) -> nn.Module:

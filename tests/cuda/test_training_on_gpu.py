@@ -11,18 +11,19 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from host_waits import no_host_waits
+from host_waits import GivenBatches, no_host_waits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import run_pretrain
-from engine_pretrain import Meters, Training, train_one_epoch, update
+from engine_pretrain import batch_losses, name_means
 from util import distributed
-from util.finite import FiniteWatch, make_scaler, update_was_skipped
+from util.finite import make_scaler, update_was_skipped
 from util.logging import Progress, RunLog
 from util.lr_sched import parameter_groups
 from util.masking import (
@@ -35,6 +36,7 @@ from util.masking import (
     significant_patches,
 )
 from util.stop import StopSignals
+from util.training import Sums, Training
 
 ROOT = Path(run_pretrain.__file__).parent
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -62,7 +64,7 @@ def batches(n, device, size=64, batch_size=4, seed=0):
 
 @contextlib.contextmanager
 def training_of(given, device, tmp_path, *flags, n_steps=None):
-    """A `Training` on given batches, without files or workers, and its options."""
+    """A `Training` on given batches, without files or workers."""
     args = run_pretrain.get_args_parser().parse_args([*FLAGS, "--device", device, *flags])
     ranks = distributed.start(device)
     run_pretrain.settle_options(args, ranks)
@@ -71,33 +73,28 @@ def training_of(given, device, tmp_path, *flags, n_steps=None):
         core.compile()
     optimizer = torch.optim.AdamW(parameter_groups(core, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     with StopSignals() as signals:
-        watch = FiniteWatch(
-            ranks.device, signals, half=args.dtype == "float16", sample_names=lambda epoch, step: [f"{epoch} {step}"]
-        )
         steps = n_steps or len(given)
-        yield (
-            Training(
-                model=core,
-                core=core,
-                optimizer=optimizer,
-                scaler=make_scaler(args.dtype, ranks.device),
-                batches=iter(given),
-                dataset_size=4 * steps,
-                steps_per_epoch=steps,
-                watch=watch,
-                ranks=ranks,
-                log=RunLog(tmp_path, tmp_path, 0.0, enabled=False),
-                progress=Progress(steps, 0, 4, enabled=False),
-            ),
-            args,
+        training = Training(
+            core=core,
+            optimizer=optimizer,
+            ranks=ranks,
+            signals=signals,
+            options=vars(args),
+            n_values=len(core.scale_list) + 1,
+            losses=partial(batch_losses, args=args),
+            name_means=partial(name_means, core),
+            sample_name=lambda i: f"sample {i}",
+            dataset_size=4 * steps,
         )
+        silent = RunLog(tmp_path, tmp_path, 0.0, enabled=False)
+        training.start(GivenBatches(given, steps), log=silent, progress=Progress(steps, 0, 4, enabled=False))
+        yield training
 
 
-def losses_of(training, args, n_scales=2):
-    meters = Meters.zeros(n_scales, training.ranks.device)
-    step, request = train_one_epoch(training, 0, 0, meters, args)
-    assert (step, request) == (training.steps_per_epoch, 0)
-    return meters.epoch_means()
+def losses_of(training):
+    """Means of an epoch."""
+    assert training.train_epoch() == 0 and training.step == training.steps_per_epoch
+    return training.sums.means()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -108,14 +105,14 @@ def test_no_step_waits_for_the_device(device, masking, dtype, tmp_path):
         pytest.skip("slow on the CPU and the same code")
     with (
         no_host_waits(batches(8, device), device) as given,
-        training_of(given, device, tmp_path, "--masking", masking, "--dtype", dtype, n_steps=8) as (training, args),
+        training_of(given, device, tmp_path, "--masking", masking, "--dtype", dtype, n_steps=8) as training,
     ):
-        assert all(math.isfinite(loss) for loss in losses_of(training, args))
+        assert all(math.isfinite(loss) for loss in losses_of(training))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_overflow_skips_the_update_and_lowers_the_scale(device, tmp_path):
-    with training_of(batches(1, device), device, tmp_path, "--dtype", "float16") as (training, _):
+    with training_of(batches(1, device), device, tmp_path, "--dtype", "float16") as training:
         parameters = [p for group in training.optimizer.param_groups for p in group["params"] if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
         for group in training.optimizer.param_groups:
@@ -127,11 +124,11 @@ def test_an_overflow_skips_the_update_and_lowers_the_scale(device, tmp_path):
             training.scaler.scale(loss).backward()
 
         backward(math.inf)
-        assert float(update(training, None)) == 1
+        assert float(training.update()) == 1
         assert training.scaler.get_scale() == scale / 2
         assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
         backward(1.0)
-        assert float(update(training, None)) == 0
+        assert float(training.update()) == 0
         assert not any(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
 
 
@@ -190,18 +187,18 @@ def test_memory_does_not_grow(device, tmp_path):
                 seen.append(torch.cuda.memory_allocated())
             yield batch
 
-    with training_of(watched(), device, tmp_path, "--dtype", "bfloat16", n_steps=n) as (training, args):
-        losses_of(training, args)
+    with training_of(watched(), device, tmp_path, "--dtype", "bfloat16", n_steps=n) as training:
+        losses_of(training)
     if device == "cuda":
         assert max(seen[20:]) <= max(seen[5:20]), seen
 
 
-class LossesOfSteps(Meters):
-    """Keeps the losses of every step."""
+class ValuesOfSteps(Sums):
+    """Keeps the values of every step."""
 
-    def add(self, losses, n_significant):
-        self.__dict__.setdefault("steps", []).append(losses.detach().clone())
-        super().add(losses, n_significant)
+    def add(self, values):
+        self.__dict__.setdefault("steps", []).append(values.clone())
+        super().add(values)
 
 
 # With CUDA graphs the first step runs as it is, the second is recorded, and the later ones are replayed.
@@ -220,12 +217,12 @@ def test_compiled_losses_are_the_same(device, how, tmp_path):
     results = []
     torch.compiler.reset()
     for compiled in (False, True):
-        with training_of(given, device, tmp_path, "--dtype", "float32") as (training, args):
+        with training_of(given, device, tmp_path, "--dtype", "float32") as training:
             if compiled:
                 training.core.compile(fullgraph=True, **how)
-            meters = LossesOfSteps.zeros(2, training.ranks.device)
-            train_one_epoch(training, 0, 0, meters, args)
-            results.append(torch.stack(meters.steps).cpu())
+            training.sums = ValuesOfSteps(3, training.ranks.device)
+            training.train_epoch()
+            results.append(torch.stack(training.sums.steps)[:, :2].float().cpu())
     eager, found = results
     torch.testing.assert_close(found[0], eager[0], rtol=1e-5, atol=0)
     # AdamW's first updates are nearly the gradient's sign, so that the last bit of a gradient near 0 is amplified.
@@ -240,7 +237,7 @@ def test_one_rank_of_a_process_group(device, tmp_path):
     given = batches(1, device)
     gradients = []
     for wrapped in (False, True):
-        with training_of(given, device, tmp_path, "--dtype", "float32") as (training, _):
+        with training_of(given, device, tmp_path, "--dtype", "float32") as training:
             core = training.core
             if wrapped:
                 torch.distributed.init_process_group(

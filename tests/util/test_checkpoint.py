@@ -14,7 +14,7 @@ import torch
 from made_checkpoints import make_state, write
 
 from util import checkpoint
-from util.checkpoint import CheckpointError, fitting, load_checkpoint, save_checkpoint, verify_checkpoint
+from util.checkpoint import CheckpointError, load_checkpoint, restoring, save_checkpoint, verify_checkpoint
 from util.errors import UserError
 
 Usage = collections.namedtuple("Usage", "free")
@@ -197,9 +197,9 @@ def test_content_that_no_run_has_written_is_refused(tmp_path, change, reason):
 
 def test_what_does_not_fit_is_one_line(tmp_path):
     for error in (KeyError("sums"), RuntimeError("size\n mismatch"), TypeError("x")):
-        with pytest.raises(CheckpointError, match=f"^a.pth: .*{type(error).__name__}") as caught, fitting("a.pth"):
+        with pytest.raises(CheckpointError, match=f"^a.pth: .*{type(error).__name__}") as caught, restoring("a.pth"):
             raise error
         assert "\n" not in str(caught.value)
     for error in (UserError("as it is"), torch.OutOfMemoryError("as it is")):
-        with pytest.raises(type(error), match="^as it is$"), fitting("a.pth"):
+        with pytest.raises(type(error), match="^as it is$"), restoring("a.pth"):
             raise error

@@ -15,7 +15,7 @@ from util.finite import (
     NonFiniteError,
     UnitScaler,
     make_scaler,
-    poison,
+    nan_gradient_unless_finite,
     update_was_skipped,
 )
 from util.stop import GO_ON, PAUSE, TERMINATE
@@ -43,7 +43,7 @@ def note(watch: FiniteWatch, step: int, *, loss: float = 1.0, skipped: bool = Fa
 @pytest.mark.parametrize("loss", [1.25, math.inf, -math.inf, math.nan])
 def test_poison_leaves_a_finite_loss_and_its_gradient_and_spoils_any_other(loss):
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
-    total = poison(weight.sum() * 0.5 + (loss - 1.5))
+    total = nan_gradient_unless_finite(weight.sum() * 0.5 + (loss - 1.5))
     total.backward()
     if math.isfinite(loss):
         assert total.item() == loss and weight.grad.tolist() == [0.5, 0.5]
@@ -60,7 +60,7 @@ def test_no_update_is_made_with_a_nonfinite_gradient(clip):
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**31 - 1)
     history = []
     for factor in (1.0, math.inf, 1.0, math.nan):
-        loss = poison((weight * weight).sum() * factor + other)
+        loss = nan_gradient_unless_finite((weight * weight).sum() * factor + other)
         scaler.scale(loss).backward()
         if clip:
             scaler.unscale_(optimizer)
@@ -182,7 +182,7 @@ def test_outside_fp16_there_is_no_scale():
     scaler = make_scaler("float32", CPU)
     before = scaler.state_dict()
     for factor in [math.nan] * 300 + [1.0]:
-        scaler.scale(poison((weight * weight).sum() * factor)).backward()
+        scaler.scale(nan_gradient_unless_finite((weight * weight).sum() * factor)).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

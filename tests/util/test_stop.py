@@ -62,7 +62,7 @@ def test_first_signal_asks_and_the_second_stops_at_once(capfd):
 def test_a_signal_from_before_ends_what_has_nothing_to_save():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(SystemExit) as ended, signals.at_once():
+        with pytest.raises(SystemExit) as ended, signals.exit_at_signal():
             raise AssertionError("went on")
     assert ended.value.code == 143
 
@@ -73,7 +73,7 @@ def test_a_rank_that_waits_for_the_others_can_be_stopped(tmp_path):
     code = (
         "from util import distributed; from util.stop import StopSignals\n"
         "with StopSignals() as signals:\n"
-        " with signals.off():\n"
+        " with signals.default_handlers():\n"
         "  print('waiting', flush=True); distributed.start('cpu', dist_url=f'file://{sys.argv[1]}')\n"
     )
     command = [sys.executable, "-c", f"import sys\n{code}", str(tmp_path / "meet")]

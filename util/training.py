@@ -1,0 +1,295 @@
+"""The training loop of every task: steps, sums, reports, checkpoints, and stops that all ranks agree upon.
+
+A task makes a `Training` from two functions of its own, the losses of a batch and what follows an epoch, and calls
+`restore` (to resume), `start` and `run`. Exact resuming rests on the order in `run`: the epoch's line before its
+checkpoint, and everything that is under way on the device before any checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util import distributed
+from util.checkpoint import FORMAT, restoring
+from util.finite import REMEDY, FiniteWatch, make_scaler, nan_gradient_unless_finite, update_was_skipped
+from util.logging import Progress, RunLog
+from util.lr_sched import learning_rate
+from util.resume import describe_mismatch
+from util.stop import GO_ON, StopSignals
+
+
+class Sums:
+    """Sums over this rank's steps, kept on the device until they are read.
+
+    Attributes:
+        totals: float64 [2, V + 1], since the epoch began and since the last report: V values and the number of steps.
+    """
+
+    def __init__(self, n_values: int, device: torch.device):
+        self.totals = torch.zeros(2, n_values + 1, dtype=torch.float64, device=device)
+
+    def add(self, values: Tensor) -> None:
+        """Add a step's values [V], unless one is not finite: no update is made with such a step either."""
+        values = values.detach().double()
+        row = torch.cat([values, torch.ones_like(values[:1])])
+        self.totals += torch.where(torch.isfinite(row).all(), row, 0.0)
+
+    def means(self, row: int = 0) -> list[float]:
+        """Means [V] since the epoch began (row 0) or since the last report (row 1); NaN if no step was finite."""
+        return (self.totals[row, :-1] / self.totals[row, -1]).tolist()
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A run of training and its place in it.
+
+    Attributes:
+        core: the bare model; `model`, which the task calls, wraps it for several ranks.
+        options: dtype, epochs, and, if the task has them, accum_iter, clip_grad, print_every, skip_nonfinite, and those
+            of the learning rate. Checkpoints hold them as "args".
+        losses: from (training, batch), the losses [L], whose sum is minimised, and the values [V] to average.
+        finish_epoch: from (training, means over all ranks [V], seconds), the epoch's record for log.txt. It may save.
+        name_means: names of the values in TensorBoard, from their means; the first is shown as the loss.
+        save_due: whether to save now, at the end of an epoch.
+        write: writes a checkpoint's state; called on rank 0.
+        more_state: what the task adds to a checkpoint.
+        is_over: whether training ends before `epochs`.
+        rate: learning rate at (epoch, step); by default warm-up and cosine by the options.
+        sample_name: name of a sample of the data set, by number; `samples` is a digest of all names in order.
+        epoch, step: the place, in steps done since the epoch began.
+        waited: seconds spent waiting for data.
+    """
+
+    core: nn.Module
+    optimizer: torch.optim.Optimizer
+    ranks: distributed.Ranks
+    signals: StopSignals
+    options: Mapping[str, Any]
+    n_values: int
+    losses: Callable[[Training, Any], tuple[Tensor, Tensor]]
+    finish_epoch: Callable[[Training, list[float], float], dict[str, Any]] | None = None
+    save_due: Callable[[], bool] = lambda: False
+    write: Callable[[dict[str, Any]], None] = lambda state: None
+    more_state: Callable[[], dict[str, Any]] = dict
+    is_over: Callable[[], bool] = lambda: False
+    name_means: Callable[[list[float]], dict[str, float]] | None = None
+    rate: Callable[[int, int], float] | None = None
+    sample_name: Callable[[int], str] = str
+    samples: str | None = None
+    dataset_size: int = 0
+    remedy: str = REMEDY
+    epoch: int = 0
+    step: int = 0
+    waited: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        dtype, device = self.options["dtype"], self.ranks.device
+        self.scaler = make_scaler(dtype, device)
+        self.watch = FiniteWatch(
+            device,
+            self.signals,
+            group=self.ranks.control,
+            half=dtype == "float16",
+            skip_nonfinite=self.options.get("skip_nonfinite", 0),
+            remedy=self.remedy,
+            sample_names=lambda epoch, step: [
+                self.sample_name(i) for i in self.loader.batch_sampler.batch(epoch, step)
+            ],
+        )
+        self.sums = Sums(self.n_values, device)
+
+    def restore(self, state: Mapping[str, Any], path: str | os.PathLike) -> None:
+        """Go on from a checkpoint's place, before `start`. The optimiser's hyper-parameters stay those of this command.
+
+        Raises CheckpointError, which names `path`.
+        """
+        with restoring(path):
+            self.core.load_state_dict(state["model"])
+            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+            # Elsewhere the scale stays 1 (`util.finite.make_scaler`), and under float16 a scale of 1 would stay too low.
+            if state["args"]["dtype"] == "float16":
+                self.scaler.load_state_dict(state["scaler"])
+            self.watch.load_state_dict(state.get("watch", {}))
+            totals = torch.tensor(state["meters"]["sums"], dtype=torch.float64)  # [ranks, ...]
+            same = len(totals) == self.ranks.world_size  # another number of ranks goes on from their mean
+            self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
+            self.epoch, self.step = state["epoch"] + 1, state["step"]
+
+    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike, shape_flags: Collection[str]) -> None:
+        """Print which options and data differ from those of a checkpoint. Raises UserError if it can't go on with them
+        (`util.resume.describe_mismatch`)."""
+        with restoring(path):
+            table = describe_mismatch(state, self.options, shape_flags=shape_flags, **self.setting())
+        if table:
+            self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+
+    def start(self, loader, *, log: RunLog | None = None, progress=None, sync_buffers: bool = False) -> None:
+        """Open the logs, if `log` and `progress` are not given, and begin loading.
+
+        Args:
+            loader: this rank's batches from the place on; its `batch_sampler` is a `TrainBatches`.
+            progress: counts the steps done (`util.logging.Progress`, `util.progress.Steps`).
+            sync_buffers: each step starts from rank 0's buffers.
+        """
+        options, ranks, steps = self.options, self.ranks, loader.batch_sampler.steps_per_epoch
+        self.loader, self.log, self.progress, self.steps_per_epoch = loader, log, progress, steps
+        if log is None:
+            start = self.epoch + self.step / steps
+            self.log = RunLog(options["output_dir"], options["log_dir"], start, enabled=ranks.is_main)
+            self.log.start(options, ranks.world_size)
+        if progress is None:
+            batch, done = options["batch_size"] * ranks.world_size, self.epoch * steps + self.step
+            self.progress = Progress(options["epochs"] * steps, done, batch, enabled=ranks.is_main)
+        self.model = distributed.parallel(self.core, ranks, sync_buffers=sync_buffers)
+        self.batches = iter(loader)
+
+    def run(self) -> int:
+        """Train to the end or to a request to stop, saving on the way; returns the request, GO_ON if none is open.
+
+        Raises:
+            NonFiniteError: on all ranks, when the loss or the gradient of a step was not finite.
+        """
+        request = GO_ON
+        while request == GO_ON and not self._is_done():
+            began = time.perf_counter()
+            request = self.train_epoch()
+            if self.step == self.steps_per_epoch:
+                means = self._means_of_ranks()
+                record = self.finish_epoch(self, means, time.perf_counter() - began)
+                self.log.epoch({"epoch": self.epoch, **record})
+                self.sums.totals.zero_()
+                self.epoch, self.step = self.epoch + 1, 0
+            if request != GO_ON or (self.step == 0 and self.save_due()):
+                self.save()
+        return GO_ON if self._is_done() else request
+
+    def train_epoch(self) -> int:
+        """Train to the end of the epoch, or to an update after which all ranks agree to stop; returns the request.
+
+        A step is one forward and backward pass; every `accum_iter` steps the optimiser steps, with the learning rate of
+        the window's first step. Training stops only after an update, so no gradient is ever left behind.
+        """
+        accum_iter = self.options.get("accum_iter", 1)
+        print_every = self.options.get("print_every")
+        request = GO_ON
+        self.model.train()
+        while self.step < self.steps_per_epoch:
+            began = time.perf_counter()
+            batch = next(self.batches)
+            self.waited += time.perf_counter() - began
+
+            if self.step % accum_iter == 0:
+                lr = self._set_learning_rate()
+                window_losses = 0.0
+            updates = (self.step + 1) % accum_iter == 0
+            waits = not updates and self.ranks.world_size > 1  # gradients travel between ranks once per update
+            with self.model.no_sync() if waits else contextlib.nullcontext():
+                losses, values = self.losses(self, batch)
+                self.scaler.scale(nan_gradient_unless_finite(losses.sum()) / accum_iter).backward()
+            window_losses = window_losses + losses.detach() / accum_iter  # [L]
+            self.sums.add(values)
+            self.step += 1
+            self.progress.add(1)
+            if print_every and (self.step % print_every == 0 or self.step == self.steps_per_epoch):
+                self._report(lr)
+
+            if updates:
+                skipped = self.update()
+                window = range(self.step - accum_iter, self.step)
+                request = self.watch.step(self.epoch, window, lr=lr, losses=window_losses, skipped=skipped)
+                if request != GO_ON:
+                    break
+        return max(request, self.watch.settle())
+
+    def autocast(self) -> torch.autocast:
+        """The context of the forward pass."""
+        dtype = getattr(torch, self.options["dtype"])
+        return torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint (`util.checkpoint`) holds at this place. All ranks call this, each with its own sums."""
+        return {
+            "model": self.core.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "watch": self.watch.state_dict(),
+            "epoch": self.epoch - 1,
+            "step": self.step,
+            "args": dict(self.options),
+            "meters": {"sums": self.ranks.gather(self.sums.totals.tolist())},
+            **self.setting(),
+            "format": FORMAT,
+            **self.more_state(),
+        }
+
+    def save(self) -> None:
+        """Save a checkpoint of this place. All ranks call this; rank 0 writes."""
+        state = self.state()
+
+        def write() -> None:
+            self.log.flush()
+            self.write(state)
+
+        distributed.on_main(self.ranks, write)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.log.close()
+
+    def setting(self) -> dict[str, Any]:
+        """On what the numbers depend beside the options."""
+        return {
+            "world_size": self.ranks.world_size,
+            "dataset_size": self.dataset_size,
+            "samples": self.samples,
+            "threads": torch.get_num_threads() if self.ranks.device.type == "cpu" else None,
+        }
+
+    def _is_done(self) -> bool:
+        return self.epoch >= self.options["epochs"] or self.is_over()
+
+    def _set_learning_rate(self) -> float:
+        if self.rate is not None:
+            lr = self.rate(self.epoch, self.step)
+        else:
+            named = {key: self.options[key] for key in ("lr", "min_lr", "warmup_epochs", "epochs")}
+            lr = learning_rate(self.epoch + self.step / self.steps_per_epoch, **named)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+    def update(self) -> Tensor:
+        """Step the optimiser; returns a scalar on the device, non-zero if the gradient was not finite and the update was
+        left out."""
+        if (clip_grad := self.options.get("clip_grad")) is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.core.parameters(), clip_grad)
+        self.scaler.step(self.optimizer)
+        skipped = update_was_skipped(self.scaler, self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return skipped
+
+    def _report(self, lr: float) -> None:
+        """Show this rank's means since the last report on the terminal and in TensorBoard."""
+        values = self.name_means(self.sums.means(1))  # the only wait for the device
+        self.sums.totals[1] = 0
+        rates = self.progress.rates(self.waited)
+        where = f"epoch {self.epoch + 1}/{self.options['epochs']}  step {self.step}/{self.steps_per_epoch}"
+        self.progress.show(where, next(iter(values.values())), lr, rates)
+        self.log.scalars({**values, "lr": lr, **rates}, self.epoch + self.step / self.steps_per_epoch)
+
+    def _means_of_ranks(self) -> list[float]:
+        ranks_means = self.ranks.gather(self.sums.means())
+        return [sum(values) / len(values) for values in zip(*ranks_means, strict=True)]
