@@ -111,14 +111,12 @@ class Training:
         """
         with restoring(path):
             self.core.load_state_dict(state["model"])
-            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-                group["weight_decay"] = decay
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
             # Elsewhere the scale stays 1 (`util.finite.make_scaler`), and under float16 a scale of 1 would stay too low.
             if state["args"]["dtype"] == "float16":
                 self.scaler.load_state_dict(state["scaler"])
-            self.watch.load_state_dict(state.get("watch", {}))
+            self.watch.load_state_dict(state["watch"])
             totals = torch.tensor(state["meters"]["sums"], dtype=torch.float64)  # [ranks, ...]
             same = len(totals) == self.ranks.world_size  # another number of ranks goes on from their mean
             self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
