@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,12 +75,12 @@ class Training:
     options: Mapping[str, Any]
     n_values: int
     losses: Callable[[Training, Any], tuple[Tensor, Tensor]]
-    finish_epoch: Callable[[Training, list[float], float], dict[str, Any]] | None = None
+    finish_epoch: Callable[[Training, list[float], float], dict[str, Any]] = None
     save_due: Callable[[], bool] = lambda: False
     write: Callable[[dict[str, Any]], None] = lambda state: None
     more_state: Callable[[], dict[str, Any]] = dict
     is_over: Callable[[], bool] = lambda: False
-    name_means: Callable[[list[float]], dict[str, float]] | None = None
+    name_means: Callable[[list[float]], dict[str, float]] = None
     rate: Callable[[int, int], float] | None = None
     sample_name: Callable[[int], str] = str
     samples: str | None = None
@@ -88,7 +88,6 @@ class Training:
     remedy: str = REMEDY
     epoch: int = 0
     step: int = 0
-    waited: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         dtype, device = self.options["dtype"], self.ranks.device
@@ -105,6 +104,7 @@ class Training:
             ],
         )
         self.sums = Sums(self.n_values, device)
+        self.waited = 0.0
 
     def restore(self, state: Mapping[str, Any], path: str | os.PathLike) -> None:
         """Go on from a checkpoint's place, before `start`. The optimiser's hyper-parameters stay those of this command.
@@ -113,14 +113,12 @@ class Training:
         """
         with restoring(path):
             self.core.load_state_dict(state["model"])
-            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-                group["weight_decay"] = decay
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
             # Elsewhere the scale stays 1 (`util.finite.make_scaler`), and under float16 a scale of 1 would stay too low.
             if state["args"]["dtype"] == "float16":
                 self.scaler.load_state_dict(state["scaler"])
-            self.watch.load_state_dict(state.get("watch", {}))
+            self.watch.load_state_dict(state["watch"])
             totals = torch.tensor(state["meters"]["sums"], dtype=torch.float64)  # [ranks, ...]
             same = len(totals) == self.ranks.world_size  # another number of ranks goes on from their mean
             self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
@@ -135,7 +133,7 @@ class Training:
             self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
 
     def start(self, loader, *, log: RunLog | None = None, progress=None, sync_buffers: bool = False) -> None:
-        """Open the logs, if `log` and `progress` are not given, and begin loading.
+        """Open log and progress, if not given, and begin loading.
 
         Args:
             loader: this rank's batches from the place on; its `batch_sampler` is a `TrainBatches`.
@@ -148,7 +146,6 @@ class Training:
             start = self.epoch + self.step / steps
             self.log = RunLog(options["output_dir"], options["log_dir"], start, enabled=ranks.is_main)
             self.log.start(options, ranks.world_size)
-        if progress is None:
             batch, done = options["batch_size"] * ranks.world_size, self.epoch * steps + self.step
             self.progress = Progress(options["epochs"] * steps, done, batch, enabled=ranks.is_main)
         self.model = distributed.parallel(self.core, ranks, sync_buffers=sync_buffers)
@@ -165,7 +162,8 @@ class Training:
             began = time.perf_counter()
             request = self.train_epoch()
             if self.step == self.steps_per_epoch:
-                means = self._means_of_ranks()
+                means_of_ranks = self.ranks.gather(self.sums.means())
+                means = [sum(values) / len(values) for values in zip(*means_of_ranks, strict=True)]
                 record = self.finish_epoch(self, means, time.perf_counter() - began)
                 self.log.epoch({"epoch": self.epoch, **record})
                 self.sums.totals.zero_()
@@ -289,7 +287,3 @@ class Training:
         where = f"epoch {self.epoch + 1}/{self.options['epochs']}  step {self.step}/{self.steps_per_epoch}"
         self.progress.show(where, next(iter(values.values())), lr, rates)
         self.log.scalars({**values, "lr": lr, **rates}, self.epoch + self.step / self.steps_per_epoch)
-
-    def _means_of_ranks(self) -> list[float]:
-        ranks_means = self.ranks.gather(self.sums.means())
-        return [sum(values) / len(values) for values in zip(*ranks_means, strict=True)]
