@@ -26,8 +26,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from datasets.prepare.heatmaps import find_heatmaps
+from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import Exclusion

@@ -29,9 +29,8 @@ from datasets.build import IMAGES_INDEX, detect_tree
 from datasets.gaze_maps import resize_whole
 from datasets.mimic import Mimic
 from datasets.prepare.heatmaps import LOOSE_INDEX
-from datasets.prepare.layout import finished_lines, read_record
+from datasets.prepare.layout import Unit, finished_lines, origin_of, read_record, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.pixels import attention_maps, count_significant, write_image
 from datasets.prepare.work import Made, PrepareReport, finish_tree, versions
 from datasets.raw.readings import Exclusion

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from datasets.prepare.entries import entry, entry_id, stored_image
+from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
 from datasets.raw.egd import DEFAULT_SIGMA, find_egd_root, read_egd
 from datasets.raw.image_index import FoundImages, find_images

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from datasets.prepare.layout import Unit
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit
 from datasets.raw.readings import Exclusion
 from util.errors import UserError
 
