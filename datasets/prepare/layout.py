@@ -19,6 +19,7 @@ FORMAT = 3  # raised with every change of what the same sources become
 LAYERS = ("prepare", "gaze")  # each is made from the one before it
 STAGING, LOCK = ".making", ".prepare.lock"
 FOLDERS = ("images", "files", "attention", "foreground")  # of ours, in a tree whose list of origins was lost
+DECODER = json.JSONDecoder()
 Stamp = tuple[int, int, int]
 
 
@@ -111,7 +112,7 @@ def read_line(line: str) -> tuple[str, str, dict[str, int], Any]:
 
 def key_of(line: str) -> str:
     """The key of a line, without reading the rest."""
-    return json.JSONDecoder().raw_decode(line, 1)[0]
+    return DECODER.raw_decode(line, 1)[0]
 
 
 def files_of(line: str) -> list[str]:
