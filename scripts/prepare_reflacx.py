@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "image shown, as the data set's authors' example does")
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
-    add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
+    add("--overwrite", action="store_true", help="start afresh; the new tree replaces the old one in --out once it is whole")
     add_accept_damaged(parser)
     add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
     # fmt: on

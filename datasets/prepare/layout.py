@@ -156,10 +156,6 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def pretty_json(content: object) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
 def differing_options(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """ "size 512 there, size 64 asked for", of the options that are not the same."""
     keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]

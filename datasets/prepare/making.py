@@ -46,7 +46,6 @@ from datasets.prepare.layout import (
     held_files,
     index_lines,
     key_of,
-    pretty_json,
     read_json,
     read_line,
     read_record,
@@ -179,9 +178,7 @@ class TreeMaking:
         """After an error before anything was staged: nothing of ours stays."""
         if any(self._folder.glob("units*")) or (self._folder / "commit").exists():
             return
-        remove_folder(self._folder)
-        with contextlib.suppress(OSError):  # the other layer is unfinished
-            (self.out / STAGING).rmdir()
+        _remove_staging(self.out, self.layer)
         if self._is_new and os.listdir(self.out) == [LOCK]:
             (self.out / LOCK).unlink()
             self.out.rmdir()
@@ -195,8 +192,8 @@ class TreeMaking:
         if not units:
             raise UserError(f"{self.out}: nothing to make a tree of")
         self._units = {unit.key: unit for unit in units}
-        self._versions = json.loads(json.dumps(versions))
-        self._refuse_loss(sorted(self._old.keys() - self._units.keys()), "their sources are away or left out now")
+        self._versions = versions
+        self._refuse_loss(sorted(self._old.keys() - self._units.keys()), "their sources are missing or left out now")
         if not self.dry_run:
             if self.part is None:
                 self._start()
@@ -216,7 +213,7 @@ class TreeMaking:
         return all(stamp(f"{folder}/{name}")[0] == size for name, size in sizes.items())
 
     def _take_staged(self) -> None:
-        """What earlier runs staged, that holds; of the rest not even the lines stay, lest it should hold again."""
+        """Go on from what earlier runs staged, if it holds. Drop the other lines: they must not hold again, later."""
         journals = sorted(self._folder.glob("units*"))
         for path in journals:
             with open(path, encoding="utf-8", errors="replace") as lines:
@@ -302,22 +299,22 @@ class TreeMaking:
         content = {**own, **record, "made_with": self._made_with or [self._versions]}
         for name, make in (tables or {}).items():
             write_parts(self.staging / name, make())
-        write_parts(self.staging / f"{self.layer}.json", [pretty_json(content)])
+        write_parts(self.staging / f"{self.layer}.json", [json.dumps(content, indent=1, ensure_ascii=False), "\n"])
         write_parts(self.staging / index, index_lines(entries()))
         changed = [name for name in self.root_files if not same_file(self.staging / name, self.out / name)]
-        if changed or gone or self._staged:
-            indexes = [index, *read_record(self.out, self.layer).get("root_files", [])[-1:]]
-            if changed != [f"{self.layer}.json"] or gone or self._staged:  # else nothing that others are made from
-                indexes += (name for layer in above for name in read_record(self.out, layer).get("root_files", [])[-1:])
-            if self.overwrite:
-                for layer in above:
+        if changed == [f"{self.layer}.json"] and not gone and not self._staged:  # nothing that others are made from
+            os.replace(self.staging / changed[0], self.out / changed[0])
+        elif changed or gone or self._staged:
+            indexes = [index]
+            for layer in (self.layer, *above):
+                indexes += read_record(self.out, layer).get("root_files", [])[-1:]
+                if self.overwrite and layer != self.layer:
                     remove_folder(self.out / STAGING / layer)
             todo = {"indexes": indexes, "remove": sorted(gone), "root": self.root_files}
             lines = (self._now[key] for key in self._staged)
             write_parts(self._folder / "commit", (f"{line}\n" for line in (json.dumps(todo), *lines)))
             finish_commit(self.out, self.layer)
-        else:
-            _remove_staging(self.out, self.layer)
+        _remove_staging(self.out, self.layer)
         for path in self.out.glob(f"{LOCK}-*"):
             path.unlink()
 
