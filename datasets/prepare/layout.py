@@ -86,7 +86,7 @@ def refuse_foreign(root: Path, layer: str) -> None:
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: is not a directory; choose another --out")
     if layer != LAYERS[0]:
-        index = read_record(root).get("root_files", ["prepare.json"])[-1]
+        index = read_record(root).get("root_files", ["prepare.json"])[0]
         if not (root / index).exists():
             raise UserError(f"{root}: holds no finished tree of images (no {index})")
     if read_record(root) or (root / STAGING / LAYERS[0] / "commit").exists():
@@ -121,7 +121,7 @@ def files_of(line: str) -> list[str]:
 
 def held_files(root: Path, layer: str) -> Iterator[str]:
     """All that earlier runs made of a layer; if its list was lost, all that is in our folders."""
-    yield from read_record(root, layer).get("root_files", [])
+    yield from (f"{layer}.origins", f"{layer}.json", *read_record(root, layer).get("root_files", []))
     try:
         for line in finished_lines(root, layer).values():
             yield from files_of(line)

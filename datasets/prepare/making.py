@@ -71,7 +71,6 @@ class TreeMaking:
         out: the tree's root. A directory that is neither empty nor a tree of ours is refused.
         options: all that decides pixels or membership and is the same for every unit; a tree has one set.
         index: name of the index, which `finish` writes last.
-        tables: names of further files at the root that `finish` writes.
         layer: one of `LAYERS`. A layer above needs the tree below it.
         part: (i, n) makes a share of the units, beside runs with other i, as in arrays of jobs. It can't
             `finish`; a run without `part` does, and makes what is left.
@@ -89,7 +88,6 @@ class TreeMaking:
         options: Mapping[str, Any],
         *,
         index: str,
-        tables: Sequence[str] = (),
         layer: str = LAYERS[0],
         part: tuple[int, int] | None = None,
         overwrite: bool = False,
@@ -97,10 +95,9 @@ class TreeMaking:
     ):
         if overwrite and part is not None:
             raise UserError("--overwrite: one part of several can't start a tree afresh; run once without parts")
-        self.out, self.layer, self.part = Path(out).resolve(), layer, part
+        self.out, self.layer, self.part, self.index = Path(out).resolve(), layer, part, index
         self.options = json.loads(json.dumps({"format": FORMAT, **options}))
         self.overwrite, self.dry_run = overwrite, dry_run
-        self.root_files = [f"{layer}.origins", *tables, f"{layer}.json", index]
         self.n_made = self.n_anew = 0  # units made; of them those that the tree had otherwise
         self._folder = self.out / STAGING / layer
         self.staging = self._folder / "tree"  # where a unit's files are written, each by its path in the tree
@@ -288,29 +285,31 @@ class TreeMaking:
         if not self._now:
             raise UserError(f"{self.out}: not one entry is left for the tree")
         above = LAYERS[LAYERS.index(self.layer) + 1 :]
-        gone = self._gone(above)
+        tables = tables or {}
+        root = [f"{self.layer}.origins", *tables, f"{self.layer}.json", self.index]
+        gone = self._gone(above) - {*root}
         if not self.overwrite:
             self._refuse_loss(sorted(gone), "what they are made from can't be used now")
         if self.dry_run:
             return
-        origins, index = self.staging / self.root_files[0], self.root_files[-1]
+        origins = self.staging / root[0]
         write_parts(origins, (f"{self._now[key]}\n" for key in sorted(self._now)))
-        own = {"options": self.options, "root_files": self.root_files, "origins": digest_of(origins)}
+        own = {"options": self.options, "root_files": [self.index, *tables], "origins": digest_of(origins)}
         content = {**own, **record, "made_with": self._made_with or [self._versions]}
-        for name, make in (tables or {}).items():
+        for name, make in tables.items():
             write_parts(self.staging / name, make())
         write_parts(self.staging / f"{self.layer}.json", [json.dumps(content, indent=1, ensure_ascii=False), "\n"])
-        write_parts(self.staging / index, index_lines(entries()))
-        changed = [name for name in self.root_files if not same_file(self.staging / name, self.out / name)]
+        write_parts(self.staging / self.index, index_lines(entries()))
+        changed = [name for name in root if not same_file(self.staging / name, self.out / name)]
         if changed == [f"{self.layer}.json"] and not gone and not self._staged:  # nothing that others are made from
             os.replace(self.staging / changed[0], self.out / changed[0])
         elif changed or gone or self._staged:
-            indexes = [index]
+            indexes = [self.index]
             for layer in (self.layer, *above):
-                indexes += read_record(self.out, layer).get("root_files", [])[-1:]
+                indexes += read_record(self.out, layer).get("root_files", [])[:1]
                 if self.overwrite and layer != self.layer:
                     remove_folder(self.out / STAGING / layer)
-            todo = {"indexes": indexes, "remove": sorted(gone), "root": self.root_files}
+            todo = {"indexes": indexes, "remove": sorted(gone), "root": root}
             lines = (self._now[key] for key in self._staged)
             write_parts(self._folder / "commit", (f"{line}\n" for line in (json.dumps(todo), *lines)))
             finish_commit(self.out, self.layer)
@@ -328,7 +327,7 @@ class TreeMaking:
                 gone.update(held_files(self.out, layer))
         for line in self._now.values() if gone else ():
             gone.difference_update(files_of(line))
-        return gone - {*self.root_files}
+        return gone
 
     def _refuse_loss(self, names: Sequence[str], why: str) -> None:
         if names:

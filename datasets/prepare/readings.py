@@ -108,7 +108,7 @@ def prepare(
     options = Options(
         source, size, readings, split, dicom_contrast=dicom_contrast, screen_filter=screen_filter, **reader_options
     )
-    making = TreeMaking(out, asdict(options), index=INDEX, tables=[FIXATIONS], overwrite=overwrite, dry_run=dry_run)
+    making = TreeMaking(out, asdict(options), index=INDEX, overwrite=overwrite, dry_run=dry_run)
     with making:
         raw_readings = SOURCES[source][1](raw, **reader_options)
         chosen = {reading.id: reading for reading in raw_readings.readings if split in ("all", reading.split)}

@@ -33,6 +33,7 @@ OPTIONS = {
     "reflacx": {"size": [0, 24], "readings": ["one", "each", "merge"], "split": ["all", "train"]},
     "mimic": {"size": [0, 24], "views": [("AP", "PA"), ("all",)]},
 }
+INDEX = {"reflacx": "reflacx.json", "mimic": "mimic-cxr-jpg-cleanv4.json"}
 WRITES = ("replace", "unlink", "rmdir", "mkdir", "truncate", "fsync")
 
 
@@ -181,6 +182,7 @@ class Preparation(RuleBasedStateMachine):
         """After a kill: the finished tree is what it was, or what it is about to be."""
         lines = self.current("prepare.origins")
         self.finished = lines and {name for line in lines.splitlines() for name in files_of(line)}
+        assert not lines or self.committing() or (self.out / INDEX[self.kind]).exists()
 
     @rule(number=st.integers(1, 60), after=st.booleans(), overwrite=st.booleans())
     def kill(self, number, after, overwrite):
