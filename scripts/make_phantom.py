@@ -63,7 +63,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="damage to plant, a reading each; none if not given")
     parser.add_argument("--real_radiograph", action="store_true", default=None,
         help="add the one real film that pip's pydicom-data brings, with a simulated reading")
-    parser.add_argument("--egd", action="store_true", help="the same as --layout egd")
     # fmt: on
     return parser
 
@@ -71,16 +70,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_folder_place(args.out, "--out")
-    layout = args.layout
-    if args.egd:
-        if layout not in ("reflacx", "egd"):
-            raise UserError(f"--egd and --layout {layout}: give one of them")
-        layout = "egd"
     for option, layouts in ONLY_FOR.items():
-        if getattr(args, option) is not None and layout not in layouts:
-            raise UserError(f"--{option} has no effect on --layout {layout}; leave it out")
+        if getattr(args, option) is not None and args.layout not in layouts:
+            raise UserError(f"--{option} has no effect on --layout {args.layout}; leave it out")
     try:
-        study = make(layout, args)
+        study = make(args)
         if args.real_radiograph:
             add_real_radiograph(study)
     except ValueError as error:
@@ -93,8 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make(layout: str, args: argparse.Namespace) -> PhantomStudy:
+def make(args: argparse.Namespace) -> PhantomStudy:
     """Write the study of a layout. Raises ValueError for options out of range."""
+    layout = args.layout
     lesions = {
         "lesion_kinds": args.lesion_kinds,
         "lesion_size": args.lesion_size,

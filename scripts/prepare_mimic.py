@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--size", type=int, default=512, help="short side of the stored images, px; 0 = native")
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
-    add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
+    add("--overwrite", action="store_true", help="start afresh; the new tree replaces the old one in --out once it is whole")
     add_accept_damaged(parser)
     add("--dry_run", action="store_true", help="check and count everything but the images' pixels; write nothing")
     # fmt: on

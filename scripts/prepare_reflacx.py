@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.options import add_raw_options
 from datasets.prepare.readings import prepare
-from datasets.raw.readings import MAX_BAD
-from util.cli import Parser, add_accept_damaged, finite_float
+from util.cli import Parser, add_accept_damaged
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
@@ -37,15 +36,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--split", choices=["all", "train", "validate", "test"], default="all",
         help="'all' is what the paper pretrains on; 'train' keeps REFLACX's validation and test images out "
              "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)")
-    add("--max_bad_fixations", type=finite_float, default=MAX_BAD, metavar="SHARE",
-        help="bad fixations (not numbers, no angular resolution, negative duration) are left out and listed; with "
-             "more of them than this share a reading is unusable")
     add("--screen_filter", action="store_true",
         help="REFLACX only: leave out fixations on the screen's button, or more than half a degree outside of the "
              "image shown, as the data set's authors' example does")
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
-    add("--overwrite", action="store_true", help="remove what an earlier run left in --out and start afresh")
+    add("--overwrite", action="store_true", help="start afresh; the new tree replaces the old one in --out once it is whole")
     add_accept_damaged(parser)
     add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
     # fmt: on
@@ -57,9 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     source, accepted = args.pop("source"), args.pop("accept_damaged")
     report = prepare(**args, source=None if source == "auto" else source)
     print(report)
-    if report.seconds:
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
-        print(f"seconds by stage, over all workers: {stages}")
     if report.faults:
         print(f"{len(report.faults)} readings left out for damaged input, listed above", file=sys.stderr)
         if not accepted:

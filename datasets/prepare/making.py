@@ -1,72 +1,66 @@
-"""A tree being made: what it is made from, what of it is there, and the one way in which it changes.
+"""A tree made from sources, whole or not at all: stage everything, then commit.
 
-A finished tree is exactly its sources and options. It consists of units (`datasets.prepare.origins`): a run makes
-those whose origin is not the one in the tree, and keeps the others.
+A finished tree is exactly its sources and options. It consists of units (an image with its maps): a run makes those
+whose origin (a digest of their sources) is not the one in the tree, and keeps the others.
 
-    with TreeMaking(out, options, index="images.json") as making:     # lock, check, clean
-        for unit in making.begin(units):                              # those that are to be made
-            ...                                                       # work: write below making.staging
-            making.place(unit, ["files/a.jpg"], note)                 # into the tree
-        making.finish(entries, record)                                # origins, record, index
+    with TreeMaking(out, options, index="images.json") as making:     # lock, finish a cut-off commit, check
+        for unit in making.begin(units):                              # those to make
+            ...                                                       # write files below making.staging
+            making.place(unit, ["files/a.jpg"], note)
+        making.finish(entries, record)                                # check, then commit
 
-A tree may have two *layers*, one above the other, each with its own options, record and index: `prepare` (images,
-with heatmaps where they are given) and `gaze` (heatmaps predicted from a tree's images). At the tree's root,
-beside its lock, a layer has
+A tree may have two layers, each with its own options, record and index: `prepare` (images, with heatmaps if given) and
+`gaze` (heatmaps predicted from a tree's images). At the tree's root a layer has
 
-- `<layer>.json`, the record: options, versions, counts, what was left out;
-- `<layer>.origins`: a line for each unit, sorted;
-- `<layer>.journal`, while it is unfinished: the same lines as they come about, from which an interrupted run goes on;
-- the index and the tables that `finish` is given. The index is written last: a tree that has it is whole.
+    <layer>.origins     a line for each unit, sorted: [key, origin, {file: size}, note]; in names `*` stands for the key
+    <layer>.json        the record: options, counts, what was left out
+    tables, the index   the index comes last: a tree that has it is whole
+    .making/<layer>/    while a run is at work: `begun` (its options), `tree/` (what it has made), `units` (a line for
+                        each unit in it, written after the unit's files), and `commit`, once everything is there
 
-Files are written below `.making/` and moved into the tree when they are whole. Those that a finished tree has already
-are replaced at the very end, when it is known that the tree loses none: until then it stays what it was, and its
-index is away while they are replaced. Whenever a run is killed, a file counts as made only if its unit's line
-says so, and the line is written after the file has come to its place.
+Until `commit` exists the tree is what it was. From then on the next run, whichever it is, first finishes moving.
 """
 
 from __future__ import annotations
 
 import contextlib
-import filecmp
+import errno
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets.prepare.layout import (
+    FORMAT,
     LAYERS,
     LOCK,
-    REMOVING,
     STAGING,
-    begin_removing,
+    Unit,
     differing_options,
-    end_removing,
+    digest_of,
+    files_of,
     finished_lines,
-    has_content,
-    has_size,
+    held_files,
     index_lines,
-    journal_files,
-    move_file,
-    origins_file,
-    pretty_json,
+    key_of,
+    read_json,
+    read_line,
     read_record,
-    record_file,
     refuse_foreign,
-    remove_files,
+    remove_file,
     remove_folder,
-    remove_temporaries,
-    root_files,
-    same_files,
+    same_file,
+    stamp,
+    write_line,
     write_parts,
 )
-from datasets.prepare.origins import Unit, append_to, digest_of, key_of, read_journal, read_line, read_lines, write_line
 from util.errors import UserError
-from util.files import fsync_directory
+from util.files import atomic_write
 from util.locks import file_lock
 
-FORMAT = 2  # raised with every change of what the same sources become
 NAMED = 5  # how many files a message names
 
 
@@ -77,11 +71,10 @@ class TreeMaking:
         out: the tree's root. A directory that is neither empty nor a tree of ours is refused.
         options: all that decides pixels or membership and is the same for every unit; a tree has one set.
         index: name of the index, which `finish` writes last.
-        tables: names of further files at the root that `finish` writes.
-        layer: of `LAYERS`. A layer above needs the tree below it, and is made anew where that has changed.
+        layer: one of `LAYERS`. A layer above needs the tree below it.
         part: (i, n) makes a share of the units, beside runs with other i, as in arrays of jobs. It can't
             `finish`; a run without `part` does, and makes what is left.
-        overwrite: start afresh: `begin` removes what earlier runs made here, of this layer and those above.
+        overwrite: keep nothing of the old tree, which stays until the new one is whole. Killed, the same call goes on.
         dry_run: take no lock, write nothing; `begin`, `place` and `finish` check all the same.
 
     Raises (each method):
@@ -95,7 +88,6 @@ class TreeMaking:
         options: Mapping[str, Any],
         *,
         index: str,
-        tables: Sequence[str] = (),
         layer: str = LAYERS[0],
         part: tuple[int, int] | None = None,
         overwrite: bool = False,
@@ -103,39 +95,46 @@ class TreeMaking:
     ):
         if overwrite and part is not None:
             raise UserError("--overwrite: one part of several can't start a tree afresh; run once without parts")
-        self.out = Path(out).resolve()
+        self.out, self.layer, self.part, self.index = Path(out).resolve(), layer, part, index
         self.options = json.loads(json.dumps({"format": FORMAT, **options}))
-        self.index, self.layer, self.part = index, layer, part
         self.overwrite, self.dry_run = overwrite, dry_run
-        self.root_files = [index, *tables]
-        self.name = layer if part is None else f"{layer}-{part[0]}-of-{part[1]}"
         self.n_made = self.n_anew = 0  # units made; of them those that the tree had otherwise
+        self._folder = self.out / STAGING / layer
+        self.staging = self._folder / "tree"  # where a unit's files are written, each by its path in the tree
+        self._old: dict[str, str] = {}  # lines of the finished tree, by key
+        self._now: dict[str, str] = {}  # of the tree to be
+        self._staged: set[str] = set()  # keys of those whose files are staged
+        self._made_with: list[Any] = []  # versions of all programs that made what is there
+        self._units: dict[str, Unit] = {}
         self._locks = contextlib.ExitStack()
-        self._lines: dict[str, str] = {}  # of the units that are in the tree, by key
-        self._settled: set[str] = set()  # keys of the finished tree; empty if it never was
-        self._stale: set[str] = set()  # files of lines that no longer hold
-        self._waiting: dict[str, str] = {}  # lines of units to be replaced at the end
-        self._units: Sequence[Unit] = ()
-        self._todo: set[str] = set()
-        self._versions: list[Any] = []  # of all programs that made what is there
-        self._new_versions: Any = None
-        self._journal = None
-        self._was_there = self.out.exists()
         self._holds_lock = False
 
-    # --- lock, check, clean ------------------------------------------------------------------------
+    # --- lock and check ----------------------------------------------------------------------------
 
     def __enter__(self) -> TreeMaking:
         try:
+            self._is_new = not self.out.exists()
             refuse_foreign(self.out, self.layer)
-            if self.dry_run:
-                self._check_options()
-            else:
+            if not self.dry_run:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self._lock()
-                self._clean()
+                whole = self._lock()
+                for layer in LAYERS:
+                    finish_commit(self.out, layer)
+            elif any((self.out / STAGING / layer / "commit").exists() for layer in LAYERS):
+                raise UserError(f"{self.out}: a run was cut off at its end; finish it first, without --dry_run")
+            record = read_record(self.out, self.layer)
+            was = (record or read_json(self._folder / "begun") or {}).get("options")
+            if was and was != self.options and not self.overwrite:
+                raise UserError(
+                    f"{self.out}: was prepared with other options: {differing_options(was, self.options)}; choose "
+                    "another --out, or --overwrite to replace it"
+                )
             if not self.overwrite:
-                self._load()
+                self._old = finished_lines(self.out, self.layer)
+                self._made_with = record.get("made_with", [])
+            if self.part is not None:
+                self._start()
+                whole.close()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -143,132 +142,95 @@ class TreeMaking:
 
     def __exit__(self, kind, error, traceback) -> None:
         with self._locks:
-            try:
-                if self._journal is not None:
-                    self._journal.close()
-            except OSError as full:  # what could not be written before is tried again
-                error = full if error is None else error
-            if error is not None and not self.dry_run and self._holds_lock:
+            if error is not None and self._holds_lock and self.part is None:
                 with contextlib.suppress(OSError, UserError):
-                    remove_folder(self.staging)  # the next run would not use it
-                    with contextlib.suppress(OSError):  # other parts are at work
-                        (self.out / STAGING).rmdir()
-                    self._leave_no_empty_tree()
+                    self._leave_nothing_empty()
         if isinstance(error, OSError):
             name = error.filename or self.out
             raise UserError(f"{name}: can't be read or written ({error.strerror or error})") from error
 
-    def _lock(self) -> None:
-        """One file locks the tree. A part locks one of its own, taken while the tree's is held, so that who
+    def _lock(self) -> contextlib.ExitStack:
+        """The lock of the tree, which a part holds only while it begins. It locks a file of its own then, so that who
         holds the tree's can tell by the parts' whether any is at work."""
         told = {"what": str(self.out), "mend": "wait for it, or choose another --out"}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(file_lock(self.out / LOCK, **told, wait=self.part is not None))
-            for lock in sorted(self.out.glob(f"{LOCK}-*")):
-                mine = lock.name.startswith(f"{LOCK}-{self.layer}-") and self.part is not None
-                if not (mine and lock.name.endswith(f"-of-{self.part[1]}")):
-                    stack.enter_context(file_lock(lock, **told))
-            if not (self.out / LOCK).exists():  # the run before us found nothing to make and cleared up
-                raise UserError(f"{self.out}: another run has just removed it; run again")
-            refuse_foreign(self.out, self.layer)
-            self._check_options()
-            if self.part is None:
-                self._locks.enter_context(stack.pop_all())
-            else:
-                self._locks.enter_context(file_lock(self.out / f"{LOCK}-{self.name}", **told))
-                if not read_record(self.out, self.layer):
-                    self._write_record()  # before another part may come with other options
-            self._holds_lock = True
-
-    def _check_options(self) -> None:
-        was = read_record(self.out, self.layer).get("options")
-        if was is not None and was != self.options and not self.overwrite:
-            raise UserError(
-                f"{self.out}: was prepared with other options: {differing_options(was, self.options)}; choose "
-                "another --out, or --overwrite to replace it"
-            )
-
-    def _clean(self) -> None:
-        """Remove what a killed run left and no run can use: only what is ours, and of no part at work."""
+        whole = self._locks.enter_context(contextlib.ExitStack())
+        whole.enter_context(file_lock(self.out / LOCK, **told, wait=self.part is not None))
+        for path in sorted(self.out.glob(f"{LOCK}-*")):
+            if self.part is None or not path.name.endswith(f"-of-{self.part[1]}"):
+                whole.enter_context(file_lock(path, **told))
         if self.part is not None:
-            remove_folder(self.staging)
+            self._locks.enter_context(file_lock(self.out / "{}-{}-of-{}".format(LOCK, *self.part), **told))
+        self._holds_lock = True
+        return whole
+
+    def _start(self) -> None:
+        """Say what is being made; drop what was staged for something else."""
+        begun, mine = read_json(self._folder / "begun"), {"options": self.options, "overwrite": self.overwrite}
+        if begun != mine and (self.overwrite or read_record(self.out, self.layer)):
+            remove_folder(self._folder)
+        self.staging.mkdir(parents=True, exist_ok=True)
+        write_parts(self._folder / "begun", [json.dumps(mine)])
+
+    def _leave_nothing_empty(self) -> None:
+        """After an error before anything was staged: nothing of ours stays."""
+        if any(self._folder.glob("units*")) or (self._folder / "commit").exists():
             return
-        remove_folder(self.out / STAGING)
-        names = {REMOVING, *self.root_files}
-        for layer in LAYERS:
-            names |= {f"{layer}.json", f"{layer}.origins", *root_files(self.out, layer)}
-        remove_temporaries(self.out, names)
-        end_removing(self.out)
-
-    def _load(self) -> None:
-        """What the tree holds, by its origins and journals."""
-        self._lines = finished_lines(self.out, self.layer)
-        if self._lines:
-            self._versions = list(read_record(self.out, self.layer).get("made_with", []))
-            self._settled = set(self._lines)
-        last_words: dict[str, set[str | None]] = {}
-        for path in journal_files(self.out, self.layer):
-            said, stale, versions = read_journal(path)
-            self._stale |= stale
-            for own in versions:
-                self._add_versions(own)
-            for key, line in said.items():
-                last_words.setdefault(key, set()).add(line)
-        for key, words in last_words.items():
-            # Of parts that speak of one unit nobody knows which was the last: trust them where they agree.
-            self._replace_line(key, words.pop() if len(words) == 1 else None)
-
-    def _replace_line(self, key: str, line: str | None) -> None:
-        if (old := self._lines.pop(key, None)) is not None:
-            self._stale.update(read_line(old)[2])
-        if line is not None:
-            self._lines[key] = line
-
-    def _add_versions(self, versions: Any) -> None:
-        if versions not in self._versions:
-            self._versions.append(versions)
+        _remove_staging(self.out, self.layer)
+        if self._is_new and os.listdir(self.out) == [LOCK]:
+            (self.out / LOCK).unlink()
+            self.out.rmdir()
 
     # --- work --------------------------------------------------------------------------------------
 
-    @property
-    def staging(self) -> Path:
-        """Where a unit's files are written, each by its path in the tree, before `place`."""
-        return self.out / STAGING / self.name
-
     def begin(self, units: Sequence[Unit], versions: Any = None) -> list[Unit]:
-        """Of all units that the tree shall hold, those that are to be made (by this part).
+        """Of all units that the tree shall hold, those to make (by this part).
 
         `versions` of the programs that make them, JSON, for the record."""
         if not units:
             raise UserError(f"{self.out}: nothing to make a tree of")
-        keys = {unit.key for unit in units}
-        if len(keys) < len(units):
-            raise ValueError("two units of one key")
-        self._units, self._new_versions = units, json.loads(json.dumps(versions))
-        if self.overwrite:
-            if not self.dry_run and read_record(self.out, self.layer):
-                self._start_afresh()
-            self._lines, self._settled, self._stale, self._versions = {}, set(), set(), []
-        self._refuse_loss(sorted(self._settled - keys), "their sources are away or left out now")
-        if not self.dry_run and not read_record(self.out, self.layer):
-            self._write_record()
-        for key in [key for key in self._lines if key not in keys]:
-            self._replace_line(key, None)
+        self._units = {unit.key: unit for unit in units}
+        self._versions = versions
+        self._refuse_loss(sorted(self._old.keys() - self._units.keys()), "their sources are missing or left out now")
+        if not self.dry_run:
+            if self.part is None:
+                self._start()
+            self._take_staged()
+        for key, line in self._old.items():
+            if key not in self._now and self._holds(line, self.out):
+                self._now[key] = line
         i, n = self.part or (0, 1)
         mine = (unit for unit in units if zlib.crc32(unit.key.encode()) % n == i)
-        todo = [unit for unit in mine if not self._is_there(unit)]
-        self._todo = {unit.key for unit in todo}
-        return todo
+        return [unit for unit in mine if unit.key not in self._now]
 
-    def _is_there(self, unit: Unit) -> bool:
-        line = self._lines.get(unit.key)
-        if line is None:
+    def _holds(self, line: str, folder: Path) -> bool:
+        """Whether a line tells of a unit that is made from what is there now, its files whole in `folder`."""
+        key, origin, sizes, _ = read_line(line)
+        if key not in self._units or self._units[key].origin != origin:
             return False
-        _, origin, sizes, _ = read_line(line)
-        return origin == unit.origin and all(has_size(f"{self.out}/{name}", n) for name, n in sizes.items())
+        return all(stamp(f"{folder}/{name}")[0] == size for name, size in sizes.items())
+
+    def _take_staged(self) -> None:
+        """Go on from what earlier runs staged, if it holds. Drop the other lines: they must not hold again, later."""
+        journals = sorted(self._folder.glob("units*"))
+        for path in journals:
+            with open(path, encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    with contextlib.suppress(ValueError):  # a kill cut it off
+                        if line.startswith("{"):
+                            versions = json.loads(line)["versions"]
+                            self._made_with += [versions] if versions not in self._made_with else []
+                        elif self._holds(line, self.staging):
+                            self._now[key_of(line)] = line.rstrip("\n")
+        self._staged = set(self._now)
+        if self.part is None and journals:
+            head = [json.dumps({"versions": versions}) for versions in self._made_with]
+            write_parts(self._folder / "units", (f"{line}\n" for line in (*head, *self._now.values())))
+            for path in journals:
+                if path.name != "units":
+                    path.unlink()
 
     def place(self, unit: Unit, files: Sequence[str], note: Any = None, *, settled: bool = True) -> None:
-        """Take a unit that has been made into the tree; each unit of `begin` must come here.
+        """Take a unit that has been made; each unit of `begin` must come here.
 
         Args:
             files: paths in the tree, written below `staging`; none: the unit has no place in the tree.
@@ -276,53 +238,34 @@ class TreeMaking:
             settled: False to have the next run make it again, whatever its origin: something of it was
                 damaged or left out, and that may be mended by other means than its sources.
         """
-        if (source := unit.changed_source()) is not None:
-            raise UserError(f"{source}: changed while the tree was made from it; run again")
-        self._todo.discard(unit.key)
-        self.n_made += bool(files)
-        self.n_anew += bool(files) and unit.key in self._lines
+        for source, was in zip(unit.sources, unit.stamps):
+            # Its status may have changed (a link more, other rights): then the next run makes it anew.
+            if stamp(source)[:2] != was[:2]:
+                raise UserError(f"{source}: changed while the tree was made from it; run again")
+        if not files:
+            return
+        self.n_made += 1
+        self.n_anew += unit.key in self._old
         sizes = {name: 0 if self.dry_run else os.stat(self.staging / name).st_size for name in files}
-        line = write_line(unit.key, unit.origin if settled else "", sizes, note)
-        if not files or self.dry_run:
-            self._replace_line(unit.key, line if files else None)
-        elif unit.key in self._settled:
-            if line != self._lines.get(unit.key) or not same_files(self.staging, self.out, files):
-                self._waiting[unit.key] = line
-        else:
-            self._move(unit.key, line)
-
-    def _move(self, key: str, line: str) -> None:
-        """Staged files into the tree; the journal tells of it before, and when it is done."""
-        if self._journal is None:
-            self._journal = append_to(self.out / f"{self.name}.journal")
-            self._journal.write(json.dumps({"versions": self._new_versions}) + "\n")
-            self._add_versions(self._new_versions)
-        names = read_line(line)[2]
-        self._journal.write(write_line(key, None, names, None) + "\n")
-        self._journal.flush()
-        replaced = set()
-        for name in names:
-            staged, target = self.staging / name, self.out / name
-            if target.exists():
-                if filecmp.cmp(staged, target, shallow=False):
-                    staged.unlink()
-                    continue
-                # A power cut must not leave the old file under the new line.
-                os.fsync(self._journal.fileno())
-                replaced.add(target.parent)
-            move_file(staged, target)
-        for directory in replaced:
-            fsync_directory(directory)
-        self._journal.write(line + "\n")
-        self._journal.flush()
-        self._replace_line(key, line)
+        line = self._now[unit.key] = write_line(unit.key, unit.origin if settled else "", sizes, note)
+        same = line == self._old.get(unit.key) and all(
+            same_file(self.staging / name, self.out / name) for name in files
+        )
+        if self.dry_run or same:
+            return
+        name = "units" if self.part is None else "units-{}-of-{}".format(*self.part)
+        with open(self._folder / name, "a", encoding="utf-8") as journal:
+            if self._versions not in self._made_with:
+                self._made_with.append(self._versions)
+                journal.write(json.dumps({"versions": self._versions}) + "\n")
+            journal.write(line + "\n")
+        self._staged.add(unit.key)
 
     def notes(self) -> Iterator[tuple[Unit, Any]]:
         """The units that the tree holds, kept and made, with their notes, in the order of `begin`."""
-        for unit in self._units:
-            line = self._waiting.get(unit.key) or self._lines.get(unit.key)
-            if line is not None:
-                yield unit, read_line(line)[3]
+        for key, unit in self._units.items():
+            if key in self._now:
+                yield unit, read_line(self._now[key])[3]
 
     # --- finish ------------------------------------------------------------------------------------
 
@@ -332,71 +275,59 @@ class TreeMaking:
         record: Mapping[str, Any],
         tables: Mapping[str, Callable[[], Iterable[str]]] | None = None,
     ) -> None:
-        """Make the tree whole: files that waited, nothing stale, origins, tables, record and, last, the index;
-        each is written only where it differs from what is there.
+        """Check that the tree loses nothing, then replace what differs in it.
 
         Args:
-            entries: gives the entries of the index in their order, anew with every call.
+            entries: gives the entries of the index in their order.
             record: what the record holds beside options and versions.
             tables: by name, what gives the lines (with their ends) of further files at the root.
         """
-        if self.part is not None or self._todo:
-            raise ValueError(f"not all is made: {len(self._todo)} units, part {self.part}")
-        if next(iter(entries()), None) is None:
+        if not self._now:
             raise UserError(f"{self.out}: not one entry is left for the tree")
-        lines = dict(sorted((self._lines | self._waiting).items()))
-        stale = self._find_stale(lines)
+        above = LAYERS[LAYERS.index(self.layer) + 1 :]
+        tables = tables or {}
+        root = [f"{self.layer}.origins", *tables, f"{self.layer}.json", self.index]
+        gone = self._gone(above) - {*root}
+        if not self.overwrite:
+            self._refuse_loss(sorted(gone), "what they are made from can't be used now")
         if self.dry_run:
             return
-        if self._waiting:
-            self._write_record(read_record(self.out, self.layer))
-            self._remove_indexes()
-            for key, line in self._waiting.items():
-                self._move(key, line)
-        remove_files(self.out, sorted(stale))
-        own = {"options": self.options, "finished": True, "root_files": self.root_files}
-        own["origins"] = digest_of(lines.values())
-        content = {**own, **record, "made_with": self._versions or [self._new_versions]}
-        writes = {
-            f"{self.layer}.origins": lambda: (f"{line}\n" for line in lines.values()),
-            **(tables or {}),
-            f"{self.layer}.json": lambda: [pretty_json(content)],
-            self.index: lambda: index_lines(entries()),
-        }
-        differing = [name for name, make in writes.items() if not has_content(self.out / name, make())]
-        if differing:
-            remove_files(self.out, [self.index])
-            if self.index in differing:  # the layers above hold less than this one then, or other entries
-                self._remove_indexes()
-            for name, make in writes.items():
-                if name in differing or name == self.index:
-                    write_parts(self.out / name, make())
-        if self._journal is not None:
-            self._journal.close()
-        for path in (*journal_files(self.out, self.layer), *self.out.glob(f"{LOCK}-{self.layer}-*")):
+        origins = self.staging / root[0]
+        write_parts(origins, (f"{self._now[key]}\n" for key in sorted(self._now)))
+        own = {"options": self.options, "root_files": [self.index, *tables], "origins": digest_of(origins)}
+        content = {**own, **record, "made_with": self._made_with or [self._versions]}
+        for name, make in tables.items():
+            write_parts(self.staging / name, make())
+        write_parts(self.staging / f"{self.layer}.json", [json.dumps(content, indent=1, ensure_ascii=False), "\n"])
+        write_parts(self.staging / self.index, index_lines(entries()))
+        changed = [name for name in root if not same_file(self.staging / name, self.out / name)]
+        if changed == [f"{self.layer}.json"] and not gone and not self._staged:  # nothing that others are made from
+            os.replace(self.staging / changed[0], self.out / changed[0])
+        elif changed or gone or self._staged:
+            indexes = [self.index]
+            for layer in (self.layer, *above):
+                indexes += read_record(self.out, layer).get("root_files", [])[:1]
+                if self.overwrite and layer != self.layer:
+                    remove_folder(self.out / STAGING / layer)
+            todo = {"indexes": indexes, "remove": sorted(gone), "root": root}
+            lines = (self._now[key] for key in self._staged)
+            write_parts(self._folder / "commit", (f"{line}\n" for line in (json.dumps(todo), *lines)))
+            finish_commit(self.out, self.layer)
+        _remove_staging(self.out, self.layer)
+        for path in self.out.glob(f"{LOCK}-*"):
             path.unlink()
-        remove_folder(self.out / STAGING)
 
-    def _remove_indexes(self) -> None:
-        """Of this layer and those above, which are not whole while this one changes."""
-        for layer in LAYERS[LAYERS.index(self.layer) :]:
-            remove_files(self.out, root_files(self.out, layer)[:1])
-
-    def _find_stale(self, lines: Mapping[str, str]) -> set[str]:
-        """Files to be removed, as no unit has them any more; UserError if the finished tree has one of them."""
-        for key in self._waiting.keys() & self._lines.keys():
-            self._stale.update(read_line(self._lines[key])[2])
-        lost: set[str] = set()
-        origins = origins_file(self.out, self.layer)
-        for line in read_lines(origins) if self._settled else ():
-            if (now := lines.get(key := key_of(line))) != line:
-                lost.update(read_line(line)[2].keys() - (read_line(now)[2].keys() if now else ()))
-        for line in lines.values() if lost or self._stale else ():
-            names = read_line(line)[2].keys()
-            self._stale -= names
-            lost -= names
-        self._refuse_loss(sorted(lost), "what they are made from can't be used now")
-        return set(self._stale)  # a copy: what waits adds to it as it is moved
+    def _gone(self, above: Sequence[str]) -> set[str]:
+        """Files of the tree that no unit has any more; with `overwrite` of all that earlier runs made, in the layers
+        above too."""
+        changed = (line for key, line in self._old.items() if self._now.get(key) != line)
+        gone = {name for line in changed for name in files_of(line)}
+        if self.overwrite:
+            for layer in (self.layer, *above):
+                gone.update(held_files(self.out, layer))
+        for line in self._now.values() if gone else ():
+            gone.difference_update(files_of(line))
+        return gone
 
     def _refuse_loss(self, names: Sequence[str], why: str) -> None:
         if names:
@@ -406,27 +337,47 @@ class TreeMaking:
                 "mend that, choose another --out, or --overwrite to make it afresh without them"
             )
 
-    def _write_record(self, was: Mapping[str, Any] | None = None) -> None:
-        """The record of a tree that is not finished: what is known of it, `was`, and how it is to be made."""
-        own = {"options": self.options, "finished": False, "root_files": self.root_files}
-        write_parts(record_file(self.out, self.layer), [pretty_json({**(was or {}), **own})])
 
-    def _start_afresh(self) -> None:
-        """Remove what earlier runs made; killed on the way, any next run goes on removing."""
-        begin_removing(self.out, self.layer)
-        self._write_record()
-        end_removing(self.out)
+def finish_commit(root: Path, layer: str) -> None:
+    """Move what is staged into the tree, if all of it is there. May be cut off and called again at any moment."""
+    folder = root / STAGING / layer
+    if not (folder / "commit").exists():
+        return
+    staged = folder / "tree"
+    with open(folder / "commit", encoding="utf-8") as lines:
+        todo = json.loads(next(lines))
+        if (staged / todo["root"][-1]).exists():  # the last one to move
+            for name in todo["indexes"]:
+                remove_file(root / name)
+        for line in lines:
+            for name in files_of(line):
+                _settle(staged / name, root / name)
+    for name in todo["remove"]:
+        remove_file(root / name)
+        with contextlib.suppress(OSError):  # not empty
+            os.removedirs((root / name).parent)
+    for name in todo["root"]:
+        _settle(staged / name, root / name)
+    (folder / "commit").unlink()
+    _remove_staging(root, layer)
 
-    def _leave_no_empty_tree(self) -> None:
-        """After an error that came before anything was made: nothing of ours stays."""
-        held = [origins_file(self.out, self.layer), *journal_files(self.out, self.layer), self.out / REMOVING]
-        if self.part is not None or any(path.exists() for path in held):
-            return
-        if read_record(self.out, self.layer).get("finished"):  # its origins were lost
-            return
-        remove_folder(self.out / STAGING)
-        record_file(self.out, self.layer).unlink(missing_ok=True)
-        if self.layer == LAYERS[0]:
-            (self.out / LOCK).unlink(missing_ok=True)
-            if not self._was_there:
-                self.out.rmdir()
+
+def _remove_staging(root: Path, layer: str) -> None:
+    remove_folder(root / STAGING / layer)
+    with contextlib.suppress(OSError):  # the other layer is unfinished
+        (root / STAGING).rmdir()
+
+
+def _settle(staged: Path, target: Path) -> None:
+    """Move a file to its place, unless it was, or the same is there."""
+    if not staged.exists() or same_file(staged, target):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(staged, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # a folder of the tree is a link to another disk
+            raise UserError(f"{target}: can't be replaced ({error.strerror})") from error
+        with open(staged, "rb") as whole, atomic_write(target) as copy:
+            shutil.copyfileobj(whole, copy)
+        staged.unlink()

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from datasets.prepare.heatmaps import find_heatmaps
+from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
+from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, stamp
-from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
+from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, make_units
 from datasets.raw.image_index import METADATA_NAMES, find_images, find_metadata
 from datasets.raw.readings import Exclusion
 from datasets.raw.walk import resolved
@@ -82,6 +83,17 @@ class MimicTask(NamedTuple):
         """Its place below files/, attention/ and foreground/, without suffix."""
         return f"{study_directory(self.subject_id, self.study_id)}/{self.dicom_id}"
 
+    @property
+    def stored(self) -> str:
+        return f"files/{self.key}.jpg"
+
+    def heatmaps(self, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]]:
+        """See `datasets.prepare.pixels.make_image`."""
+        return [] if self.heatmap is None else [(self.key, read_heatmap(self.heatmap, size))]
+
+    def left_out(self, error: UserError, made: Made) -> list[Exclusion]:
+        return [Exclusion(self.dicom_id, "unreadable", str(error), is_fault=True)]
+
 
 def study_directory(subject_id: str, study_id: str) -> str:
     """Where MIMIC-CXR keeps a study, below files/."""
@@ -111,7 +123,7 @@ def prepare_mimic(
     is reported.
     """
     images, out = resolved(images), resolved(out)
-    metadata, exclude = metadata and resolved(metadata), exclude and resolved(exclude)
+    heatmaps, metadata, exclude = (path and resolved(path) for path in (heatmaps, metadata, exclude))
     if size < 0:
         raise UserError(f"--size {size} is negative; 0 keeps the native size")
     views = ("all",) if "all" in views else tuple(sorted({view.upper() for view in views}))
@@ -122,76 +134,66 @@ def prepare_mimic(
     index = INDEX if heatmaps is not None else IMAGES_INDEX
     making = TreeMaking(out, asdict(options), index=index, overwrite=overwrite, dry_run=dry_run)
     with making:
-        maps: Mapping[str, str] | None = None
-        exclusions: list[Exclusion] = []
-        notes: list[str] = []
-        without = [out]
-        if heatmaps is not None:
-            heatmaps = resolved(heatmaps)
-            found = find_heatmaps(heatmaps, without=without)
-            maps, exclusions, notes = found.paths, found.exclusions, found.notes
-            without.append(heatmaps)
-        else:
-            notes.append("images without heatmaps: scripts/predict_gaze.py makes them")
-        counts = Counter() if maps is None else Counter({"images with heatmaps": len(maps) + len(exclusions)})
-        wanted = None if maps is None else dict.fromkeys(maps, "")
-        table = metadata or _find_metadata(images, needed="all" not in views)
-        if table is not None:
-            known = _read_metadata(table, views, notes)
-            if maps is not None:
-                maps = _as_the_table_writes(maps, known["dicom_id"], exclusions, notes)
-            rows = _rows_of_table(table, known, maps, views, exclusions, counts)
-            rows = excluded.leave_out(rows, counts)
-            wanted = {name: f"files/{study_directory(*row[:2])}/{name}.jpg" for name, row in rows.items()}
-            place = find_images(images, wanted, without=without)
-        else:
-            place = find_images(images, wanted, without=without)
-            rows = excluded.leave_out(_rows_of_paths(place.paths, exclusions), counts)
-        notes += [*place.notes, *excluded.notes()]
-        for name in [*place.ambiguous] if wanted is None else wanted:
-            if name in place.ambiguous:
-                detail = f"{name}: {place.ambiguous[name]}"
-                exclusions.append(Exclusion(name, "several images", detail, is_fault=True))
-            elif name not in place.paths and maps is None:
-                counts["- image missing"] += 1  # most of the table's, where somebody has a part of the images
-            elif name not in place.paths:
-                detail = f"no {name}.jpg, .png or .dcm under {images}"
-                exclusions.append(Exclusion(name, "image missing", detail))
-        units = [
-            _unit(MimicTask(name, *row, place.paths[name], maps and maps[name]), images, heatmaps)
-            for name, row in rows.items()
-            if name in place.paths
-        ]
-        if not units:
-            told = ", ".join(f"{name.removeprefix('- ')}: {n}" for name, n in counts.items())
-            faults = "".join(f"; {e.id}: {e.reason}: {e.detail}" for e in exclusions[:3])
-            raise UserError(
-                f"{images}: no image of view {' or '.join(views)} to make a tree of (<dicom_id>.jpg, .dcm): "
-                f"{told or 'none found'}{faults}"
-            )
-        units.sort(key=lambda unit: unit.key)
-        seconds = make_units(making, units, _maker, options, workers, exclusions)
-        return finish_tree(
-            making,
-            lambda: (_entry(unit.task) for unit, _ in making.notes()),
-            counts,
-            exclusions,
-            {"entries": sum(1 for _ in making.notes())},
-            notes=notes,
-            record={
-                "images": str(images),
-                "heatmaps": heatmaps and str(heatmaps),
-                "metadata": table and str(resolved(table)),
-                "exclude": exclude and str(exclude),
-            },
-            seconds=seconds,
+        found = _find(images, heatmaps, out, metadata, views, excluded)
+        make_units(making, found, options, workers)
+        counted = {"entries": sum(1 for _ in making.notes())}
+        return finish_tree(making, found, lambda: (_entry(unit.task) for unit, _ in making.notes()), counted)
+
+
+def _find(
+    images: Path, heatmaps: Path | None, out: Path, metadata: Path | None, views: tuple[str, ...], excluded: Excluded
+) -> Found:
+    """The images, joined with their heatmaps and metadata, those that are left out, and a unit for each of the rest."""
+    maps: Mapping[str, str] | None = None
+    exclusions: list[Exclusion] = []
+    notes: list[str] = []
+    counts: Counter = Counter()
+    without = [out]
+    if heatmaps is not None:
+        given = find_heatmaps(heatmaps, without=without)
+        maps, exclusions, notes = given.paths, given.exclusions, given.notes
+        counts["images with heatmaps"] = len(maps) + len(exclusions)
+        without.append(heatmaps)
+    else:
+        notes.append("images without heatmaps: scripts/predict_gaze.py makes them")
+    wanted = None if maps is None else dict.fromkeys(maps, "")
+    table = metadata or _find_metadata(images, needed="all" not in views)
+    if table is not None:
+        known = _read_metadata(table, views, notes)
+        if maps is not None:
+            maps = _as_the_table_writes(maps, known["dicom_id"], exclusions, notes)
+        rows = _rows_of_table(table, known, maps, views, exclusions, counts)
+        rows = excluded.leave_out(rows, counts)
+        wanted = {name: f"files/{study_directory(*row[:2])}/{name}.jpg" for name, row in rows.items()}
+        place = find_images(images, wanted, without=without)
+    else:
+        place = find_images(images, wanted, without=without)
+        rows = excluded.leave_out(_rows_of_paths(place.paths, exclusions), counts)
+    notes += [*place.notes, *excluded.notes()]
+    for name in [*place.ambiguous] if wanted is None else wanted:
+        if name in place.ambiguous:
+            detail = f"{name}: {place.ambiguous[name]}"
+            exclusions.append(Exclusion(name, "several images", detail, is_fault=True))
+        elif name not in place.paths and maps is None:
+            counts["- image missing"] += 1  # most of the table's, where somebody has a part of the images
+        elif name not in place.paths:
+            detail = f"no {name}.jpg, .png or .dcm under {images}"
+            exclusions.append(Exclusion(name, "image missing", detail))
+    units = [
+        _unit(MimicTask(name, *row, place.paths[name], maps and maps[name]), images, heatmaps)
+        for name, row in rows.items()
+        if name in place.paths
+    ]
+    if not units:
+        told = ", ".join(f"{name.removeprefix('- ')}: {n}" for name, n in counts.items())
+        faults = "".join(f"; {e.id}: {e.reason}: {e.detail}" for e in exclusions[:3])
+        raise UserError(
+            f"{images}: no image of view {' or '.join(views)} to make a tree of (<dicom_id>.jpg, .dcm): "
+            f"{told or 'none found'}{faults}"
         )
-
-
-def _maker() -> Callable[..., Made]:
-    from datasets.prepare.mimic_maps import make_image
-
-    return make_image
+    units.sort(key=lambda unit: unit.key)
+    record = {"images": images, "heatmaps": heatmaps, "metadata": table and resolved(table), "exclude": excluded.path}
+    return Found(units, counts, exclusions, notes, {name: path and str(path) for name, path in record.items()})
 
 
 def _unit(task: MimicTask, images: Path, heatmaps: Path | None) -> Unit:
@@ -228,10 +230,6 @@ class Excluded:
         for number, line in enumerate(lines, start=1):
             if text := line.partition("#")[0].strip():
                 text = check_id(text, f"{path}: line {number}: one dicom_id or subject_id a line, but")
-                if re.fullmatch(r"\d+\.\d*", text):
-                    raise UserError(
-                        f"{path}: line {number}: {text} is an id that was taken for a number; write all its digits"
-                    )
                 text = re.sub(r"\.(jpe?g|png|dcm|dicom)$", "", text, flags=re.IGNORECASE)
                 self.ids.add(text.casefold())
         self.ids -= {"dicom_id", "subject_id"}  # a header

@@ -1,19 +1,54 @@
-"""From a radiograph and a heatmap to the pixels that a tree stores."""
+"""From a radiograph and its heatmaps to the pixels that a tree stores."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from datasets.prepare.work import Made
 from datasets.transforms import Box, crop_resize_flip, grid_size
+from util.errors import UserError
 from util.gaze import heatmap_to_uint8
 from util.images import write_gray
 from util.masking import otsu_foreground, significant_patches
+from util.radiograph import radiograph_size, read_radiograph
 
 PATCH_GRID = 14  # patches per side at 224 px
+
+
+def make_image(task: Any, *, out: Path | None, options: Any) -> Made:
+    """Write one image and its maps below `out`; with None, check all but the image's pixels.
+
+    `task` is a `datasets.prepare.mimic.MimicTask` or a `datasets.prepare.reading_maps.ReadingsTask`: `image` is the
+    radiograph, `stored` its path in the tree, `heatmaps` gives (name, heatmap) of each entry, None if nothing is left to
+    store, and `left_out` the exclusions if the image can't be read. `options` are those of the tree.
+    """
+    made = Made()
+    try:
+        file_size = radiograph_size(task.image)
+        size = scaled_size(file_size, options.size)
+        heatmaps = task.heatmaps(file_size, size, options, made)
+        if heatmaps is None:
+            return made
+        gray = read_radiograph(task.image, options.dicom_contrast) if out is not None else None
+    except UserError as error:
+        made.exclusions += task.left_out(error, made)
+        return made
+    made.files.append(task.stored)
+    if out is not None:
+        write_image(out / task.stored, resize_gray(gray, size))
+    for name, heatmap in heatmaps:
+        attention, foreground = attention_maps(heatmap)
+        made.note.setdefault("significant", []).append(count_significant(foreground))
+        for kind, pixels in (("attention", attention), ("foreground", foreground)):
+            made.files.append(f"{kind}/{name}.png")
+            if out is not None:
+                write_image(out / made.files[-1], pixels)
+    return made
 
 
 def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:

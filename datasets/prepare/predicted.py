@@ -29,11 +29,10 @@ from datasets.build import IMAGES_INDEX, detect_tree
 from datasets.gaze_maps import resize_whole
 from datasets.mimic import Mimic
 from datasets.prepare.heatmaps import LOOSE_INDEX
-from datasets.prepare.layout import finished_lines, read_record
+from datasets.prepare.layout import Unit, finished_lines, origin_of, read_record, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, stamp
 from datasets.prepare.pixels import attention_maps, count_significant, write_image
-from datasets.prepare.work import Made, PrepareReport, finish_tree, versions
+from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, versions
 from datasets.raw.readings import Exclusion
 from datasets.raw.walk import Sources, resolved
 from datasets.tree import read_index
@@ -119,20 +118,16 @@ def fill_tree(
             _tree_unit(root, key, entry, below, seen.get(_dicom_id(entry).casefold(), ()))
             for (key, entry), below in zip(entries.items(), _origins(root, entries))
         ]
-        exclusions: list[Exclusion] = []
-        seconds = _make(making, units, predictor, root, read_gray, batch_size, workers, exclusions)
+        found = Found(units, {"images": len(units)}, record={"real": [str(resolved(path)) for path in real]})
+        _make(making, found, predictor, root, read_gray, batch_size, workers)
         if part is not None:
-            return _part_report(making, exclusions, seconds)
+            return _part_report(making, found)
         kinds = Counter(note["gaze"] for _, note in making.notes())
         return finish_tree(
             making,
+            found,
             lambda: ({**entries[unit.key], "gaze": note["gaze"]} for unit, note in making.notes()),
-            {"images": len(units)},
-            exclusions,
             {"entries": kinds.total(), "- predicted": kinds[PREDICTED], "- of real readings": kinds[REAL]},
-            notes=[],
-            record={"real": [str(resolved(path)) for path in real]},
-            seconds=seconds,
         )
 
 
@@ -159,19 +154,17 @@ def predict_files(
         units = list(_loose_units(images, sources, exclusions))
         if not units:
             raise UserError(f"--images {images}: no {', '.join(RADIOGRAPHS)} is in it or below")
+        found = Found(units, {"images": len(units)}, exclusions, record={"images": str(images)})
         read = partial(read_radiograph, contrast=dicom_contrast)
-        seconds = _make(making, units, predictor, images, read, batch_size, workers, exclusions)
+        _make(making, found, predictor, images, read, batch_size, workers)
         if part is not None:
-            return _part_report(making, exclusions, seconds)
+            return _part_report(making, found)
+        found.notes += sources.notes()
         return finish_tree(
             making,
+            found,
             lambda: ({"image": unit.task.image, "heatmap": unit.task.attention} for unit, _ in making.notes()),
-            {"images": len(units)},
-            exclusions,
             {"heatmaps": sum(1 for _ in making.notes())},
-            notes=sources.notes(),
-            record={"images": str(images)},
-            seconds=seconds,
         )
 
 
@@ -258,27 +251,18 @@ def _as_list(batch: list) -> list:
 
 
 def _make(
-    making: TreeMaking,
-    units: Sequence[Unit],
-    predictor: Predictor,
-    root: Path,
-    read: Read,
-    batch_size: int,
-    workers: int,
-    exclusions: list[Exclusion],
-) -> Counter:
+    making: TreeMaking, found: Found, predictor: Predictor, root: Path, read: Read, batch_size: int, workers: int
+) -> None:
     """Make what is not there yet: processes decode, this one predicts, threads write."""
-    todo = making.begin(units, versions())
+    todo = making.begin(found.units, versions())
     order = sorted(range(len(todo)), key=lambda place: bool(todo[place].task.real))  # stable: predictions first
     todo = [todo[place] for place in order]
     n_predicted = sum(not unit.task.real for unit in todo)
-    seconds: Counter = Counter()
     with Steps("predicting", len(todo), "images", enabled=bool(todo)) as steps, ThreadPoolExecutor(workers) as pool:
 
         def place(units: Sequence[Unit], results: Iterator[Made]) -> None:
             for unit, made in zip(units, results, strict=True):
-                exclusions.extend(made.exclusions)
-                seconds.update(made.seconds)
+                found.exclusions += made.exclusions
                 making.place(unit, made.files, made.note, settled=not made.exclusions)
             steps.add(len(units))
 
@@ -299,7 +283,6 @@ def _make(
         for start in range(n_predicted, len(todo), batch_size):
             own = todo[start : start + batch_size]
             place(own, pool.map(lambda unit: _keep_real(unit.task, root, staging), own))
-    return seconds
 
 
 def _batches(
@@ -351,17 +334,15 @@ def _keep_real(task: Task, root: Path, out: Path) -> Made:
 
 def _write_maps(task: Task, heatmap: np.ndarray, kind: str, out: Path) -> Made:
     made = Made(note={"gaze": kind})
-    with made.timed("maps"):
-        attention, foreground = attention_maps(heatmap)
-    with made.timed("writing"):
-        write_image(out / task.attention, attention)
-        made.files.append(task.attention)
-        if task.foreground is not None:
-            made.note["significant"] = [count_significant(foreground)]
-            write_image(out / task.foreground, foreground)
-            made.files.append(task.foreground)
+    attention, foreground = attention_maps(heatmap)
+    write_image(out / task.attention, attention)
+    made.files.append(task.attention)
+    if task.foreground is not None:
+        made.note["significant"] = [count_significant(foreground)]
+        write_image(out / task.foreground, foreground)
+        made.files.append(task.foreground)
     return made
 
 
-def _part_report(making: TreeMaking, exclusions: list[Exclusion], seconds: Counter) -> PrepareReport:
-    return PrepareReport({"made by this run": making.n_made}, exclusions, [], seconds, False)
+def _part_report(making: TreeMaking, found: Found) -> PrepareReport:
+    return PrepareReport({"made by this run": making.n_made}, found.exclusions, [])

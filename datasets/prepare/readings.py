@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets.prepare.entries import entry, entry_id, stored_image
+from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, stamp
-from datasets.prepare.work import Made, PrepareReport, finish_tree, make_units
+from datasets.prepare.reading_maps import ReadingsTask
+from datasets.prepare.work import Found, PrepareReport, finish_tree, make_units
 from datasets.raw.egd import DEFAULT_SIGMA, find_egd_root, read_egd
 from datasets.raw.image_index import FoundImages, find_images, find_metadata
-from datasets.raw.readings import MAX_BAD, Exclusion, RawReadings, Reading, is_simulated
+from datasets.raw.readings import Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
 from datasets.raw.walk import resolved
 from util.contrast import MIMIC_CXR_JPG
@@ -50,7 +51,7 @@ class Options:
     `size`: short side of the stored images, px, 0 = native; never enlarged. `readings`: one (the
     first usable by id), each, or merge. `split`: of the readings taken, or all. `sigma`: EGD-CXR's Gaussian, px of
     the original image (REFLACX brings its own). `dicom_contrast`: one of `util.contrast.CONTRASTS`.
-    `max_bad_fixations`: share of a reading's fixations that may be bad. `screen_filter`: without fixations on the
+    `screen_filter`: without fixations on the
     screen beside the image.
     """
 
@@ -60,7 +61,6 @@ class Options:
     split: str = "all"
     sigma: float | None = None
     dicom_contrast: str = MIMIC_CXR_JPG
-    max_bad_fixations: float = MAX_BAD
     screen_filter: bool = False
 
 
@@ -91,7 +91,6 @@ def prepare(
     sigma: float | None = None,
     metadata: Path | None = None,
     dicom_contrast: str = MIMIC_CXR_JPG,
-    max_bad_fixations: float = MAX_BAD,
     screen_filter: bool = False,
     workers: int = 1,
     overwrite: bool = False,
@@ -107,8 +106,6 @@ def prepare(
     source = source or detect_source(raw)
     if size < 0:
         raise UserError(f"--size {size} is negative; 0 keeps the native size")
-    if not 0 <= max_bad_fixations <= 1:
-        raise UserError(f"--max_bad_fixations {max_bad_fixations:g} is no share, 0 to 1")
     if screen_filter and source != "reflacx":
         raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
     reader_options = egd_options(source, sigma, metadata, images)
@@ -118,25 +115,15 @@ def prepare(
         readings,
         split,
         dicom_contrast=dicom_contrast,
-        max_bad_fixations=max_bad_fixations,
         screen_filter=screen_filter,
         sigma=reader_options.get("sigma"),
     )
-    making = TreeMaking(out, asdict(options), index=INDEX, tables=[FIXATIONS], overwrite=overwrite, dry_run=dry_run)
+    making = TreeMaking(out, asdict(options), index=INDEX, overwrite=overwrite, dry_run=dry_run)
     with making:
-        found = SOURCES[source][1](raw, **reader_options)
-        chosen = {reading.id: reading for reading in found.readings if split in ("all", reading.split)}
-        if not chosen:
-            raise UserError(f"{raw}: {found.none_of(split)}")
-        place = find_images(images, {r.image_id: r.image_path for r in chosen.values()}, without=[out])
-        exclusions = [*found.exclusions, *without_image(chosen.values(), place, images)]
-        units = _units(chosen.values(), place, images)
-        if not units:
-            raise UserError(
-                f"{images}: holds none of the {len(chosen)} readings' images (<dicom_id>.jpg, .dcm)"
-                f"{''.join(f'; {exclusion.detail}' for exclusion in exclusions if exclusion.is_fault)}"
-            )
-        seconds = make_units(making, units, _maker, options, workers, exclusions)
+        raw_readings = SOURCES[source][1](raw, **reader_options)
+        chosen = {reading.id: reading for reading in raw_readings.readings if split in ("all", reading.split)}
+        found = _find(raw, images, out, split, raw_readings, chosen)
+        make_units(making, found, options, workers)
 
         samples = sorted(
             (
@@ -147,17 +134,20 @@ def prepare(
             key=lambda sample: entry_id(sample[0]),
         )
         if not overwrite:
-            _refuse_other_readings(out, [group for group, _ in samples], chosen.keys() - {e.id for e in exclusions})
+            _refuse_other_readings(
+                out, [group for group, _ in samples], chosen.keys() - {e.id for e in found.exclusions}
+            )
         left_out, bad = _left_out_fixations(making)
+        found.notes += _tell(bad)
+        found.record |= {"metadata": (table := reader_options.get("metadata")) and str(table), "bad_fixations": bad}
         mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
-        n_other_split = len(found.readings) - len(chosen)
+        n_other_split = len(raw_readings.readings) - len(chosen)
         n_used = sum(len(group) for group, _ in samples)
-        n_spare = found.n_found - len(exclusions) - n_other_split - n_used
+        n_spare = raw_readings.n_found - len(found.exclusions) - n_other_split - n_used
         return finish_tree(
             making,
+            found,
             lambda: (entry(group) | mark for group, _ in samples),
-            {"readings found": found.n_found},
-            exclusions,
             {
                 "- of another split": n_other_split,
                 "- further readings of an image, not needed": n_spare,
@@ -166,16 +156,30 @@ def prepare(
                 "entries": len(samples),
                 **{f"fixations left out: {reason}": n for reason, n in sorted(left_out.items())},
             },
-            notes=[*found.notes, *place.notes, *_tell(bad)],
-            record={
-                "raw": str(raw),
-                "images": str(images),
-                "metadata": (table := reader_options.get("metadata")) and str(table),
-                "bad_fixations": bad,
-            },
-            seconds=seconds,
-            tables={FIXATIONS: lambda: _fixation_table(samples)},
+            {FIXATIONS: lambda: _fixation_table(samples)},
         )
+
+
+def _find(
+    raw: Path, images: Path, out: Path, split: str, raw_readings: RawReadings, chosen: Mapping[str, Reading]
+) -> Found:
+    """The images of the readings, those that are left out, and a unit for each image that is there."""
+    if not chosen:
+        raise UserError(f"{raw}: {raw_readings.none_of(split)}")
+    place = find_images(images, {r.image_id: r.image_path for r in chosen.values()}, without=[out])
+    found = Found(
+        _units(chosen.values(), place, images),
+        {"readings found": raw_readings.n_found},
+        [*raw_readings.exclusions, *without_image(chosen.values(), place, images)],
+        [*raw_readings.notes, *place.notes],
+        {"raw": str(raw), "images": str(images)},
+    )
+    if not found.units:
+        raise UserError(
+            f"{images}: holds none of the {len(chosen)} readings' images (<dicom_id>.jpg, .dcm)"
+            f"{''.join(f'; {exclusion.detail}' for exclusion in found.exclusions if exclusion.is_fault)}"
+        )
+    return found
 
 
 def egd_options(source: str, sigma: float | None, metadata: Path | None, images: Path | None) -> dict[str, Any]:
@@ -223,12 +227,6 @@ def _tell(bad: Sequence[str]) -> list[str]:
     return [f"{len(bad)} bad fixations were left out: {bad[0]}{more}"] if bad else []
 
 
-def _maker() -> Callable[..., Made]:
-    from datasets.prepare.reading_maps import make_image
-
-    return make_image
-
-
 def _units(chosen: Iterable[Reading], place: FoundImages, images: Path) -> list[Unit]:
     """One for each image that is there, with all its readings."""
     by_image: dict[str, list[Reading]] = {}
@@ -242,7 +240,7 @@ def _units(chosen: Iterable[Reading], place: FoundImages, images: Path) -> list[
         stamps = tuple(map(stamp, sources))
         own = [reading.origin() for reading in group]
         origin = origin_of(path.removeprefix(f"{images}/"), stamps[0], own)
-        units.append(Unit(image_id, origin, (path, group), sources, stamps))
+        units.append(Unit(image_id, origin, ReadingsTask(path, group), sources, stamps))
     return units
 
 

@@ -1,14 +1,12 @@
-"""Making the units of a tree on several processes, and telling what came of it."""
+"""The skeleton of every preparation: find, exclude, units; make them on several processes; finish the tree, report."""
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import sys
 import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,33 +18,38 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from datasets.prepare.layout import Unit
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit
 from datasets.raw.readings import Exclusion
 from util.errors import UserError
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 IMAGES_PER_WORKER = 32  # fewer are not worth starting a process for
-CHUNK = 4  # tasks that a worker gets at once
-CHUNKS_AHEAD = 8  # per worker, which bounds what waits in memory
+CHUNK = 8  # tasks that a worker gets at once
 PACKAGES = ("numpy", "pillow", "pydicom", "torch")
 
 
 @dataclass
+class Found:
+    """What a preparation has found: the units of the tree; `counts` that begin the report; what is left out; notes for
+    the report; what the record tells beside these."""
+
+    units: list[Unit]
+    counts: Mapping[str, int]
+    exclusions: list[Exclusion] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Made:
-    """What came of one unit: files written (paths in the tree), the note for its entries, readings left out, the
-    significant patches of its maps, seconds by stage."""
+    """What came of one unit: files written (paths in the tree), the note for its entries, and what was left out.
+
+    Of each map, `note["significant"]` has the number of significant patches."""
 
     files: list[str] = field(default_factory=list)
     note: dict[str, Any] = field(default_factory=dict)
     exclusions: list[Exclusion] = field(default_factory=list)
-    seconds: Counter = field(default_factory=Counter)
-
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - start
 
 
 @dataclass
@@ -56,8 +59,7 @@ class PrepareReport:
     counts: dict[str, int | float]
     exclusions: list[Exclusion]
     notes: list[str]
-    seconds: Counter
-    dry_run: bool
+    dry_run: bool = False
 
     @property
     def faults(self) -> list[Exclusion]:
@@ -74,66 +76,50 @@ class PrepareReport:
         return "\n".join(lines)
 
 
-def make_units(
-    making: TreeMaking,
-    units: Sequence[Unit],
-    maker: Callable[[], Callable[..., Made]],
-    options: Any,
-    workers: int,
-    exclusions: list[Exclusion],
-) -> Counter:
-    """Make what the tree does not have yet of the units; returns seconds by stage.
+def make_units(making: TreeMaking, found: Found, options: Any, workers: int) -> None:
+    """Make what the tree does not have yet of the units, whose tasks are those of `datasets.prepare.pixels.make_image`.
 
-    `maker` gives the function that makes a unit's task: `f(task, out=directory or None, options=options)`. It is
-    called only if there is something to make: what it imports takes longer than to see that there is nothing.
-    What is left out is added to `exclusions`; a unit of which something was left out is made again by the next run.
+    What is left out is added to `found`; a unit of which something was left out is made again by the next run.
     """
-    seconds: Counter = Counter()
-    todo = making.begin(units, versions())
+    todo = making.begin(found.units, versions())
     if not todo:
-        return seconds
-    function = partial(maker(), out=None if making.dry_run else making.staging, options=options)
-    tasks = [unit.task for unit in todo]
-    for unit, made in zip(todo, run_tasks(function, tasks, workers)):
-        exclusions += made.exclusions
-        seconds += made.seconds
+        return
+    from datasets.prepare.pixels import make_image  # imports torch, longer than it takes to see that all is there
+
+    function = partial(make_image, out=None if making.dry_run else making.staging, options=options)
+    for unit, made in zip(todo, run_tasks(function, [unit.task for unit in todo], workers)):
+        found.exclusions += made.exclusions
         making.place(unit, made.files, made.note, settled=not made.exclusions)
-    return seconds
 
 
 def finish_tree(
     making: TreeMaking,
+    found: Found,
     entries: Callable[[], Iterable[Mapping[str, Any]]],
-    found: Mapping[str, int],
-    exclusions: list[Exclusion],
     counted: Mapping[str, int],
-    *,
-    notes: Sequence[str],
-    record: Mapping[str, Any],
-    seconds: Counter,
     tables: Mapping[str, Callable[[], Iterable[str]]] | None = None,
 ) -> PrepareReport:
-    """Count, record and finish a tree. The counts are `found`, each reason for leaving out, `counted`, and the mean
-    number of significant patches of all entries' maps where units' notes tell it."""
-    exclusions.sort(key=lambda exclusion: (exclusion.id, exclusion.reason))
-    reasons = Counter(exclusion.reason for exclusion in exclusions)
-    counts: dict[str, int | float] = dict(found)
+    """Count, record and finish a tree. The counts are those of `found`, each reason for leaving out, `counted`, and the
+    mean number of significant patches of all entries' maps."""
+    found.exclusions.sort(key=lambda exclusion: (exclusion.id, exclusion.reason))
+    reasons = Counter(exclusion.reason for exclusion in found.exclusions)
+    counts: dict[str, int | float] = dict(found.counts)
     counts |= {f"- {reason}": n for reason, n in sorted(reasons.items())}
     counts |= counted
     significant = [n for _, note in making.notes() for n in note.get("significant", ())]
     if significant:
         counts["mean significant patches of 196"] = round(sum(significant) / len(significant), 2)
-    left_out = [asdict(exclusion) for exclusion in exclusions]
-    told = {**record, "counts": dict(counts), "notes": list(notes), "left_out": left_out}
+    left_out = [asdict(exclusion) for exclusion in found.exclusions]
+    record = {**found.record, "counts": dict(counts), "notes": found.notes, "left_out": left_out}
     try:
-        making.finish(entries, told, tables)
+        making.finish(entries, record, tables)
     except UserError as error:
-        named = [f"{e.id}: {e.reason}{e.detail and f': {e.detail}'}" for e in exclusions[:3]]
+        named = [f"{e.id}: {e.reason}{e.detail and f': {e.detail}'}" for e in found.exclusions[:3]]
         raise UserError(f"{error}{''.join(f'; {text}' for text in named)}") from None
     counts["made by this run"] = making.n_made
     if making.n_anew:
         counts["- of these anew, as they had changed"] = making.n_anew
-    return PrepareReport(counts, exclusions, list(notes), seconds, making.dry_run)
+    return PrepareReport(counts, found.exclusions, found.notes, making.dry_run)
 
 
 def versions() -> dict[str, str]:
@@ -154,10 +140,11 @@ def run_tasks(
     # A plain fork would copy torch's thread pool in an unusable state. The server that workers are forked from has
     # imported what they need and started no thread, so they share its memory.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, _module_of(function)])
+    own = function.func if isinstance(function, partial) else function
+    context.set_forkserver_preload([__name__, own.__module__, type(tasks[0]).__module__])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        yield from progress(_in_order(pool, function, tasks, workers * CHUNKS_AHEAD))
+        yield from progress(pool.map(function, tasks, chunksize=CHUNK))
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, most likely for lack of memory; run again with fewer --workers, "
@@ -165,28 +152,6 @@ def run_tasks(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Sequence[Task], ahead: int
-) -> Iterator[Result]:
-    waiting: deque = deque()
-    for start in range(0, len(tasks), CHUNK):
-        waiting.append(pool.submit(_run_chunk, function, tasks[start : start + CHUNK]))
-        if len(waiting) >= ahead:
-            yield from waiting.popleft().result()
-    while waiting:
-        yield from waiting.popleft().result()
-
-
-def _run_chunk(function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
-    return [function(task) for task in tasks]
-
-
-def _module_of(function: Callable) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return function.__module__
 
 
 def _start_worker() -> None:

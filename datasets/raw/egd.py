@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from datasets.raw.image_index import read_sizes
-from datasets.raw.readings import MAX_BAD, Exclusion, Fixations, RawReadings, Reading, only_root, usable_fixations
+from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, only_root, usable_fixations
 from util.errors import UserError
 from util.gaze import FIXATION_COLUMNS
 from util.ids import IdMatch, match_ids
@@ -53,7 +53,7 @@ class EgdReading(Reading):
         rows = self.rows.to_csv().encode()
         return f"{self.sigma} {hashlib.blake2b(rows, digest_size=10).hexdigest()}"
 
-    def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:
+    def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
         """As `Reading.load_fixations`; fixations off the picture are left out, the picture was always
         shown whole. Without a column of durations a fixation lasted since the one before it (the first:
         since the image came up), and is bad where that one's time is."""
@@ -75,7 +75,6 @@ class EgdReading(Reading):
         return usable_fixations(
             pd.DataFrame(columns, index=self.rows.index)[list(FIXATION_COLUMNS)],
             self.fixations_path,
-            max_bad=max_bad,
             damaged=bad_cells(self.rows, numbers),
             repeated=self.rows.duplicated(),
             rules={"off the picture": off},

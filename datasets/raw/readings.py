@@ -45,7 +45,6 @@ def usable_fixations(
     fixations: pd.DataFrame,
     path: Path,
     *,
-    max_bad: float = MAX_BAD,
     damaged: Mapping[int, str] | None = None,
     repeated: Sequence[bool] | None = None,
     rules: Mapping[str, Sequence[bool]] | None = None,
@@ -56,7 +55,7 @@ def usable_fixations(
     positive, a negative duration, a row that is `repeated`, which would count twice; by rule: a duration of 0, and what `rules` name, True for each row
     that goes. `damaged` says of lines what their file has instead of a number.
 
-    Raises `UserError` naming `path` where more than the share `max_bad` of all rows is bad.
+    Raises `UserError` naming `path` if more than the share `MAX_BAD` of all rows is bad.
     """
     damaged = damaged or {}
     finite = [column for column in FIXATION_COLUMNS if column not in RECTANGLE]
@@ -80,10 +79,9 @@ def usable_fixations(
             bad += [(line, damaged.get(line, reason)) for line in gone]
         left[gone] = False
     lines = [f"line {line}, {text}" for line, text in sorted(bad)]
-    if len(bad) > max_bad * len(fixations):
+    if len(bad) > MAX_BAD * len(fixations):
         raise UserError(
-            f"{path}: {lines[0]}; {len(bad)} of {len(fixations)} fixations are bad, more than --max_bad_fixations "
-            f"{max_bad:g} allows"
+            f"{path}: {lines[0]}; {len(bad)} of {len(fixations)} fixations are bad, more than {MAX_BAD:.0%}"
         )
     return Fixations(fixations[left], dict(left_out), tuple(lines))
 
@@ -113,7 +111,7 @@ class Reading(ABC):
     fixations_path: Path
 
     @abstractmethod
-    def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:
+    def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
         """The usable fixations, see `usable_fixations`; with `screen_filter` without those that look at
         the screen beside the image.
 

@@ -11,7 +11,6 @@ import pandas as pd
 
 from datasets.raw.readings import (
     ELLIPSE_COLUMNS,
-    MAX_BAD,
     Exclusion,
     Fixations,
     RawReadings,
@@ -103,7 +102,7 @@ class ReflacxReading(Reading):
     def directory(self) -> Path:
         return self.fixations_path.parent
 
-    def load_fixations(self, *, max_bad: float = MAX_BAD, screen_filter: bool = False) -> Fixations:
+    def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
         path = self.fixations_path
         on_screen = REFLACX_SCREEN_COLUMNS if screen_filter else {}
         wanted = (*REFLACX_TIMES, *REFLACX_COLUMNS.values(), *on_screen.values())
@@ -117,7 +116,7 @@ class ReflacxReading(Reading):
             rules["outside of the image shown"] = off_the_image_shown(fixations)
         damaged = bad_cells(table, numbers)
         again = table.duplicated()  # times of its own tell each fixation from every other
-        return usable_fixations(fixations, path, max_bad=max_bad, damaged=damaged, repeated=again, rules=rules)
+        return usable_fixations(fixations, path, damaged=damaged, repeated=again, rules=rules)
 
     def load_ellipses(self) -> pd.DataFrame:
         path = table_file(self.directory / "anomaly_location_ellipses.csv")

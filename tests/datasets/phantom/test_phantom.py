@@ -444,7 +444,7 @@ def test_command_line(tmp_path, capsys):
     assert make_phantom.main(["--out", str(tmp_path / "a"), *options, "--format", "dcm"]) == 0
     printed = capsys.readouterr().out
     assert "3 images in" in printed and "3 simulated readings" in printed and "planted: all_outside in P3" in printed
-    assert make_phantom.main(["--out", str(tmp_path / "b"), *options[:6], "--egd"]) == 0
+    assert make_phantom.main(["--out", str(tmp_path / "b"), *options[:6], "--layout", "egd"]) == 0
     assert (tmp_path / "b" / "egd-cxr" / "master_sheet.csv").is_file()
     with pytest.raises(UserError, match="cannot make this study"):
         make_phantom.main(["--out", str(tmp_path / "c"), "--n_images", "1", "--dwell_ratio", "1e6"])
@@ -454,17 +454,14 @@ def test_command_line(tmp_path, capsys):
     "options",
     [
         ["--layout", "egd", "--faults", "missing_image"],
-        ["--egd", "--shared_images", "2"],
-        ["--egd", "--real_radiograph"],
+        ["--layout", "egd", "--shared_images", "2"],
+        ["--layout", "egd", "--real_radiograph"],
         ["--layout", "rsna", "--dwell_ratio", "3"],
         ["--layout", "nih", "--format", "dcm"],
         ["--layout", "chexpert", "--readers", "2"],
-        ["--layout", "nih", "--egd"],
         ["--layout", "rsna", "--format", "mixed"],
     ],
 )
 def test_options_that_a_layout_lacks_are_refused(tmp_path, options):
-    with pytest.raises(
-        UserError, match=r"--(faults|shared_images|real_radiograph|dwell_ratio|format|readers|egd)|mixed"
-    ):
+    with pytest.raises(UserError, match=r"--(faults|shared_images|real_radiograph|dwell_ratio|format|readers)|mixed"):
         make_phantom.main(["--out", str(tmp_path / "a"), "--n_images", "2", *options])

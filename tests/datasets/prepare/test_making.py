@@ -6,8 +6,8 @@ import resource
 
 import pytest
 
+from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.origins import Unit, origin_of, stamp
 from util.errors import UserError
 
 
@@ -24,7 +24,7 @@ def run(root, out, suffix="!", *, layer="prepare", part=None, **options):
             text = unit.task.read_text()
             name = f"{folder}/{unit.key}/{text[:1]}.txt"
             if not making.dry_run:
-                (making.staging / name).parent.mkdir(parents=True)
+                (making.staging / name).parent.mkdir(parents=True, exist_ok=True)
                 (making.staging / name).write_text(text + suffix)
             making.place(unit, [] if "bad" in text else [name], len(text))
         if part is None:
@@ -106,11 +106,13 @@ def test_an_unfinished_tree_may_lose(sources, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ZeroDivisionError), TreeMaking(out, {"suffix": "!"}, index="index.json") as making:
         (unit,) = making.begin([Unit("z", "0")], versions="1")
-        (making.staging / "copies").mkdir(parents=True)
+        (making.staging / "copies").mkdir()
         (making.staging / "copies/z").write_text("z")
         making.place(unit, ["copies/z"])
         raise ZeroDivisionError
-    assert (out / "copies/z").exists() and not (out / "index.json").exists()
+    assert os.listdir(out / ".making/prepare/tree/copies") == ["z"] and not (out / "index.json").exists()
+    with pytest.raises(UserError, match=r"other options: suffix ! there, suffix \? asked for"):
+        run(sources, out, "?")
     run(sources, out)
     check_fresh(sources, out)
 
@@ -124,6 +126,44 @@ def test_other_options_are_refused_by_name(sources, tmp_path):
     assert snapshot(out) == before
     run(sources, out, "?", overwrite=True)
     check_fresh(sources, out, suffix="?")
+
+
+def test_overwrite_keeps_the_old_tree_until_the_new_one_is_whole(sources, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(sources, out)
+    before = snapshot(out)
+    place = TreeMaking.place
+
+    def killed(making, unit, *arguments, **options):
+        if unit.key == "c":
+            raise KeyboardInterrupt
+        place(making, unit, *arguments, **options)
+
+    for _ in range(2):
+        monkeypatch.setattr(TreeMaking, "place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(sources, out, "?", overwrite=True)
+        assert {name: was for name, was in snapshot(out).items() if not name.startswith(".making")} == before
+        monkeypatch.setattr(TreeMaking, "place", place)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="nothing to make"):
+            run(tmp_path / "empty", out, overwrite=True)
+    with pytest.raises(UserError, match=r"suffix ! there, suffix \? asked for"):
+        run(sources, out, "?")
+    assert run(sources, out, "?", overwrite=True) == 4  # goes on where it was
+    check_fresh(sources, out, suffix="?")
+
+
+def test_the_old_tree_can_be_kept_after_an_interrupted_overwrite(sources, tmp_path):
+    out = tmp_path / "out"
+    run(sources, out)
+    before = snapshot(out)
+    with pytest.raises(ZeroDivisionError), TreeMaking(out, {"suffix": "?"}, index="x", overwrite=True) as making:
+        (unit,) = making.begin([Unit("z", "0")], versions="1")
+        (making.staging / "z").write_text("z")
+        making.place(unit, ["z"])
+        raise ZeroDivisionError
+    assert run(sources, out) == 0 and snapshot(out) == before
 
 
 def test_nothing_to_make_leaves_nothing(sources, tmp_path):
@@ -207,13 +247,13 @@ def test_the_layer_above_is_made_from_a_finished_tree_of_images(sources, tmp_pat
     assert contents(out) == contents(check)
 
 
-def test_what_cannot_be_removed_is_an_error(sources, tmp_path):
+def test_what_cannot_be_replaced_is_an_error(sources, tmp_path):
     out = tmp_path / "out"
     run(sources, out)
     (out / "copies/a/a.txt").unlink()
-    (out / "copies/a/a.txt/inner").mkdir(parents=True)  # a directory in the place of a file, which unlink refuses
+    (out / "copies/a/a.txt/inner").mkdir(parents=True)  # a directory in the place of a file
     for _ in range(2):
-        with pytest.raises(UserError, match="a.txt: can't be removed"):
+        with pytest.raises(UserError, match="a.txt: can't be replaced"):
             run(sources, out, overwrite=True)
         assert not (out / "index.json").exists()
     (out / "copies/a/a.txt/inner").rmdir()
@@ -227,7 +267,7 @@ def test_a_damaged_list_of_origins_is_told_and_overwritten(sources, tmp_path):
     run(sources, out)
     lines = (out / "prepare.origins").read_text().splitlines(keepends=True)
     (out / "prepare.origins").write_text("".join([*lines[:2], "rubbish\n", *lines[3:]]))
-    with pytest.raises(UserError, match="prepare.origins: line 3 is not of this program; --overwrite"):
+    with pytest.raises(UserError, match="prepare.origins: is missing, damaged or changed.*; --overwrite"):
         run(sources, out)
     (tmp_path / "empty").mkdir()
     before = contents(out)
@@ -247,6 +287,6 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(sources, tmp_path):
             run(sources, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not (out / "index.json").exists() and not (out / ".making").exists()
+    assert not (out / "index.json").exists() and not (out / "copies").exists()
     run(sources, out)
     check_fresh(sources, out)

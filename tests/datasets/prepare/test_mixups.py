@@ -12,10 +12,9 @@ from trees import add_metadata_and_heatmaps
 from datasets.analysis.measure import analyze
 from datasets.phantom.egd import make_egd
 from datasets.phantom.reflacx import make_study
-from datasets.prepare.layout import finished_lines
+from datasets.prepare.layout import Unit, finished_lines, key_of, read_line, write_line
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.mimic import prepare_mimic
-from datasets.prepare.origins import Unit, key_of, read_line, write_line
 from datasets.prepare.readings import detect_source, prepare
 from datasets.raw.image_index import find_images
 from datasets.raw.walk import resolved
@@ -70,7 +69,7 @@ def test_a_finished_tree_needs_its_list_of_origins(root, damage):
         path.write_text(new.get(damage, text.replace(',{"', ',{{"', 1)))
     next((root / "mimic").rglob("*.jpg")).unlink()  # the tree would shrink
     before = contents(root / "out")
-    with pytest.raises(UserError, match="prepare.origins: is away, damaged or changed.* --overwrite"):
+    with pytest.raises(UserError, match="prepare.origins: is missing, damaged or changed.* --overwrite"):
         mimic(root)
     assert contents(root / "out") == before
     assert mimic(root, overwrite=True).counts["entries"] == 2
@@ -86,7 +85,6 @@ def test_any_key_is_read_back(key, tmp_path):
         with TreeMaking(tmp_path / "out", {}, index="index.json") as making:
             todo = making.begin([Unit(key, "0")])
             for unit in todo:
-                making.staging.mkdir(parents=True)
                 (making.staging / f"{key}.txt").write_text("x")
                 making.place(unit, [f"{key}.txt"])
             making.finish(lambda: [{"key": key}], {})
@@ -192,8 +190,7 @@ def test_added_images_take_the_index_of_the_heatmaps_away(root):
     mimic(root, "out", None)
     out = root / "out"
     with TreeMaking(out, {}, index=INDEX, layer="gaze") as making:
-        assert making.begin([Unit(key, "0") for key in finished_lines(out, "prepare")])
-        for unit in list(making._units):
+        for unit in making.begin([Unit(key, "0") for key in finished_lines(out, "prepare")]):
             (making.staging / "attention").mkdir(parents=True, exist_ok=True)
             name = f"attention/{unit.key.replace('/', '-')}"
             (making.staging / name).write_text("x")

@@ -23,6 +23,7 @@ from PIL import Image
 from trees import add_metadata_and_heatmaps
 
 from datasets.phantom.reflacx import make_study
+from datasets.prepare.layout import files_of
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare
@@ -32,6 +33,7 @@ OPTIONS = {
     "reflacx": {"size": [0, 24], "readings": ["one", "each", "merge"], "split": ["all", "train"]},
     "mimic": {"size": [0, 24], "views": [("AP", "PA"), ("all",)]},
 }
+INDEX = {"reflacx": "reflacx.json", "mimic": "mimic-cxr-jpg-cleanv4.json"}
 WRITES = ("replace", "unlink", "rmdir", "mkdir", "truncate", "fsync")
 
 
@@ -160,13 +162,27 @@ class Preparation(RuleBasedStateMachine):
             return prepare(self.root / "reflacx", self.root / "mimic", out, **self.options, **more)
         return prepare_mimic(self.root / "mimic", self.root / "heatmaps", out, **self.options, **more)
 
-    def is_finished(self) -> bool:
-        return (self.out / "prepare.origins").exists()
+    def committing(self) -> bool:
+        """Whether the next run has to finish moving first: the tree is the staged one already."""
+        return (self.out / ".making/prepare/commit").exists()
+
+    def current(self, name: str) -> str | None:
+        """A file at the root of the tree as it is, or is about to be."""
+        staged = self.out / ".making/prepare/tree" / name
+        path = staged if self.committing() and staged.exists() else self.out / name
+        return path.read_text() if path.exists() else None
+
+    def options_there(self):
+        if record := self.current("prepare.json"):
+            return json.loads(record)["options"]
+        begun = self.out / ".making/prepare/begun"
+        return json.loads(begun.read_text())["options"] if begun.exists() else None
 
     def remember(self):
-        """After a kill: the finished tree is what it was, or is being removed for a new one."""
-        if not self.is_finished() or (self.out / "prepare.removing").exists():
-            self.finished = None
+        """After a kill: the finished tree is what it was, or what it is about to be."""
+        lines = self.current("prepare.origins")
+        self.finished = lines and {name for line in lines.splitlines() for name in files_of(line)}
+        assert not lines or self.committing() or (self.out / INDEX[self.kind]).exists()
 
     @rule(number=st.integers(1, 60), after=st.booleans(), overwrite=st.booleans())
     def kill(self, number, after, overwrite):
@@ -178,13 +194,13 @@ class Preparation(RuleBasedStateMachine):
     @rule()
     def two_at_once(self):
         if (self.out / "prepare.json").exists():
-            before = contents(self.out)
+            before, moved = contents(self.out), self.committing()
             with TreeMaking(self.out, {}, index="x", overwrite=True):
                 held = contents(self.out)
                 with pytest.raises(UserError, match="in use by process"):
                     self.prepare(self.out)
                 assert contents(self.out) == held
-            assert pictures(held) <= pictures(before)
+            assert moved or pictures(held) == pictures(before)
 
     @rule()
     def run(self):
@@ -209,9 +225,7 @@ class Preparation(RuleBasedStateMachine):
             fresh, refused = contents(self.fresh), None
         except UserError as error:
             fresh, refused = {}, str(error)
-        before = contents(self.out)
-        record = before.get("prepare.json")
-        there = record and json.loads(record)["options"]
+        before, there, committing = contents(self.out), self.options_there(), self.committing()
         asked = fresh and json.loads(fresh["prepare.json"])["options"]
         try:
             report = self.prepare(self.out, overwrite=overwrite, dry_run=dry_run)
@@ -221,6 +235,8 @@ class Preparation(RuleBasedStateMachine):
                 assert contents(self.out) == before
             if "other options" in told:
                 assert not overwrite and there and (not asked or there != asked)
+            elif "cut off at its end" in told:
+                assert dry_run and committing
             elif "would lose" in told:
                 assert not overwrite and self.finished - pictures(fresh)
                 assert pictures(contents(self.out)) >= pictures(before)

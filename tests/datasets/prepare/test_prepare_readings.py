@@ -151,13 +151,9 @@ def test_bad_fixations_are_left_out_counted_and_listed(tmp_path, capsys):
     entry = next(entry for entry in entries_of(tmp_path / "out") if entry["reflacx_id"] == reading.id)
     expected = fixation_heatmap(table.drop([1, 2]), reading.image_size, reading.image_size)
     np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
-    assert main([*flags, str(tmp_path / "strict"), "--max_bad_fixations", "0"]) == 1
-    assert "2 of" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--max_bad_fixations 1.5 is no share"):
-        main([*flags, str(tmp_path / "no"), "--max_bad_fixations", "1.5"])
 
 
-@pytest.mark.parametrize("flags", [["--dicom_contrast", "window"], ["--screen_filter"], ["--max_bad_fixations", "0"]])
+@pytest.mark.parametrize("flags", [["--dicom_contrast", "window"], ["--screen_filter"]])
 def test_options_that_decide_pixels_do_not_mix(each, mixed, flags):
     out, _ = each
     with pytest.raises(UserError, match=f"other options.*{flags[0].removeprefix('--')}"):
@@ -429,12 +425,6 @@ def test_workers_end_with_a_killed_program():
             os.kill(pid, signal.SIGKILL)
 
 
-def test_killed_before_the_first_record(mixed, tmp_path):
-    (tmp_path / ".tmp-prepare.json-x").touch()
-    assert prepare(mixed.raw, mixed.images, tmp_path, size=64).counts["entries"] > 0
-    assert not list(tmp_path.glob(".tmp-*"))
-
-
 def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
     study = make_study(tmp_path, n_images=5, size=(80, 64), faults=["truncated_image"])
     one = prepare(study.raw, study.images, tmp_path / "one", workers=1)
@@ -570,7 +560,7 @@ def test_egd_without_recorded_sizes_needs_images_that_look_like_the_originals(tm
 class LeftEyeReading(Reading):
     """Of a data set made up here: one fixation in the middle of the image's left half."""
 
-    def load_fixations(self, *, max_bad=0.1, screen_filter=False):
+    def load_fixations(self, *, screen_filter=False):
         height, width = self.image_size
         box = {"xmin": 0, "ymin": 0, "xmax": width, "ymax": height}
         gaze = {"x": width / 4, "y": height / 2, "duration": 1, "sigma_x": 9, "sigma_y": 9}

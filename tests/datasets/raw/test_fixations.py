@@ -33,7 +33,8 @@ def damage(reading, **cells):
 SIGMA = "angular_resolution_x_pixels_per_degree"
 
 
-def test_bad_rows_are_left_out_counted_and_named(reading):
+def test_bad_rows_are_left_out_counted_and_named(reading, monkeypatch):
+    monkeypatch.setattr("datasets.raw.readings.MAX_BAD", 0.5)
     whole = reading.load_fixations().table
     assert len(whole) > 20 and not reading.load_fixations().left_out
     damage(
@@ -43,7 +44,7 @@ def test_bad_rows_are_left_out_counted_and_named(reading):
         timestamp_end_fixation=[(5, "-1")],
         xmin_shown_from_image=[(6, "")],
     )
-    found = reading.load_fixations(max_bad=0.5)
+    found = reading.load_fixations()
     pd.testing.assert_frame_equal(found.table, whole.iloc[7:])
     assert found.left_out == {"not a finite number": 4, "angular resolution not positive": 2, "negative duration": 1}
     assert len(found.bad) == 7 and found.bad[0].endswith("line 2, column 'x_position': 'nan' is not a finite number")
@@ -59,7 +60,7 @@ def test_a_row_given_twice_does_not_count_twice(reading):
     assert found.left_out == {"the same row again": 2} and len(found.bad) == 2
     assert found.bad[0] == f"line {len(table) + 2}, the same row again"
     pd.concat([table, table]).to_csv(reading.fixations_path, index=False)  # written twice over
-    with pytest.raises(UserError, match="the same row again; .* more than --max_bad_fixations"):
+    with pytest.raises(UserError, match="the same row again; .* more than 10%"):
         reading.load_fixations()
 
 
@@ -73,20 +74,19 @@ def test_a_reading_falls_with_more_bad_rows_than_allowed(reading):
         reading.load_fixations()
     message = str(error.value)
     assert f"line 2, column 'y_position': '?' is not a finite number; {allowed + 1} of {n} fixations" in message
-    assert "--max_bad_fixations 0.1" in message and str(reading.fixations_path) in message
-    assert len(reading.load_fixations(max_bad=1).table) == n - allowed - 1
+    assert "are bad, more than 10%" in message and str(reading.fixations_path) in message
 
 
 def test_durations_of_0_are_left_out_by_rule(reading):
     table = damage(reading)
     damage(reading, timestamp_end_fixation=[(i, t) for i, t in enumerate(table["timestamp_start_fixation"])])
-    found = reading.load_fixations(max_bad=0)
+    found = reading.load_fixations()
     assert found.table.empty and found.left_out == {"duration of 0": len(table)} and not found.bad
 
 
 def test_no_rows_are_no_bad_rows():
     nothing = pd.DataFrame(columns=list(FIXATION_COLUMNS), dtype=float)
-    assert usable_fixations(nothing, "a.csv", max_bad=0).table.empty
+    assert usable_fixations(nothing, "a.csv").table.empty
 
 
 def test_egd_bad_rows(tmp_path):
