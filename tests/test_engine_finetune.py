@@ -183,7 +183,7 @@ def test_evaluate_reads_files_as_training_did(encoder, tmp_path):  # noqa: F811
         "--device",
         "cpu",
         "--bootstrap",
-        9,
+        200,
     ]
     argv = [str(word) for word in [*argv, "--num_workers", 0, "--output_dir"]]
     trained = [*argv, str(tmp_path / "out"), "--weights", f"ours={encoder}", "--method", "finetune", "--seeds", "43"]

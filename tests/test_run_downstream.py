@@ -335,7 +335,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--weights", encoder, "--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
         (["--weights", encoder, "--tap", "3"], "--tap 3"),
         (["--fractions", "0"], "--fractions 0.0: must be above 0"),
-        (["--seeds", "1", "1"], "--seeds: 1 is named twice"),
+        (["--seeds", "1", "1"], "--seeds 1 1: a value is named twice"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--bootstrap", "199"], "--bootstrap 199: must be at least 200"),
         (["--views", "0"], "--views 0"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
 import time
 from itertools import pairwise
@@ -44,7 +46,9 @@ def measure_training(report: Report, tree: Path, output: Path, settings: Setting
         epochs.append((began, time.perf_counter(), training.batches))
         return request
 
-    trees = [str(tree)] * settings.copies
+    trees = [f"{output}-tree{i}" for i in range(settings.copies)]  # a tree may be named once only
+    for copy in trees:
+        shutil.copytree(tree, copy, copy_function=os.link)
     batch_size = min(settings.batch_size, settings.n_images * settings.copies)
     Training.train_epoch = watched
     try:
