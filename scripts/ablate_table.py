@@ -10,8 +10,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.ablation import format_seed_table, seed_table
-from util.ablation_figure import ablation_figure
+from downstream.ablation import format_seed_table, seed_table
+from downstream.ablation_figure import ablation_figure
 from util.cli import Parser
 from util.errors import UserError, run_cli
 from util.figures import save_figure

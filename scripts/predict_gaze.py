@@ -12,13 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.prepare.predicted import Predictor, fill_tree, predict_files
-from models_gaze import GazeNet, load_gaze_net
+from downstream.encoders import digest_of
+from gaze.fill import Predictor, fill_tree, predict_files
+from gaze.model import GazeNet, load_gaze_net
 from util.cli import Parser, check_device, check_least
 from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.cpus import available_cpus
 from util.download import local_file
-from util.encoders import digest_of
 from util.errors import UserError, run_cli
 from util.precision import set_tf32
 

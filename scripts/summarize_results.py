@@ -13,11 +13,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from downstream.figure import summary_figure
+from downstream.results import MEAN, summary_table, write_text
 from util.cli import Parser
 from util.errors import UserError, run_cli
 from util.figures import save_figure
-from util.results import MEAN, summary_table, write_text
-from util.results_figure import summary_figure
 from util.tables import read_table
 
 COLUMNS = ("weights", "dataset", "method", "fraction", "seed", "label", "low", "high", "n", "study", "as_published")

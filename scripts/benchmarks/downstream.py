@@ -13,18 +13,18 @@ import timm
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.downstream import read_dataset
-from datasets.downstream.images import CENTRE, Views, normalisation, open_squares
-from datasets.downstream.labelled import TEST, TRAIN, VALID, LabelledImages
-from datasets.downstream.partition import Rows, partitions
 from datasets.phantom.labelled import Chests
 from datasets.phantom.rsna import make_rsna
-from engine_downstream import ENCODE_BATCH, Encoder, HeadOptions, Keyed, epoch_order, known_loss, new_head, schedule
-from engine_frozen import Frozen, linear
+from downstream.data import read_dataset
+from downstream.data.images import CENTRE, Views, normalisation, open_squares
+from downstream.data.labelled import TEST, TRAIN, VALID, LabelledImages
+from downstream.data.partition import Rows, partitions
+from downstream.encoders import Candidate
+from downstream.frozen import Frozen, linear
+from downstream.heads import ENCODE_BATCH, Encoder, HeadOptions, Keyed, epoch_order, known_loss, new_head, schedule
+from downstream.jobs import Jobs
 from scripts.benchmarks.timing import Report, Row, Settings, timed_twice
-from util.encoders import Candidate
 from util.export import read_backbone
-from util.jobs import Jobs
 from util.roc import auc
 from util.stop import StopSignals
 

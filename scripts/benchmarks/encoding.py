@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.downstream import read_dataset
-from datasets.downstream.images import Views, normalisation, open_squares
 from datasets.phantom.labelled import Chests
 from datasets.phantom.rsna import make_rsna
-from engine_downstream import ENCODE_BATCH, Encoder, Keyed, encode, read_back
+from downstream.data import read_dataset
+from downstream.data.images import Views, normalisation, open_squares
+from downstream.features import FeatureFile
+from downstream.heads import ENCODE_BATCH, Encoder, Keyed, encode, read_back
 from scripts.benchmarks.timing import Report, Settings, timed_twice
-from util.features import FeatureFile
 from util.stop import StopSignals
 
 READY = 1024  # views that lie ready for the bare forward passes, again and again

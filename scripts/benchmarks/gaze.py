@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import run_gaze
+import gaze.main
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
-from datasets.prepare.predicted import fill_tree
-from engine_gaze import batch_losses, name_means
-from models_gaze import GazeNet
+from gaze import metrics as saliency
+from gaze.engine import batch_losses, name_means
+from gaze.fill import fill_tree
+from gaze.model import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate
 from scripts.predict_gaze import as_predictor
-from util import distributed, saliency
+from util import distributed
 from util.cpus import available_cpus
 from util.finite import make_scaler
 from util.logging import Progress, RunLog
@@ -62,8 +63,8 @@ def measure_prediction(report: Report, root: Path, settings: Settings) -> None:
 
 
 def measure_gaze_training(report: Report, root: Path, settings: Settings) -> None:
-    """Seconds for some batches that are ready on the device: `engine_gaze`'s epoch against the bare steps."""
-    args = run_gaze.get_args_parser().parse_args(
+    """Seconds for some batches that are ready on the device: `gaze.engine`'s epoch against the bare steps."""
+    args = gaze.main.get_args_parser().parse_args(
         ["--data_path", "none", "--epochs", "1", "--warmup_epochs", "0", "--print_every", str(BATCHES)]
     )
     args.dtype = "float16" if settings.device == "cuda" else "float32"  # as run_gaze.py chooses

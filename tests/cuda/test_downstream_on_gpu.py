@@ -13,10 +13,10 @@ import timm
 import torch
 from host_waits import GivenBatches, no_host_waits
 
-from datasets.downstream.images import normalisation
-from datasets.downstream.labelled import MULTICLASS, MULTILABEL
-from engine_downstream import Encoder, FeatureFile, HeadOptions, encode, train_heads
-from engine_finetune import RECIPES, Tuning, make_training
+from downstream.data.images import normalisation
+from downstream.data.labelled import MULTICLASS, MULTILABEL
+from downstream.finetune import RECIPES, Tuning, make_training
+from downstream.heads import Encoder, FeatureFile, HeadOptions, encode, train_heads
 from util import distributed
 from util.logging import RunLog
 from util.precision import set_tf32

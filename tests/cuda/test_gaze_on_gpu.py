@@ -12,9 +12,9 @@ import pytest
 import torch
 from host_waits import GivenBatches, no_host_waits
 
-import run_gaze
-from engine_gaze import batch_losses
-from models_gaze import GazeNet
+import gaze.main
+from gaze.engine import batch_losses
+from gaze.model import GazeNet
 from util import distributed
 from util.logging import Progress, RunLog
 from util.precision import set_tf32
@@ -43,7 +43,7 @@ def batches(n, device):
 
 def losses_of(given, n, device, tmp_path, *flags):
     """Mean KLD and CC of an epoch of n given batches, after run_gaze.py's own options."""
-    args = run_gaze.get_args_parser().parse_args([*FLAGS, "--device", device, *flags])
+    args = gaze.main.get_args_parser().parse_args([*FLAGS, "--device", device, *flags])
     ranks = distributed.start(device)
     torch.manual_seed(0)
     core = GazeNet("test_resnet", input_size=SIZE, width=16)

@@ -13,15 +13,15 @@ from host_waits import GivenBatches
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-import engine_gaze
 import engine_pretrain
-import run_gaze
+import gaze.engine
+import gaze.main
 import run_pretrain
-from datasets.downstream.images import normalisation
-from datasets.downstream.labelled import MULTICLASS, MULTILABEL
-from engine_downstream import Encoder, read_back
-from engine_finetune import RECIPES, Tuning, make_training
-from models_gaze import GazeNet
+from downstream.data.images import normalisation
+from downstream.data.labelled import MULTICLASS, MULTILABEL
+from downstream.finetune import RECIPES, Tuning, make_training
+from downstream.heads import Encoder, read_back
+from gaze.model import GazeNet
 from util.distributed import Ranks
 from util.finite import FiniteWatch
 from util.logging import Progress
@@ -107,11 +107,11 @@ def test_pretraining(masking, flags, watch, monkeypatch):
 
 
 def test_gaze_training(watch, monkeypatch):
-    args = run_gaze.get_args_parser().parse_args(["--data_path", "none", "--dtype", "float16", "--cc_weight", "1"])
+    args = gaze.main.get_args_parser().parse_args(["--data_path", "none", "--dtype", "float16", "--cc_weight", "1"])
     model = GazeNet("test_resnet", input_size=SIDE, width=16)
     with fake_gpu(model, monkeypatch) as ranks:
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE), "target": torch.zeros(BATCH, SIDE // 4, SIDE // 4)}
-        place = training(model, args, ranks, 2, partial(engine_gaze.batch_losses, cc_weight=1.0))
+        place = training(model, args, ranks, 2, partial(gaze.engine.batch_losses, cc_weight=1.0))
         assert (requested(place, batch, watch), place.step) == (PAUSE, 2)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from datasets.prepare.mimic import prepare_mimic
-from models_gaze import GazeNet
-from run_gaze import Best
+from gaze.main import Best
+from gaze.model import GazeNet
 from util.checkpoint import FORMAT, save_checkpoint
 from util.errors import UserError
 from util.images import read_gray

@@ -12,11 +12,11 @@ import torch
 import visualize
 from gaze_trees import make_gaze_tree
 
-import run_gaze
+import gaze.main
 import run_pretrain
 import util.download
+from downstream.encoders import named_files, read_candidates
 from util.download import local_file
-from util.encoders import named_files, read_candidates
 from util.errors import UserError
 
 WEIGHTS = b"some weights" * 1000
@@ -118,9 +118,9 @@ def test_a_server_that_stalls_is_told(address, monkeypatch):
             "--data_path a --device cpu --model cxrmim_vit_tiny_patch16 --batch_size 4 --no_cache --pretrained none "
             "--resume",
         ),
-        (run_gaze.main, "--data_path a --device cpu --weights"),
-        (run_gaze.main, "--data_path a --device cpu --weights none --judge"),
-        (run_gaze.main, "--data_path a --device cpu --weights none --backbone test_resnet --no_cache --resume"),
+        (gaze.main.main, "--data_path a --device cpu --weights"),
+        (gaze.main.main, "--data_path a --device cpu --weights none --judge"),
+        (gaze.main.main, "--data_path a --device cpu --weights none --backbone test_resnet --no_cache --resume"),
         (predict_gaze.main, "--device cpu --tree a --weights"),
         (visualize.main, "--device cpu --out a.png"),
         (export_backbone.main, "a.pth"),

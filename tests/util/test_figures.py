@@ -12,13 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from downstream.figure import results_figure, summary_figure
+from downstream.results import MEAN
+from gaze.pictures import Example, examples_figure
+from gaze.table import metrics_figure
 from models_cxrmim import CXRMIM
 from util.curves import loss_figure
-from util.gaze_pictures import Example, examples_figure
 from util.pictures import contact_sheet, reconstruction_figure
-from util.results import MEAN
-from util.results_figure import results_figure, summary_figure
-from util.saliency_table import metrics_figure
 
 # One "$" pair is a formula to matplotlib, and a broken one an error; a label with "_" first is left out.
 ODD = r"_runs/$\frac$ of a_b$ with 100% " + "and/a/long-path " * 12

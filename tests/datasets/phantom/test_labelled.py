@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from datasets.downstream import read_dataset
-from datasets.downstream.images import Reading
-from datasets.downstream.labelled import TEST, TRAIN, VALID
 from datasets.phantom.chexpert import make_chexpert
 from datasets.phantom.labelled import Chests, kinds_of
 from datasets.phantom.nih import FINDINGS, make_nih
 from datasets.phantom.rsna import make_rsna
+from downstream.data import read_dataset
+from downstream.data.images import Reading
+from downstream.data.labelled import TEST, TRAIN, VALID
 
 CHESTS = Chests(n_images=48, size=(64, 52))
 MAKERS = {"rsna": make_rsna, "nih": make_nih, "chexpert": make_chexpert}

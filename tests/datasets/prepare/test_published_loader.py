@@ -14,8 +14,8 @@ from PIL import Image
 
 from datasets import build_dataset
 from datasets.prepare.mimic import prepare_mimic
-from datasets.prepare.predicted import Predictor, fill_tree
 from datasets.transforms import centre_box, crop_resize_flip
+from gaze.fill import Predictor, fill_tree
 
 
 class PublishedMimic:

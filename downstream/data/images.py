@@ -1,0 +1,297 @@
+"""The images of the downstream evaluation, as published: longest side 256, padded, cropped, augmented.
+
+Every view of an image is a function of (seed, view, index) and nothing else, so features of a view can be
+computed once and kept, by any number of workers in any order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_array
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from downstream.data.labelled import LabelledImages
+from datasets.plane import Plane, PlaneKind, open_plane
+from datasets.tree import SampleError
+from util.cli import finite_float
+from util.contrast import CONTRASTS, add_dicom_contrast
+from util.dicom import dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
+from util.errors import UserError
+from util.images import image_size, read_intensities
+
+SQUARE, CROP = 256, 224
+CENTRE = -1  # the view of validation and tests
+NORMALISATIONS = {  # mean and std of the three channels
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # published downstream evaluation
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # as the encoder was pretrained
+}
+MAXIMUM = {"maximum": "stored values by their maximum (published)"}
+DICOM_CONTRASTS = (*MAXIMUM, *CONTRASTS)
+JITTER, JITTER_CHANCE, BLUR_CHANCE, FLIP_CHANCE = 0.4, 0.8, 0.5, 0.5
+BLUR_SIGMA = (0.1, 2.0)
+LOOKED_AT = 64  # files whose headers are read to say what is done with 16 bits
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become 8-bit gray.
+
+    Attributes:
+        dicom_contrast: maximum (published: stored values by their maximum), or one of `util.contrast`'s: window,
+            minmax, mimic-cxr-jpg (equalised).
+        intensity_max: what becomes 255 in 16-bit PNGs, 0 staying 0; None = each file's own range.
+    """
+
+    dicom_contrast: str = DICOM_CONTRASTS[0]
+    intensity_max: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dicom_contrast not in DICOM_CONTRASTS:
+            raise UserError(f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(DICOM_CONTRASTS)}")
+        if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
+            raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """(height, width) from the header."""
+        return dicom_size(path) if is_dicom(path) else image_size(path, deep=True)
+
+    def read(self, path: Path) -> np.ndarray:
+        """uint8 [H, W]. Raises `UserError` naming the file."""
+        if is_dicom(path):
+            if self.dicom_contrast == "maximum":
+                return read_dicom_by_maximum(path)
+            return read_dicom(path, self.dicom_contrast)
+        gray = read_intensities(path)
+        if gray.dtype == np.uint8:
+            return gray
+        low, high = (0, self.intensity_max) if self.intensity_max else (int(gray.min()), int(gray.max()))
+        shifted = (np.arange(65536) - low).clip(0, high - low)
+        table = np.rint(shifted * 255.0 / max(high - low, 1)).astype(np.uint8)
+        return table[gray]
+
+
+def fitted_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) with the longest side 256, the other cut to whole pixels."""
+    longest = max(height, width)
+    return max(1, height * SQUARE // longest), max(1, width * SQUARE // longest)
+
+
+def area_resize(gray: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize by area: each pixel the mean of what it covers, as OpenCV's INTER_AREA. uint8 [H, W] -> size."""
+    rows, columns = (_coverage(n, m) for n, m in zip(gray.shape, size, strict=True))
+    small = rows @ gray.astype(np.float32)  # [h, W]
+    return np.rint((columns @ small.T).T).astype(np.uint8)
+
+
+def _coverage(n: int, m: int) -> csr_array:
+    """[m, n]: the share that each of n pixels has in each of m."""
+    edges = np.arange(m + 1) * (n / m)
+    first = np.floor(edges[:-1] + 1e-9).astype(int)
+    last = np.minimum(np.ceil(edges[1:] - 1e-9).astype(int), n)
+    counts = last - first
+    target = np.repeat(np.arange(m), counts)
+    source = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + first[target]
+    share = np.minimum(source + 1, edges[target + 1]) - np.maximum(source, edges[target])
+    return csr_array(((share * (m / n)).astype(np.float32), (target, source)), shape=(m, n))
+
+
+def pad_to_square(fitted: np.ndarray) -> np.ndarray:
+    """uint8 [h, w] in the middle of black [256, 256]."""
+    height, width = fitted.shape
+    top, left = (SQUARE - height) // 2, (SQUARE - width) // 2
+    square = np.zeros((SQUARE, SQUARE), np.uint8)
+    square[top : top + height, left : left + width] = fitted
+    return square
+
+
+def draw_view(square: np.ndarray, rng: np.random.Generator, strong: bool) -> np.ndarray:
+    """A training view: random crop of 224, with `strong` also brightness and contrast, blur and flip.
+
+    The published saturation, hue and conversion to gray leave gray images as they are. uint8 [224, 224].
+    """
+    top, left = rng.integers(0, SQUARE - CROP + 1, 2)
+    view = square[top : top + CROP, left : left + CROP]
+    if not strong:
+        return view
+    # Every number is drawn whether it is used or not, so that one chance does not move the others.
+    jitter, contrast_first, blur, flip = rng.random(4) < (JITTER_CHANCE, 0.5, BLUR_CHANCE, FLIP_CHANCE)
+    brightness, contrast = rng.uniform(1 - JITTER, 1 + JITTER, 2)
+    sigma = rng.uniform(*BLUR_SIGMA)
+    values = view.astype(np.float32)
+    if jitter:
+        for change in ("contrast", "brightness") if contrast_first else ("brightness", "contrast"):
+            if change == "brightness":
+                values = values * brightness
+            else:
+                values = contrast * values + (1 - contrast) * values.mean()
+            values = np.clip(values, 0, 255)
+    if blur:
+        values = gaussian_filter(values, sigma, mode="mirror", truncate=3.0)
+    if flip:
+        values = values[:, ::-1]
+    return np.rint(values).astype(np.uint8)
+
+
+class Views(Dataset):
+    """`views[index, view]` is uint8 [1, 224, 224]: view `CENTRE` the centre crop, 0, 1, ... training views.
+
+    Args:
+        seed: of the training views.
+        plane: the decoded images of `open_squares`; without it each view decodes its file again.
+    """
+
+    def __init__(
+        self, images: LabelledImages, *, seed: int = 0, plane: Plane | None = None, reading: Reading | None = None
+    ):
+        self.files = images.files
+        self.strong = images.strong_augmentation
+        self.seed = seed
+        self.plane = plane
+        self.reading = reading or Reading()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def square(self, index: int) -> np.ndarray:
+        """The whole image: uint8 [256, 256]."""
+        try:
+            if self.plane is not None:
+                return pad_to_square(self.plane[index])
+            gray = self.reading.read(self.files[index])
+        except UserError as error:  # stays one line where a loader's worker meets it
+            raise SampleError(str(error)) from None
+        return pad_to_square(area_resize(gray, fitted_size(*gray.shape)))
+
+    def __getitem__(self, place: tuple[int, int]) -> Tensor:
+        index, view = place
+        square = self.square(index)
+        if view == CENTRE:
+            start = (SQUARE - CROP) // 2
+            crop = square[start : start + CROP, start : start + CROP]
+        else:
+            crop = draw_view(square, np.random.default_rng((self.seed, view, index)), self.strong)
+        return torch.from_numpy(np.ascontiguousarray(crop))[None]
+
+
+def open_squares(
+    images: LabelledImages,
+    cache_dir: str | os.PathLike,
+    *,
+    reading: Reading | None = None,
+    num_workers: int | None = None,
+) -> Plane:
+    """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
+
+    64 KiB an image at most: 7.0 GiB for ChestX-ray14, 12 GiB for CheXpert.
+
+    Raises:
+        UserError: an image that can't be read, no place to write, disk full.
+    """
+    reading = reading or Reading()
+    # Another choice of rows or files gets a directory of its own, so that two uses don't evict each other.
+    listed = "\n".join(map(os.fspath, images.files))
+    place = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
+    scale = "range" if reading.intensity_max is None else f"{reading.intensity_max:g}"
+    kind = PlaneKind(
+        f"fitted-{reading.dicom_contrast}-{scale}",
+        SQUARE,
+        reading.size,
+        fitted_size,
+        partial(_fitted_picture, reading),
+        f" ({images.name}; pass over it by leaving its row out of the table)",
+    )
+    return open_plane([place], kind, images.files, root=place, num_workers=num_workers)
+
+
+def _fitted_picture(reading: Reading, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    gray = reading.read(file)
+    if gray.shape != native_size:
+        raise UserError(f"{file}: the file changed while it was read; start again")
+    return area_resize(gray, size)
+
+
+def options_heeded(files: Sequence[Path]) -> dict[str, Path]:
+    """Which options of `Reading` matter to these files, by the headers of some of them, with a file of each kind."""
+    found: dict[str, Path] = {}
+    for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)):
+        try:
+            with open(files[place], "rb") as file:
+                head = file.read(26)
+        except OSError:
+            continue  # whoever reads the picture reports it
+        if is_dicom(files[place]):
+            found.setdefault("dicom_contrast", files[place])
+        elif head.startswith(b"\x89PNG") and head[24:25] == b"\x10":
+            found.setdefault("intensity_max", files[place])
+    return found
+
+
+def deep_note(files: Sequence[Path], reading: Reading) -> list[str]:
+    """What is done with 16-bit files, if some are among those looked at: at most one line."""
+    if (file := options_heeded(files).get("intensity_max")) is None:
+        return []
+    how = (
+        "each by its own smallest and largest value; --intensity_max scales all by the same"
+        if reading.intensity_max is None
+        else f"0 to {reading.intensity_max:g} becoming 0 to 255"
+    )
+    return [f"16-bit images (e.g. {file}) are scaled to 8 bits, {how}"]
+
+
+def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of three channels: "half" (published downstream) or "imagenet" (as pretrained)."""
+    if name not in NORMALISATIONS:
+        raise UserError(f"--normalisation {name}: expected {' or '.join(NORMALISATIONS)}")
+    return NORMALISATIONS[name]
+
+
+def normalise(gray: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, 1, H, W] -> float [B, 3, H, W]: scaled to 0..1, repeated and normalised."""
+    scaled = gray.float().div_(255) if gray.dtype == torch.uint8 else gray / 255
+    # Channel by channel into the result, without copies between, and with plain numbers: a tensor of them would be
+    # copied to the GPU in every step, which waits for it.
+    result = scaled.new_empty(len(gray), len(mean), *gray.shape[-2:])
+    for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):
+        torch.sub(scaled[:, 0], centre, out=result[:, channel]).div_(spread)
+    return result
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `Reading` and of the cache, read back by `reading_from_args`."""
+    group = parser.add_argument_group("image files")
+    add_dicom_contrast(group, default=None, further=MAXIMUM)
+    add = group.add_argument
+    helped = "what becomes white in 16-bit PNGs (default: each file's own smallest to largest value)"
+    # fmt: off
+    add("--intensity_max", type=finite_float, help=helped)
+    helped = "half: mean and std 0.5 (published); imagenet: as the encoder was pretrained"
+    add("--normalisation", choices=NORMALISATIONS, default="half", help=helped)
+    # fmt: on
+
+
+def reading_from_args(args: argparse.Namespace) -> Reading:
+    return Reading(args.dicom_contrast or DICOM_CONTRASTS[0], args.intensity_max)
+
+
+def reading_as_trained(args: argparse.Namespace, trained: Mapping[str, object], name: str) -> Reading:
+    """The options, but those that mattered to the images of a fine-tuned model (`trained`) as then.
+
+    Raises:
+        UserError: an option that asks for another value.
+    """
+    for option, value in trained.items():
+        if (asked := getattr(args, option)) not in (None, value):
+            told = "without it" if value is None else f"with {value}"
+            raise UserError(f"--{option} {asked}: {name} was trained {told}, and reads images as then; leave it out")
+    return replace(reading_from_args(args), **trained)

@@ -1,0 +1,110 @@
+"""Who trains, validates and tests: published rules to the row, and draws by subject."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from downstream.data.choices import ALL_TEST, AUTO, BY_SUBJECT, FOLDS, Choices
+from downstream.data.labelled import TEST, TRAIN, VALID
+from util.errors import UserError
+
+SHARE = 0.15  # of the images, for validation and for tests each, where a split is drawn by subject
+
+
+def split_70_15_15(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The published split of n rows (RSNA, SIIM): places in the order it leaves, and the part of each.
+
+    scikit-learn's `train_test_split(test_size=0.3, random_state=0)`, then of the 30%
+    `train_test_split(test_size=0.5, random_state=0)`, whose first half is test and second valid.
+
+    Raises:
+        UserError: fewer than the 4 rows that give each part one.
+    """
+    if n < 4:
+        raise UserError(f"{n} images are too few to train, validate and test on; keep more rows of the table")
+    train, rest = train_test_split(np.arange(n), test_size=0.3, random_state=0)
+    test, valid = train_test_split(rest, test_size=0.5, random_state=0)
+    parts = np.repeat([TRAIN, VALID, TEST], [len(train), len(valid), len(test)])
+    return np.concatenate([train, valid, test]), parts
+
+
+def by_row(order: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The part of each row, from `split_70_15_15`'s places and their parts: str [N]."""
+    found = np.empty_like(parts)
+    found[order] = parts
+    return found
+
+
+def choose_parts(
+    choices: Choices, name: str, subjects: np.ndarray, official: np.ndarray | None, notes: list[str]
+) -> np.ndarray:
+    """The part of each image as --split says: str [N].
+
+    Args:
+        official: the official or published parts, or None where there are none.
+    """
+    if choices.split == FOLDS:
+        return np.full(len(subjects), "", "<U5")
+    if choices.split == ALL_TEST:
+        return np.full(len(subjects), TEST)
+    if choices.split != BY_SUBJECT and official is not None:
+        return official
+    if choices.split not in (AUTO, BY_SUBJECT):
+        raise UserError(f"{name}: --split {choices.split}: there is no such split here; use --split subject")
+    if choices.split == AUTO:
+        notes.append(
+            f"{name}: no split is given, so 70% of the images train, 15% validate and 15% test, drawn by "
+            f"subject with --split_seed {choices.split_seed}"
+        )
+    return split_by_subject(name, subjects, choices.split_seed)
+
+
+def split_by_subject(name: str, subjects: np.ndarray, seed: int) -> np.ndarray:
+    """70 / 15 / 15% of the images, no subject in two parts: str [N].
+
+    Depends on the subjects and the seed, not on the order of the images.
+    """
+    if len(set(subjects)) < 3:
+        raise UserError(
+            f"{name}: {len(set(subjects))} subjects are too few to train, validate and test on; "
+            "use --split folds or --split test"
+        )
+    count = max(1, round(SHARE * len(subjects)))
+    parts = np.full(len(subjects), TRAIN)
+    parts[draw_subjects(subjects, count, seed)] = TEST
+    rest = np.flatnonzero(parts == TRAIN)
+    parts[rest[draw_subjects(subjects[rest], count, seed + 1)]] = VALID
+    return parts
+
+
+def draw_subjects(subjects: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Whole subjects, drawn until they have `count` images, one always left over: bool [N]."""
+    names, inverse, images = np.unique(subjects, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    before = np.cumsum(images[order]) - images[order]
+    chosen = np.zeros(len(names), bool)
+    chosen[order[before < count]] = True
+    chosen[order[-1]] = False
+    return chosen[inverse]
+
+
+def draw_folds(kinds: np.ndarray, subjects: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """The fold of each image, 0 to n_folds - 1: int64 [N]. No subject is in two folds, and with as many subjects as
+    folds or more none is empty.
+
+    Subjects are dealt out there and back in the order of how many images of the rarest kind they have, then of the
+    next one, so that each fold gets its share of each kind. Equal ones stand in an order that is drawn.
+
+    Args:
+        kinds: [N], the class that each fold should have its share of.
+        subjects: [N].
+    """
+    names, subject = np.unique(subjects, return_inverse=True)
+    _, kind, images = np.unique(kinds, return_inverse=True, return_counts=True)
+    counts = np.bincount(subject * len(images) + kind, minlength=len(names) * len(images)).reshape(len(names), -1)
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = order[np.lexsort(-counts[order][:, np.argsort(-images)].T)]
+    fold = np.empty(len(names), np.int64)
+    fold[order] = np.resize(np.r_[:n_folds, n_folds - 1 : -1 : -1], len(names))
+    return fold[subject]

@@ -1,0 +1,135 @@
+"""best.pth: a fine-tuned model with its labels, for timm, for other programs, and to be judged on other data."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from downstream.encoders import Candidate
+from util.errors import UserError
+from util.files import atomic_write
+from util.weights import read_state_dict
+
+BEST = "best.pth"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned model as best.pth has it.
+
+    Attributes:
+        labels: what its outputs are.
+        mean, std: of its input.
+        reading: options of `downstream.data.images.Reading` that mattered to its images.
+        dataset, fraction, seed: what it was trained on, with which share of the labels and seed.
+        seen: `subject_marks` of the subjects that trained or validated it, or pretrained its encoder.
+    """
+
+    model: VisionTransformer
+    labels: list[str]
+    task: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    reading: dict[str, Any]
+    dataset: str
+    fraction: float
+    seed: int
+    seen: frozenset[str]
+
+
+def write_tuned(
+    path: Path,
+    state: Mapping[str, Tensor],
+    candidate: Candidate,
+    model: VisionTransformer,
+    *,
+    pool: str,
+    labels: Sequence[str],
+    **facts: Any,
+) -> None:
+    """Write `state` and what `read_tuned` and `timm.create_model(timm_model, **timm_args, checkpoint_path=...)`
+    need; whole or not at all.
+
+    Args:
+        facts: the other fields of `Tuned`, and more to be kept.
+    """
+    backbone = candidate.backbone
+    arguments = {} if backbone is None else dict(backbone.timm_args)
+    arguments |= {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
+    metadata = {
+        "timm_model": candidate.timm_name if backbone is None else backbone.timm_name,
+        "timm_args": json.dumps(arguments),
+        "num_heads": str(model.blocks[0].attn.num_heads),
+        "labels": json.dumps(list(labels)),
+        "weights": candidate.name,
+    } | {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": dict(state), "metadata": metadata}, buffer)
+    try:
+        with atomic_write(path) as file:
+            file.write(buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}; make room") from None
+
+
+def read_tuned(path: str | os.PathLike) -> Tuned:
+    """The model of a best.pth, on the CPU.
+
+    Raises:
+        UserError: another kind of file, or one that is damaged.
+    """
+    state, info = read_state_dict(path)
+    facts = info.metadata
+    try:
+        model = timm.create_model(facts["timm_model"], **json.loads(facts["timm_args"]))
+        model.load_state_dict(state)
+        mean, std, reading, labels, seen = (
+            json.loads(facts[name]) for name in ("mean", "std", "reading", "labels", "seen")
+        )
+        if not _are(str, labels) or not len(labels) == len(set(labels)) == model.num_classes:
+            raise ValueError(f"{model.num_classes} outputs, labels {labels}")
+        for name, values in (("mean", mean), ("std", std)):
+            lowest = 1e-6 if name == "std" else -math.inf
+            if not _are((int, float), values) or len(values) not in (1, 3):
+                raise ValueError(f"{name} {values}")
+            if not all(lowest < value < math.inf for value in values):
+                raise ValueError(f"{name} {values}")
+        if not _are(str, seen):
+            raise ValueError("the list of subjects who trained it can't be read")
+        fraction = float(facts["fraction"])
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction {fraction}")
+        return Tuned(
+            model,
+            labels,
+            facts["task"],
+            tuple(mean),
+            tuple(std),
+            dict(reading),
+            facts["dataset"],
+            fraction,
+            int(facts["seed"]),
+            frozenset(seen),
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{info.path}: not a {BEST} of --method finetune ({error} is not in its metadata); "
+            "only those can be judged without training"
+        ) from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{info.path}: damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def _are(kinds: type | tuple[type, ...], values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kinds) for value in values)

@@ -1,0 +1,250 @@
+"""Files of every kind become the published views: against OpenCV, plain numpy and themselves."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
+from torch.utils.data import DataLoader
+
+from downstream.data.images import (
+    CENTRE,
+    CROP,
+    SQUARE,
+    Reading,
+    Views,
+    area_resize,
+    deep_note,
+    fitted_size,
+    normalisation,
+    normalise,
+    open_squares,
+    pad_to_square,
+)
+from downstream.data.labelled import LabelledImages
+from datasets.tree import SampleError
+from util.errors import UserError
+
+
+def gradient(height: int = 300, width: int = 400) -> np.ndarray:
+    return np.add.outer(np.arange(height) % 256 // 2, np.arange(width) % 256 // 2).astype(np.uint8)
+
+
+def labelled(files: list[Path], strong: bool = False) -> LabelledImages:
+    n = len(files)
+    return LabelledImages(
+        "made up",
+        [str(i) for i in range(n)],
+        files,
+        np.arange(n).astype(str),
+        np.full(n, "train"),
+        ["Bright"],
+        np.zeros((n, 1), np.float32),
+        strong_augmentation=strong,
+    )
+
+
+def write_dicom(path: Path, stored: np.ndarray, photometric: str = "MONOCHROME2") -> None:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=["test"])
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.Rows, data.Columns = stored.shape
+    data.SamplesPerPixel, data.PixelRepresentation, data.PhotometricInterpretation = 1, 0, photometric
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    data.WindowCenter, data.WindowWidth = 500, 200  # not to be used by maximum
+    data.PixelData = stored.astype("<u2").tobytes()
+    data.save_as(path, enforce_file_format=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    paths = []
+    for i, shape in enumerate([(300, 200), (120, 90), (256, 256), (400, 700)]):
+        paths.append(root / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(paths[-1])
+    return paths
+
+
+@given(st.integers(1, 700), st.integers(1, 700))
+@settings(max_examples=40, deadline=None)
+def test_area_interpolation_is_opencvs(height, width):
+    cv2 = pytest.importorskip("cv2")
+    gray = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width), np.uint8)
+    size = fitted_size(height, width)
+    assert max(size) == SQUARE or min(size) == 1
+    if min(height, width) >= max(size):  # OpenCV's INTER_AREA is something else where it enlarges
+        expected = cv2.resize(gray, size[::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(area_resize(gray, size).astype(int) - expected).max() <= 1
+    ones = np.full((height, width), 173, np.uint8)
+    assert (area_resize(ones, size) == 173).all()
+
+
+def test_the_centre_view_is_the_middle_of_the_padded_square(files):
+    views = Views(labelled(files))
+    assert views.square(0).shape == (SQUARE, SQUARE)
+    # 300 x 200 becomes 256 x 170, with 43 black columns on either side.
+    assert not views.square(0)[:, :43].any() and not views.square(0)[:, 213:].any()
+    assert views.square(0)[:, 43:213].any(0).all()
+    gray = np.array(Image.open(files[2]))
+    assert np.array_equal(views[2, CENTRE][0], gray[16:240, 16:240])
+    assert views[0, CENTRE].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_views_depend_on_seed_view_and_index_only(files, strong):
+    images = labelled(files, strong)
+    views = Views(images, seed=3)
+    places = [(i, view) for view in (CENTRE, 0, 1) for i in range(len(files))]
+    first = [views[place] for place in places]
+    for workers in (0, 2):
+        loader = DataLoader(views, batch_size=5, sampler=places, num_workers=workers)
+        assert torch.equal(torch.cat(list(loader)), torch.stack(first))
+    again = Views(images, seed=3)
+    assert all(torch.equal(again[place], item) for place, item in zip(reversed(places), reversed(first)))
+    assert not torch.equal(views[2, 0], views[2, 1])
+    assert not torch.equal(views[2, 0], Views(images, seed=4)[2, 0])
+    assert torch.equal(views[2, CENTRE], Views(images, seed=4)[2, CENTRE])
+
+
+def test_a_weak_view_is_a_crop_and_all_places_occur(tmp_path):
+    codes = (np.arange(SQUARE)[:, None] * 3 + np.arange(SQUARE)[None] * 7).astype(np.uint8)
+    Image.fromarray(codes).save(tmp_path / "a.png")
+    views = Views(labelled([tmp_path / "a.png"]))
+    windows = np.lib.stride_tricks.sliding_window_view(codes, (CROP, CROP))
+    corners = set()
+    for view in range(200):
+        crop = views[0, view][0].numpy()
+        match = np.argwhere(windows[:, :, 0, 0] == crop[0, 0])
+        corners |= {tuple(at) for at in match if np.array_equal(windows[tuple(at)], crop)}
+    rows, columns = zip(*corners, strict=True)
+    assert (min(rows), max(rows), min(columns), max(columns)) == (0, 32, 0, 32)
+
+
+def test_strong_views_jitter_blur_and_flip_as_often_as_published(tmp_path):
+    ramp = np.tile(np.linspace(60, 190, SQUARE).astype(np.uint8), (SQUARE, 1))
+    noisy = ramp + np.random.default_rng(0).integers(-30, 31, ramp.shape)
+    Image.fromarray(noisy.astype(np.uint8)).save(tmp_path / "a.png")
+    views = Views(labelled([tmp_path / "a.png"], strong=True))
+    drawn = np.stack([views[0, view][0].numpy().astype(float) for view in range(400)])
+    flipped = drawn[:, :, :50].mean((1, 2)) > drawn[:, :, -50:].mean((1, 2))
+    assert flipped.mean() == pytest.approx(0.5, abs=0.1)
+    means = drawn.mean((1, 2))
+    # Without jitter the mean is that of a crop of the ramp, within a few gray levels.
+    assert (np.abs(means - 125) > 12).mean() == pytest.approx(0.8 * 0.75, abs=0.1)
+    assert 60 < means.min() < 95 and 155 < means.max() < 185
+    roughness = np.abs(np.diff(drawn, axis=1)).mean((1, 2)) / drawn.std((1, 2))
+    assert (roughness < 0.25).mean() == pytest.approx(0.5 * 0.8, abs=0.12)
+
+
+def test_the_cache_gives_the_same_views_and_no_worker_copies_it(files, tmp_path):
+    images = labelled(files, strong=True)
+    plane = open_squares(images, tmp_path)
+    cached, direct = Views(images, seed=1, plane=plane), Views(images, seed=1)
+    for place in [(i, view) for i in range(len(files)) for view in (CENTRE, 0)]:
+        assert torch.equal(cached[place], direct[place])
+    assert len(pickle.dumps(plane)) < 500
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    open_squares(images, tmp_path)
+    open_squares(images.take([0, 2]), tmp_path)  # another choice does not evict the first
+    open_squares(images, tmp_path, reading=Reading(intensity_max=4095))
+    for path, time in before.items():
+        assert path.stat().st_mtime_ns == time
+    Image.fromarray(gradient()).save(files[3])
+    assert np.array_equal(open_squares(images, tmp_path)[3], area_resize(gradient(), fitted_size(300, 400)))
+
+
+def test_every_kind_of_8_bit_file_gives_the_same_gray(tmp_path):
+    gray = gradient()
+    picture = Image.fromarray(gray)
+    alpha = Image.fromarray(np.full_like(gray, 7))
+    kinds = {
+        "gray.png": picture,
+        "rgb.png": picture.convert("RGB"),
+        "rgba.png": Image.merge("RGBA", [picture, picture, picture, alpha]),
+        "la.png": Image.merge("LA", [picture, alpha]),
+        "palette.png": picture.convert("P"),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        assert np.array_equal(Reading().read(tmp_path / name), gray), name
+    for name, image in (("gray.jpg", picture), ("cmyk.jpg", picture.convert("RGB").convert("CMYK"))):
+        image.save(tmp_path / name, quality=98)
+        assert np.abs(Reading().read(tmp_path / name).astype(int) - gray).max() <= 6, name
+        assert Reading().size(tmp_path / name) == gray.shape
+
+
+def test_16_bits_by_the_files_own_range_or_one_for_all(tmp_path):
+    deep = np.linspace(500, 3500, 256 * 256).reshape(256, 256).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    own = Reading().read(tmp_path / "a.png")
+    assert (own.min(), own.max()) == (0, 255)
+    assert np.array_equal(own, np.rint((deep - 500.0) * 255 / 3000).astype(np.uint8))
+    fixed = Reading(intensity_max=2000).read(tmp_path / "a.png")
+    assert np.array_equal(fixed, np.rint(np.minimum(deep, 2000.0) * 255 / 2000).astype(np.uint8))
+    assert deep_note([tmp_path / "a.png"], Reading())[0].count("--intensity_max") == 1
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "flat.png")
+    assert not Reading().read(tmp_path / "flat.png").any()
+    Image.fromarray(gradient()).save(tmp_path / "b.png")
+    assert deep_note([tmp_path / "b.png"], Reading()) == []
+
+
+def test_dicom_by_maximum_is_the_published_rule(tmp_path):
+    stored = np.arange(64 * 64).reshape(64, 64) % 1000 + 50
+    for photometric in ("MONOCHROME2", "MONOCHROME1"):
+        write_dicom(tmp_path / "a.dcm", stored, photometric)
+        expected = np.rint(stored * (255 / 1049)).astype(np.uint8)
+        expected = 255 - expected if photometric == "MONOCHROME1" else expected
+        assert np.array_equal(Reading().read(tmp_path / "a.dcm"), expected)
+    others = [Reading(name).read(tmp_path / "a.dcm") for name in ("window", "minmax", "mimic-cxr-jpg")]
+    assert not any(np.array_equal(other, expected) for other in others)
+    with pytest.raises(UserError, match="--dicom_contrast lung"):
+        Reading("lung")
+    (tmp_path / "cut.dcm").write_bytes((tmp_path / "a.dcm").read_bytes()[:2000])
+    with pytest.raises(UserError, match="cut.dcm"):
+        Reading().read(tmp_path / "cut.dcm")
+    write_dicom(tmp_path / "black.dcm", np.zeros((8, 8), int))
+    assert not Reading().read(tmp_path / "black.dcm").any()
+
+
+def test_bad_files_are_one_line_from_the_cache_and_from_workers(files, tmp_path):
+    (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:500])
+    images = labelled([files[1], tmp_path / "cut.png"])
+    with pytest.raises(UserError, match="cut.png.*truncated"):
+        open_squares(images, tmp_path)
+    with pytest.raises(SampleError, match="cut.png.*truncated"):
+        Views(images)[1, 0]
+    with pytest.raises(UserError, match="no-such.png"):
+        open_squares(replace(images, files=[files[1], tmp_path / "no-such.png"]), tmp_path)
+    rgb16 = tmp_path / "rgb16.png"
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(rgb16), np.zeros((9, 9, 3), np.uint16))
+    with pytest.raises(UserError, match="16-bit"):
+        Reading().read(rgb16)
+    for value in (0, -1, 70000):
+        with pytest.raises(UserError, match="--intensity_max"):
+            Reading(intensity_max=value)
+
+
+def test_normalisation():
+    gray = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
+    assert torch.equal(normalise(gray, *normalisation("half"))[0, 0, 0], torch.tensor([-1.0, 1.0]))
+    assert normalise(gray, *normalisation("imagenet")).shape == (1, 3, 1, 2)
+    assert normalisation("imagenet")[0][0] == 0.485
+    with pytest.raises(UserError, match="--normalisation"):
+        normalisation("none")
+    assert pad_to_square(np.ones((256, 1), np.uint8))[:, 127].all()

@@ -1,0 +1,277 @@
+"""Fine-tuning: the published step, exact resume, several processes, best.pth judged on other data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from reliability_runs import run, run_ranks, signal_at_call
+from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
+from test_tuned import FACTS, save
+
+import downstream.evaluate
+import downstream.main
+from downstream.encoders import Candidate, read_candidates
+from downstream.finetune import RECIPES, Recipe, Tuning, build, build_optimizer
+from downstream.jobs import Jobs
+from downstream.main import main
+from util.errors import UserError
+from util.export import read_backbone
+
+
+def tune(root: Path, out: Path, weights: object, *options: object) -> list[str]:
+    fixed = ["--weights", f"ours={weights}", "--method", "finetune", "--seeds", "43", "--lr", "1e-3"]
+    return command(root, out, *fixed, "--epochs", "3", *options)
+
+
+def log(out: Path) -> list[dict]:
+    (path,) = out.glob("runs/*/log.txt")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tuned(rsna, encoder, tmp_path_factory) -> Path:  # noqa: F811
+    """The output of an undisturbed run."""
+    out = tmp_path_factory.mktemp("tuned")
+    assert main(tune(rsna, out, encoder)) == 0
+    return out
+
+
+def test_best_pth_is_the_epoch_with_the_lowest_validation_loss(tuned):
+    entries = log(tuned)
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]
+    check_aucs(tuned)
+    (path,) = tuned.glob("runs/ours-1-43-*/best.pth")
+    assert not list(tuned.glob("runs/*/checkpoint*"))
+    facts = torch.load(path, weights_only=True)["metadata"]
+    best = min(entries, key=lambda entry: entry["valid_loss"])
+    assert int(facts["epoch"]) == best["epoch"]
+    assert float(facts["valid_loss"]) == pytest.approx(best["valid_loss"])
+    # timm loads it strictly with the stored arguments
+    arguments = json.loads(facts["timm_args"])
+    model = timm.create_model(facts["timm_model"], checkpoint_path=str(path), **arguments)
+    assert model.head.out_features == 1 and json.loads(facts["labels"]) == ["Pneumonia"]
+
+
+def test_a_killed_run_goes_on_exactly(rsna, encoder, tuned, tmp_path):  # noqa: F811
+    """Stopped by SIGTERM inside an epoch, it ends with the same numbers, to the last digit."""
+    argv = tune(rsna, tmp_path, encoder)
+    stop = partial(signal_at_call, "downstream.finetune", "global_loss", 8, signal.SIGTERM)
+    status, output = run(argv, tmp_path / "log", main=main, fault=stop)
+    assert status == 128 + signal.SIGTERM, output
+    assert len(log(tmp_path)) == 1 and len(list(tmp_path.glob("runs/*/checkpoint.pth"))) == 1
+    assert main(argv) == 0
+    assert log(tmp_path) == log(tuned)
+    for name in ("results.csv", "predictions.csv"):
+        assert (tmp_path / name).read_text() == (tuned / name).read_text()
+
+
+def test_a_stop_while_judging_comes_at_once_and_costs_nothing(rsna, encoder, tuned, tmp_path, monkeypatch):  # noqa: F811
+    """SIGTERM in the second validation, then in the test: neither is finished, and the same numbers come out."""
+    argv = tune(rsna, tmp_path, encoder, "--encode_batch", "8")  # three batches to judge
+    plain, calls, last = downstream.evaluate.network_input, [], 0
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(downstream.evaluate, "network_input", counted)
+    for last, epochs in ((5, 1), (8, 3)):
+        calls.clear()
+        assert main(argv) == 128 + signal.SIGTERM
+        assert len(calls) == last and len(log(tmp_path)) == epochs
+        assert not (tmp_path / "results.csv").exists()
+    last = 0
+    assert main(argv) == 0
+    for own, whole in zip(log(tmp_path), log(tuned), strict=True):
+        assert own["train_loss"] == whole["train_loss"]
+        assert own["valid_loss"] == pytest.approx(whole["valid_loss"], abs=1e-6)
+    scores = [pd.read_csv(out / "predictions.csv")["score"] for out in (tuned, tmp_path)]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+
+
+def test_two_processes_do_what_one_does(rsna, encoder, tuned, tmp_path):  # noqa: F811
+    statuses, outputs = run_ranks(tune(rsna, tmp_path, encoder), tmp_path / "log", main=main)
+    assert statuses == [0, 0], "\n".join(outputs)
+    scores = [pd.read_csv(out / "predictions.csv")["score"] for out in (tuned, tmp_path)]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    assert ["wrote results.csv" in text for text in outputs] == [True, False]
+
+
+def test_evaluate_judges_best_pth_on_another_folder(rsna, encoder, tuned, tmp_path):  # noqa: F811
+    (best,) = tuned.glob("runs/*/best.pth")
+    options = ["--method", "evaluate", "--weights", f"ours={best}"]
+    assert main(command(rsna, tmp_path / "same", *options)) == 0
+    same = pd.read_csv(tmp_path / "same" / "predictions.csv")
+    whole = pd.read_csv(tuned / "predictions.csv")
+    np.testing.assert_allclose(same["score"], whole["score"], atol=1e-6)
+    assert main(command(rsna, tmp_path / "all", *options, "--split", "test")) == 0
+    assert (check_aucs(tmp_path / "all")["n"] == 120).all()
+    # 84 patients trained it and 18 validated it: their scores are no test.
+    assert "arning: 102 of 120 test subjects" in (tmp_path / "all" / "table.md").read_text()
+    assert "test subjects were" not in (tmp_path / "same" / "table.md").read_text()
+    with pytest.raises(UserError, match=r"not a best\.pth"):
+        main(command(rsna, tmp_path / "x", "--method", "evaluate", "--weights", encoder))
+
+
+def best_pth(path: Path, labels: list[str], task: str = "multilabel") -> str:
+    """A small best.pth, as an argument of --weights."""
+    arguments = FACTS["timm_args"] | {"num_classes": len(labels)}
+    state = timm.create_model(FACTS["timm_model"], **arguments).state_dict()
+    save(state, path, labels=labels, task=task, timm_args=arguments)
+    return f"{path.stem}={path}"
+
+
+def test_one_table_holds_models_of_the_same_labels_only(tmp_path):
+    """Each number would stand under the first model's labels, and the means would be of different ones."""
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(20)], "subject_id": range(20), "split": "test"})
+    for i, label in enumerate(("Cardiomegaly", "Edema", "Effusion")):
+        table[label] = np.arange(20) >> i & 1
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    first = best_pth(tmp_path / "a.pth", ["Cardiomegaly", "Edema"])
+    second = best_pth(tmp_path / "b.pth", ["Effusion", "Edema"])
+    argv = (
+        f"--dataset csv --data_path {tmp_path} --label_columns Cardiomegaly Edema Effusion --method evaluate --dry_run"
+    )
+    argv = [*argv.split(), "--output_dir", str(tmp_path / "out"), "--weights", first, second]
+    with pytest.raises(
+        UserError, match="only a by Cardiomegaly, Edema and b by Edema, Effusion can be judged; choose common"
+    ):
+        main(argv)
+    assert main([*argv, "--labels", "Edema"]) == 0
+
+
+def test_classes_that_the_model_lacks_are_refused(tmp_path):
+    """Their images would count as the first class."""
+    for part, classes in (("train", "abab"), ("test", "abc")):
+        lines = [f"{part}{i} {part}{i}.png {name} source" for i, name in enumerate(classes)]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+    argv = f"--dataset covidx --data_path {tmp_path} --method evaluate --dry_run --output_dir {tmp_path / 'out'}"
+    argv = [*argv.split(), "--weights", best_pth(tmp_path / "two.pth", ["b", "a"], "multiclass")]
+    with pytest.raises(UserError, match=r"two predicts b, a .* covidx has a, b, c .*: the classes must be the same"):
+        main(argv)
+    assert main([*argv, "--where", "class=a", "class=b"]) == 0
+
+
+def test_evaluate_reads_files_as_training_did(encoder, tmp_path):  # noqa: F811
+    """16-bit images scaled by one maximum for all: the same images give the same scores, and no other way is taken."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        deep = rng.integers(0, 900, (64, 64)) + 1500 * (i % 2)
+        Image.fromarray(deep.astype(np.uint16)).save(tmp_path / f"{i}.png")
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(40)], "subject_id": range(40)})
+    table.assign(Bright=table.index % 2).to_csv(tmp_path / "labels.csv", index=False)
+    argv = [
+        "--dataset",
+        "csv",
+        "--data_path",
+        tmp_path,
+        "--label_columns",
+        "Bright",
+        "--device",
+        "cpu",
+        "--bootstrap",
+        200,
+    ]
+    argv = [str(word) for word in [*argv, "--num_workers", 0, "--output_dir"]]
+    trained = [*argv, str(tmp_path / "out"), "--weights", f"ours={encoder}", "--method", "finetune", "--seeds", "43"]
+    assert main([*trained, *"--epochs 1 --batch_size 8 --intensity_max 4095".split()]) == 0
+    (best,) = tmp_path.glob("out/runs/*/best.pth")
+    judged = [*argv, str(tmp_path / "same"), "--weights", f"ours={best}", "--method", "evaluate"]
+    # DICOM's contrast played no part: whoever has DICOM files may choose one.
+    assert main([*judged, "--dicom_contrast", "window"]) == 0
+    found = [pd.read_csv(tmp_path / out / "predictions.csv")["score"] for out in ("out", "same")]
+    np.testing.assert_allclose(*found, atol=1e-6)
+    with pytest.raises(UserError, match="--intensity_max 999.0: ours was trained with 4095.0"):
+        main([*judged, "--intensity_max", "999", "--dry_run"])
+
+
+def test_the_checkpoint_stays_until_the_scores_are_kept(rsna, encoder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(downstream.main, "Tuning", partial(Tuning, save_minutes=0))
+    argv = tune(rsna, tmp_path, encoder, "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Jobs, "save", lambda *args: (_ for _ in ()).throw(UserError("full")))
+        with pytest.raises(UserError, match="full"):
+            main(argv)
+    assert main(argv) == 0 and "goes on from epoch 2, step 0" in capsys.readouterr().out
+    assert not list(tmp_path.glob("runs/*/checkpoint.pth"))
+
+
+def test_published_recipe_is_adam_with_one_rate(encoder):  # noqa: F811
+    """One step of the published optimiser, written out."""
+    (candidate,) = read_candidates([str(encoder)], imagenet="")
+    model, plain = (build(candidate, Recipe(), 2, seed=5) for _ in range(2))
+    torch.manual_seed(5)
+    head = torch.nn.Linear(64, 2)
+    assert torch.equal(model.head.weight, head.weight) and torch.equal(model.head.bias, head.bias)
+    images, labels = torch.randn(4, 3, 224, 224), torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])
+    optimizer = build_optimizer(model, Recipe())
+    reference = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=1e-5)
+    for net, step in ((model, optimizer), (plain, reference)):
+        F.binary_cross_entropy_with_logits(net(images), labels).backward()
+        step.step()
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+    tokens = plain.forward_features(images)
+    torch.testing.assert_close(plain(images), plain.head(tokens[:, 0]))
+
+
+def test_layer_decay_moves_early_layers_less(backbone):
+    candidate = Candidate("x", "file", read_backbone(backbone))
+    recipe = RECIPES["layer_decay"]
+    model = build(candidate, recipe, 2, seed=0)
+    scale = {id(p): group["lr_scale"] for group in build_optimizer(model, recipe).param_groups for p in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    assert scale[id(model.head.weight)] == 1
+    first, second = (scale[id(block.attn.qkv.weight)] for block in model.blocks)
+    assert scale[id(model.patch_embed.proj.weight)] < first == pytest.approx(0.75 * second)
+
+
+def test_the_layer_decay_recipe_runs_and_other_options_are_another_run(rsna, encoder, tmp_path, capsys):  # noqa: F811
+    options = ["--recipe", "layer_decay", "--fractions", "0.5"]
+    assert main(tune(rsna, tmp_path, encoder, *options)) == 0
+    assert main(tune(rsna, tmp_path, encoder, *options)) == 0  # nothing is left to do
+    assert capsys.readouterr().out.count("best epoch") == 1
+    assert main(tune(rsna, tmp_path, encoder, *options, "--layer_decay", "0.9")) == 0
+    assert len(list(tmp_path.glob("runs/*/best.pth"))) == 2
+
+
+def test_bad_input_is_one_line(rsna, encoder, tmp_path):  # noqa: F811
+    for options, reason in [
+        (["--pool", "max"], "--pool max"),
+        (["--layer_decay", "2"], "--layer_decay 2"),
+        (["--drop_path", "-1"], "--drop_path -1"),
+        (["--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
+        (["--weights", "pixels"], "--weights pixels: there is no encoder to fine-tune"),
+        (["--lr", "1e30"], "lower --lr, or use --dtype float32$"),
+    ]:
+        with pytest.raises(UserError, match=reason) as caught:
+            main(tune(rsna, tmp_path / "out", encoder, *options))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_a_fold_that_is_done_is_not_trained_again(rsna, encoder, tmp_path, capsys):  # noqa: F811
+    argv = tune(rsna, tmp_path, encoder, "--split", "folds", "--folds", "3")
+    assert main([*argv, "--epochs", "1"]) == 0
+    whole = (tmp_path / "predictions.csv").read_text()
+    for path in (tmp_path / "jobs").glob("*.npz"):
+        if not path.stem.endswith(("part1", "part2")):
+            path.unlink()  # as if it had been killed in the third fold
+    capsys.readouterr()
+    assert main([*argv, "--epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "fold3: best epoch" in printed and "fold1: best epoch" not in printed
+    assert (tmp_path / "predictions.csv").read_text() == whole

@@ -1,0 +1,100 @@
+"""downstream/tuned.py: a best.pth that can't be judged by is one line, not a wrong number."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+from downstream.encoders import Candidate
+from downstream.tuned import read_tuned, write_tuned
+from util.errors import UserError
+from util.export import build_backbone, read_backbone
+
+FACTS = {
+    "timm_model": "vit_base_patch16_224",
+    "labels": ["a", "b"],
+    "mean": [0.5],
+    "std": [0.5],
+    "reading": {},
+    "task": "multilabel",
+    "dataset": "rsna",
+    "fraction": 1.0,
+    "seed": 3,
+    "seen": [],
+    "num_heads": 1,
+    "timm_args": {"embed_dim": 32, "depth": 1, "num_heads": 1, "img_size": 32, "num_classes": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def state():
+    return timm.create_model(FACTS["timm_model"], **FACTS["timm_args"]).state_dict()
+
+
+def save(state, path, **facts):
+    told = {name: v if isinstance(v, str) else json.dumps(v) for name, v in (FACTS | facts).items()}
+    torch.save({"state_dict": state, "metadata": told}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"labels": 3},
+        {"labels": ["a"]},
+        {"labels": []},
+        {"labels": ["a", "a"]},
+        {"mean": []},
+        {"mean": ["a"]},
+        {"mean": "x"},
+        {"std": [0]},
+        {"std": [1, 1, 1, 1]},
+        {"std": "[NaN]"},
+        {"reading": 3},
+        {"fraction": "nan"},
+        {"seed": 1.5},
+        {"seen": "3"},
+        {"seen": '"abc"'},
+        {"timm_model": "nothing"},
+        {"timm_args": "{bad"},
+        {"timm_args": {"depth": -1}},
+    ],
+)
+def test_facts_that_no_run_wrote_are_refused(state, tmp_path, facts):
+    assert read_tuned(save(state, tmp_path / "good.pth")).labels == ["a", "b"]
+    path = save(state, tmp_path / "odd.pth", **facts)
+    with pytest.raises(UserError, match=f"^{path}: damaged") as caught:
+        read_tuned(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("heads", ["0", "x", "-1", "5"])
+def test_heads_that_cannot_be_are_refused(state, tmp_path, heads):
+    assert read_backbone(save(state, tmp_path / "good.pth")).num_heads == 1
+    path = save(state, tmp_path / "odd.pth", num_heads=heads)
+    with pytest.raises(UserError, match=f"^{path}: says that its encoder has '?{heads}'? attention heads"):
+        read_backbone(path)
+
+
+def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
+    """A tiny ViT with 6 heads, where timm's has 3."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "num_heads": 6}
+    encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
+    torch.save({"state_dict": encoder.state_dict(), "metadata": {"num_heads": "6"}}, tmp_path / "encoder.pth")
+    candidate = Candidate("x", "file", read_backbone(tmp_path / "encoder.pth"))
+    model = candidate.build(2).eval()
+    write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, pool="token", labels=["a", "b"])
+    again = build_backbone(read_backbone(tmp_path / "best.pth")).eval()
+    img = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(img), model.forward_features(img))
+
+
+def test_position_embedding_of_another_rank_is_refused(state, tmp_path):
+    path = save(state | {"pos_embed": torch.zeros(1, 1, 1, 2, 2)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=f"^{path}: not a ViT"):
+        read_backbone(path, img_size=64)

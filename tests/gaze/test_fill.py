@@ -1,0 +1,267 @@
+"""Predicted heatmaps in a tree: its layout, shares, interruptions, real gaze, damage, other predictors, loose files."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from trees import smooth
+
+from datasets.build import build_dataset
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.mimic import prepare_mimic
+from datasets.prepare.pixels import attention_maps
+from datasets.prepare.readings import prepare
+from gaze.data import resize_whole
+from gaze.fill import Predictor, fill_tree, predict_files
+from gaze.metrics import resize_density
+from util.contrast import CONTRASTS
+from util.errors import UserError
+from util.gaze import heatmap_to_uint8
+from util.images import read_gray, write_gray
+
+INDEX = "mimic-cxr-jpg-cleanv4.json"
+
+
+def brightness(images: torch.Tensor) -> torch.Tensor:
+    maps = F.avg_pool2d(images.float(), 4)[:, 0] ** 2 + 1
+    return maps / maps.sum((1, 2), keepdim=True)
+
+
+PLAIN = Predictor(brightness, 32, "plain")
+
+
+@pytest.fixture(scope="module")
+def images_only(study, tmp_path_factory):
+    """A tree of the 12 images of the made-up study, without heatmaps."""
+    out = tmp_path_factory.mktemp("images") / "tree"
+    prepare_mimic(study.images, None, out, views=("all",), size=64)
+    return out
+
+
+@pytest.fixture
+def tree(images_only, tmp_path):
+    return shutil.copytree(images_only, tmp_path / "tree")
+
+
+def fill(tree, predictor=PLAIN, **options):
+    return fill_tree(tree, predictor, **{"batch_size": 5, "workers": 1, **options})
+
+
+def contents(tree: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(tree)): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()}
+
+
+def test_a_filled_tree_is_what_training_and_the_published_loader_read(tree):
+    report = fill(tree)
+    assert report.counts["entries"] == report.counts["- predicted"] == report.counts["made by this run"] == 12
+    entries = json.loads((tree / INDEX).read_text())
+    dataset = build_dataset(tree, input_size=64, augment=False, preload=True, use_cache=False)
+    assert len(entries) == len(dataset) == 12
+    for number, entry in enumerate(entries):
+        assert entry["image_path"].startswith("p10/") and entry["gaze"] == "predicted"
+        gray = read_gray(tree / "files" / entry["image_path"])
+        name = Path(entry["image_path"]).with_suffix(".png")
+        img = torch.from_numpy(gray)[None, None]
+        # The same by hand, for this image alone.
+        small = F.interpolate(img, (32, 32), mode="bicubic", antialias=True)
+        heatmap = resize_density(brightness(small), gray.shape)[0].numpy()
+        attention, foreground = attention_maps(heatmap)
+        assert np.abs(read_gray(tree / "attention" / name).astype(int) - attention.astype(int)).max() <= 1
+        stored = read_gray(tree / "foreground" / name)
+        assert set(np.unique(stored)) == {0, 255} and (stored == foreground).mean() > 0.98
+        sample = dataset[number]
+        assert sample["attention"].max() > 200 and 0 < sample["foreground"].float().mean() < 1
+
+
+def test_shares_in_any_order_give_the_same_bytes(images_only, tmp_path):
+    whole, parts = (shutil.copytree(images_only, tmp_path / name) for name in ("whole", "parts"))
+    fill(whole)
+    made = [fill(parts, part=(number, 4)).counts["made by this run"] for number in (2, 0, 3, 1)]
+    assert sum(made) == 12 and max(made) < 12
+    assert not (parts / INDEX).exists()
+    assert fill(parts).counts["made by this run"] == 0
+    assert contents(parts) == contents(whole)
+    assert fill(parts, batch_size=3, workers=2).counts["made by this run"] == 0
+    assert contents(parts) == contents(whole)
+
+
+def killed_at_the_third_batch(tree: Path, part) -> None:
+    calls = []
+
+    def maps(images):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return brightness(images)
+
+    fill_tree(tree, Predictor(maps, 32, "plain"), batch_size=2, part=part)
+
+
+@pytest.mark.parametrize("part", [None, (0, 2)])
+def test_a_killed_run_goes_on(images_only, tmp_path, part):
+    whole, killed = (shutil.copytree(images_only, tmp_path / name) for name in ("whole", "killed"))
+    fill(whole, batch_size=2)
+    process = multiprocessing.get_context("fork").Process(target=killed_at_the_third_batch, args=(killed, part))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (killed / INDEX).exists()
+    with pytest.raises(UserError, match="has images but no heatmaps yet; scripts/predict_gaze.py"):
+        build_dataset(killed)
+    report = fill(killed, batch_size=2)
+    assert 0 < report.counts["made by this run"] < 12  # what was placed stays
+    assert contents(killed) == contents(whole)
+
+
+def test_real_gaze_is_kept(tree, study, tmp_path):
+    real = tmp_path / "real"
+    prepare(raw=study.raw, images=study.images, out=real, size=64, readings="each")
+    report = fill(tree, real=[real])
+    entries = json.loads((real / "reflacx.json").read_text())
+    readings: dict[str, list[Path]] = {}
+    for entry in entries:
+        path = real / "attention" / entry["study_id"] / f"{entry['reflacx_id']}.png"
+        readings.setdefault(entry["dicom_id"], []).append(path)
+    assert report.counts["- of real readings"] == len(readings)
+    assert {len(paths) for paths in readings.values()} > {1}
+    for entry in json.loads((tree / INDEX).read_text()):
+        stored = read_gray(tree / "attention" / Path(entry["image_path"]).with_suffix(".png"))
+        paths = readings.get(entry["dicom_id"])
+        assert entry["gaze"] == ("real" if paths else "predicted")
+        if paths and len(paths) == 1:
+            assert np.array_equal(stored, read_gray(paths[0]))
+        elif paths:
+            maps = [read_gray(path) / read_gray(path).sum() for path in paths]
+            assert np.array_equal(stored, heatmap_to_uint8(np.mean(maps, 0)))
+    assert fill(tree, real=[real]).counts["made by this run"] == 0
+    write_gray(path := next(iter(readings.values()))[0], np.zeros_like(read_gray(path)))
+    with pytest.raises(UserError, match=r"would lose|the heatmap is zero"):
+        fill(tree, real=[real])
+    assert (tree / INDEX).exists()
+
+
+def test_an_unreadable_image_is_left_out_told_and_made_later(tree):
+    image = tree / "files" / json.loads((tree / "images.json").read_text())[4]["image_path"]
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    report = fill(tree)
+    assert len(report.faults) == 1 and str(image) in report.faults[0].detail
+    assert report.counts["entries"] == 11
+    image.write_bytes(whole)
+    report = fill(tree)
+    assert not report.faults and report.counts["entries"] == 12 and report.counts["made by this run"] == 1
+
+
+def test_another_predictor_is_refused_or_replaces_all(tree):
+    fill(tree)
+    before = contents(tree)
+    other = Predictor(lambda images: brightness(255 - images), 32, "other")
+    with pytest.raises(UserError, match="predictor plain there, predictor other asked for"):
+        fill(tree, other)
+    assert contents(tree) == before
+    assert fill(tree, other, overwrite=True).counts["made by this run"] == 12
+    after = contents(tree)
+    assert set(after) == set(before)
+    assert all(after[name] != before[name] for name in before if name.startswith("attention"))
+
+
+def test_a_changed_image_is_predicted_anew(study, tmp_path):
+    images, tree = shutil.copytree(study.images, tmp_path / "mimic"), tmp_path / "tree"
+    prepare_mimic(images, None, tree, views=("all",), size=64)
+    fill(tree)
+    changed = next(images.rglob("*.jpg"))
+    write_gray(changed, 255 - read_gray(changed))
+    prepare_mimic(images, None, tree, views=("all",), size=64)
+    report = fill(tree)
+    assert report.counts["made by this run"] == 1 and report.counts["entries"] == 12
+
+
+def test_an_image_of_the_tree_that_is_changed_in_place_is_predicted_anew(tree):
+    fill(tree)
+    changed = tree / "files" / json.loads((tree / "images.json").read_text())[4]["image_path"]
+    write_gray(changed, 255 - read_gray(changed))
+    assert fill(tree).counts["made by this run"] == 1
+    maps = resize_density(brightness(resize_whole(read_gray(changed), 32)[None]), read_gray(changed).shape)
+    stored = read_gray(tree / "attention" / changed.relative_to(tree / "files").with_suffix(".png"))
+    assert np.array_equal(stored, heatmap_to_uint8(maps[0].numpy()))
+
+
+def test_other_trees_are_refused(tree, study, tmp_path):
+    with pytest.raises(UserError, match="no images.json in it"):
+        fill(tmp_path)
+    reflacx = tmp_path / "reflacx"
+    prepare(raw=study.raw, images=study.images, out=reflacx, size=64)
+    with pytest.raises(UserError, match="no images.json in it"):
+        fill(reflacx)
+    heatmaps = tmp_path / "heatmaps"
+    rng = np.random.default_rng(0)
+    for entry in json.loads((tree / "images.json").read_text()):
+        heatmaps.mkdir(exist_ok=True)
+        write_gray(heatmaps / f"{entry['dicom_id']}.png", smooth(rng, 40, 30))
+    foreign = tmp_path / "foreign"
+    prepare_mimic(study.images, heatmaps, foreign, views=("all",), size=64)
+    before = contents(foreign)
+    with pytest.raises(UserError, match="has heatmaps of its own"):
+        fill(foreign)
+    assert contents(foreign) == before
+
+
+def test_loose_files(study, tmp_path):
+    images, out = tmp_path / "films", tmp_path / "out"
+    (images / "a b").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    write_gray(images / "one.png", smooth(rng, 50, 70))
+    write_gray(images / "a b" / "two.jpg", smooth(rng, 64, 33))
+    report = predict_files(images, out, PLAIN, workers=1)
+    assert report.counts["heatmaps"] == 2
+    assert read_gray(out / "one.png").shape == (50, 70) and read_gray(out / "a b" / "two.png").shape == (64, 33)
+    assert predict_files(images, out, PLAIN).counts["made by this run"] == 0
+    write_gray(images / "one.jpg", smooth(rng, 50, 70))
+    (images / "broken.png").write_bytes(b"no image")
+    report = predict_files(images, out, PLAIN)
+    assert sorted(fault.reason for fault in report.faults) == ["name taken", "unreadable"]
+    assert report.counts["heatmaps"] == 2
+    with pytest.raises(UserError, match="no such directory"):
+        predict_files(images / "none", out, PLAIN)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no .png"):
+        predict_files(tmp_path / "empty", tmp_path / "out2", PLAIN)
+
+
+def test_the_contrast_of_loose_dicom_files_decides_their_heatmaps(tmp_path):
+    dicom = make_study(tmp_path / "raw", n_images=1, size=64, image_format="dcm", shared_images=0).images
+    made = {}
+    for contrast in CONTRASTS:
+        report = predict_files(dicom, tmp_path / contrast, PLAIN, dicom_contrast=contrast)
+        assert report.counts["heatmaps"] == 1
+        made[contrast] = next((tmp_path / contrast).rglob("*.png")).read_bytes()
+    predict_files(dicom, tmp_path / "default", PLAIN)
+    assert next((tmp_path / "default").rglob("*.png")).read_bytes() == made["mimic-cxr-jpg"] != made["window"]
+    before = contents(tmp_path / "window")
+    with pytest.raises(UserError, match="dicom_contrast window there, dicom_contrast minmax asked for"):
+        predict_files(dicom, tmp_path / "window", PLAIN, dicom_contrast="minmax")
+    assert contents(tmp_path / "window") == before
+
+
+def test_loose_heatmaps_make_a_tree(study, tmp_path):
+    predict_files(study.images, tmp_path / "loose", PLAIN)
+    report = prepare_mimic(study.images, tmp_path / "loose", tmp_path / "out", views=("all",), size=32)
+    assert report.counts["entries"] == len(study.truth) and not report.faults
+
+
+def test_predictions_are_not_taken_for_real_gaze(tree, images_only, tmp_path):
+    fill(tree)
+    other = shutil.copytree(images_only, tmp_path / "other")
+    with pytest.raises(UserError, match="all its heatmaps are predicted"):
+        fill(other, real=[tree])
+    with pytest.raises(UserError, match="is the tree that is filled"):
+        fill(tree, real=[tree])

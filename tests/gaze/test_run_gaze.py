@@ -1,0 +1,311 @@
+"""Training and judging a gaze predictor, for real on small trees."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from gaze_trees import edit_index, make_gaze_tree
+from reliability_runs import run
+
+import gaze.main
+from gaze import metrics as saliency
+from gaze.data import PARTS, GazeStudy
+from gaze.engine import Best
+from gaze.metrics import FIXATION_METRICS, MAP_METRICS
+from gaze.model import load_gaze_net
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.errors import UserError
+from util.images import read_gray, write_gray
+from util.subjects import subject_marks
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SMALL = "--backbone test_resnet --input_size 64 --decoder_width 16 --device cpu --batch_size 4 --num_workers 0"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_gaze_tree(tmp_path_factory.mktemp("gaze"), 36)
+
+
+@pytest.fixture(scope="module")
+def trained(tree, tmp_path_factory):
+    """A finished run of 8 epochs: 24 training images are 6 steps."""
+    out = tmp_path_factory.mktemp("trained")
+    assert train(tree, out, "--epochs 8 --lr 5e-3") == 0
+    return out
+
+
+def train(tree, out, flags="") -> int:
+    return gaze.main.main([*SMALL.split(), "--data_path", str(tree), "--output_dir", str(out), *flags.split()])
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time_s"} for line in lines]
+
+
+def test_learns_what_departs_from_the_centre_prior(trained):
+    table = pd.read_csv(trained / "metrics.csv").set_index(["predictor", "metric"])
+    for metric in (*MAP_METRICS, *FIXATION_METRICS):
+        gain = table.loc[("model - centre prior", metric)]
+        better = gain["high"] < 0 if metric == "kld" else gain["low"] > 0
+        assert better, (metric, gain)
+        assert gain["n"] == 6
+    assert table.loc[("centre prior", "auc_shuffled"), "value"] < table.loc[("model", "auc_shuffled"), "value"]
+
+
+def test_outputs_of_a_run(trained):
+    table = pd.read_csv(trained / "metrics.csv")
+    assert list(table.columns) == ["predictor", "metric", "value", "low", "high", "n"]
+    assert set(table["predictor"]) == {
+        "model",
+        "centre prior",
+        "model - centre prior",
+        "other readers, images read several times",
+        "model, images read several times",
+        "centre prior, images read several times",
+        "model - other readers, images read several times",
+    }
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    for name in ("metrics.png", "examples.png"):
+        assert read_gray(trained / name).std() > 10
+    records = log_of(trained)
+    assert [record["epoch"] for record in records] == list(range(8))
+    best = min(records, key=lambda record: record["val_kld"])
+    state = load_checkpoint(trained / "best.pth")
+    assert state["epoch"] == best["epoch"] and state["best"]["kld"] == best["val_kld"]
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6.pth", "checkpoint-7.pth"]
+    assert json.loads((trained / "args.json").read_text())[0]["args"]["backbone"] == "test_resnet"
+
+
+def test_the_checkpoint_is_enough_to_rebuild_the_model(trained):
+    model = load_gaze_net(trained / "best.pth")
+    assert model.config["backbone"] == "test_resnet" and model.input_size == 64 and not model.training
+    img = torch.randint(0, 256, (1, 1, 64, 64), dtype=torch.uint8)
+    assert float(model(img).detach().exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_table_is_the_mean_over_images(trained):
+    rows = pd.read_csv(trained / "readings.csv")
+    table = pd.read_csv(trained / "metrics.csv").set_index(["predictor", "metric"])["value"]
+    own = rows[rows["predictor"] == "model"]
+    images = {}
+    for _, row in own.iterrows():
+        images.setdefault(row["image"], []).append(row["cc"])
+    assert table["model", "cc"] == pytest.approx(np.mean([np.mean(values) for values in images.values()]))
+
+
+def test_paused_after_every_step_is_bit_equal(tree, tmp_path, capsys):
+    flags = "--epochs 2 --lr 5e-3 --batch_size 12"
+    assert train(tree, tmp_path / "whole", flags) == 0
+    statuses = []
+    while not statuses or statuses[-1] == 75:
+        statuses.append(train(tree, tmp_path / "parts", f"{flags} --max_minutes 0"))
+    assert statuses == [75] * 3 + [0]
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    for name in ("best.pth", "checkpoint-1.pth"):
+        whole, parts = (load_checkpoint(tmp_path / run / name) for run in ("whole", "parts"))
+        assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
+        assert whole["best"] == parts["best"]
+    for name in ("metrics.csv", "readings.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    # Once more: nothing is left to train, and the judgement is the same.
+    before = (tmp_path / "parts" / "metrics.csv").read_bytes()
+    assert train(tree, tmp_path / "parts", flags) == 0
+    assert (tmp_path / "parts" / "metrics.csv").read_bytes() == before
+
+
+def test_a_step_left_out_alone_between_two_reports_is_no_error(tree, tmp_path, monkeypatch):
+    plain, calls = saliency.log_kld, []
+
+    def spoilt(*args):
+        calls.append(1)
+        return plain(*args) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(saliency, "log_kld", spoilt)
+    assert train(tree, tmp_path, "--epochs 1 --print_every 1 --skip_nonfinite 1") == 0
+    assert math.isfinite(log_of(tmp_path)[0]["train_loss"])
+
+
+def test_going_on_elsewhere_takes_the_best_model_along(tree, trained, tmp_path):
+    """The best.pth that is judged is that of the run that is gone on, whatever was there before."""
+    last = max(trained.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.split("-")[1]))
+    state, whole = load_checkpoint(last), (trained / "best.pth").read_bytes()
+    best = Best(**state["best"])
+    save_checkpoint(state | {"best": asdict(Best())}, tmp_path / "best.pth")  # another run's
+    for _ in range(2):
+        assert gaze.main.bring_best(last, tmp_path, best, state["epoch"]) == best
+        assert (tmp_path / "best.pth").read_bytes() == whole
+
+
+def test_the_best_model_of_abandoned_epochs_is_not_judged(tree, trained, tmp_path, capsys):
+    """Going back to epoch 1, whose best.pth later epochs have overwritten."""
+    for name in ("log.txt", "best.pth"):
+        shutil.copy(trained / name, tmp_path)
+    state = load_checkpoint(max(trained.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.split("-")[1])))
+    save_checkpoint(state | {"epoch": 0, "best": asdict(Best(0, 0.1, 0.9))}, tmp_path / "checkpoint-0.pth")
+    flags = f"--lr 5e-3 --resume {tmp_path / 'checkpoint-0.pth'} --epochs"
+    with pytest.raises(UserError, match="no epoch since the resumed one"):
+        train(tree, tmp_path, f"{flags} 1")
+    assert train(tree, tmp_path, f"{flags} 2") == 0
+    assert "best.pth is not the best model so far (epoch 1" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "best.pth")["best"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("part, cache", [(0, ""), (1, "--no_cache")])  # a reading of training, one of validation
+def test_other_heatmaps_are_not_gone_on_with(tree, tmp_path, part, cache):
+    tree = shutil.copytree(tree, tmp_path / "tree")
+    assert train(tree, tmp_path / "out", f"--epochs 1 {cache}") == 0
+    study = GazeStudy([tree])
+    changed = study.trees[0].files(study.part(PARTS[part])[0].entries[0]).attention
+    write_gray(changed, np.roll(read_gray(changed), 9))
+    with pytest.raises(UserError, match="checkpoint-0.pth: was trained and validated on other images or heatmaps"):
+        train(tree, tmp_path / "out", f"--epochs 2 {cache}")
+
+
+def test_stops_early_and_stays_stopped(tree, tmp_path, capsys):
+    flags = "--epochs 9 --lr 0 --min_lr 0 --patience 2"
+    assert train(tree, tmp_path, flags) == 0
+    # With lr 0 only batch norm's statistics move, and the last layer is zero: no epoch beats the first.
+    assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1, 2]
+    assert "stopped early" in capsys.readouterr().out
+    assert train(tree, tmp_path, flags) == 0
+    assert len(log_of(tmp_path)) == 3
+
+
+def test_best_is_the_first_of_the_lowest():
+    best = Best()
+    for epoch, kld in enumerate([0.5, 0.4, 0.4, 0.6]):
+        best, is_better = best.after(epoch, {"val_kld": kld, "val_cc": 0.0})
+        assert is_better == (epoch in (0, 1))
+    assert (best.epoch, best.kld) == (1, 0.4)
+    assert not best.is_stale(3, 2) and best.is_stale(4, 2)
+    assert Best().after(0, {"val_kld": float("nan"), "val_cc": 0.0}) == (Best(), False)
+
+
+def test_tree_without_fixations_has_map_metrics_only_and_is_told(trained, tmp_path, capsys):
+    tree = make_gaze_tree(tmp_path / "tree", 36, fixations=False)
+    out = tmp_path / "judged"
+    assert train(tree, out, f"--judge {trained / 'best.pth'}") == 0
+    assert "12 of 12 test readings have no fixations in fixations.csv" in capsys.readouterr().out
+    metrics = set(pd.read_csv(out / "metrics.csv")["metric"])
+    assert metrics == set(MAP_METRICS)
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_a_model_is_not_judged_on_those_who_trained_it(trained, tmp_path):
+    other = make_gaze_tree(tmp_path / "tree", 36)
+    edit_index(
+        other, lambda _, entry: entry.update(split=("test", "train", "validate", "train")[int(entry["subject_id"]) % 4])
+    )
+    assert train(other, tmp_path / "judged", f"--judge {trained / 'best.pth'}") == 0
+    assert len(set(pd.read_csv(tmp_path / "judged" / "readings.csv")["image"])) < 9  # of 9
+
+
+def test_subjects_that_pretrained_the_encoder_are_told(tree, trained, backbone, tmp_path, capsys):
+    content, seen = torch.load(backbone, weights_only=True), subject_marks(map(str, range(10000, 10036)), "mimic")
+    torch.save(content | {"metadata": {"num_heads": "1", "seen": json.dumps(seen)}}, tmp_path / "encoder.pth")
+    flags = f"--epochs 1 --weights {tmp_path / 'encoder.pth'}"
+    assert train(tree, tmp_path / "out", flags) == 0
+    told = "warning: 6 of 6 test subjects were in the training or pretraining of the encoder"
+    assert told in capsys.readouterr().out
+    assert train(tree, tmp_path / "out", flags) == 0  # resumed
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--input_size 50", "--input_size 50"),
+        ("--input_size 32", "at least 64"),
+        ("--batch_size 0", "--batch_size 0"),
+        ("--batch_size 99", "--batch_size 99|batch_size 99"),
+        ("--decoder_width 12", "--decoder_width 12"),
+        ("--cache_size 63", "--cache_size 63: below the input's 64 px"),
+        ("--lr -1", "--lr -1"),
+        ("--clip_grad 0", "--clip_grad 0: must be above 0"),
+        ("--judge nothing.pth", "--judge nothing.pth: no such file"),
+        ("--resume nothing.pth", "--resume nothing.pth: no such file"),
+        ("--backbone nothing", "--backbone nothing"),
+        ("--weights nothing.pth", "nothing.pth"),
+    ],
+)
+def test_bad_options_are_one_line(tree, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(tree, tmp_path, flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_something_else_are_refused(tree, trained, backbone, tmp_path):
+    with pytest.raises(UserError, match="holds weights alone"):
+        train(tree, tmp_path / "a", f"--resume {trained / 'best.pth'}")
+    with pytest.raises(UserError, match=r"--backbone is test_convnext; to go on pass --backbone test_resnet"):
+        train(tree, trained, "--backbone test_convnext --epochs 9")
+    with pytest.raises(UserError, match="has another encoder"):
+        train(tree, trained, f"--weights {backbone} --epochs 9")
+    with pytest.raises(UserError, match="--cache_size 63: below the input's 64 px"):  # of the judged model
+        train(tree, tmp_path / "b", f"--judge {trained / 'best.pth'} --cache_size 63")
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"model": {}}, foreign)
+    with pytest.raises(UserError, match=r"foreign.pth: not a checkpoint"):
+        train(tree, tmp_path / "b", f"--judge {foreign}")
+
+
+def test_a_heatmap_of_zeros_is_one_line_with_workers_too(tmp_path):
+    tree = make_gaze_tree(tmp_path / "tree", 12)
+    zero = tree / "attention/s10004/P10004R0.png"  # a test image
+    write_gray(zero, np.zeros_like(read_gray(zero)))
+    argv = [*SMALL.split(), "--data_path", str(tree), "--output_dir", str(tmp_path / "out")]
+    status, output = run([*argv, "--num_workers", "1", "--epochs", "1"], tmp_path / "log", main=gaze.main.main)
+    assert status == 1 and "Traceback" not in output
+    assert "P10004R0.png: the heatmap is zero" in output.strip().splitlines()[-1]
+
+
+def test_leak_between_trees_is_refused(tree, tmp_path):
+    other = make_gaze_tree(tmp_path / "other", 12)
+    edit_index(other, lambda number, entry: entry.update(split="test"))
+    with pytest.raises(UserError, match="subject 10000 is in test here and in train"):
+        gaze.main.main([*SMALL.split(), "--data_path", str(tree), str(other), "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_bit_equal(tree, tmp_path):
+    def launch(out, *flags):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "run_gaze.py",
+            *SMALL.split(),
+            "--data_path",
+            str(tree),
+            "--output_dir",
+            str(out),
+            "--epochs",
+            "2",
+            *flags,
+        ]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    whole = launch(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for _ in range(8):
+        last = launch(tmp_path / "parts", "--max_minutes", "0")
+        if (tmp_path / "parts" / "metrics.csv").exists():
+            break
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts"), last.stderr
+    first, second = (load_checkpoint(tmp_path / run / "checkpoint-1.pth")["model"] for run in ("whole", "parts"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
