@@ -53,7 +53,7 @@ def test_no_checkpoint_is_said_by_an_empty_word_as_published():
 
 
 def test_every_program_has_the_parser_that_refuses_empty_values():
-    files = [*ROOT.glob("run_*.py"), *ROOT.glob("scripts/*.py")]
+    files = [*ROOT.glob("run_*.py"), *ROOT.glob("*/main.py"), *ROOT.glob("scripts/*.py")]
     texts = [path.read_text(encoding="utf-8") for path in files]
     assert sum("= Parser(" in text for text in texts) >= 15
     assert not any("argparse.ArgumentParser(" in text for text in texts)
@@ -62,7 +62,7 @@ def test_every_program_has_the_parser_that_refuses_empty_values():
 def test_no_program_takes_a_float_that_may_be_nan():
     files = [
         *ROOT.glob("*.py"),
-        *(path for room in ("datasets", "scripts", "util") for path in (ROOT / room).rglob("*.py")),
+        *(path for room in ("datasets", "downstream", "gaze", "scripts", "util") for path in (ROOT / room).rglob("*.py")),
     ]
     found = [path.name for path in files if re.search(r"\btype=float\b", path.read_text(encoding="utf-8"))]
     assert found == [] and len(NUMBERS) >= 10
@@ -77,7 +77,7 @@ def test_a_seed_is_what_every_generator_takes(text, capsys):
 
 
 def test_no_program_takes_another_seed():
-    files = [*ROOT.glob("run_*.py"), *ROOT.glob("scripts/*.py")]
+    files = [*ROOT.glob("run_*.py"), *ROOT.glob("*/main.py"), *ROOT.glob("scripts/*.py")]
     lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     seeds = [line for line in lines if re.search(r'"--seeds?"', line)]
     assert seeds and all("type=seed_number" in line for line in seeds)
