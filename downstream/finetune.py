@@ -361,6 +361,8 @@ def finetune_all(
         tuning.std,
         str(tuning.dtype),
         n_folds,
+        images.study,  # by it, and beside these, best.pth keeps who trained it
+        sorted(candidate.seen),
     ]
     plans = {
         (fraction, seed): partitions(images, fraction, seed=seed, n_folds=n_folds, validate=True)

@@ -123,6 +123,10 @@ def main(argv: list[str] | None = None) -> int:
                     f"--epoch {args.epoch} --step {args.step}: the run went on with other options or data from epoch "
                     "{} step {} on; earlier steps need a checkpoint from before that".format(*info.unchanged_since)
                 )
+            if info.device not in (None, args.device):
+                raise UserError(
+                    f"--device {args.device}: the run drew its masks on {info.device}; pass --device {info.device}"
+                )
             place = {"epoch": args.epoch, "step": args.step, "rank": args.rank, "world_size": info.world_size}
             shown = training_batch(model, dataset, options, **place)
             if args.index:

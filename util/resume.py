@@ -28,6 +28,7 @@ def unchanged_since(state: Mapping[str, Any], args: Mapping[str, Any], setting: 
     goes on from the checkpoint `state`."""
     old = state["args"]
     same = all(key not in old or _flag_value(old[key]) == _flag_value(args.get(key)) for key in STEP_FLAGS)
+    same = same and (state.get("threads") is None) == (setting["threads"] is None)  # CPU and GPU draw different masks
     if same and all(state.get(key) == setting[key] for key in ("world_size", "dataset_size", "samples")):
         return tuple(state.get("unchanged_since", (0, 0)))
     return state["epoch"] + 1, state["step"]

@@ -62,6 +62,7 @@ class WeightsInfo:
         metadata: further text entries, as exports of this program carry them.
         samples: digest of the samples that it was trained on (`GazeTree.identity`), or None.
         unchanged_since: see `util.resume.unchanged_since`.
+        device: "cuda" or "cpu", where its masks were drawn, or None.
         seen: `subject_marks` of the subjects whose images trained it, as far as the file says.
     """
 
@@ -74,6 +75,7 @@ class WeightsInfo:
     metadata: dict[str, str] = field(default_factory=dict)
     samples: str | None = None
     unchanged_since: tuple[int, int] = (0, 0)
+    device: str | None = None
     seen: frozenset[str] = frozenset()
 
 
@@ -186,6 +188,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         metadata={str(key): str(value) for key, value in metadata.items()},
         samples=samples if isinstance(samples := more.get("samples"), str) else None,
         unchanged_since=tuple(more.get("unchanged_since", (0, 0))),
+        device=("cuda" if more["threads"] is None else "cpu") if "threads" in more else None,
         seen=_marks(more.get("seen") or metadata.get("seen")),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -90,5 +91,8 @@ def _read(name: str, paths: list[Path], choices: Choices) -> LabelledImages:
     for choice in (field.name for field in fields(Choices)):
         if choice not in ANY_CHOICES | source.heeds and getattr(choices, choice) != getattr(default, choice):
             raise UserError(f"--{choice} has no effect with --dataset {name}; leave it out")
-    study = {"tree": MIMIC, "csv": (choices.study or "").strip().casefold()}.get(name, name)
+    own = (choices.study or "").strip().casefold()
+    if near := [known for known in (MIMIC, *DATASETS) if re.match(f"{known}[^a-z]", own)]:
+        raise UserError(f"--study {choices.study}: if these are patients of {near[0]}, pass --study {near[0]}")
+    study = {"tree": MIMIC, "csv": own}.get(name, name)
     return replace(source.read(paths, choices), study=study)

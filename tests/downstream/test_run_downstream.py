@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 import downstream.frozen
 import downstream.main
 from downstream.main import main
+from downstream.tuned import read_tuned
 from util.errors import UserError
 from util.subjects import subject_marks
 
@@ -306,6 +307,19 @@ def test_test_subjects_that_pretrained_an_encoder_are_counted_in_the_table(rsna,
     assert main(command(rsna, tmp_path / "out", *short)) == 0
     text = (tmp_path / "out" / "table.md").read_text()
     assert text.count(told) == 1 and text.count("test subjects were") == 1
+
+
+def test_another_study_makes_best_anew(rsna, encoder, tmp_path):
+    """It keeps who trained it by the study's name: after a corrected --study the old marks would tell of no overlap."""
+    table = pd.DataFrame({"path": [f"p{i:03d}" for i in range(120)], "labels": ["a", "b"] * 60})
+    table.to_csv(tmp_path / "table.csv", index=False)
+    options = ["--dataset", "csv", "--csv", tmp_path / "table.csv", "--method", "finetune", "--epochs", "1"]
+    for study in ("hospital", "mimic"):
+        flags = [*options, "--seeds", "1", "--weights", encoder, "--study", study]
+        assert main(command(rsna, tmp_path / "out", *flags)) == 0
+    marks = subject_marks(table["path"], "mimic")
+    newest = max((tmp_path / "out" / "runs").rglob("best.pth"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(read_tuned(newest).seen & set(marks)) == 102
 
 
 def test_a_share_of_one_class_and_features_that_overflow_are_told(rsna, encoder, tmp_path, capsys):

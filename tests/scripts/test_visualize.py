@@ -23,6 +23,7 @@ from datasets.sampler import TrainBatches
 from models_cxrmim import CXRMIM
 from scripts import visualize
 from scripts.visualize import main
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.contrast import CONTRASTS
 from util.errors import UserError
 from util.figures import save_figure
@@ -288,6 +289,14 @@ def test_steps_that_the_run_saw_otherwise_are_refused(tree, tmp_path):
     assert show("checkpoint-0.pth", "0") == show("checkpoint-1.pth", "1") == 0
     with pytest.raises(UserError, match="--epoch 0 --step 1: the run went on with other options or data from epoch 1 "):
         show("checkpoint-1.pth", "0")
+    state = load_checkpoint(tmp_path / "checkpoint-1.pth")
+    save_checkpoint(state | {"threads": None}, tmp_path / "of-a-gpu.pth")
+    with pytest.raises(UserError, match="--device cpu: the run drew its masks on cuda; pass --device cuda"):
+        show("of-a-gpu.pth", "1")
+    # A run that moves to another kind of device draws other masks from there on.
+    assert run_pretrain.main(f"{command} --batch_size 3 --epochs 3 --resume {tmp_path}/of-a-gpu.pth".split()) == 0
+    with pytest.raises(UserError, match="--epoch 1 --step 1: the run went on with other options or data from epoch 2 "):
+        show("checkpoint-2.pth", "1")
     heatmap = next((tree / "attention").rglob("*.png"))
     Image.fromarray(np.roll(np.asarray(Image.open(heatmap)), 9)).save(heatmap)
     with pytest.raises(UserError, match="--data_path: holds other images or heatmaps than the run trained on"):

@@ -334,6 +334,8 @@ def test_the_study_of_a_csv_is_what_the_user_says(table, tmp_path):
         options = {"need_images": False, "label_columns": ["A", "B"], "study": study}
         assert read_dataset("csv", table.parent, **options).study == found
     assert "--study has no effect" in refused("rsna", tmp_path, study="nih")
+    # Another word for a known study would tell of no overlap with it.
+    assert "--study MIMIC-CXR: " in refused("csv", table.parent, study="MIMIC-CXR")
 
 
 def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
