@@ -47,15 +47,14 @@ class Best:
         return epochs_done - 1 - self.epoch >= patience
 
 
-def batch_losses(training: Training, batch: Mapping[str, Tensor], cc_weight: float) -> tuple[Tensor, Tensor]:
+def batch_losses(training: Training, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Loss [1] of this rank's next batch; and its KLD and CC, [2]."""
     img, target = (batch[key].to(training.ranks.device, non_blocking=True) for key in ("img", "target"))
     with training.autocast():
         log_p = training.model(img)  # [B, G, G]
     kld = saliency.log_kld(log_p, target).mean()
     cc = saliency.cc(log_p.exp(), target).mean().float()
-    loss = kld + cc_weight * (1 - cc) if cc_weight else kld
-    return loss[None], torch.stack([kld.detach().double(), cc.detach().double()])
+    return kld[None], torch.stack([kld.detach().double(), cc.detach().double()])
 
 
 def name_means(means: list[float]) -> dict[str, float]:
@@ -160,9 +159,8 @@ def _fixation_metrics(prediction: Tensor, own: Tensor, elsewhere: Tensor | None)
 def describe_run(args, core: GazeNet, study: GazeStudy, steps: int, told: str, ranks: Ranks) -> str:
     """What a user checks before leaving a run alone."""
     n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
-    backbone, decoder = core.config["backbone"], core.config["decoder"]
     lines = [
-        f"model            {backbone} + {decoder}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on "
+        f"model            {core.config['backbone']}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on "
         f"{ranks.device}",
         f"                 {told}",
         f"input and map    {core.input_size} x {core.input_size} px, {core.map_size} x {core.map_size}",

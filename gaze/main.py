@@ -15,7 +15,7 @@ import torch
 from datasets.sampler import train_loader
 from gaze.data import TEST, TRAIN, VALIDATE, GazeSamples, GazeStudy
 from gaze.engine import Best, batch_losses, centre_prior, describe_run, name_means, validate, write_judgement
-from gaze.model import DECODERS, GazeNet, load_encoder, load_gaze_net
+from gaze.model import GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import CheckpointError, load_checkpoint, restoring, save_checkpoint
 from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
@@ -32,7 +32,7 @@ from util.stop import GO_ON, StopSignals, exit_status
 from util.training import Training
 from util.weights import read_state_dict
 
-SHAPE_FLAGS = ("backbone", "decoder", "decoder_width", "input_size")
+SHAPE_FLAGS = ("backbone", "input_size")
 BEST = "best.pth"
 
 
@@ -52,8 +52,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weights", default=None, metavar="PATH|none",
         help="weights of the encoder: of timm's --backbone, or a checkpoint or export of pretraining, which is then "
              "the encoder (None: those in preTrain/, if they are there)")
-    add("--decoder", choices=DECODERS, default="topdown", help="topdown is ours, the others are of smp")
-    add("--decoder_width", type=int, default=64, help="channels of the top-down decoder, divisible by 8")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=16, help="images per rank and step")
@@ -63,7 +61,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=1, help="linear warm-up from 0, then a half-cycle cosine")
     add("--weight_decay", type=finite_float, default=0.05, help="none on biases, norms and other 1-D parameters")
-    add("--cc_weight", type=finite_float, default=0.0, help="weight of (1 - CC) beside the KL divergence in the loss")
     add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (None: float16 on CUDA, float32 on CPU)")
@@ -161,7 +158,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         signals=signals,
         options=vars(args),
         n_values=2,
-        losses=partial(batch_losses, cc_weight=args.cc_weight),
+        losses=batch_losses,
         finish_epoch=finish_epoch,
         name_means=name_means,
         is_over=is_stale,
@@ -264,16 +261,16 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
     elif weights.lower() == "none":
         weights, told = None, "encoder weights random (--weights none)"
     if weights is None:
-        return GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width), told
+        return GazeNet(args.backbone, args.input_size), told
     state, _ = read_state_dict(weights)
     if PLAIN_VIT in state and not any(map(is_unknown, state)):
         own = read_backbone(weights, img_size=args.input_size)
         backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
-        model = GazeNet(own.timm_name, args.decoder, args.input_size, args.decoder_width, backbone_args)
+        model = GazeNet(own.timm_name, args.input_size, backbone_args=backbone_args)
         model.encoder_seen = sorted(own.source.seen)
         state = own.state
     else:
-        model = GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width)
+        model = GazeNet(args.backbone, args.input_size)
     return model, load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
 
 
@@ -304,37 +301,16 @@ def check_cache_size(args: argparse.Namespace, input_size: int) -> None:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
     check_least(
-        args,
-        1,
-        "batch_size",
-        "epochs",
-        "patience",
-        "input_size",
-        "decoder_width",
-        "save_every",
-        "keep",
-        "print_every",
-        "cache_size",
+        args, 1, "batch_size", "epochs", "patience", "input_size", "save_every", "keep", "print_every", "cache_size"
     )
     check_least(
-        args,
-        0,
-        "num_workers",
-        "warmup_epochs",
-        "weight_decay",
-        "lr",
-        "min_lr",
-        "cc_weight",
-        "skip_nonfinite",
-        "max_minutes",
+        args, 0, "num_workers", "warmup_epochs", "weight_decay", "lr", "min_lr", "skip_nonfinite", "max_minutes"
     )
     check_positive(args, "clip_grad")
     if not args.judge:
         check_cache_size(args, args.input_size)
     if args.input_size % 32 or args.input_size < 64:
         raise UserError(f"--input_size {args.input_size}: must be divisible by 32, and at least 64")
-    if args.decoder_width % 8:
-        raise UserError(f"--decoder_width {args.decoder_width}: must be divisible by 8")
     for flag in ("resume", "judge"):
         if (path := getattr(args, flag)) and not Path(path).is_file():
             raise UserError(f"--{flag} {path}: no such file")

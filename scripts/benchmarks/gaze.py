@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,7 +106,7 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
                 signals=signals,
                 options=vars(args),
                 n_values=2,
-                losses=partial(batch_losses, cc_weight=args.cc_weight),
+                losses=batch_losses,
                 name_means=name_means,
             )
             log = RunLog(root, root, 0.0, enabled=False)

@@ -29,7 +29,7 @@ from util.images import read_gray, write_gray
 from util.subjects import subject_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SMALL = "--backbone test_resnet --input_size 64 --decoder_width 16 --device cpu --batch_size 4 --num_workers 0"
+SMALL = "--backbone test_resnet --input_size 64 --device cpu --batch_size 4 --num_workers 0"
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,6 @@ def test_subjects_that_pretrained_the_encoder_are_told(tree, trained, backbone, 
         ("--input_size 32", "at least 64"),
         ("--batch_size 0", "--batch_size 0"),
         ("--batch_size 99", "--batch_size 99|batch_size 99"),
-        ("--decoder_width 12", "--decoder_width 12"),
         ("--cache_size 63", "--cache_size 63: below the input's 64 px"),
         ("--lr -1", "--lr -1"),
         ("--clip_grad 0", "--clip_grad 0: must be above 0"),

@@ -27,7 +27,7 @@ def weights(tmp_path_factory):
     """A small predictor with random weights in every layer."""
     torch.manual_seed(0)
     model = GazeNet("test_resnet", input_size=64, width=16)
-    torch.nn.init.normal_(model.network.out.weight)
+    torch.nn.init.normal_(model.out.weight)
     path = tmp_path_factory.mktemp("gaze") / "best.pth"
     state = {
         "model": model.state_dict(),
