@@ -12,7 +12,7 @@ import torch
 from host_waits import GivenBatches, no_host_waits
 
 import gaze.main
-from gaze.engine import batch_losses
+from gaze.main import batch_losses
 from gaze.model import GazeNet
 from util import distributed
 from util.logging import Progress, RunLog

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from datasets.prepare.mimic import prepare_mimic
-from gaze.main import Best
 from gaze.model import GazeNet
 from util.checkpoint import FORMAT, save_checkpoint
 from util.errors import UserError
@@ -32,7 +31,6 @@ def weights(tmp_path_factory):
     state = {
         "model": model.state_dict(),
         "config": model.config,
-        "best": vars(Best()),
         "args": {},
         "optimizer": {},
         "scaler": {},
