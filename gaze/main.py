@@ -21,7 +21,7 @@ from gaze.judge import write_judgement
 from gaze.model import GazeNet, load_encoder, load_gaze_net
 from util import distributed
 from util.checkpoint import load_checkpoint, restoring, save_checkpoint
-from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError
 from util.export import read_backbone
@@ -64,7 +64,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=1, help="linear warm-up from 0, then a half-cycle cosine")
     add("--weight_decay", type=finite_float, default=0.05, help="none on biases, norms and other 1-D parameters")
-    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (None: float16 on CUDA, float32 on CPU)")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
@@ -73,7 +72,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
-    add("--log_dir", default=None, help="TensorBoard events (None: output_dir)")
     add("--save_every", type=int, default=1, help="epochs between checkpoints")
     add("--keep", type=int, default=2, help="keep the last N checkpoints")
     add("--print_every", type=int, default=20, help="steps between progress lines")
@@ -86,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: on
 
     add_launch_arguments(parser)
-    parser.set_defaults(accum_iter=1)  # util.resume compares effective batches
+    parser.set_defaults(accum_iter=1, log_dir=None)  # util.resume compares effective batches
     return parser
 
 
@@ -108,7 +106,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
     set_tf32(False)
     torch.manual_seed(args.seed)
-    with hold_output(args.output_dir, args.log_dir, ranks=ranks):
+    with hold_output(args.output_dir, None, ranks=ranks):
         request = GO_ON if args.judge else train(args, ranks, signals)
         if request == GO_ON:
             distributed.on_main(ranks, lambda: judge(args, ranks))
@@ -291,25 +289,24 @@ def describe_run(args, core: GazeNet, study: GazeStudy, steps: int, told: str, r
 
 def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]:
     """The model, with initial weights where it is `fresh`, and a line about these."""
-    weights = args.weights
+    weights, backbone, backbone_args, seen = args.weights, args.backbone, {}, []
     if weights is None:
-        stored = stored_weights(args.backbone)
+        stored = stored_weights(backbone)
         weights = stored if stored.exists() else None
         told = f"encoder weights random: {stored} is not there (scripts/fetch_weights.py makes it)"
     elif weights.lower() == "none":
         weights, told = None, "encoder weights random (--weights none)"
-    if weights is None:
-        return GazeNet(args.backbone, args.input_size), told
-    state, _ = read_state_dict(weights)
-    if PLAIN_VIT in state and not any(map(is_unknown, state)):
-        own = read_backbone(weights, img_size=args.input_size)
-        backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
-        model = GazeNet(own.timm_name, args.input_size, backbone_args=backbone_args)
-        model.encoder_seen = sorted(own.source.seen)
-        state = own.state
-    else:
-        model = GazeNet(args.backbone, args.input_size)
-    return model, load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
+    if weights is not None:
+        state, _ = read_state_dict(weights)
+        if PLAIN_VIT in state and not any(map(is_unknown, state)):
+            own = read_backbone(weights, img_size=args.input_size)
+            state, backbone, seen = own.state, own.timm_name, sorted(own.source.seen)
+            backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
+    model = GazeNet(backbone, args.input_size, backbone_args=backbone_args)
+    model.encoder_seen = seen
+    if weights is not None:
+        told = load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
+    return model, told
 
 
 def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
@@ -338,13 +335,8 @@ def check_cache_size(args: argparse.Namespace, input_size: int) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    check_least(
-        args, 1, "batch_size", "epochs", "patience", "input_size", "save_every", "keep", "print_every", "cache_size"
-    )
-    check_least(
-        args, 0, "num_workers", "warmup_epochs", "weight_decay", "lr", "min_lr", "skip_nonfinite", "max_minutes"
-    )
-    check_positive(args, "clip_grad")
+    check_least(args, 1, *"batch_size epochs patience input_size save_every keep print_every cache_size".split())
+    check_least(args, 0, *"num_workers warmup_epochs weight_decay lr min_lr skip_nonfinite max_minutes".split())
     if not args.judge:
         check_cache_size(args, args.input_size)
     if args.input_size % 32 or args.input_size < 64:
