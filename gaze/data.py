@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,31 +68,26 @@ class GazeStudy:
         self.trees: list[GazeTree] = [
             tree_type(root, cache_size=cache_size) for tree_type, root in detect_trees(data_path)
         ]
-        for number, tree in enumerate(self.trees):
-            if (
-                index := next((i for i, e in enumerate(tree.entries) if e.get("gaze") == "predicted"), None)
-            ) is not None:
-                raise UserError(
-                    f"{self._where(number, index)}: a predicted heatmap; a predictor learns from, and is judged on, "
-                    "real gaze alone"
-                )
         groups: dict[tuple[int, Path], list[int]] = {}
         for number, tree in enumerate(self.trees):
-            for index in range(len(tree)):
+            for index, entry in enumerate(tree.entries):
+                if entry.get("gaze") == "predicted":
+                    raise UserError(
+                        f"{self._where(number, index)}: a predicted heatmap; a predictor learns from, and is judged on, "
+                        "real gaze alone"
+                    )
                 groups.setdefault((number, tree.files(index).image), []).append(index)
-        subjects = {key: self._subject(key[0], entries) for key, entries in groups.items()}
-        names, self.merged = same_subjects(list(subjects.values()))
-        subjects = dict(zip(subjects, names, strict=True))
-        given = self._given_parts(groups, subjects)
-        drawn = draw_parts(sorted(set(subjects.values()) - set(given)))
+        images = [(tree, tuple(entries)) for (tree, _), entries in groups.items()]
+        subjects, self.merged = same_subjects([self._subject(*image) for image in images])
+        given = self._given_parts(images, subjects)
+        drawn = draw_parts(sorted(set(subjects) - set(given)))
         self.n_drawn = len(drawn)
         parts = given | drawn
         self.images = [
-            GazeImage(number, tuple(entries), subject := subjects[number, file], parts[subject])
-            for (number, file), entries in groups.items()
+            GazeImage(*image, subject, parts[subject]) for image, subject in zip(images, subjects, strict=True)
         ]
         for part in PARTS:
-            if not any(image.part == part for image in self.images):
+            if not self.part(part):
                 where = ", ".join(str(tree.root) for tree in self.trees)
                 raise UserError(
                     f"--data_path {where}: no image is in {part}; a gaze predictor needs training, "
@@ -118,18 +112,16 @@ class GazeStudy:
             raise UserError(f"{self._where(tree, entries[0])}: its image is of subjects {sorted(found)}")
         return next(iter(found))
 
-    def _given_parts(self, groups, subjects) -> dict[str, str]:
+    def _given_parts(self, images: Sequence[tuple], subjects: Sequence[str]) -> dict[str, str]:
         """Part of each subject that has one in some tree's split column."""
         given: dict[str, tuple[str, str]] = {}
-        for (tree, file), entries in groups.items():
+        for (tree, entries), subject in zip(images, subjects, strict=True):
             for index in entries:
-                part = self._entry(tree, index).get("split")
+                part, where = self._entry(tree, index).get("split"), self._where(tree, index)
                 if part in (None, ""):
                     continue
-                where = self._where(tree, index)
                 if part not in PARTS:
                     raise UserError(f"{where}: split {part!r}, expected one of {', '.join(PARTS)}")
-                subject = subjects[tree, file]
                 earlier, there = given.setdefault(subject, (part, where))
                 if earlier != part:
                     raise UserError(
@@ -175,34 +167,26 @@ class GazeStudy:
             add_cache(tree, cache_dir, fallback_dir=fallback_dir)
 
     def planes(self, image: GazeImage, place: int = 0) -> list[np.ndarray]:
-        """Gray and attention of one reading, uint8 [h, w] each.
-
-        Raises:
-            SampleError: an unreadable file, or a heatmap of zeros.
-        """
+        """Gray and attention of one reading, uint8 [h, w] each. Raises `SampleError` for an unreadable file."""
         tree, index = self.trees[image.tree], image.entries[place]
         try:
-            gray, attention = tree.read_planes(index)[0][:2]
-            if not attention.any():
-                raise UserError(f"{tree.files(index).attention}: the heatmap is zero everywhere; prepare it again")
+            return tree.read_planes(index)[0][:2]
         except UserError as error:
             raise SampleError(f"{error} (sample {tree.sample_name(index)})") from None
-        return [gray, attention]
 
     def levels(self, image: GazeImage, size: int) -> Tensor:
-        """The readings' stored heatmaps at size x size: uint8 [R, size, size]."""
-        return torch.cat([self.resized(image, i, size) for i in range(len(image.entries))])
-
-    def resized(self, image: GazeImage, place: int, size: int) -> Tensor:
-        """One reading's heatmap, uint8 [1, size, size]. Raises `SampleError` where nothing is left of it."""
-        levels = resize_whole(self.planes(image, place)[1], size)
-        if not levels.any():
-            tree, index = self.trees[image.tree], image.entries[place]
-            raise SampleError(
-                f"{tree.files(index).attention}: the heatmap is zero everywhere at {size} x {size} px; prepare it again "
-                f"(sample {tree.sample_name(index)})"
-            )
-        return levels
+        """The readings' stored heatmaps at size x size: uint8 [R, size, size]. Raises `SampleError` where nothing is left
+        of one."""
+        found = []
+        for place, index in enumerate(image.entries):
+            found.append(resize_whole(self.planes(image, place)[1], size))
+            if not found[-1].any():
+                tree = self.trees[image.tree]
+                raise SampleError(
+                    f"{tree.files(index).attention}: the heatmap is zero everywhere at {size} x {size} px; prepare it "
+                    f"again (sample {tree.sample_name(index)})"
+                )
+        return torch.cat(found)
 
     @cached_property
     def _fixations(self) -> list[dict[str, np.ndarray]]:
@@ -219,29 +203,33 @@ class GazeStudy:
 
     def readings_without_fixations(self) -> dict[Path, str]:
         """ "3 of 12 test readings" for each tree that lacks fixations of some."""
-        lacking, total = Counter(), Counter()
+        known: dict[int, list[bool]] = {}
         for image in self.part(TEST):
             for place in range(len(image.entries)):
-                total[image.tree] += 1
-                lacking[image.tree] += self.reading_id(image, place) not in self._fixations[image.tree]
-        return {self.trees[t].root: f"{n} of {total[t]} test readings" for t, n in lacking.items() if n}
+                known.setdefault(image.tree, []).append(self.fixations(image, place) is not None)
+        return {
+            self.trees[tree].root: f"{own.count(False)} of {len(own)} test readings"
+            for tree, own in known.items()
+            if not all(own)
+        }
 
     def describe(self) -> str:
         """Images, readings and subjects of each part, in columns."""
-        rows = [("", *PARTS)]
         parts = [self.part(name) for name in PARTS]
-        rows.append(("images", *(str(len(part)) for part in parts)))
-        rows.append(("readings", *(str(sum(len(i.entries) for i in part)) for part in parts)))
-        rows.append(("read several times", *(str(sum(len(i.entries) > 1 for i in part)) for part in parts)))
-        rows.append(("subjects", *(str(len({i.subject for i in part})) for part in parts)))
-        return "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)
+        rows = {
+            "": PARTS,
+            "images": map(len, parts),
+            "readings": (sum(len(i.entries) for i in part) for part in parts),
+            "read several times": (sum(len(i.entries) > 1 for i in part) for part in parts),
+            "subjects": (len({i.subject for i in part}) for part in parts),
+        }
+        return "\n".join(f"{name:<20}" + "".join(f"{cell:>10}" for cell in row) for name, row in rows.items())
 
 
 class GazeSamples(Dataset):
     """Samples of some images of a study: {"img": uint8 [1, S, S], "target": float32 [G, G], of sum 1}.
 
-    `samples[epoch, i]` is shifted and scaled at random, by up to `shift` of the side, and flipped, where asked for:
-    a function of (seed, epoch, i) alone. `samples[i]` is not.
+    `samples[epoch, i]` is `samples[i]`: nothing is augmented.
     """
 
     def __init__(self, study: GazeStudy, images: Sequence[GazeImage], input_size: int, map_size: int):
@@ -263,21 +251,15 @@ class GazeSamples(Dataset):
         return digest.hexdigest()[:16]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (None, key)
-        image = self.images[index]
+        image = self.images[key[1] if isinstance(key, tuple) else key]
         gray = resize_whole(self.study.planes(image)[0], self.input_size)  # [1, S, S]
-        target = mean_density(self.study.levels(image, self.map_size))
+        target = density(self.study.levels(image, self.map_size)).mean(0)
         return {"img": gray, "target": target.float()}
 
 
 def resize_whole(plane: np.ndarray, size: int) -> Tensor:
     """A picture, uint8 [H, W], resized whole to a square, aspect ratio given up: uint8 [1, size, size]."""
     return crop_resize_flip([plane], Box(0, 0, *plane.shape), (size, size))
-
-
-def mean_density(levels: Tensor) -> Tensor:
-    """Mean of the densities of stored heatmaps [R, G, G]: float64 [G, G], of sum 1."""
-    return density(levels).mean(0)
 
 
 def draw_parts(subjects: Sequence[str]) -> dict[str, str]:
@@ -301,7 +283,4 @@ def read_fixations(path: Path) -> dict[str, np.ndarray]:
     outside = np.flatnonzero((values[:, :2] < 0).any(1) | (values[:, :2] > 1).any(1))
     if outside.size:
         raise UserError(f"{path}: line {table.index[outside[0]]}: x and y are fractions of the image, 0 to 1")
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(table["reflacx_id"]):
-        rows.setdefault(name, []).append(row)
-    return {name: values[places] for name, places in rows.items()}
+    return {name: values[rows] for name, rows in table.groupby("reflacx_id").indices.items()}

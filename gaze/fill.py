@@ -112,12 +112,8 @@ def fill_tree(
         raise UserError(f"--real {root}: is the tree that is filled; name trees of real readings")
     options = {"source": LAYER, "predictor": predictor.digest}
     with TreeMaking(root, options, index=Mimic.index_file, layer=LAYER, part=part, overwrite=overwrite) as making:
-        entries = {_key(entry): entry for entry in read_index(root / IMAGES_INDEX)}
-        seen = _real_readings(real)
-        units = [
-            _tree_unit(root, key, entry, below, seen.get(_dicom_id(entry).casefold(), ()))
-            for (key, entry), below in zip(entries.items(), _origins(root, entries))
-        ]
+        entries = {os.path.splitext(entry["image_path"])[0]: entry for entry in read_index(root / IMAGES_INDEX)}
+        units = list(_tree_units(root, entries, _real_readings(real)))
         found = Found(units, {"images": len(units)}, record={"real": [str(resolved(path)) for path in real]})
         _make(making, found, predictor, root, read_gray, batch_size, workers)
         if part is not None:
@@ -168,28 +164,21 @@ def predict_files(
         )
 
 
-def _key(entry: Mapping[str, Any]) -> str:
-    return os.path.splitext(entry["image_path"])[0]
-
-
 def _dicom_id(entry: Mapping[str, Any]) -> str:
     return str(entry.get("dicom_id") or Path(entry["image_path"]).stem)
 
 
-def _origins(root: Path, entries: Mapping[str, Any]) -> Iterator[str]:
+def _tree_units(root: Path, entries: Mapping[str, Any], real: Mapping[str, tuple[str, ...]]) -> Iterator[Unit]:
     below = finished_lines(root, "prepare")
-    for key in entries:
+    for key, entry in entries.items():
         if key not in below:
             raise UserError(f"{root / IMAGES_INDEX}: {key} is not in prepare.origins; prepare the images again")
-        yield origin_of(below[key])
-
-
-def _tree_unit(root: Path, key: str, entry: Mapping[str, Any], below: str, real: tuple[str, ...]) -> Unit:
-    task = Task(f"files/{entry['image_path']}", f"attention/{key}.png", f"foreground/{key}.png", real)
-    sources = (str(root / task.image), *real)
-    own, *others = stamps = tuple(map(stamp, sources))
-    # Without the time of the status: a copy of the tree keeps its heatmaps.
-    return Unit(key, origin_of(below, own[:2], others), task, sources, stamps)
+        readings = real.get(_dicom_id(entry).casefold(), ())
+        task = Task(f"files/{entry['image_path']}", f"attention/{key}.png", f"foreground/{key}.png", readings)
+        sources = (str(root / task.image), *readings)
+        own, *others = stamps = tuple(map(stamp, sources))
+        # Without the time of the status: a copy of the tree keeps its heatmaps.
+        yield Unit(key, origin_of(origin_of(below[key]), own[:2], others), task, sources, stamps)
 
 
 def _real_readings(trees: Sequence[Path]) -> dict[str, tuple[str, ...]]:
@@ -246,56 +235,37 @@ class _Images(Dataset):
         return resize_whole(gray, self.size), gray.shape, ""
 
 
-def _as_list(batch: list) -> list:
-    return batch
-
-
 def _make(
     making: TreeMaking, found: Found, predictor: Predictor, root: Path, read: Read, batch_size: int, workers: int
 ) -> None:
     """Make what is not there yet: processes decode, this one predicts, threads write."""
-    todo = making.begin(found.units, versions())
-    order = sorted(range(len(todo)), key=lambda place: bool(todo[place].task.real))  # stable: predictions first
-    todo = [todo[place] for place in order]
-    n_predicted = sum(not unit.task.real for unit in todo)
-    with Steps("predicting", len(todo), "images", enabled=bool(todo)) as steps, ThreadPoolExecutor(workers) as pool:
-
-        def place(units: Sequence[Unit], results: Iterator[Made]) -> None:
-            for unit, made in zip(units, results, strict=True):
-                found.exclusions += made.exclusions
-                making.place(unit, made.files, made.note, settled=not made.exclusions)
-            steps.add(len(units))
-
-        waiting: tuple[Sequence[Unit], Iterator[Made]] | None = None
-        staging = making.staging
-        for start, batch in zip(
-            range(0, n_predicted, batch_size), _batches(todo[:n_predicted], predictor, root, read, batch_size, workers)
-        ):
-            maps = _predict(batch, predictor, batch_size)
-            own = todo[start : start + len(batch)]
-            # One batch is written while the next one is predicted, and no more than that wait in memory.
-            results = pool.map(lambda u, m, b: _write(u.task, m, b[1], b[2], staging), own, maps, batch)
-            if waiting is not None:
-                place(*waiting)
-            waiting = own, results
-        if waiting is not None:
-            place(*waiting)
-        for start in range(n_predicted, len(todo), batch_size):
-            own = todo[start : start + batch_size]
-            place(own, pool.map(lambda unit: _keep_real(unit.task, root, staging), own))
-
-
-def _batches(
-    todo: Sequence[Unit], predictor: Predictor, root: Path, read: Read, batch_size: int, workers: int
-) -> SampleLoader:
-    images = _Images(root, [unit.task for unit in todo], read, predictor.input_size)
-    return SampleLoader(
-        images,
+    units = making.begin(found.units, versions())
+    todo, real = ([unit for unit in units if bool(unit.task.real) == is_real] for is_real in (False, True))
+    loader = SampleLoader(
+        _Images(root, [unit.task for unit in todo], read, predictor.input_size),
         batch_size=batch_size,
         num_workers=workers if len(todo) > batch_size else 0,
-        collate_fn=_as_list,
+        collate_fn=list,
         worker_init_fn=ignore_stop_signals,
     )
+
+    def made_in_order(pool: ThreadPoolExecutor) -> Iterator[Made]:
+        """One batch is written while the next one is predicted, and no more than that wait in memory."""
+        waiting: Iterator[Made] = iter(())
+        for start, batch in zip(range(0, len(todo), batch_size), loader):
+            maps = _predict(batch, predictor, batch_size)
+            written = pool.map(partial(_write, making.staging), todo[start : start + batch_size], maps, batch)
+            yield from waiting
+            waiting = written
+        yield from waiting
+        for start in range(0, len(real), batch_size):
+            yield from pool.map(partial(_keep_real, making.staging, root), real[start : start + batch_size])
+
+    with Steps("predicting", len(units), "images", enabled=bool(units)) as steps, ThreadPoolExecutor(workers) as pool:
+        for unit, made in zip([*todo, *real], made_in_order(pool), strict=True):
+            found.exclusions += made.exclusions
+            making.place(unit, made.files, made.note, settled=not made.exclusions)
+            steps.add(1)
 
 
 def _predict(batch: Sequence[tuple], predictor: Predictor, batch_size: int) -> list[Tensor]:
@@ -308,17 +278,18 @@ def _predict(batch: Sequence[tuple], predictor: Predictor, batch_size: int) -> l
     return list(predictor.maps(images)[: len(batch)])
 
 
-def _write(task: Task, density: Tensor, size: tuple[int, int], fault: str, out: Path) -> Made:
+def _write(out: Path, unit: Unit, density: Tensor, sample: tuple) -> Made:
+    _, size, fault = sample
     if fault:
-        return Made(exclusions=[Exclusion(task.image, "unreadable", fault, is_fault=True)])
-    return _write_maps(task, resize_density(density[None], size)[0].numpy(), PREDICTED, out)
+        return Made(exclusions=[Exclusion(unit.task.image, "unreadable", fault, is_fault=True)])
+    return _write_maps(unit.task, resize_density(density[None], size)[0].numpy(), PREDICTED, out)
 
 
-def _keep_real(task: Task, root: Path, out: Path) -> Made:
+def _keep_real(out: Path, root: Path, unit: Unit) -> Made:
     """The mean map of an image's real readings, at the image's size."""
+    task, readings = unit.task, []
     try:
         size = read_gray(root / task.image).shape
-        readings = []
         for path in task.real:
             levels = read_map(path)
             if not levels.any():

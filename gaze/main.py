@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Subset
 
 from datasets.sampler import train_loader
-from gaze.data import TEST, TRAIN, VALIDATE, GazeSamples, GazeStudy
-from gaze.engine import Best, batch_losses, centre_prior, describe_run, name_means, validate, write_judgement
-from gaze.model import DECODERS, GazeNet, load_encoder, load_gaze_net
+from gaze import metrics as saliency
+from gaze.data import TRAIN, VALIDATE, GazeSamples, GazeStudy
+from gaze.judge import write_judgement
+from gaze.model import GazeNet, load_encoder, load_gaze_net
 from util import distributed
-from util.checkpoint import CheckpointError, load_checkpoint, restoring, save_checkpoint
-from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
+from util.checkpoint import load_checkpoint, restoring, save_checkpoint
+from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError
 from util.export import read_backbone
-from util.files import atomic_write
 from util.foreign_weights import PLAIN_VIT, is_unknown
+from util.loading import SampleLoader
 from util.lr_sched import parameter_groups
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
 from util.precision import set_tf32
 from util.pretrained import stored_weights
-from util.stop import GO_ON, StopSignals, exit_status
+from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.training import Training
 from util.weights import read_state_dict
 
-SHAPE_FLAGS = ("backbone", "decoder", "decoder_width", "input_size")
+SHAPE_FLAGS = ("backbone", "input_size")
 BEST = "best.pth"
 
 
@@ -52,8 +55,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weights", default=None, metavar="PATH|none",
         help="weights of the encoder: of timm's --backbone, or a checkpoint or export of pretraining, which is then "
              "the encoder (None: those in preTrain/, if they are there)")
-    add("--decoder", choices=DECODERS, default="topdown", help="topdown is ours, the others are of smp")
-    add("--decoder_width", type=int, default=64, help="channels of the top-down decoder, divisible by 8")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=16, help="images per rank and step")
@@ -63,8 +64,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=1, help="linear warm-up from 0, then a half-cycle cosine")
     add("--weight_decay", type=finite_float, default=0.05, help="none on biases, norms and other 1-D parameters")
-    add("--cc_weight", type=finite_float, default=0.0, help="weight of (1 - CC) beside the KL divergence in the loss")
-    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (None: float16 on CUDA, float32 on CPU)")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
@@ -73,7 +72,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
-    add("--log_dir", default=None, help="TensorBoard events (None: output_dir)")
     add("--save_every", type=int, default=1, help="epochs between checkpoints")
     add("--keep", type=int, default=2, help="keep the last N checkpoints")
     add("--print_every", type=int, default=20, help="steps between progress lines")
@@ -86,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: on
 
     add_launch_arguments(parser)
-    parser.set_defaults(accum_iter=1)  # util.resume compares effective batches
+    parser.set_defaults(accum_iter=1, log_dir=None)  # util.resume compares effective batches
     return parser
 
 
@@ -108,7 +106,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
     set_tf32(False)
     torch.manual_seed(args.seed)
-    with hold_output(args.output_dir, args.log_dir, ranks=ranks):
+    with hold_output(args.output_dir, None, ranks=ranks):
         request = GO_ON if args.judge else train(args, ranks, signals)
         if request == GO_ON:
             distributed.on_main(ranks, lambda: judge(args, ranks))
@@ -125,11 +123,9 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     study = GazeStudy(args.data_path, cache_size=args.cache_size)
     if args.use_cache:
         study.add_cache(args.cache_dir, args.output_dir)
-    samples = {
-        part: GazeSamples(study, study.part(part), core.input_size, core.map_size) for part in (TRAIN, VALIDATE, TEST)
-    }
+    samples = {part: GazeSamples(study, study.part(part), core.input_size, core.map_size) for part in (TRAIN, VALIDATE)}
     core.to(ranks.device)
-    best = Best()
+    best: dict[str, Any] | None = None  # what best.pth holds; in every checkpoint, too, so that any can be gone on with
 
     def finish_epoch(training: Training, means: list[float], seconds: float) -> dict[str, Any]:
         """Validate, and keep the model if it is the best so far; returns the epoch's record."""
@@ -138,21 +134,23 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         scores = validate(
             core, samples[VALIDATE], ranks, batch_size=args.batch_size, dtype=args.dtype, workers=args.num_workers
         )
-        best, is_better = best.after(training.epoch, scores)
+        is_better = scores["val_kld"] < (math.inf if best is None else best["val_kld"])
         ranks.say(
             f"epoch {training.epoch + 1}/{args.epochs}  validation KLD {scores['val_kld']:.4f}  CC {scores['val_cc']:.4f}"
             f"{'  best so far' if is_better else ''}"
         )
         training.log.scalars(scores, training.epoch + 1)
-        if is_better:  # the weights alone: an optimiser's state is three times as large
-            state = training.state() | {"epoch": training.epoch, "step": 0, "optimizer": {}, "scaler": {}}
-            distributed.on_main(ranks, lambda: save_checkpoint(state, Path(args.output_dir) / BEST))
+        if is_better:  # the weights alone: an optimiser's state is twice as large
+            weights = {name: tensor.cpu().clone() for name, tensor in core.state_dict().items()}
+            alone = {"model": weights, "epoch": training.epoch, "step": 0, "optimizer": {}, "scaler": {}, "best": None}
+            best = training.state() | alone | scores
+            distributed.on_main(ranks, lambda: save_checkpoint(best, Path(args.output_dir) / BEST))
         losses = {"train_loss": means[0], "train_cc": means[1]}
         lr = training.optimizer.param_groups[0]["lr"]
         return {**losses, **scores, "train_lr": lr, "time_s": round(seconds, 2)}
 
     def is_stale() -> bool:
-        return best.is_stale(training.epoch, args.patience)
+        return training.epoch - 1 - (-1 if best is None else best["epoch"]) >= args.patience
 
     training = Training(
         core=core,
@@ -161,18 +159,13 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         signals=signals,
         options=vars(args),
         n_values=2,
-        losses=partial(batch_losses, cc_weight=args.cc_weight),
+        losses=batch_losses,
         finish_epoch=finish_epoch,
         name_means=name_means,
         is_over=is_stale,
         save_due=lambda: is_stale() or is_due(training.epoch - 1, save_every=args.save_every, epochs=args.epochs),
         write=partial(save_and_prune, output_dir=args.output_dir, save_every=args.save_every, keep=args.keep),
-        more_state=lambda: {
-            "config": core.config,
-            "seen": core.seen,
-            "encoder_seen": core.encoder_seen,
-            "best": asdict(best),
-        },
+        more_state=lambda: {"config": core.config, "seen": core.seen, "encoder_seen": core.encoder_seen, "best": best},
         sample_name=samples[TRAIN].sample_name,
         # Of the validation too: the best epoch so far was chosen by it.
         samples=f"{samples[TRAIN].identity()} {samples[VALIDATE].identity()}",
@@ -194,14 +187,13 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
             raise UserError(f"{resumed}: has another encoder; to go on pass the --weights that it was begun with")
         with restoring(resumed):
             core.seen, core.encoder_seen = list(state["seen"]), list(state["encoder_seen"])
-            best = Best(**state["best"])
+            best = state["best"]
         training.restore(state, resumed)
         announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
-        best = distributed.on_main(ranks, lambda: bring_best(resumed, Path(args.output_dir), best, state["epoch"]))
+        if best is not None:
+            distributed.on_main(ranks, lambda: save_checkpoint(best, Path(args.output_dir) / BEST))
     else:
         core.set_prior(centre_prior(samples[TRAIN], args.num_workers))
-        for part in (VALIDATE, TEST):  # a heatmap of zeros is told now, not after hours of training
-            centre_prior(samples[part], args.num_workers)
     core.seen = sorted({*core.seen, *study.seen()})
     loader = train_loader(
         samples[TRAIN],
@@ -222,59 +214,99 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         return request
     if training.epoch < args.epochs:
         ranks.say(f"stopped early: {args.patience} epochs without a better validation KLD")
-    if best.kld == math.inf:
-        raise UserError(
-            f"{args.output_dir}: no epoch{' since the resumed one' if resumed else ''} had a finite validation KLD; raise "
-            "--epochs, lower --lr or use --dtype float32"
-        )
-    ranks.say(f"best: epoch {best.epoch + 1}, validation KLD {best.kld:.4f}, CC {best.cc:.4f}")
+    if best is None:
+        raise UserError(f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32")
+    ranks.say(f"best: epoch {best['epoch'] + 1}, validation KLD {best['val_kld']:.4f}, CC {best['val_cc']:.4f}")
     return GO_ON
 
 
-def bring_best(resumed: Path, output_dir: Path, best: Best, epoch: int) -> Best:
-    """The best so far of the run that a checkpoint goes on, after `epoch`, with its model in `output_dir`.
+def batch_losses(training: Training, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss [1] of this rank's next batch; and its KLD and CC, [2]."""
+    img, target = (batch[key].to(training.ranks.device, non_blocking=True) for key in ("img", "target"))
+    with training.autocast():
+        log_p = training.model(img)  # [B, G, G]
+    kld = saliency.log_kld(log_p, target).mean()
+    cc = saliency.cc(log_p.exp(), target).mean().float()
+    return kld[None], torch.stack([kld.detach().double(), cc.detach().double()])
 
-    Its model is looked for there and beside the checkpoint. If later epochs, which are abandoned, have overwritten it,
-    the best is sought anew from here on: what is judged must be of this run.
+
+def name_means(means: list[float]) -> dict[str, float]:
+    """Names, in TensorBoard, of the means [2] of what `batch_losses` gives."""
+    return {"train_kld": means[0], "train_cc": means[1]}
+
+
+@torch.no_grad()
+def validate(
+    model: GazeNet, samples: GazeSamples, ranks: distributed.Ranks, *, batch_size: int, dtype: str, workers: int
+) -> dict:
+    """Mean KLD and CC over images, of the map against their mean target, on the map's own grid.
+
+    The ranks share the images; the result is the same for any number of them, but for the batches' rounding.
     """
-    source, target = resumed.parent / BEST, output_dir / BEST
-    if best.kld == math.inf:
-        return best
-    for path in (target, source):
-        with contextlib.suppress(CheckpointError):  # missing or damaged
-            if load_checkpoint(path).get("best") == asdict(best):
-                if path.resolve() != target.resolve():
-                    with atomic_write(target) as file:
-                        file.write(source.read_bytes())
-                return best
-    print(
-        f"warning: {source} is not the best model so far (epoch {best.epoch + 1}, validation KLD {best.kld:.4f}) of the "
-        f"run that {resumed} goes on; the best is sought among the epochs that follow"
+    model.eval()
+    mine = range(ranks.rank, len(samples), ranks.world_size)
+    loader = SampleLoader(
+        Subset(samples, mine), batch_size=batch_size, num_workers=workers, worker_init_fn=ignore_stop_signals
     )
-    return Best(epoch)
+    kind = getattr(torch, dtype)
+    values = []
+    for batch in loader:
+        with torch.autocast(ranks.device.type, kind, enabled=kind != torch.float32):
+            log_p = model(batch["img"].to(ranks.device))
+        log_p, target = log_p.double().cpu(), batch["target"].double()
+        values.append(torch.stack([saliency.log_kld(log_p, target), saliency.cc(log_p.exp(), target)], 1))
+    own = torch.cat(values).tolist() if values else []
+    gathered = sorted(row for rows in ranks.gather(list(zip(mine, own, strict=True))) for row in rows)
+    means = np.mean([row for _, row in gathered], axis=0)
+    return {"val_kld": float(means[0]), "val_cc": float(means[1])}
+
+
+def centre_prior(samples: GazeSamples, workers: int) -> Tensor:
+    """Mean of the training images' targets: float64 [G, G], of sum 1. Reads every heatmap once."""
+    loader = SampleLoader(samples, batch_size=32, num_workers=workers, worker_init_fn=ignore_stop_signals)
+    total = sum(batch["target"].double().sum(0) for batch in loader)
+    return total / total.sum()
+
+
+def describe_run(args, core: GazeNet, study: GazeStudy, steps: int, told: str, ranks: distributed.Ranks) -> str:
+    """What a user checks before leaving a run alone."""
+    n_parameters = sum(p.numel() for p in core.parameters() if p.requires_grad)
+    lines = [
+        f"model            {core.config['backbone']}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on "
+        f"{ranks.device}",
+        f"                 {told}",
+        f"input and map    {core.input_size} x {core.input_size} px, {core.map_size} x {core.map_size}",
+        f"effective batch  {args.batch_size * ranks.world_size}, {steps} steps per epoch, learning rate {args.lr:.2e}",
+        study.describe(),
+    ]
+    if study.n_drawn:
+        lines.append(f"note: {study.n_drawn} subjects have no split in their tree; their parts were drawn by subject")
+    if study.merged:
+        more = f", and {len(study.merged) - 1} more such" if len(study.merged) > 1 else ""
+        lines.append(f"warning: subjects {study.merged[0]}{more} are taken for one")
+    return "\n".join(lines)
 
 
 def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]:
     """The model, with initial weights where it is `fresh`, and a line about these."""
-    weights = args.weights
+    weights, backbone, backbone_args, seen = args.weights, args.backbone, {}, []
     if weights is None:
-        stored = stored_weights(args.backbone)
+        stored = stored_weights(backbone)
         weights = stored if stored.exists() else None
         told = f"encoder weights random: {stored} is not there (scripts/fetch_weights.py makes it)"
     elif weights.lower() == "none":
         weights, told = None, "encoder weights random (--weights none)"
-    if weights is None:
-        return GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width), told
-    state, _ = read_state_dict(weights)
-    if PLAIN_VIT in state and not any(map(is_unknown, state)):
-        own = read_backbone(weights, img_size=args.input_size)
-        backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
-        model = GazeNet(own.timm_name, args.decoder, args.input_size, args.decoder_width, backbone_args)
-        model.encoder_seen = sorted(own.source.seen)
-        state = own.state
-    else:
-        model = GazeNet(args.backbone, args.decoder, args.input_size, args.decoder_width)
-    return model, load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
+    if weights is not None:
+        state, _ = read_state_dict(weights)
+        if PLAIN_VIT in state and not any(map(is_unknown, state)):
+            own = read_backbone(weights, img_size=args.input_size)
+            state, backbone, seen = own.state, own.timm_name, sorted(own.source.seen)
+            backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
+    model = GazeNet(backbone, args.input_size, backbone_args=backbone_args)
+    model.encoder_seen = seen
+    if weights is not None:
+        told = load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
+    return model, told
 
 
 def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
@@ -303,38 +335,12 @@ def check_cache_size(args: argparse.Namespace, input_size: int) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    check_least(
-        args,
-        1,
-        "batch_size",
-        "epochs",
-        "patience",
-        "input_size",
-        "decoder_width",
-        "save_every",
-        "keep",
-        "print_every",
-        "cache_size",
-    )
-    check_least(
-        args,
-        0,
-        "num_workers",
-        "warmup_epochs",
-        "weight_decay",
-        "lr",
-        "min_lr",
-        "cc_weight",
-        "skip_nonfinite",
-        "max_minutes",
-    )
-    check_positive(args, "clip_grad")
+    check_least(args, 1, *"batch_size epochs patience input_size save_every keep print_every cache_size".split())
+    check_least(args, 0, *"num_workers warmup_epochs weight_decay lr min_lr skip_nonfinite max_minutes".split())
     if not args.judge:
         check_cache_size(args, args.input_size)
     if args.input_size % 32 or args.input_size < 64:
         raise UserError(f"--input_size {args.input_size}: must be divisible by 32, and at least 64")
-    if args.decoder_width % 8:
-        raise UserError(f"--decoder_width {args.decoder_width}: must be divisible by 8")
     for flag in ("resume", "judge"):
         if (path := getattr(args, flag)) and not Path(path).is_file():
             raise UserError(f"--{flag} {path}: no such file")

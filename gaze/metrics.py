@@ -19,6 +19,8 @@ Map = Tensor | np.ndarray
 
 MAP_METRICS = ("cc", "kld", "sim", "patch_iou")
 FIXATION_METRICS = ("nss", "auc_judd", "auc_shuffled")
+METRICS = (*MAP_METRICS, *FIXATION_METRICS)
+TITLES = dict(zip(METRICS, ("CC", "KLD", "SIM", "patch IoU", "NSS", "AUC-Judd", "shuffled AUC"), strict=True))
 LOWER_IS_BETTER = frozenset({"kld"})
 
 

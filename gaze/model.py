@@ -25,7 +25,6 @@ from util.errors import UserError
 from util.foreign_weights import PLAIN_VIT, is_unknown
 from util.weights import resample_pos_embed, summarize_keys
 
-DECODERS = ("topdown", "unet", "dpt")
 STRIDE = 4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
 PRIOR_FLOOR = 1e-3  # share of a flat map in the prior, so that its logarithm is finite
 
@@ -33,55 +32,54 @@ PRIOR_FLOOR = 1e-3  # share of a flat map in the prior, so that its logarithm is
 class GazeNet(nn.Module):
     """Predicts a gaze density.
 
+    The decoder adds each of the encoder's feature maps, from the coarsest to the finest, to what came from above (after
+    Lin et al., "Feature Pyramid Networks", CVPR 2017). Maps of the input's stride 4 and coarser are used; a ViT has four
+    of stride 16, and gets two upsampling steps behind them.
+
     Args:
         backbone: a timm name, or the same with `backbone_args` for an encoder of another size.
-        decoder: "topdown" is ours; "unet" and "dpt" (for ViTs) are segmentation-models-pytorch's.
         input_size: side of the square that the whole image is resized to, a multiple of 32.
-        width: channels of the top-down decoder.
+        width: channels of the decoder, a multiple of 8.
         backbone_args: further arguments of `timm.create_model`.
 
     Attributes:
+        encoder: timm's features-only model.
         seen: who trained or validated it, as `GazeStudy.seen` tells them; checkpoints keep it.
         encoder_seen: likewise, whose images and gaze pretrained its encoder.
 
     Raises:
-        UserError: no such backbone, or one that the decoder can't take.
+        UserError: no such backbone, or a size that is no multiple of 32.
     """
 
     def __init__(
         self,
         backbone: str = "resnet50",
-        decoder: str = "topdown",
         input_size: int = 224,
         width: int = 64,
         backbone_args: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.config = {
-            "backbone": backbone,
-            "decoder": decoder,
-            "input_size": input_size,
-            "width": width,
-            "backbone_args": dict(backbone_args or {}),
-        }
+        if input_size % 32:
+            raise UserError(f"--input_size {input_size}: must be divisible by 32")
+        args = dict(backbone_args or {})
+        self.config = {"backbone": backbone, "input_size": input_size, "width": width, "backbone_args": args}
         self.seen: list[str] = []
         self.encoder_seen: list[str] = []
         self.input_size = input_size
         self.map_size = input_size // STRIDE
-        if input_size % 32:
-            raise UserError(f"--input_size {input_size}: must be divisible by 32")
-        if decoder == "topdown":
-            self.network = TopDown(backbone, input_size, width, dict(backbone_args or {}))
-        else:
-            self.network = SmpDecoder(backbone, decoder, input_size, dict(backbone_args or {}))
+        self.encoder = build_encoder(backbone, input_size, args)
+        strides, channels = self.encoder.feature_info.reduction(), self.encoder.feature_info.channels()
+        self.used = [i for i, stride in enumerate(strides) if stride >= STRIDE][::-1]  # coarsest first
+        self.lateral = nn.ModuleList(nn.Conv2d(channels[i], width, 1) for i in self.used)
+        self.mix = nn.ModuleList(_mix(width) for _ in self.used)
+        finest = strides[self.used[-1]]
+        self.up = nn.ModuleList(_mix(width) for _ in range((finest // STRIDE).bit_length() - 1))
+        self.out = nn.Conv2d(width, 1, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
         self.register_buffer("log_prior", torch.zeros(self.map_size, self.map_size))
         self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None], persistent=False)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """timm's features-only model."""
-        return self.network.encoder
 
     def set_prior(self, prior: Tensor) -> None:
         """Take the centre prior, a density [G, G]."""
@@ -97,36 +95,7 @@ class GazeNet(nn.Module):
         Returns:
             float32 [B, G, G], G = S / 4; its exponential sums to 1 over the map.
         """
-        logits = self.network((img.float() / 255 - self.mean) / self.std)  # [B, G, G]
-        logits = logits.float() + self.log_prior
-        return logits.flatten(1).log_softmax(1).view_as(logits)
-
-
-class TopDown(nn.Module):
-    """The encoder's feature maps, from the coarsest to the finest, each added to what came from above
-    (after Lin et al., "Feature Pyramid Networks", CVPR 2017).
-
-    Maps of the input's stride 4 and coarser are used; a ViT has four of stride 16, and gets two upsampling
-    steps behind them.
-    """
-
-    def __init__(self, backbone: str, input_size: int, width: int, args: dict[str, Any]):
-        super().__init__()
-        self.size = input_size // STRIDE
-        self.encoder = build_encoder(backbone, input_size, args)
-        reductions = self.encoder.feature_info.reduction()
-        self.used = [i for i, stride in enumerate(reductions) if stride >= STRIDE][::-1]  # coarsest first
-        channels = self.encoder.feature_info.channels()
-        self.lateral = nn.ModuleList(nn.Conv2d(channels[i], width, 1) for i in self.used)
-        self.mix = nn.ModuleList(_mix(width) for _ in self.used)
-        finest = reductions[self.used[-1]]
-        self.up = nn.ModuleList(_mix(width) for _ in range((finest // STRIDE).bit_length() - 1))
-        self.out = nn.Conv2d(width, 1, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.encoder(x)
+        features = self.encoder((img.float() / 255 - self.mean) / self.std)
         y = None
         for i, lateral, mix in zip(self.used, self.lateral, self.mix, strict=True):
             found = features[i]
@@ -136,41 +105,8 @@ class TopDown(nn.Module):
             y = mix(here if y is None else here + _resize(y, here.shape[-2:]))
         for mix in self.up:
             y = mix(_resize(y, (2 * y.shape[-2], 2 * y.shape[-1])))
-        return self.out(_resize(y, (self.size, self.size)))[:, 0]
-
-
-class SmpDecoder(nn.Module):
-    """A decoder of segmentation-models-pytorch on the same encoders; its map of the input's size is averaged to
-    a quarter of the side."""
-
-    def __init__(self, backbone: str, decoder: str, input_size: int, args: dict[str, Any]):
-        super().__init__()
-        try:
-            import segmentation_models_pytorch as smp
-        except ImportError:
-            raise UserError(
-                f"--decoder {decoder}: needs segmentation-models-pytorch; `pip install -r requirements.txt`, "
-                "or take --decoder topdown"
-            ) from None
-        options = {"encoder_weights": None, "in_channels": 3, "classes": 1}
-        try:
-            if decoder == "dpt":
-                self.net = smp.DPT(f"tu-{backbone}", dynamic_img_size=True, **args, **options)
-            else:
-                self.net = smp.Unet(f"tu-{backbone}", **args, **options)
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-            message = " ".join(str(error).split())[:200]
-            raise UserError(f"--decoder {decoder}: can't take --backbone {backbone}: {message}") from None
-        *_, last = (m for m in self.net.segmentation_head.modules() if isinstance(m, nn.Conv2d))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-
-    @property
-    def encoder(self) -> nn.Module:
-        return self.net.encoder.model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.net(x), STRIDE)[:, 0]
+        logits = self.out(_resize(y, (self.map_size, self.map_size)))[:, 0].float() + self.log_prior
+        return logits.flatten(1).log_softmax(1).view_as(logits)
 
 
 def build_encoder(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn.Module:
@@ -186,11 +122,10 @@ def build_encoder(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn
         if len(set(strides)) == 1:
             last, step = len(strides) - 1, max(1, len(strides) // 4)
             options["out_indices"] = [last - k * step for k in range(min(4, len(strides)))][::-1]
-        encoder = _features_only(backbone, options)
+        return _features_only(backbone, options)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {backbone}: timm can't make feature maps of it: {message}") from None
-    return encoder
 
 
 def _features_only(backbone: str, options: dict[str, Any]) -> nn.Module:

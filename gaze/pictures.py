@@ -1,4 +1,4 @@
-"""Pictures of predicted gaze beside that of the readers."""
+"""Pictures of a judgement: the metrics of each predictor, and predicted gaze beside that of the readers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from gaze.metrics import gaze_patches
+from gaze.metrics import LOWER_IS_BETTER, METRICS, TITLES, gaze_patches
 from util.figures import fit_lines, plain
 from util.pictures import gaze_overlay
 
 PANEL, GAP, TITLE, FOOT = 1.7, 0.05, 0.32, 0.3  # inches
 READERS_ONLY, PREDICTION_ONLY, BOTH = "#3b7dd8", "#e8862e", "#38a169"
+
+
+def metrics_figure(summary: pd.DataFrame, *, model: str, title: str = "") -> Figure:
+    """One panel per metric, one interval per predictor, under a title that says of what; differences are left to the
+    table."""
+    shown = summary[~summary["predictor"].str.contains(" - ", regex=False)]
+    metrics = [metric for metric in METRICS if (shown["metric"] == metric).any()]
+    names = list(shown["predictor"].unique())
+    figure = Figure(figsize=(2.2 * len(metrics) + 2.6, 0.42 * len(names) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+    for axes, metric in zip(panels, metrics):
+        own = shown[shown["metric"] == metric].set_index("predictor")
+        for place, name in enumerate(names):
+            if name not in own.index:
+                continue
+            value, low, high = own.loc[name, ["value", "low", "high"]]
+            colour = "C0" if name.split(", ")[0] == model else "0.45"
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot([value], [place], "o", color=colour, markersize=5)
+        axes.set_title(f"{TITLES[metric]}{' (less is better)' if metric in LOWER_IS_BETTER else ''}", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    told = f"{title}. Mean over images and its 95% bootstrap interval over subjects; more is better but for KLD."
+    figure.suptitle("\n".join(fit_lines(told.removeprefix(". "), figure.get_figwidth(), 9)), fontsize=9)
+    return figure
 
 
 @dataclass(frozen=True)

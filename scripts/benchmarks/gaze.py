@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +15,8 @@ import gaze.main
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
 from gaze import metrics as saliency
-from gaze.engine import batch_losses, name_means
 from gaze.fill import fill_tree
+from gaze.main import batch_losses, name_means
 from gaze.model import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate
 from scripts.predict_gaze import as_predictor
@@ -63,7 +62,7 @@ def measure_prediction(report: Report, root: Path, settings: Settings) -> None:
 
 
 def measure_gaze_training(report: Report, root: Path, settings: Settings) -> None:
-    """Seconds for some batches that are ready on the device: `gaze.engine`'s epoch against the bare steps."""
+    """Seconds for some batches that are ready on the device: run_gaze.py's epoch against the bare steps."""
     args = gaze.main.get_args_parser().parse_args(
         ["--data_path", "none", "--epochs", "1", "--warmup_epochs", "0", "--print_every", str(BATCHES)]
     )
@@ -107,7 +106,7 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
                 signals=signals,
                 options=vars(args),
                 n_values=2,
-                losses=partial(batch_losses, cc_weight=args.cc_weight),
+                losses=batch_losses,
                 name_means=name_means,
             )
             log = RunLog(root, root, 0.0, enabled=False)

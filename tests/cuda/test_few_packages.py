@@ -11,16 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HIDDEN = (
-    "pydicom",
-    "segmentation_models_pytorch",
-    "torchxrayvision",
-    "hypothesis",
-    "cv2",
-    "pysaliency",
-    "xdist",
-    "pytest_timeout",
-)
+HIDDEN = ("pydicom", "torchxrayvision", "hypothesis", "cv2", "pysaliency", "xdist", "pytest_timeout")
 # In place of the finder of installed packages, one that does not see these.
 HIDE = f"""
 import sys

@@ -6,14 +6,13 @@ Each test runs on the CPU as well, as far as the CPU has what it needs, so that 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
 from host_waits import GivenBatches, no_host_waits
 
 import gaze.main
-from gaze.engine import batch_losses
+from gaze.main import batch_losses
 from gaze.model import GazeNet
 from util import distributed
 from util.logging import Progress, RunLog
@@ -48,7 +47,7 @@ def losses_of(given, n, device, tmp_path, *flags):
     torch.manual_seed(0)
     core = GazeNet("test_resnet", input_size=SIZE, width=16)
     with torch.no_grad():
-        core.network.out.weight.normal_(std=0.1)  # zero at first: the loss would be the prior's, whatever else
+        core.out.weight.normal_(std=0.1)  # zero at first: the loss would be the prior's, whatever else
     core = core.to(ranks.device)
     optimizer = torch.optim.AdamW(core.parameters(), lr=0.0, fused=True)
     with StopSignals() as signals:
@@ -59,7 +58,7 @@ def losses_of(given, n, device, tmp_path, *flags):
             signals=signals,
             options=vars(args),
             n_values=2,
-            losses=partial(batch_losses, cc_weight=args.cc_weight),
+            losses=batch_losses,
             name_means=lambda means: {"kld": means[0]},
         )
         training.start(
@@ -75,7 +74,7 @@ def losses_of(given, n, device, tmp_path, *flags):
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_step_waits_for_the_device(device, dtype, tmp_path):
     with no_host_waits(batches(8, device), device) as given:
-        means = losses_of(given, 8, device, tmp_path, "--dtype", dtype, "--cc_weight", "0.5")
+        means = losses_of(given, 8, device, tmp_path, "--dtype", dtype)
     assert all(math.isfinite(value) for value in means)
 
 

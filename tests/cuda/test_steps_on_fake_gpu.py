@@ -14,7 +14,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import engine_pretrain
-import gaze.engine
 import gaze.main
 import run_pretrain
 from downstream.data.images import normalisation
@@ -107,11 +106,11 @@ def test_pretraining(masking, flags, watch, monkeypatch):
 
 
 def test_gaze_training(watch, monkeypatch):
-    args = gaze.main.get_args_parser().parse_args(["--data_path", "none", "--dtype", "float16", "--cc_weight", "1"])
+    args = gaze.main.get_args_parser().parse_args(["--data_path", "none", "--dtype", "float16"])
     model = GazeNet("test_resnet", input_size=SIDE, width=16)
     with fake_gpu(model, monkeypatch) as ranks:
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE), "target": torch.zeros(BATCH, SIDE // 4, SIDE // 4)}
-        place = training(model, args, ranks, 2, partial(gaze.engine.batch_losses, cc_weight=1.0))
+        place = training(model, args, ranks, 2, gaze.main.batch_losses)
         assert (requested(place, batch, watch), place.step) == (PAUSE, 2)
 
 

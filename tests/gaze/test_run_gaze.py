@@ -7,7 +7,6 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,15 @@ from reliability_runs import run
 import gaze.main
 from gaze import metrics as saliency
 from gaze.data import PARTS, GazeStudy
-from gaze.engine import Best
 from gaze.metrics import FIXATION_METRICS, MAP_METRICS
 from gaze.model import load_gaze_net
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.images import read_gray, write_gray
 from util.subjects import subject_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SMALL = "--backbone test_resnet --input_size 64 --decoder_width 16 --device cpu --batch_size 4 --num_workers 0"
+SMALL = "--backbone test_resnet --input_size 64 --device cpu --batch_size 4 --num_workers 0"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +81,7 @@ def test_outputs_of_a_run(trained):
     assert [record["epoch"] for record in records] == list(range(8))
     best = min(records, key=lambda record: record["val_kld"])
     state = load_checkpoint(trained / "best.pth")
-    assert state["epoch"] == best["epoch"] and state["best"]["kld"] == best["val_kld"]
+    assert state["epoch"] == best["epoch"] and state["val_kld"] == best["val_kld"]
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-6.pth", "checkpoint-7.pth"]
     assert json.loads((trained / "args.json").read_text())[0]["args"]["backbone"] == "test_resnet"
 
@@ -116,7 +114,7 @@ def test_paused_after_every_step_is_bit_equal(tree, tmp_path, capsys):
     for name in ("best.pth", "checkpoint-1.pth"):
         whole, parts = (load_checkpoint(tmp_path / run / name) for run in ("whole", "parts"))
         assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
-        assert whole["best"] == parts["best"]
+        assert (whole["best"] or whole)["val_kld"] == (parts["best"] or parts)["val_kld"]
     for name in ("metrics.csv", "readings.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     # Once more: nothing is left to train, and the judgement is the same.
@@ -137,29 +135,20 @@ def test_a_step_left_out_alone_between_two_reports_is_no_error(tree, tmp_path, m
     assert math.isfinite(log_of(tmp_path)[0]["train_loss"])
 
 
-def test_going_on_elsewhere_takes_the_best_model_along(tree, trained, tmp_path):
-    """The best.pth that is judged is that of the run that is gone on, whatever was there before."""
-    last = max(trained.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.split("-")[1]))
-    state, whole = load_checkpoint(last), (trained / "best.pth").read_bytes()
-    best = Best(**state["best"])
-    save_checkpoint(state | {"best": asdict(Best())}, tmp_path / "best.pth")  # another run's
-    for _ in range(2):
-        assert gaze.main.bring_best(last, tmp_path, best, state["epoch"]) == best
-        assert (tmp_path / "best.pth").read_bytes() == whole
-
-
-def test_the_best_model_of_abandoned_epochs_is_not_judged(tree, trained, tmp_path, capsys):
-    """Going back to epoch 1, whose best.pth later epochs have overwritten."""
-    for name in ("log.txt", "best.pth"):
-        shutil.copy(trained / name, tmp_path)
-    state = load_checkpoint(max(trained.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.split("-")[1])))
-    save_checkpoint(state | {"epoch": 0, "best": asdict(Best(0, 0.1, 0.9))}, tmp_path / "checkpoint-0.pth")
-    flags = f"--lr 5e-3 --resume {tmp_path / 'checkpoint-0.pth'} --epochs"
-    with pytest.raises(UserError, match="no epoch since the resumed one"):
-        train(tree, tmp_path, f"{flags} 1")
-    assert train(tree, tmp_path, f"{flags} 2") == 0
-    assert "best.pth is not the best model so far (epoch 1" in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / "best.pth")["best"]["epoch"] == 1
+@pytest.mark.parametrize("place", ["elsewhere", "back"])
+def test_the_best_model_is_that_of_the_checkpoint_that_is_gone_on_with(trained, tree, tmp_path, place):
+    """Whatever best.pth was there before, and though later epochs have overwritten it."""
+    flags = "--epochs 2 --lr 5e-3 --save_every 1 --keep 2"
+    assert train(tree, tmp_path / "run", flags) == 0
+    first, out = tmp_path / "run" / "checkpoint-0.pth", tmp_path / ("run" if place == "back" else "other")
+    expected = load_checkpoint(first)["best"]
+    assert expected["epoch"] == 0
+    out.mkdir(exist_ok=True)
+    shutil.copy(trained / "best.pth", out)
+    assert train(tree, out, f"--epochs 1 --lr 5e-3 --resume {first}") == 0
+    found = load_checkpoint(out / "best.pth")
+    assert found["epoch"] == 0 and found["val_kld"] == expected["val_kld"]
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
 
 
 @pytest.mark.parametrize("part, cache", [(0, ""), (1, "--no_cache")])  # a reading of training, one of validation
@@ -183,14 +172,10 @@ def test_stops_early_and_stays_stopped(tree, tmp_path, capsys):
     assert len(log_of(tmp_path)) == 3
 
 
-def test_best_is_the_first_of_the_lowest():
-    best = Best()
-    for epoch, kld in enumerate([0.5, 0.4, 0.4, 0.6]):
-        best, is_better = best.after(epoch, {"val_kld": kld, "val_cc": 0.0})
-        assert is_better == (epoch in (0, 1))
-    assert (best.epoch, best.kld) == (1, 0.4)
-    assert not best.is_stale(3, 2) and best.is_stale(4, 2)
-    assert Best().after(0, {"val_kld": float("nan"), "val_cc": 0.0}) == (Best(), False)
+def test_no_finite_epoch_is_one_line(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(gaze.main, "validate", lambda *args, **options: {"val_kld": math.nan, "val_cc": math.nan})
+    with pytest.raises(UserError, match="no epoch had a finite validation KLD"):
+        train(tree, tmp_path, "--epochs 1")
 
 
 def test_tree_without_fixations_has_map_metrics_only_and_is_told(trained, tmp_path, capsys):
@@ -230,10 +215,8 @@ def test_subjects_that_pretrained_the_encoder_are_told(tree, trained, backbone, 
         ("--input_size 32", "at least 64"),
         ("--batch_size 0", "--batch_size 0"),
         ("--batch_size 99", "--batch_size 99|batch_size 99"),
-        ("--decoder_width 12", "--decoder_width 12"),
         ("--cache_size 63", "--cache_size 63: below the input's 64 px"),
         ("--lr -1", "--lr -1"),
-        ("--clip_grad 0", "--clip_grad 0: must be above 0"),
         ("--judge nothing.pth", "--judge nothing.pth: no such file"),
         ("--resume nothing.pth", "--resume nothing.pth: no such file"),
         ("--backbone nothing", "--backbone nothing"),
@@ -263,12 +246,12 @@ def test_checkpoints_of_something_else_are_refused(tree, trained, backbone, tmp_
 
 def test_a_heatmap_of_zeros_is_one_line_with_workers_too(tmp_path):
     tree = make_gaze_tree(tmp_path / "tree", 12)
-    zero = tree / "attention/s10004/P10004R0.png"  # a test image
+    zero = tree / "attention/s10003/P10003R0.png"  # a validation image
     write_gray(zero, np.zeros_like(read_gray(zero)))
     argv = [*SMALL.split(), "--data_path", str(tree), "--output_dir", str(tmp_path / "out")]
     status, output = run([*argv, "--num_workers", "1", "--epochs", "1"], tmp_path / "log", main=gaze.main.main)
     assert status == 1 and "Traceback" not in output
-    assert "P10004R0.png: the heatmap is zero" in output.strip().splitlines()[-1]
+    assert "P10003R0.png: the heatmap is zero" in output.strip().splitlines()[-1]
 
 
 def test_leak_between_trees_is_refused(tree, tmp_path):

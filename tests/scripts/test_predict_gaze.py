@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from datasets.prepare.mimic import prepare_mimic
-from gaze.main import Best
 from gaze.model import GazeNet
 from util.checkpoint import FORMAT, save_checkpoint
 from util.errors import UserError
@@ -27,12 +26,11 @@ def weights(tmp_path_factory):
     """A small predictor with random weights in every layer."""
     torch.manual_seed(0)
     model = GazeNet("test_resnet", input_size=64, width=16)
-    torch.nn.init.normal_(model.network.out.weight)
+    torch.nn.init.normal_(model.out.weight)
     path = tmp_path_factory.mktemp("gaze") / "best.pth"
     state = {
         "model": model.state_dict(),
         "config": model.config,
-        "best": vars(Best()),
         "args": {},
         "optimizer": {},
         "scaler": {},

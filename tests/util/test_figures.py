@@ -14,8 +14,7 @@ from matplotlib.text import Text
 
 from downstream.figure import results_figure, summary_figure
 from downstream.results import MEAN
-from gaze.pictures import Example, examples_figure
-from gaze.table import metrics_figure
+from gaze.pictures import Example, examples_figure, metrics_figure
 from models_cxrmim import CXRMIM
 from util.curves import loss_figure
 from util.pictures import contact_sheet, reconstruction_figure
