@@ -41,7 +41,7 @@ from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.images import read_gray, read_map
 from util.loading import SampleLoader
-from util.progress import Steps
+from util.progress import Progress
 from util.radiograph import read_radiograph
 from util.stop import ignore_stop_signals
 
@@ -258,7 +258,7 @@ def _make(
     order = sorted(range(len(todo)), key=lambda place: bool(todo[place].task.real))  # stable: predictions first
     todo = [todo[place] for place in order]
     n_predicted = sum(not unit.task.real for unit in todo)
-    with Steps("predicting", len(todo), "images", enabled=bool(todo)) as steps, ThreadPoolExecutor(workers) as pool:
+    with Progress("predicting", len(todo), "images", enabled=bool(todo)) as steps, ThreadPoolExecutor(workers) as pool:
 
         def place(units: Sequence[Unit], results: Iterator[Made]) -> None:
             for unit, made in zip(units, results, strict=True):
