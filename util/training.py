@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +125,11 @@ class Training:
             self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
             self.epoch, self.step = state["epoch"] + 1, state["step"]
 
-    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike, shape_flags: Collection[str]) -> None:
+    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike) -> None:
         """Print which options and data differ from those of a checkpoint. Raises UserError if it can't go on with them
         (`util.resume.describe_mismatch`)."""
         with restoring(path):
-            table = describe_mismatch(state, self.options, shape_flags=shape_flags, **self.setting())
+            table = describe_mismatch(state, self.options, **self.setting())
         if table:
             self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
 
