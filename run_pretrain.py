@@ -34,7 +34,6 @@ from util.weights import load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
 # With another value of one of these a checkpoint does not fit.
-SHAPE_FLAGS = ("model", "input_size", "id_list", "scale_list", "hog_nbins", "decoder_depth", "decoder_num_heads")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -186,8 +185,9 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
     )
     if resumed is not None:
         state = load_checkpoint(resumed)
-        training.warn_of_changes(state, resumed, SHAPE_FLAGS)
-        check_same_model(state.get("model_config", {}), core.config, resumed)
+        with restoring(resumed):
+            check_same_model(state["model_config"], core.config, resumed)
+        training.warn_of_changes(state, resumed)
         with restoring(resumed):
             since = unchanged_since(state, vars(args), training.setting())
             core.seen = list(state.get("seen", []))

@@ -21,7 +21,7 @@ from downstream.tuned import Tuned, read_tuned
 from util.distributed import Ranks
 from util.errors import UserError
 from util.loading import SampleLoader
-from util.progress import Steps
+from util.progress import Progress
 from util.stop import StopSignals, ignore_stop_signals
 from util.subjects import overlap_note
 
@@ -52,7 +52,7 @@ def predict(
     num_workers: int,
     ranks: Ranks,
     signals: StopSignals,
-    progress: Steps | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Logits of images in their centre crop, float32 [len(rows), C] on the CPU; the ranks share the work, and
     all get the whole.
@@ -166,7 +166,7 @@ def evaluate(
     for title, names, others in (("model", tuned.labels, shared), ("data", images.label_names, shared)):
         if left := [label for label in names if label not in others]:
             ranks.say(f"{name}: not judged, only the {title} has {', '.join(left)}")
-    with Steps(f"{name}: testing", len(rows), "images", enabled=ranks.is_main) as progress:
+    with Progress(f"{name}: testing", len(rows), "images", enabled=ranks.is_main) as progress:
         logits = predict(
             tuned.model.to(ranks.device),
             views,

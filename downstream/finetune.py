@@ -40,7 +40,7 @@ from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
 from util.logging import RunLog
-from util.progress import Steps
+from util.progress import Progress
 from util.stop import GO_ON, StopSignals
 from util.subjects import subject_marks
 from util.training import Training
@@ -278,7 +278,7 @@ def finetune(
     )
     on_main(ranks, lambda: _make_folder(folder))
     log = RunLog(folder, None, done / steps, enabled=ranks.is_main)
-    with Steps(what, recipe.epochs * steps, "steps", done=done, enabled=ranks.is_main) as progress:
+    with Progress(what, recipe.epochs * steps, "steps", done=done, enabled=ranks.is_main) as progress:
         training.start(loader, log=log, progress=progress)
         request = training.run()
     if request != GO_ON:

@@ -20,7 +20,7 @@ from downstream.features import FeatureFile
 from util.errors import UserError
 from util.loading import SampleLoader
 from util.lr_sched import learning_rate
-from util.progress import Steps
+from util.progress import Progress
 from util.stop import StopSignals, ignore_stop_signals
 
 # Features are brought to disk after so many images, or so many seconds: what a killed run loses.
@@ -139,7 +139,7 @@ def encode(
             file.write(images, values[span, : file.width])
 
     # A thread waits for the disk, so that the encoder does not.
-    with Steps(what, len(keys), "images") as steps, ThreadPoolExecutor(1) as writer:
+    with Progress(what, len(keys), "images") as steps, ThreadPoolExecutor(1) as writer:
         writing: Future = writer.submit(lambda: None)
         ready: list[np.ndarray] = []
         n_ready, began = 0, time.monotonic()
@@ -312,7 +312,7 @@ def train_heads(
     running = set(range(len(seeds)))
     history = [([], []) for _ in seeds]
 
-    with Steps(what, options.epochs * n_steps, "steps") as progress:
+    with Progress(what, options.epochs * n_steps, "steps") as progress:
         for epoch in range(options.epochs):
             features = None  # not two views at once
             features = views[epoch % len(views)]()

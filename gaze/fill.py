@@ -41,7 +41,7 @@ from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.images import read_gray, read_map
 from util.loading import SampleLoader
-from util.progress import Steps
+from util.progress import Progress
 from util.radiograph import read_radiograph
 from util.stop import ignore_stop_signals
 
@@ -261,7 +261,10 @@ def _make(
         for start in range(0, len(real), batch_size):
             yield from pool.map(partial(_keep_real, making.staging, root), real[start : start + batch_size])
 
-    with Steps("predicting", len(units), "images", enabled=bool(units)) as steps, ThreadPoolExecutor(workers) as pool:
+    with (
+        Progress("predicting", len(units), "images", enabled=bool(units)) as steps,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         for unit, made in zip([*todo, *real], made_in_order(pool), strict=True):
             found.exclusions += made.exclusions
             making.place(unit, made.files, made.note, settled=not made.exclusions)

@@ -35,7 +35,6 @@ from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.training import Training
 from util.weights import read_state_dict
 
-SHAPE_FLAGS = ("backbone", "input_size")
 BEST = "best.pth"
 
 
@@ -177,14 +176,17 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
             raise UserError(f"{resumed}: a checkpoint of another program; pass one of run_gaze.py")
         if not state["optimizer"]:
             raise UserError(f"--resume {resumed}: holds weights alone; go on from a checkpoint-*.pth")
-        training.warn_of_changes(state, resumed, SHAPE_FLAGS)
+        if state["config"] != core.config:
+            differs = "; ".join(
+                f"{k} {v}, now {core.config.get(k)}" for k, v in state["config"].items() if v != core.config.get(k)
+            )
+            raise UserError(f"{resumed}: of another model ({differs}); go on with the flags and --weights of its run")
+        training.warn_of_changes(state, resumed)
         if (state["dataset_size"], state["samples"]) != (training.dataset_size, training.samples):
             raise UserError(
                 f"{resumed}: was trained and validated on other images or heatmaps than --data_path has now (in another "
                 "order, or cached otherwise); bring those back, or start anew in another --output_dir"
             )
-        if state["config"] != core.config:
-            raise UserError(f"{resumed}: has another encoder; to go on pass the --weights that it was begun with")
         with restoring(resumed):
             core.seen, core.encoder_seen = list(state["seen"]), list(state["encoder_seen"])
             best = state["best"]

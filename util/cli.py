@@ -11,26 +11,16 @@ from util.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of every program: no abbreviations, no empty values, such as a shell makes of "$UNSET", which as
-    a path would be the current directory, and no bytes that are not UTF-8, which indexes and events can't hold."""
-
-    # None is said by an empty word where the published program says it so.
-    MAY_BE_EMPTY = ("--resume",)
+    """The parser of every program: no abbreviations, and no bytes that are not UTF-8, which indexes and events can't
+    hold."""
 
     def __init__(self, prog: str | None = None, **kwargs):
         super().__init__(prog, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        option = ""
         for word in sys.argv[1:] if args is None else args:
-            if word.startswith("--"):
-                option, equals, value = word.partition("=")
-            else:
-                equals, value = True, word
-            if equals and not value and option not in self.MAY_BE_EMPTY:
-                self.error(f"argument {option or '1'}: the value is empty; give one, or leave the option out")
             if any("\udc80" <= letter <= "\udcff" for letter in word):
-                self.error(f"argument {option or '1'}: {word!r} is not UTF-8; rename it, or name it by a link")
+                self.error(f"{word!r} is not UTF-8; rename it, or name it by a link")
         return super().parse_known_args(args, namespace)
 
 

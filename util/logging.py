@@ -1,4 +1,4 @@
-"""What a run leaves to read: log.txt, args.json, TensorBoard events, and progress on the terminal."""
+"""What a run leaves to read: log.txt, args.json and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy
@@ -19,7 +18,6 @@ import timm
 import torch
 import torchvision
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from util.errors import UserError
 from util.files import atomic_write
@@ -195,67 +193,6 @@ def _no_traceback_of_tensorboard(args: threading.ExceptHookArgs) -> None:
     """`threading.excepthook`: the error of TensorBoard's writer comes up again in the main thread."""
     if not type(args.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(args)
-
-
-class Progress:
-    """Progress of a run: a bar on a terminal, plain lines elsewhere; silent unless `enabled`.
-
-    Args:
-        total_steps: of the whole run.
-        done_steps: before this start.
-        samples_per_step: over all ranks.
-    """
-
-    def __init__(self, total_steps: int, done_steps: int, samples_per_step: int, enabled: bool = True):
-        self.total_steps = total_steps
-        self.samples_per_step = samples_per_step
-        self.enabled = enabled
-        self.done = self.last_done = done_steps
-        self.last_time = time.perf_counter()
-        self.last_waited = 0.0
-        self.bar = None
-        if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True)
-
-    def add(self, steps: int) -> None:
-        """So many more steps are done."""
-        self.done += steps
-        if self.bar is not None:
-            self.bar.update(steps)
-
-    def rates(self, waited: float) -> dict[str, float]:
-        """Samples per second and share of time spent waiting for data since the last call.
-
-        Args:
-            waited: seconds waited for data since the start.
-        """
-        now = time.perf_counter()
-        seconds, steps = now - self.last_time, self.done - self.last_done
-        rates = {
-            "samples_per_s": steps * self.samples_per_step / seconds,
-            "data_wait": (waited - self.last_waited) / seconds,
-        }
-        self.seconds_per_step = seconds / max(steps, 1)
-        self.last_time, self.last_done, self.last_waited = now, self.done, waited
-        return rates
-
-    def show(self, where: str, loss: float, lr: float, rates: dict[str, float]) -> None:
-        """Show the state of training after `rates` was called."""
-        if not self.enabled:
-            return
-        left = timedelta(seconds=round((self.total_steps - self.done) * self.seconds_per_step))
-        text = (
-            f"{where}  loss {loss:.4f}  lr {lr:.2e}  {rates['samples_per_s']:.1f} samples/s  "
-            f"data wait {rates['data_wait']:.1%}  left {left}"
-        )
-        if self.bar is not None:
-            self.bar.set_description_str(text, refresh=True)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def epoch_1000x(epoch: float) -> int:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 20.0
 
 
-class Steps:
+class Progress:
     """Counts what is done of `total`; a context manager. Silent unless `enabled`.
 
     Args:
@@ -22,18 +22,17 @@ class Steps:
 
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0, enabled: bool = True):
         self.what, self.total, self.unit, self.done, self.enabled = what, total, unit, done, enabled
-        self._began = self._told = time.monotonic()
+        self._began = self._shown = time.monotonic()
         self._first = done
         self._bar = None
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", dynamic_ncols=True)
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.close()
 
     def add(self, count: int, note: str = "") -> None:
         """So many more are done."""
@@ -41,11 +40,20 @@ class Steps:
         if self._bar is not None:
             self._bar.update(count)
             self._bar.set_postfix_str(note, refresh=False)
-            return
-        now = time.monotonic()
-        if self.enabled and now - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = now
-            rate = (self.done - self._first) / (now - self._began)
-            left = timedelta(seconds=round((self.total - self.done) / max(rate, 1e-9)))
-            text = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s, left {left}"
-            print(f"{text}  {note}".rstrip(), flush=True)
+        elif time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
+            rate = (self.done - self._first) / (time.monotonic() - self._began)
+            self.show(f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s", note)
+
+    def show(self, text: str, note: str = "") -> None:
+        """Show this text now, with the time left."""
+        self._shown = time.monotonic()
+        seconds = (self._shown - self._began) / max(self.done - self._first, 1)
+        left = timedelta(seconds=round((self.total - self.done) * seconds))
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=True)
+        elif self.enabled:
+            print(f"{text}, left {left}  {note}".rstrip(), flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

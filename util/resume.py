@@ -5,7 +5,7 @@ Nothing here knows what is trained; `util.training` puts the rest of a checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from util.errors import UserError
@@ -38,7 +38,6 @@ def describe_mismatch(
     checkpoint: Mapping[str, Any],
     args: Mapping[str, Any],
     *,
-    shape_flags: Collection[str],
     world_size: int,
     dataset_size: int,
     samples: str | None = None,
@@ -47,15 +46,14 @@ def describe_mismatch(
     """Compare a checkpoint with the flags of the run that would go on from it.
 
     Returns a table old/new of the changed hyper-parameters, empty where nothing changed: the run may go
-    on, no longer as the undisturbed one. Raises UserError, with the flags to use, where it can't go on:
-    another architecture; or, inside an epoch, another global batch, accumulation, seed or data, since the
+    on, no longer as the undisturbed one. Raises UserError, with the flags to use, where it can't go on
+    inside an epoch with another global batch, accumulation, seed or data, since the
     rest of the epoch would then be other samples. The global batch of a step is the same set of samples for
-    any number of ranks (METHOD.md section 6; datasets/sampler.py), so 2 ranks with batch b may go on as
+    any number of ranks (datasets/sampler.py), so 2 ranks with batch b may go on as
     1 with 2b: each sample is still seen exactly once.
 
     Args:
         args: the flags of the run that would go on.
-        shape_flags: those of the task that shape the weights: with another value the checkpoint does not fit.
         world_size, dataset_size: numbers of its processes and samples.
         samples: digest of the samples' names and order.
         threads: of its arithmetic on the CPU, which change the last bits of sums; None on a GPU.
@@ -66,37 +64,27 @@ def describe_mismatch(
         for key in old
         if key in args and key not in HARMLESS_FLAGS and _flag_value(old[key]) != _flag_value(args[key])
     }
-    if misfits := [key for key in shape_flags if key in changed]:
-        differs = ", ".join(f"--{key} is {_flag_value(changed[key][1])}" for key in misfits)
-        flags = " ".join(f"--{key} {_flag_value(changed[key][0])}" for key in misfits)
-        raise UserError(
-            f"the checkpoint is of another model: {differs}; to go on pass {flags}, or choose "
-            "another --output_dir to start anew"
-        )
     digests = checkpoint.get("samples"), samples
     if checkpoint["step"]:
         _require_same_epoch(checkpoint, args, changed, world_size)
-        _require_same_samples(checkpoint, dataset_size, other=None not in digests and digests[0] != digests[1])
-    rows = [(f"--{key}", _flag_value(was), _flag_value(now)) for key, (was, now) in changed.items()]
+        _require_same_samples(checkpoint, dataset_size, other=digests[0] != digests[1])
     old_world = checkpoint["world_size"]
+    rows = [(f"--{key}", was, now) for key, (was, now) in changed.items()]
     rows += [
-        (name, str(was)[:8], str(now)[:8])
-        for name, was, now in (
-            ("processes", old_world, world_size),
-            ("effective batch", _effective_batch(old, old_world), _effective_batch(args, world_size)),
-            ("samples", checkpoint["dataset_size"], dataset_size),
-            ("names, order or content of samples", *digests),
-            ("threads", checkpoint.get("threads"), threads),
-        )
-        if None not in (was, now) and was != now
+        ("processes", old_world, world_size),
+        ("effective batch", _effective_batch(old, old_world), _effective_batch(args, world_size)),
+        ("samples", checkpoint["dataset_size"], dataset_size),
     ]
-    if not rows:
+    if digests[0] != digests[1]:
+        rows.append(("names, order or content of samples", *(str(digest)[:8] for digest in digests)))
+    if threads is not None:
+        rows.append(("threads", checkpoint.get("threads") or threads, threads))
+    cells = [(name, _flag_value(was), _flag_value(now)) for name, was, now in rows if was != now]
+    if not cells:
         return ""
-    rows.insert(0, ("changed", "checkpoint", "now"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    cells.insert(0, ("changed", "checkpoint", "now"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 def _require_same_samples(checkpoint: Mapping[str, Any], dataset_size: int, *, other: bool) -> None:

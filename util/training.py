@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from util import distributed
 from util.checkpoint import FORMAT, restoring
 from util.finite import REMEDY, FiniteWatch, make_scaler, nan_gradient_unless_finite, update_was_skipped
-from util.logging import Progress, RunLog
+from util.logging import RunLog
 from util.lr_sched import learning_rate
+from util.progress import Progress
 from util.resume import describe_mismatch
 from util.stop import GO_ON, StopSignals
 
@@ -124,11 +125,11 @@ class Training:
             self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
             self.epoch, self.step = state["epoch"] + 1, state["step"]
 
-    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike, shape_flags: Collection[str]) -> None:
+    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike) -> None:
         """Print which options and data differ from those of a checkpoint. Raises UserError if it can't go on with them
         (`util.resume.describe_mismatch`)."""
         with restoring(path):
-            table = describe_mismatch(state, self.options, shape_flags=shape_flags, **self.setting())
+            table = describe_mismatch(state, self.options, **self.setting())
         if table:
             self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
 
@@ -137,7 +138,7 @@ class Training:
 
         Args:
             loader: this rank's batches from the place on; its `batch_sampler` is a `TrainBatches`.
-            progress: counts the steps done (`util.logging.Progress`, `util.progress.Steps`).
+            progress: counts the steps done.
             sync_buffers: each step starts from rank 0's buffers.
         """
         options, ranks, steps = self.options, self.ranks, loader.batch_sampler.steps_per_epoch
@@ -146,10 +147,11 @@ class Training:
             start = self.epoch + self.step / steps
             self.log = RunLog(options["output_dir"], options["log_dir"], start, enabled=ranks.is_main)
             self.log.start(options, ranks.world_size)
-            batch, done = options["batch_size"] * ranks.world_size, self.epoch * steps + self.step
-            self.progress = Progress(options["epochs"] * steps, done, batch, enabled=ranks.is_main)
+            done = self.epoch * steps + self.step
+            self.progress = Progress("training", options["epochs"] * steps, "steps", done=done, enabled=ranks.is_main)
         self.model = distributed.parallel(self.core, ranks, sync_buffers=sync_buffers)
         self.batches = iter(loader)
+        self._reported = time.perf_counter(), self.progress.done, self.waited
 
     def run(self) -> int:
         """Train to the end or to a request to stop, saving on the way; returns the request, GO_ON if none is open.
@@ -283,7 +285,13 @@ class Training:
         """Show this rank's means since the last report on the terminal and in TensorBoard."""
         values = self.name_means(self.sums.means(1))  # the only wait for the device
         self.sums.totals[1] = 0
-        rates = self.progress.rates(self.waited)
+        before, self._reported = self._reported, (time.perf_counter(), self.progress.done, self.waited)
+        seconds, steps, waited = (now - was for now, was in zip(self._reported, before, strict=True))
+        samples = steps * self.options["batch_size"] * self.ranks.world_size
+        rates = {"samples_per_s": samples / seconds, "data_wait": waited / seconds}
         where = f"epoch {self.epoch + 1}/{self.options['epochs']}  step {self.step}/{self.steps_per_epoch}"
-        self.progress.show(where, next(iter(values.values())), lr, rates)
+        self.progress.show(
+            f"{where}  loss {next(iter(values.values())):.4f}  lr {lr:.2e}  {rates['samples_per_s']:.1f} samples/s  "
+            f"data wait {rates['data_wait']:.1%}"
+        )
         self.log.scalars({**values, "lr": lr, **rates}, self.epoch + self.step / self.steps_per_epoch)

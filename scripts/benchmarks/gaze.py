@@ -23,8 +23,9 @@ from scripts.predict_gaze import as_predictor
 from util import distributed
 from util.cpus import available_cpus
 from util.finite import make_scaler
-from util.logging import Progress, RunLog
+from util.logging import RunLog
 from util.lr_sched import parameter_groups
+from util.progress import Progress
 from util.stop import StopSignals
 from util.training import Training
 
@@ -110,7 +111,7 @@ def measure_gaze_training(report: Report, root: Path, settings: Settings) -> Non
                 name_means=name_means,
             )
             log = RunLog(root, root, 0.0, enabled=False)
-            training.start(Batches(), log=log, progress=Progress(BATCHES, 0, settings.batch_size, enabled=False))
+            training.start(Batches(), log=log, progress=Progress("training", BATCHES, "steps", enabled=False))
             training.train_epoch()
 
     times = alternate(bare, ours, settings.repeats, settings.device)

@@ -20,7 +20,7 @@ from downstream.heads import Encoder, FeatureFile, HeadOptions, encode, train_he
 from util import distributed
 from util.logging import RunLog
 from util.precision import set_tf32
-from util.progress import Steps
+from util.progress import Progress
 from util.stop import GO_ON, StopSignals
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -124,7 +124,7 @@ def fine_tuned_on(device, dtype, n, *, recipe="published", size=4, side=32):
     with (
         StopSignals() as signals,
         no_host_waits(given, device) as batches,
-        Steps("test", n, "steps", enabled=False) as progress,
+        Progress("test", n, "steps", enabled=False) as progress,
     ):
         tuning = Tuning(
             SimpleNamespace(task=MULTILABEL),

@@ -15,8 +15,9 @@ import gaze.main
 from gaze.main import batch_losses
 from gaze.model import GazeNet
 from util import distributed
-from util.logging import Progress, RunLog
+from util.logging import RunLog
 from util.precision import set_tf32
+from util.progress import Progress
 from util.stop import GO_ON, StopSignals
 from util.training import Training
 
@@ -64,7 +65,7 @@ def losses_of(given, n, device, tmp_path, *flags):
         training.start(
             GivenBatches(given, n),
             log=RunLog(tmp_path, None, 0.0, enabled=False),
-            progress=Progress(n, 0, BATCH, enabled=False),
+            progress=Progress("training", n, "steps", enabled=False),
         )
         assert training.train_epoch() == GO_ON and training.step == n
     return training.sums.means()

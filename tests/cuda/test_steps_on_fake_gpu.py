@@ -23,9 +23,9 @@ from downstream.heads import Encoder, read_back
 from gaze.model import GazeNet
 from util.distributed import Ranks
 from util.finite import FiniteWatch
-from util.logging import Progress
 from util.lr_sched import parameter_groups
 from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
+from util.progress import Progress
 from util.stop import GO_ON, PAUSE
 from util.training import Training
 
@@ -69,7 +69,7 @@ def pixels(*shape):
 def requested(training: Training, batch, watch) -> int:
     """The request with which an epoch of 9 such batches ends."""
     training.watch = watch
-    training.start(GivenBatches([batch] * 9, 9), log=object(), progress=Progress(9, 0, BATCH, enabled=False))
+    training.start(GivenBatches([batch] * 9, 9), log=object(), progress=Progress("training", 9, "steps", enabled=False))
     return training.train_epoch()
 
 

@@ -24,7 +24,7 @@ import run_pretrain
 from engine_pretrain import batch_losses, name_means
 from util import distributed
 from util.finite import make_scaler, update_was_skipped
-from util.logging import Progress, RunLog
+from util.logging import RunLog
 from util.lr_sched import parameter_groups
 from util.masking import (
     MASKINGS,
@@ -35,6 +35,7 @@ from util.masking import (
     otsu_foreground,
     significant_patches,
 )
+from util.progress import Progress
 from util.stop import StopSignals
 from util.training import Sums, Training
 
@@ -87,7 +88,9 @@ def training_of(given, device, tmp_path, *flags, n_steps=None):
             dataset_size=4 * steps,
         )
         silent = RunLog(tmp_path, tmp_path, 0.0, enabled=False)
-        training.start(GivenBatches(given, steps), log=silent, progress=Progress(steps, 0, 4, enabled=False))
+        training.start(
+            GivenBatches(given, steps), log=silent, progress=Progress("training", steps, "steps", enabled=False)
+        )
         yield training
 
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -120,17 +119,12 @@ def test_without_locks_there_is_one_warning(tmp_path, monkeypatch, capsys, numbe
     assert told.count("warning: ") == 1 == told.count("\n") and str(tmp_path / "lock") in told
 
 
-def test_a_holder_that_could_not_sign_still_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "ORPHANS_DYING_SECONDS", 0.2)
+def test_a_holder_that_could_not_write_its_name_still_holds(tmp_path):
     with open(tmp_path / "lock", "w") as file:
-        file.write("{ broken")
-        file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        began = time.monotonic()
         with pytest.raises(UserError, match="in use by another process"):
             with file_lock(tmp_path / "lock", what="the tree"):
                 pass
-        assert time.monotonic() - began < 10
 
 
 def test_a_place_that_can_not_be_written_is_one_line(tmp_path):

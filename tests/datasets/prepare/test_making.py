@@ -44,8 +44,7 @@ def snapshot(root):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("util.locks.DYING_SECONDS", 0.0)
-    monkeypatch.setattr("util.locks.ORPHANS_DYING_SECONDS", 0.0)
+    monkeypatch.setattr("util.locks.PATIENCE_SECONDS", 0.0)
 
 
 @pytest.fixture

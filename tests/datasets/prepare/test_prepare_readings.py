@@ -453,7 +453,7 @@ def test_other_options_do_not_mix(each, mixed, tmp_path, other):
 
 
 def test_two_runs_at_once_are_refused(each, mixed, monkeypatch):
-    monkeypatch.setattr("util.locks.DYING_SECONDS", 0.0)
+    monkeypatch.setattr("util.locks.PATIENCE_SECONDS", 0.0)
     out, _ = each
     with file_lock(out / LOCK, what="the tree"):
         for options in ({"size": 120, "readings": "each"}, {"size": 64}, {"overwrite": True}):
