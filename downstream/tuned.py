@@ -63,11 +63,10 @@ def write_tuned(
     Args:
         facts: the other fields of `Tuned`, and more to be kept.
     """
-    backbone = candidate.backbone
-    arguments = {} if backbone is None else dict(backbone.timm_args)
-    arguments |= {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
+    name, arguments = candidate.model
+    arguments = arguments | {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
     metadata = {
-        "timm_model": candidate.timm_name if backbone is None else backbone.timm_name,
+        "timm_model": name,
         "timm_args": json.dumps(arguments),
         "num_heads": str(model.blocks[0].attn.num_heads),
         "labels": json.dumps(list(labels)),

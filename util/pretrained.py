@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from util.download import local_file
 from util.errors import UserError
 from util.files import atomic_write
-from util.weights import read_state_dict
+from util.weights import VIT_SIZES, read_state_dict
 
 # ViT pretrained on ImageNet-21k and fine-tuned on ImageNet-1k by the "AugReg" recipe (Steiner et al.,
 # 2021). timm 0.5 to 0.8 gave these for the bare name vit_base_patch16_224; since 0.9 the bare name means
@@ -24,7 +24,7 @@ from util.weights import read_state_dict
 TAG = "augreg_in21k_ft_in1k"
 HUB = "https://huggingface.co"
 FOLDER = Path(__file__).resolve().parents[1] / "preTrain"
-SIZES = ("tiny", "small", "base", "large")
+SIZES = [size for size, _, patch_size in VIT_SIZES.values() if patch_size == 16]
 _VIT = re.compile(rf"(?:(?:cxrmim_)?vit_)?({'|'.join(SIZES)})(?:_patch16(?:_224)?(?:\.{TAG})?)?")
 
 
@@ -50,10 +50,9 @@ def tagged_name(text: str) -> str:
         return f"vit_{size.group(1)}_patch16_224.{TAG}"
     config = get_pretrained_cfg(text) if timm.is_model(text.partition(".")[0]) else None
     if config is None or not config.hf_hub_id:
-        sizes = ", ".join(SIZES)
         raise UserError(
             f"--model {text}: timm has no pretrained model of this name; expected one of timm's "
-            f"(timm.list_pretrained()), such as resnet50, or a size of ViT: {sizes}"
+            f"(timm.list_pretrained()), such as resnet50, or a size of ViT: {', '.join(SIZES)}"
         )
     return f"{config.architecture}.{config.tag}"
 
