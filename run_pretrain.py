@@ -17,7 +17,6 @@ from datasets.sampler import train_loader
 from datasets.tree import entry_subject
 from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
 from util import distributed
-from util.architecture import check_same_model
 from util.checkpoint import load_checkpoint, restoring
 from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
@@ -30,7 +29,7 @@ from util.resume import unchanged_since
 from util.stop import GO_ON, StopSignals, exit_status
 from util.subjects import MIMIC, subject_marks
 from util.training import Training
-from util.weights import load_initial_weights
+from util.weights import check_same_model, load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
 # With another value of one of these a checkpoint does not fit.

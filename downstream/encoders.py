@@ -43,10 +43,14 @@ class Candidate:
         return frozenset() if self.backbone is None or self.kind == RANDOM else self.backbone.source.seen
 
     @property
+    def model(self) -> tuple[str, dict]:
+        """Name and arguments of `timm.create_model`."""
+        return (self.timm_name, {}) if self.backbone is None else (self.backbone.timm_name, self.backbone.timm_args)
+
+    @property
     def architecture(self) -> list:
         """What the weights' own numbers don't tell of the model, such as how many heads share them: plain content."""
-        backbone = self.backbone
-        return [self.timm_name] if backbone is None else [backbone.timm_name, backbone.timm_args, backbone.block]
+        return [self.timm_name] if self.backbone is None else [*self.model, self.backbone.block]
 
     def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> VisionTransformer:
         """timm's model; of an inner tap with the blocks up to that tap only, as its norm was trained.
@@ -59,9 +63,7 @@ class Candidate:
         if self.kind != RANDOM:
             model = build_backbone(self.backbone, n_outputs, **options)
         else:
-            name, args = (
-                (self.timm_name, {}) if self.backbone is None else (self.backbone.timm_name, self.backbone.timm_args)
-            )
+            name, args = self.model
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = timm.create_model(name, num_classes=n_outputs, **args, **options)
@@ -128,8 +130,8 @@ def read_candidates(
         candidates.append(Candidate(name, kind, backbone))
     if random_model is not None:
         return [replace(c, timm_name=random_model) if c.kind == RANDOM else c for c in candidates]
-    template = next((candidate.backbone for candidate in candidates if candidate.kind == "file"), None)
-    template = template or next((c.backbone for c in candidates if c.backbone is not None), None)
+    templates = [c.backbone for kind in ("file", IMAGENET) for c in candidates if c.kind == kind]
+    template = templates[0] if templates else None
     return [replace(c, backbone=template) if c.kind == RANDOM else c for c in candidates]
 
 
@@ -159,9 +161,9 @@ def describe(candidate: Candidate) -> str:
     backbone = candidate.backbone
     if candidate.kind == PIXELS:
         return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
-    if backbone is None or candidate.kind == "random":
-        shape = candidate.timm_name if backbone is None else f"{backbone.timm_name} of {backbone.depth} blocks"
-        return f"{candidate.name}: random weights, {shape}"
+    if candidate.kind == RANDOM:
+        depth = "" if backbone is None else f" of {backbone.depth} blocks"
+        return f"{candidate.name}: random weights, {candidate.model[0]}{depth}"
     lines = [
         f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
         + (f", prefix {backbone.prefix}" if backbone.prefix else "")

@@ -23,7 +23,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--img_size", type=int, help="resample pos_embed for this input size in px (default: as is)")
     parser.add_argument("--tap", default="last", help="whose LayerNorm becomes norm: last, or its place from 0")
     parser.add_argument("--num_heads", type=int,
-        help="attention heads of the encoder, for a file that doesn't say (default: as told)")
+        help="attention heads of the encoder, for a file that doesn't say (default: as the file says)")
     # fmt: on
     return parser
 

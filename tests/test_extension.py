@@ -22,10 +22,11 @@ from datasets.tree import GazeTree
 from models_cxrmim import CXRMIM, ENCODERS
 from models_decoder import SCALES
 from scripts import export_backbone, visualize
+from util.architecture import build_model
 from util.errors import UserError
 from util.export import build_backbone, read_backbone
 from util.masking import MASKINGS, MaskRequest, draw_mask, mask_generator, random_mask
-from util.weights import build_model, read_state_dict
+from util.weights import read_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/extend.md").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,20 +20,21 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from util.architecture import VIT_SIZES, attention_heads
 from util.errors import UserError
 from util.files import atomic_write, replace_together
-from util.foreign_weights import find_encoder, refusal
-from util.weights import WeightsInfo, read_state_dict, resample_pos_embed, summarize_keys
+from util.foreign_weights import find_encoder
+from util.weights import (
+    ENCODER_PREFIXES,
+    VIT_SIZES,
+    WeightsInfo,
+    attention_heads,
+    numbers,
+    read_state_dict,
+    resample_pos_embed,
+    summarize_keys,
+)
 
 FORMATS = ("timm", "safetensors", "cxr-eval", "hf")
-TIMM_NAMES = {  # (width, depth) -> timm's name
-    (192, 12): "vit_tiny_patch16_224",
-    (384, 12): "vit_small_patch16_224",
-    (768, 12): "vit_base_patch16_224",
-    (1024, 24): "vit_large_patch16_224",
-}
-ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 CXR_EVAL_NAMES = ("MAE", "LocalMIM", "GazeMIM")
 
 
@@ -66,7 +68,7 @@ class Backbone:
 
     @property
     def depth(self) -> int:
-        return len({name.split(".")[1] for name in self.state if name.startswith("blocks.")})
+        return len(numbers(self.state, "blocks"))
 
 
 def read_backbone(
@@ -87,10 +89,7 @@ def read_backbone(
     """
     state, info = read_state_dict(path)
     try:
-        found = find_encoder(state)
-        if found.unknown:
-            raise UserError(refusal(info.path, found.unknown))
-        state = found.state
+        state, prefix, ignored = find_encoder(state, info.path)
         encoder = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_PREFIXES)}
         width, _, patch_size, _ = encoder["patch_embed.proj.weight"].shape
         mlp_width = encoder["blocks.0.mlp.fc1.weight"].shape[0]
@@ -100,11 +99,10 @@ def read_backbone(
                 raise UserError(f"--img_size {img_size}: must be a multiple of the patch size {patch_size}")
             grid = img_size // patch_size
             encoder["pos_embed"] = resample_pos_embed(encoder["pos_embed"], (grid, grid))
-        patches = encoder["pos_embed"].shape[1] - 1
-        index, block = _find_tap(state, info, tap)
-        suffix = "" if index is None else f".{index}"
+        side = math.isqrt(encoder["pos_embed"].shape[1] - 1) * patch_size
+        norm, index, block = _find_tap(state, info, tap)
         for part in ("weight", "bias"):
-            encoder[f"norm.{part}"] = state[f"norm{suffix}.{part}"]
+            encoder[f"norm.{part}"] = state[f"{norm}.{part}"]
     except KeyError as error:
         raise UserError(
             f"{info.path}: no complete ViT encoder in it, {error} is missing; it has {summarize_keys(state)[:100]}"
@@ -112,30 +110,29 @@ def read_backbone(
     except (ValueError, IndexError) as error:  # tensors of other ranks, or no square grid of patches
         raise UserError(f"{info.path}: not a ViT that takes square images ({error})") from None
     heads, heads_from = attention_heads(state, info, num_heads)
-    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    side = round(patches**0.5) * patch_size
-    name = TIMM_NAMES.get((width, depth))
+    depth = len(numbers(encoder, "blocks"))
+    size, usual_heads, usual_patch = VIT_SIZES.get((width, depth), ("base", None, 16))
     args: dict[str, int | float] = {} if side == 224 else {"img_size": side}
-    if name is None:
-        name = TIMM_NAMES[768, 12]
-        args |= {"embed_dim": width, "depth": depth, "num_heads": heads}
-    elif heads != VIT_SIZES[width, depth][1]:
+    if usual_heads is None:
+        args |= {"embed_dim": width, "depth": depth}
+    if heads != usual_heads:
         args["num_heads"] = heads
-    if patch_size != 16:
+    if patch_size != usual_patch:
         args["patch_size"] = patch_size
     if mlp_width != 4 * width:
         args["mlp_ratio"] = mlp_width / width
-    return Backbone(encoder, name, args, heads, patch_size, heads_from, index, block, info, found.prefix, found.ignored)
+    name = f"vit_{size}_patch{usual_patch}_224"
+    return Backbone(encoder, name, args, heads, patch_size, heads_from, index, block, info, prefix, ignored)
 
 
-def _find_tap(state: Mapping[str, Tensor], info: WeightsInfo, tap: str | int) -> tuple[int | None, int | None]:
-    """Number of the tap and its block, each None where the file doesn't have or tell it."""
+def _find_tap(state: Mapping[str, Tensor], info: WeightsInfo, tap: str | int) -> tuple[str, int | None, int | None]:
+    """Name of the tap's norm, number of the tap, and its block; None for what the file doesn't have or say."""
     if "norm.weight" in state:
         if tap != "last":
             raise UserError(f"--tap {tap}: {info.path} has a single norm, not one for each tap; use last")
         block = info.metadata.get("block")  # of an export
-        return None, None if block is None else int(block)
-    count = len({name.split(".")[1] for name in state if name.startswith("norm.")})
+        return "norm", None, None if block is None else int(block)
+    count = len(numbers(state, "norm"))
     if count == 0:
         raise KeyError("norm.weight")
     if tap == "last":
@@ -143,7 +140,7 @@ def _find_tap(state: Mapping[str, Tensor], info: WeightsInfo, tap: str | int) ->
     if not str(tap).isdigit() or int(tap) >= count:
         raise UserError(f"--tap {tap}: {info.path} has taps 0 to {count - 1}, or last")
     id_list = info.config.get("id_list", info.args.get("id_list", ()))
-    return int(tap), int(id_list[int(tap)]) if len(id_list) == count else None
+    return f"norm.{int(tap)}", int(tap), int(id_list[int(tap)]) if len(id_list) == count else None
 
 
 def build_backbone(backbone: Backbone, num_classes: int = 0, **options) -> VisionTransformer:
@@ -240,7 +237,7 @@ def describe(backbone: Backbone) -> dict[str, str]:
     info = backbone.source
     described = {
         "source": info.path.name,
-        "source_sha256": sha256(info.path),
+        "source_sha256": hashlib.sha256(info.path.read_bytes()).hexdigest(),
         "source_kind": info.kind,
         "timm_model": backbone.timm_name,
         "timm_args": json.dumps(backbone.timm_args),
@@ -256,15 +253,6 @@ def describe(backbone: Backbone) -> dict[str, str]:
         if value is not None:
             described[name] = str(value)
     return described
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _hf_config(model: VisionTransformer, backbone: Backbone, metadata: Mapping[str, str]) -> bytes:

@@ -9,20 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
-ENCODER = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|(fc_)?norm\.(\d+\.)?(weight|bias)|"
-    r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
-)
-# What stands behind an encoder in training, by the first part of its name. Of any other name nobody knows whether the
-# encoder computes with it, as with register_tokens, norm_pre or a table of relative positions.
-BEHIND = re.compile(
-    r"(head|decoder|pred|projec|classifier|criterion|loss|queue|text|bert|hog_enc|mask_token|masked_embed|pre_logits|fc$)"
-    r"|.*_(head|decoder|predictor|projector|classifier|loss|queue)$"
-)
+from util.weights import ENCODER, is_unknown, refusal
+
 PLAIN_VIT = "blocks.0.attn.qkv.weight"  # a name that each has
 PATCH_EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.projection.weight")  # timm's, mmpretrain's
 # Of twin encoders the one that is used afterwards: DINO's teacher, MoCo's query encoder.
@@ -38,76 +29,40 @@ MMPRETRAIN = (
 )
 
 
-@dataclass(frozen=True)
-class Found:
-    """Where the encoder was.
-
-    Attributes:
-        state: all tensors behind the prefix, under timm's names.
-        prefix: "" or e.g. "module.backbone.".
-        layout: "timm" or "mmpretrain".
-        ignored: names of the file that are no part of an encoder, as they stand there.
-        unknown: those of them that may be part of it: not known to be a head or decoder (`BEHIND`).
-    """
-
-    state: dict[str, Tensor]
-    prefix: str
-    layout: str
-    ignored: list[str]
-    unknown: list[str]
-
-
-def find_encoder(state: Mapping[str, Tensor]) -> Found:
+def find_encoder(state: Mapping[str, Tensor], path: object) -> tuple[dict[str, Tensor], str, list[str]]:
     """The Vision Transformer in a state dict, whatever stands before its names.
+
+    Returns:
+        All tensors behind the prefix, under timm's names; the prefix, "" or e.g. "module.backbone."; and the names of
+        the file at `path` that are no part of the encoder.
 
     Raises:
         KeyError: no patch embedding of a ViT.
         ValueError: several encoders, and no way to tell which is meant.
+        UserError: tensors that may be part of it, not known to be of a head or decoder.
     """
-    found = {
-        name[: -len(end)]: "timm" if end == PATCH_EMBEDDINGS[0] else "mmpretrain"
-        for name in state
-        for end in PATCH_EMBEDDINGS
-        if name == end or name.endswith(f".{end}")
-    }
-    if not found:
+    ends = PATCH_EMBEDDINGS
+    prefixes = [name[: -len(end)] for name in state for end in ends if f".{name}".endswith(f".{end}")]
+    if not prefixes:
         raise KeyError(PATCH_EMBEDDINGS[0])
-    prefix = _choose(list(found))
-    layout = found[prefix]
-    twins = tuple(other for other in found if other.startswith(prefix) and other != prefix)
-    renamed, ignored, unknown = {}, [], []
+    prefix = _choose(prefixes)
+    mmpretrain = f"{prefix}{PATCH_EMBEDDINGS[0]}" not in state
+    twins = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
+    found, ignored, unknown = {}, [], []
     for name, tensor in state.items():
-        own = _timm_name(name[len(prefix) :], layout) if name.startswith(prefix) else None
+        own = name[len(prefix) :] if name.startswith(prefix) else None
+        if own is not None and mmpretrain:
+            for pattern, replacement in MMPRETRAIN:
+                own = pattern.sub(replacement, own)
         if own is None or not ENCODER.fullmatch(own):
             ignored.append(name)
         if own is not None:
-            renamed[own] = tensor
+            found[own] = tensor
             if is_unknown(own) and not name.startswith(twins):
                 unknown.append(name)
-    return Found(renamed, prefix, layout, ignored, unknown)
-
-
-def is_unknown(name: str) -> bool:
-    """Whether a name, in timm's layout, is neither an encoder's nor known to stand behind one."""
-    return not (ENCODER.fullmatch(name) or BEHIND.match(name.partition(".")[0]))
-
-
-def refusal(path: object, unknown: list[str]) -> str:
-    """Why a file with these unknown names is not read."""
-    more = f" and {len(unknown) - 1} more names" if unknown[1:] else ""
-    return (
-        f"{path}: {unknown[0]}{more} may belong to an encoder that is no plain ViT, which this program would compute "
-        "wrongly; if not, save the encoder's state dict without them"
-    )
-
-
-def _timm_name(name: str, layout: str) -> str:
-    if layout == "mmpretrain":
-        for pattern, replacement in MMPRETRAIN:
-            name, count = pattern.subn(replacement, name)
-            if count:
-                break
-    return name
+    if unknown:
+        raise refusal(path, unknown)
+    return found, prefix, ignored
 
 
 def _choose(prefixes: list[str]) -> str:

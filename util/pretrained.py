@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
-import socket
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-import huggingface_hub
 import timm
 import torch
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
+from util.download import local_file
 from util.errors import UserError
-from util.export import sha256
 from util.files import atomic_write
-from util.weights import read_state_dict
+from util.weights import VIT_SIZES, read_state_dict
 
 # ViT pretrained on ImageNet-21k and fine-tuned on ImageNet-1k by the "AugReg" recipe (Steiner et al.,
 # 2021). timm 0.5 to 0.8 gave these for the bare name vit_base_patch16_224; since 0.9 the bare name means
 # others (augreg2), so the tag is spelt out.
 TAG = "augreg_in21k_ft_in1k"
+HUB = "https://huggingface.co"
 FOLDER = Path(__file__).resolve().parents[1] / "preTrain"
-SIZES = ("tiny", "small", "base", "large")
+SIZES = [size for size, _, patch_size in VIT_SIZES.values() if patch_size == 16]
 _VIT = re.compile(rf"(?:(?:cxrmim_)?vit_)?({'|'.join(SIZES)})(?:_patch16(?:_224)?(?:\.{TAG})?)?")
 
 
@@ -52,10 +50,9 @@ def tagged_name(text: str) -> str:
         return f"vit_{size.group(1)}_patch16_224.{TAG}"
     config = get_pretrained_cfg(text) if timm.is_model(text.partition(".")[0]) else None
     if config is None or not config.hf_hub_id:
-        sizes = ", ".join(SIZES)
         raise UserError(
             f"--model {text}: timm has no pretrained model of this name; expected one of timm's "
-            f"(timm.list_pretrained()), such as resnet50, or a size of ViT: {sizes}"
+            f"(timm.list_pretrained()), such as resnet50, or a size of ViT: {', '.join(SIZES)}"
         )
     return f"{config.architecture}.{config.tag}"
 
@@ -67,66 +64,42 @@ def fetch_weights(name: str, out: str | os.PathLike, *, file: str | os.PathLike 
     Args:
         name: of `tagged_name`.
         out: file to write; `out`.sha256 is written too, in the format of sha256sum.
-        file: weights downloaded by hand (model.safetensors of timm's page, or a torch file); None: ask
-            the Hugging Face hub, or its local cache.
+        file: weights downloaded by hand (model.safetensors of timm's page, or a torch file); None: download them from
+            the Hugging Face hub, or the mirror that HF_ENDPOINT names (`local_file`).
 
     Returns:
         The checksum.
 
     Raises:
-        UserError: no connection and nothing cached, with the manual steps; or a file of another model.
+        UserError: the download failed, with the manual steps; or a file of another model.
     """
     out = Path(out)
-    overlay = {}
-    if file is not None:
-        read_state_dict(file)  # refuses what could run code, and names what is wrong with it
+    if file is None:
+        page = f"{os.environ.get('HF_ENDPOINT', HUB)}/{get_pretrained_cfg(name).hf_hub_id}"
+        try:
+            file = local_file(f"{page}/resolve/main/model.safetensors")
+        except UserError as error:
+            raise UserError(
+                f"{error}; or download model.safetensors from {page} elsewhere, copy it here and run "
+                f"`python scripts/fetch_weights.py --model {name} --file model.safetensors --out {out}`"
+            ) from None
+    read_state_dict(file)  # refuses what could run code, and names what is wrong with it
+    try:
         # Older timm keeps the original JAX file's own loader for some names; ours is a state dict.
         overlay = {"file": str(file), "custom_load": False}
-    elif not (_hub_is_reachable() or _is_cached(name)):
-        raise UserError(f"cannot reach {huggingface_hub.constants.ENDPOINT}; {manual_steps(name, out)}")
-    try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except OSError as error:
-        raise UserError(f"download of {name} failed ({_first_line(error)}); {manual_steps(name, out)}") from None
     except RuntimeError as error:  # load_state_dict: keys or shapes don't fit
-        raise UserError(f"{file or name}: not the weights of {name}: {_first_line(error)}") from None
+        raise UserError(f"{file}: not the weights of {name}: {' '.join(str(error).split())[:160]}") from None
     buffer = io.BytesIO()
     metadata = {"timm_model": name}
     if isinstance(model, VisionTransformer):
         metadata["num_heads"] = str(model.blocks[0].attn.num_heads)
     torch.save({"state_dict": model.state_dict(), "metadata": metadata}, buffer)
+    content = buffer.getvalue()
+    digest = hashlib.sha256(content).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as target:
-        target.write(buffer.getvalue())
-    digest = sha256(out)
+        target.write(content)
     with atomic_write(f"{out}.sha256", "w") as target:
         target.write(f"{digest}  {out.name}\n")
     return digest
-
-
-def manual_steps(name: str, out: str | os.PathLike) -> str:
-    """What to do without a connection, in one line."""
-    return (
-        f"where there is a connection, download model.safetensors from https://huggingface.co/timm/{name} , copy it "
-        f"here and run `python scripts/fetch_weights.py --model {name} --file model.safetensors --out {out}`"
-    )
-
-
-def _hub_is_reachable() -> bool:
-    """Whether asking the hub makes sense: its name resolves, or a proxy resolves it. (Without this,
-    the hub's client tries for a minute.)"""
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _is_cached(name: str) -> bool:
-    return isinstance(huggingface_hub.try_to_load_from_cache(f"timm/{name}", "model.safetensors"), str)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

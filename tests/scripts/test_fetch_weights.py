@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import socket
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import safetensors.torch
@@ -60,18 +62,31 @@ def test_file_of_another_model_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pth"]
 
 
-def test_without_a_connection_the_manual_steps_are_told(tmp_path, monkeypatch):
-    def no_name(*_):
-        raise socket.gaierror(-2, "Name or service not known")
+def test_weights_are_downloaded_from_the_hub(downloaded, tmp_path, monkeypatch):
+    """As far as a mirror of it on 127.0.0.1 stands for it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    page = tmp_path / f"timm/vit_tiny_patch16_224.{TAG}/resolve/main"
+    page.mkdir(parents=True)
+    (page / "model.safetensors").write_bytes(downloaded[0].read_bytes())
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    main(["--model", "tiny", "--out", str(tmp_path / "w.pth")])
+    server.shutdown()
+    server.server_close()
+    state, _ = read_state_dict(tmp_path / "w.pth")
+    assert all(torch.equal(state[name], tensor) for name, tensor in downloaded[1].items())
 
-    monkeypatch.setattr(socket, "getaddrinfo", no_name)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-    with pytest.raises(UserError, match=r"cannot reach.*huggingface.co/timm/vit_large.*--file") as caught:
+
+def test_without_a_connection_the_manual_steps_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"can't be downloaded.*127.0.0.1:9/timm/vit_large.*--file") as caught:
         main(["--model", "large", "--out", str(tmp_path / "w.pth")])
     assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "w.pth").exists()
 
 
 def test_any_of_timms_models_where_the_gaze_predictor_looks_for_it(tmp_path, monkeypatch, capsys):

@@ -18,10 +18,10 @@ from made_checkpoints import make_state
 from timm.layers import resample_abs_pos_embed
 
 from models_cxrmim import CXRMIM, cxrmim_vit_base_patch16, cxrmim_vit_tiny_patch16
-from util.architecture import check_same_model
+from util.architecture import build_model
 from util.checkpoint import save_checkpoint
 from util.errors import UserError
-from util.weights import build_model, load_initial_weights, read_state_dict, summarize_keys
+from util.weights import check_same_model, load_initial_weights, read_state_dict, summarize_keys
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -239,10 +239,14 @@ def test_other_target_size_is_an_error_that_names_the_flag(tmp_path):
         load_initial_weights(CXRMIM(**SMALL), path)
 
 
-def test_missing_blocks_are_an_error_and_further_ones_are_reported(tmp_path):
+def test_missing_parts_are_an_error_and_further_ones_are_reported(tmp_path):
     deep, shallow = CXRMIM(**SMALL | {"depth": 4}), CXRMIM(**SMALL)
     with pytest.raises(UserError, match=r"lacks blocks.2-3"):
         load_initial_weights(deep, save(shallow.state_dict(), tmp_path / "shallow.pth"))
+    for part in ("patch_embed", "cls_token"):
+        state = {name: tensor for name, tensor in shallow.state_dict().items() if not name.startswith(part)}
+        with pytest.raises(UserError, match=f"lacks {part}"):
+            load_initial_weights(shallow, save(state, tmp_path / "without.pth"))
     report = load_initial_weights(shallow, save(with_heads(deep.state_dict(), 1), tmp_path / "deep.pth"))
     assert summarize_keys(report.ignored) == "blocks.2-3" and report.missing == []
 
