@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phantom_egd import make_egd
 
 from datasets.analysis.measure import ANY, SIZES, analyze, bootstrap_mean, density_ratio, ellipse_mask, size_class
-from datasets.phantom.egd import make_egd
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
 from datasets.raw.findings import COMMON_FINDING
