@@ -6,15 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from downstream.ablation import format_seed_table, seed_table
-from downstream.ablation_figure import ablation_figure
 from util.cli import Parser
 from util.errors import UserError, run_cli
-from util.figures import save_figure
 from util.files import atomic_write
 from util.tables import read_table
 
@@ -27,7 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", default="random_unweighted", help="setting that the others are compared with")
     parser.add_argument("--min_positives", type=int, default=10,
         help="leave out labels with fewer test images with or without")
-    parser.add_argument("--out", default="table.csv", help="CSV to write, and a PNG of the same name")
+    parser.add_argument("--out", default="table.csv", help="CSV to write")
     # fmt: on
     return parser
 
@@ -44,12 +43,67 @@ def main(argv: list[str] | None = None) -> int:
     table = seed_table(results[~(fewest < args.min_positives)], args.reference)
     with atomic_write(args.out, "w") as file:
         table.to_csv(file, index=False, float_format="%.4f")
-    picture = Path(args.out).with_suffix(".png")
-    save_figure(ablation_figure(table, args.reference), picture)
     print(format_seed_table(table))
     print(f"mean over seeds (95% interval, Student's t); differences to {args.reference}, paired by seed")
-    print(f"wrote {args.out} and {picture}")
+    print(f"wrote {args.out}")
     return 0
+
+
+def seed_table(table: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Gather runs that differ in their seed only.
+
+    Args:
+        table: of `results.csv`, where the weights are named "SETTING_sSEED, PART".
+        reference: the setting that the others are compared with, seed by seed.
+
+    Returns:
+        For each label, part and setting: seeds, mean AUC with a 95% interval (Student's t over the
+        seeds: training noise, for these test images), and the mean paired difference with its interval.
+
+    Raises:
+        UserError: the reference isn't among the settings.
+    """
+    names = table["weights"].str.extract(r"^(?P<setting>.+)_s(?P<seed>\d+), (?P<part>.+)$")
+    runs = pd.concat([table[["label", "auc"]], names], axis=1).dropna()
+    if reference not in set(runs["setting"]):
+        raise UserError(f"--reference {reference}: not among the settings {', '.join(sorted(set(runs['setting'])))}")
+    rows = []
+    for (part, label), group in runs.groupby(["part", "label"], sort=False):
+        wide = group.pivot(index="seed", columns="setting", values="auc")
+        for setting in dict.fromkeys(group["setting"]):
+            differences = (wide[setting] - wide[reference]).dropna().to_numpy()
+            compared = [np.nan] * 3 if setting == reference else _t_interval(differences)
+            rows.append([part, label, setting, wide[setting].count(), *_t_interval(wide[setting].dropna()), *compared])
+    columns = ["features", "label", "setting", "seeds", "auc", "low", "high", "difference", "diff_low", "diff_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def format_seed_table(table: pd.DataFrame) -> str:
+    """The table of `seed_table` as text: for each part one block of AUCs and one of differences."""
+    blocks = []
+    for part in dict.fromkeys(table["features"]):
+        rows = table[table["features"] == part]
+        for title, names in (("AUC", ("auc", "low", "high")), ("difference", ("difference", "diff_low", "diff_high"))):
+            sign = "" if title == "AUC" else "+"
+            texts = [
+                f"{a:{sign}.3f}" + (f" ({b:{sign}.3f} to {c:{sign}.3f})" if np.isfinite(b) else "")
+                for a, b, c in rows[list(names)].to_numpy()
+            ]
+            cells = rows.assign(text=texts)[rows[names[0]].notna()]
+            wide = cells.pivot(index="setting", columns="label", values="text")
+            wide = wide.loc[list(dict.fromkeys(cells["setting"])), list(dict.fromkeys(cells["label"]))]
+            wide.index.name = wide.columns.name = None
+            blocks.append(f"{part}, {title}\n{wide.to_string()}")
+    return "\n\n".join(blocks)
+
+
+def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and its 95% interval by Student's t; without an interval for a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, np.nan, np.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return mean, float(mean - half), float(mean + half)
 
 
 if __name__ == "__main__":

@@ -317,7 +317,12 @@ def reconstruction_figure(
         label="in predictions: visible, not predicted",
     )
     framed = Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")
-    _legend(figure, (left / width, 0.28 / height, 0.6, (footer - 0.4) / height), [visible, framed])
+    axes = figure.add_axes((left / width, 0.28 / height, 0.6, (footer - 0.4) / height))
+    axes.set_axis_off()
+    handles = [*_mask_key(), visible, framed]
+    axes.legend(
+        handles=handles, loc="center left", ncols=5, fontsize=7.5, columnspacing=1.2, frameon=False, borderpad=0
+    )
     figure.text(left / width, 0.1 / height, KEY, fontsize=7.5)
     axes = figure.add_axes(
         (1 - (2.2 * panel_inches) / width, (footer - 0.22) / height, 2 * panel_inches / width, 0.09 / height)
@@ -352,35 +357,26 @@ def contact_sheet(
 
     columns = min(columns, len(gray))
     rows = math.ceil(len(gray) / columns)
+    width = max(columns * 2 * (panel_inches + 0.1), 4.5)
     wrapped = [fit_lines(name, 2 * panel_inches, 5.5) for name in names] if names else [[]] * len(gray)
-    caption, gap = 0.16 + 0.085 * max(map(len, wrapped)), 0.12
-    tile = 2 * panel_inches + 0.04 + gap
-    width = max(gap + columns * tile, 4.5)
-    lines = fit_lines(", ".join(filter(None, [title, _count(len(gray))])), width - 2 * gap, 8)
-    key = f"left: gaze, brighter where longer; right: mask. {KEY.partition(' Glyphs')[0]}"
-    key = fit_lines(key, width - 2 * gap, 6)
-    top, foot = 0.18 + 0.16 * len(lines), 0.08 + 0.11 * len(key)
-    footer = foot + 0.36
-    height = top + rows * (panel_inches + caption) + footer
-    figure = Figure(figsize=(width, height), dpi=200)
+    caption = 0.2 + 0.085 * max(map(len, wrapped))
+    figure = Figure(figsize=(width, rows * (panel_inches + caption) + 1), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.text(gap / width, 1 - 0.5 * top / height, "\n".join(lines), fontsize=8, va="center")
-    for i in range(len(gray)):
-        row, column = divmod(i, columns)
-        y = height - top - row * (panel_inches + caption) - caption - panel_inches
+    title = ", ".join(filter(None, [title, _count(len(gray))]))
+    figure.suptitle("\n".join(fit_lines(title, width - 0.3, 8)), fontsize=8)
+    panels = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for i, (left, right) in enumerate(panels[: len(gray)]):
         text = f"{significant[i].sum()} significant, {(significant[i] & masked[i]).sum()} of them masked"
-        text = "\n".join([*wrapped[i], text])
-        pictures = (gaze_overlay(gray[i], attention[i]), mask_picture(gray[i], significant[i], masked[i]))
-        for j, picture in enumerate(pictures):
-            x = gap + column * tile + j * (panel_inches + 0.04)
-            axes = figure.add_axes((x / width, y / height, panel_inches / width, panel_inches / height))
-            axes.imshow(picture, interpolation="nearest" if j else "antialiased")
-            axes.set_axis_off()
-        _outline(axes, significant[i] & ~masked[i], gray.shape[1] // masked.shape[1])
-        x = gap + column * tile
-        figure.text(x / width, (y + panel_inches + 0.03) / height, text, fontsize=5.5, va="bottom")
-    _legend(figure, (gap / width, foot / height, 1 - 2 * gap / width, 0.3 / height))
-    figure.text(gap / width, 0.06 / height, "\n".join(key), fontsize=6, va="bottom")
+        left.set_title("\n".join([*wrapped[i], text]), loc="left", fontsize=5.5, pad=2)
+        left.imshow(gaze_overlay(gray[i], attention[i]))
+        right.imshow(mask_picture(gray[i], significant[i], masked[i]), interpolation="nearest")
+        _outline(right, significant[i] & ~masked[i], gray.shape[1] // masked.shape[1])
+    key = f"left: gaze, brighter where longer; right: mask. {KEY.partition(' Glyphs')[0]}"
+    key = "\n".join(fit_lines(key, width - 0.3, 6))
+    place = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+    figure.legend(handles=_mask_key(), **place, fontsize=6, columnspacing=1.2, title=key, title_fontsize=6)
     return figure
 
 
@@ -396,15 +392,9 @@ def _outline(axes, patches: np.ndarray, size: int) -> None:
         )
 
 
-def _legend(figure: Figure, place: tuple[float, float, float, float], further: Sequence[Patch] = ()) -> None:
-    axes = figure.add_axes(place)
-    axes.set_axis_off()
-    handles = [
+def _mask_key() -> list[Patch]:
+    return [
         Patch(fc=MASKED, alpha=0.8, label="masked"),
         Patch(fc=SIGNIFICANT, alpha=0.8, label="masked, significant (gazed at)"),
         Patch(fc="none", ec=SIGNIFICANT, lw=1.2, label="visible, significant"),
-        *further,
     ]
-    axes.legend(
-        handles=handles, loc="center left", ncols=5, fontsize=7.5, columnspacing=1.2, frameon=False, borderpad=0
-    )

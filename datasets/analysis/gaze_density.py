@@ -1,8 +1,8 @@
-"""Gaze on marked regions against gaze elsewhere, and what a mean of it is worth: pure functions."""
+"""Gaze on marked regions against gaze elsewhere: pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -42,27 +42,3 @@ def density_ratio(heatmap: np.ndarray, inside: np.ndarray, outside: np.ndarray) 
 def size_class(area_share: float, thresholds: tuple[float, float]) -> str:
     """small below the first threshold, large from the second on, else medium."""
     return SIZES[int(np.searchsorted(thresholds, area_share, side="right"))]
-
-
-def bootstrap_mean(
-    values: Sequence[float], groups: Sequence[object], *, n_samples: int, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """Mean of `values` and its 95% percentile-bootstrap interval: (mean, low, high).
-
-    Whole groups are drawn (the readings of one subject are not independent of each other). With fewer
-    than two groups there is no interval: NaN.
-    """
-    values = np.asarray(values, dtype=float)
-    _, index = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    count = np.bincount(index).astype(float)  # [G]
-    total = np.bincount(index, weights=values)  # [G]
-    if len(count) < 2:
-        return float(values.mean()), float("nan"), float("nan")
-    means = np.empty(n_samples)
-    chunk = max(1, 2_000_000 // len(count))
-    for start in range(0, n_samples, chunk):
-        n = min(chunk, n_samples - start)
-        drawn = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), size=n)  # [n, G]
-        means[start : start + n] = drawn @ total / (drawn @ count)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)

@@ -22,16 +22,7 @@ import numpy as np
 import pandas as pd
 
 from datasets.analysis.figure import analysis_figure
-from datasets.analysis.gaze_density import (
-    ANY,
-    N_PATCHES,
-    SIZES,
-    Box,
-    bootstrap_mean,
-    density_ratio,
-    ellipse_mask,
-    size_class,
-)
+from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box, density_ratio, ellipse_mask, size_class
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
 from datasets.prepare.reading_maps import reading_gaze
 from datasets.prepare.readings import SOURCES, detect_source, egd_options, without_image
@@ -39,7 +30,7 @@ from datasets.prepare.work import run_tasks
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
-from util.bootstrap import MIN_DRAWS
+from util.bootstrap import MIN_DRAWS, bootstrap_means, interval
 from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.figures import save_figure
@@ -51,20 +42,19 @@ NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellip
 
 
 class Abnormality(NamedTuple):
-    """One marked ellipse: its bounding box, px of the original image, and its share of the image's area."""
+    """One marked ellipse by its bounding box, px of the original image."""
 
     box: Box
     certainty: int
     findings: tuple[str, ...]
-    area_share: float
 
 
-class Measurement(NamedTuple):
-    """What one reading tells. `ratios`: per finding, in the whole image and within the chest box."""
+class Rows(NamedTuple):
+    """What one reading adds to the tables. `ratios`: a row per finding, `whole image` and `chest box`."""
 
-    abnormalities: list[Abnormality]
-    ratios: dict[str, tuple[float, float]]
-    significant_patches: int
+    reading: dict[str, object]
+    ellipses: list[dict[str, object]]
+    ratios: list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -191,116 +181,102 @@ def analyze(
     readings = [reading for reading in found.readings if split in ("all", reading.split)]
     if not readings:
         raise UserError(f"{raw}: {found.none_of(split)}")
-    exclusions, notes = list(found.exclusions), list(found.notes)
     paths: dict[str, str] = {}
     if images is not None:
         place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
-        paths, notes = place.paths, [*notes, *place.notes]
-        exclusions += without_image(
-            (reading for reading in readings if reading.image_size is None or reading.image_id in place.ambiguous),
-            place,
-            images,
-        )
-        left_out = {exclusion.id for exclusion in exclusions}
-        readings = [reading for reading in readings if reading.id not in left_out]
+        paths = place.paths
+        found.notes.extend(place.notes)
+        needed = [r for r in readings if r.image_size is None or r.image_id in place.ambiguous]
+        lost = list(without_image(needed, place, images))
+        found.exclusions.extend(lost)
+        readings = [r for r in readings if r.id not in {exclusion.id for exclusion in lost}]
     if not paths and all(reading.image_size is None for reading in readings):
         raise UserError(
             f"{raw}: this data set does not say how large its images are: --metadata, MIMIC-CXR's table, or --images, "
             "with them, is needed"
         )
 
-    measure = partial(_measure, size=size, min_certainty=min_certainty)
+    measure = partial(_measure, size=size, min_certainty=min_certainty, thresholds=size_thresholds)
     tasks = [(reading, paths.get(reading.image_id)) for reading in readings]
-    ellipse_rows, reading_rows, ratio_rows = [], [], []
-    for reading, measured in zip(readings, run_tasks(measure, tasks, workers, name="analyze")):
-        if isinstance(measured, Exclusion):
-            exclusions.append(measured)
-            continue
-        who = {"id": reading.id, "subject_id": reading.subject_id}
-        ellipse_rows += [
-            {
-                **who,
-                "findings": "|".join(own.findings),
-                "certainty": own.certainty,
-                "area_share": own.area_share,
-                "size": size_class(own.area_share, size_thresholds),
-            }
-            for own in measured.abnormalities
-        ]
-        overall = measured.ratios.get(ANY, (float("nan"), float("nan")))
-        reading_rows.append(
-            {
-                **who,
-                "image_id": reading.image_id,
-                "split": reading.split,
-                "ellipses": len(measured.abnormalities),
-                "significant_patches": measured.significant_patches,
-                "ratio_image": overall[0],
-                "ratio_chest": overall[1],
-            }
-        )
-        ratio_rows += [
-            {**who, "finding": finding, "whole image": whole, "chest box": within_chest}
-            for finding, (whole, within_chest) in measured.ratios.items()
-        ]
-    if not reading_rows:
+    results = list(run_tasks(measure, tasks, workers, name="analyze"))
+    measured = [result for result in results if isinstance(result, Rows)]
+    exclusions = [*found.exclusions, *(result for result in results if isinstance(result, Exclusion))]
+    if not measured:
         reasons = Counter(exclusion.reason for exclusion in exclusions).most_common(3)
         told = ", ".join(f"{n} x {reason}" for reason, n in reasons)
         raise UserError(f"{raw}: none of the {len(readings)} readings can be analysed ({told})")
 
-    table = pd.DataFrame(reading_rows)
-    if not ellipse_rows:
+    table = pd.DataFrame([rows.reading for rows in measured])
+    ellipses, ratios = (
+        pd.DataFrame([row for rows in measured for row in getattr(rows, name)]) for name in ("ellipses", "ratios")
+    )
+    notes = list(found.notes)
+    if ellipses.empty:
         none = f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images"
         if source != "egd" and min_certainty > 1:
             none = f"no abnormality is marked with a certainty of --min_certainty {min_certainty} or more"
         notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
         table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
-    options = {
-        "source": source,
-        "raw": str(given),
-        "simulated": is_simulated(SOURCES[source][0](raw)),
-        "split": split,
-        "size": size,
-        "size_thresholds": size_thresholds,
-        "min_certainty": min_certainty,
-        "n_bootstrap": n_bootstrap,
-    }
-    ellipses = pd.DataFrame(ellipse_rows)
-    analysis = Analysis(
-        options,
+    counts = np.bincount(table["significant_patches"])  # of readings, by their number of significant patches
+    examples, not_shown = _examples(table, readings, paths, n_examples, min_certainty, dicom_contrast)
+    return Analysis(
+        {
+            "source": source,
+            "raw": str(given),
+            "simulated": is_simulated(SOURCES[source][0](raw)),
+            "split": split,
+            "size_thresholds": size_thresholds,
+        },
         ellipses,
         _size_table(ellipses),
         table,
-        _ratio_table(pd.DataFrame(ratio_rows), n_bootstrap, np.random.default_rng(seed)),
-        _patch_table(table["significant_patches"]),
-        exclusions,
+        _ratio_table(ratios, n_bootstrap, seed),
+        pd.DataFrame({"significant_patches": range(len(counts)), "readings": counts}),
+        [*exclusions, *not_shown],
         notes,
+        examples,
     )
-    by_id = {reading.id: reading for reading in readings}
-    analysis.examples, not_shown = _examples(table, by_id, paths, n_examples, min_certainty, dicom_contrast)
-    analysis.exclusions += not_shown
-    return analysis
 
 
-def _measure(task: tuple[Reading, Path | None], *, size: int, min_certainty: int) -> Measurement | Exclusion:
+def _measure(
+    task: tuple[Reading, Path | None], *, size: int, min_certainty: int, thresholds: tuple[float, float]
+) -> Rows | Exclusion:
     """What one reading tells; its image's path is needed only where the data set gives no size."""
     reading, path = task
     try:
         image_size = reading.image_size or reading.original_size(radiograph_size(path))
-        out_size = scaled_size(image_size, size)
-        gaze = reading_gaze(reading, reading.fixations_path, image_size, out_size)
+        gaze = reading_gaze(reading, reading.fixations_path, image_size, scaled_size(image_size, size))
         if isinstance(gaze, Exclusion):
             return gaze
         heatmap = gaze[1]
-        abnormalities = _abnormalities(reading, image_size, min_certainty)
+        abnormalities = _abnormalities(reading, min_certainty)
         ratios = _ratios(heatmap, abnormalities, reading.load_chest_box(), image_size)
     except UserError as error:
         return Exclusion(reading.id, "unusable reading", str(error), is_fault=True)
-    _, foreground = attention_maps(heatmap)
-    return Measurement(abnormalities, ratios, count_significant(foreground))
+    who = {"id": reading.id, "subject_id": reading.subject_id}
+    ellipses = []
+    for (xmin, ymin, xmax, ymax), certainty, findings in abnormalities:
+        share = np.pi / 4 * (xmax - xmin) * (ymax - ymin) / (image_size[0] * image_size[1])
+        row = {"findings": "|".join(findings), "certainty": certainty, "area_share": share}
+        ellipses.append(who | row | {"size": size_class(share, thresholds)})
+    overall = ratios.get(ANY, (np.nan, np.nan))
+    row = {
+        **who,
+        "image_id": reading.image_id,
+        "split": reading.split,
+        "ellipses": len(abnormalities),
+        "significant_patches": count_significant(attention_maps(heatmap)[1]),
+        "ratio_image": overall[0],
+        "ratio_chest": overall[1],
+    }
+    ratio_rows = [
+        who | {"finding": finding, "whole image": whole, "chest box": in_chest}
+        for finding, (whole, in_chest) in ratios.items()
+    ]
+    return Rows(row, ellipses, ratio_rows)
 
 
-def _abnormalities(reading: Reading, image_size: tuple[int, int], min_certainty: int) -> list[Abnormality]:
+def _abnormalities(reading: Reading, min_certainty: int) -> list[Abnormality]:
     """The ellipses of a reading that mark abnormalities."""
     ellipses = reading.load_ellipses()
     labels = [column for column in ellipses.columns if column not in ELLIPSE_COLUMNS]
@@ -312,9 +288,8 @@ def _abnormalities(reading: Reading, image_size: tuple[int, int], min_certainty:
         abnormal = [label for label in own if label not in NOT_ABNORMAL]
         if certainty < min_certainty or (own and not abnormal):
             continue
-        area_share = np.pi / 4 * (xmax - xmin) * (ymax - ymin) / (image_size[0] * image_size[1])
         findings = tuple(dict.fromkeys(COMMON_FINDING[label] for label in abnormal))
-        found.append(Abnormality((xmin, ymin, xmax, ymax), int(certainty), findings, area_share))
+        found.append(Abnormality((xmin, ymin, xmax, ymax), int(certainty), findings))
     return found
 
 
@@ -362,72 +337,52 @@ def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
     return table.iloc[order].reset_index(drop=True)
 
 
-def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, rng: np.random.Generator) -> pd.DataFrame:
+def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataFrame:
     """Per finding and region (`within`): readings, subjects, mean with its 95% interval, median."""
-    if ratios.empty:
-        return pd.DataFrame(columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"])
+    columns = ["finding", "within", "readings", "subjects", "mean", "low", "high", "median"]
     rows = []
-    order = ratios["finding"].value_counts()
-    for finding in sorted(order.index, key=lambda name: (name != ANY, -order[name], name)):
+    order = {} if ratios.empty else ratios["finding"].value_counts()
+    for finding in sorted(order.keys(), key=lambda name: (name != ANY, -order[name], name)):
         for within in ("whole image", "chest box"):
             own = ratios[(ratios["finding"] == finding) & ratios[within].notna()]
             if own.empty:
                 continue
-            mean, low, high = bootstrap_mean(own[within], own["subject_id"], n_samples=n_bootstrap, rng=rng)
-            rows.append(
-                {
-                    "finding": finding,
-                    "within": within,
-                    "readings": len(own),
-                    "subjects": own["subject_id"].nunique(),
-                    "mean": mean,
-                    "low": low,
-                    "high": high,
-                    "median": own[within].median(),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _patch_table(counts: pd.Series) -> pd.DataFrame:
-    """How many readings have each number of significant patches."""
-    number = np.bincount(counts, minlength=1)
-    return pd.DataFrame({"significant_patches": np.arange(len(number)), "readings": number})
-
-
-def _choose_examples(table: pd.DataFrame, available: set[str], n: int) -> list[tuple[str, float]]:
-    """`n` (reading id, ratio) of those whose image is there, spread evenly over the ratios' ranks, one per
-    image."""
-    table = table[table["id"].isin(available)].drop_duplicates("image_id")
-    if "ratio_image" in table:
-        table = table[table["ratio_image"].notna()].sort_values(["ratio_image", "id"])
-    else:
-        table = table.assign(ratio_image=np.nan)
-    n = min(n, len(table))
-    chosen = table.iloc[((np.arange(n) + 0.5) / max(n, 1) * len(table)).astype(int)]
-    return list(zip(chosen["id"], chosen["ratio_image"]))
+            values, subjects = own[within].to_numpy(), own["subject_id"].to_numpy(str)
+            means = bootstrap_means(values[:, None], subjects, draws=n_bootstrap, seed=seed)[:, 0]
+            counts = len(own), own["subject_id"].nunique()
+            rows.append([finding, within, *counts, *interval(means), np.median(values)])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _examples(
     table: pd.DataFrame,
-    readings: dict[str, Reading],
+    readings: list[Reading],
     paths: dict[str, Path],
     n: int,
     min_certainty: int,
     dicom_contrast: str,
 ) -> tuple[list[Example], list[Exclusion]]:
-    """Images to show, and those that can't be shown, in whose place others were chosen."""
-    made: dict[str, Example] = {}
-    faults: dict[str, Exclusion] = {}
-    while True:
-        available = {name for name, reading in readings.items() if reading.image_id in paths} - faults.keys()
-        chosen = _choose_examples(table, available, n)
-        for name, ratio in chosen:
-            if name not in made and name not in faults:
-                example = _example(readings[name], paths, ratio, min_certainty, dicom_contrast)
-                (faults if isinstance(example, Exclusion) else made)[name] = example
-        if all(name in made for name, _ in chosen):
-            return [made[name] for name, _ in chosen], list(faults.values())
+    """`n` images to show, evenly spread over the ranks of the ratios, and those that can't be shown, in whose place
+    others are."""
+    by_id = {reading.id: reading for reading in readings}
+    table = table[table["image_id"].isin(list(paths))].drop_duplicates("image_id")
+    if "ratio_image" in table:
+        table = table[table["ratio_image"].notna()].sort_values(["ratio_image", "id"])
+    else:
+        table = table.assign(ratio_image=np.nan)
+    n = min(n, len(table))
+    spread = [int((i + 0.5) / n * len(table)) for i in range(n)]
+    made, faults = {}, []
+    for place in dict.fromkeys([*spread, *range(len(table))]):
+        if len(made) == n:
+            break
+        name, ratio = table.iloc[place][["id", "ratio_image"]]
+        example = _example(by_id[name], paths, ratio, min_certainty, dicom_contrast)
+        if isinstance(example, Exclusion):
+            faults.append(example)
+        else:
+            made[place] = example
+    return [made[place] for place in sorted(made)], faults
 
 
 def _example(
@@ -441,7 +396,7 @@ def _example(
         if isinstance(gaze, Exclusion):
             return gaze
         size = reading.original_size(file_size)
-        boxes = [abnormality.box for abnormality in _abnormalities(reading, size, min_certainty)]
+        boxes = [abnormality.box for abnormality in _abnormalities(reading, min_certainty)]
         gray = resize_gray(read_radiograph(path, dicom_contrast), out_size)
     except UserError as error:
         return Exclusion(reading.id, "image unreadable", str(error), is_fault=True)

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from datasets.phantom.chest import LESION_KINDS, render_chest
-from datasets.phantom.faults import FAULTS, plant_fault
 from datasets.phantom.gaze import simulate_fixations
 from datasets.phantom.study import (
     PhantomImage,
@@ -65,7 +64,6 @@ def make_study(
     lesion_size: float = 1.0,
     lesion_contrast: float = 1.0,
     dwell_ratio: float = 6.0,
-    faults: Sequence[str] = (),
 ) -> PhantomStudy:
     """Write a study in the raw REFLACX layout, `root`/reflacx, and its images, `root`/mimic/files.
 
@@ -80,8 +78,7 @@ def make_study(
     `lesions_per_image` of the `lesion_kinds`, each kind at most once; `lesion_size` and
     `lesion_contrast` multiply the usual extent and contrast.
 
-    `dwell_ratio`: see the module's text. `faults`, of `FAULTS`, are planted into phase 3 readings, one
-    each, from the last one backwards; `study.faults` says which.
+    `dwell_ratio`: see the module's text.
 
     Raises `ValueError` for options out of range, among them a dwell_ratio that no gaze can have on
     lesions of that size.
@@ -91,10 +88,6 @@ def make_study(
     check_options(n_images, image_format, lesion_kinds)
     if not 0 <= shared <= n_images or readers < 1:
         raise ValueError(f"shared_images {shared} of n_images {n_images}, readers {readers}: out of range")
-    if unknown := [name for name in faults if name not in FAULTS]:
-        raise ValueError(f"unknown faults {unknown}: known are {', '.join(FAULTS)}")
-    if len(faults) > n_images - shared:
-        raise ValueError(f"{len(faults)} faults need as many phase 3 readings, there are {n_images - shared}")
 
     root = Path(root)
     study = PhantomStudy(root, root / "reflacx", root / "mimic", [], seed, dwell_ratio)
@@ -115,10 +108,6 @@ def make_study(
             row["eye_tracking_data_discarded"] = index == 0 and shared > 0 and reader == readers - 1
             rows[phase].append(row)
 
-    phase_3 = rows[3]
-    for row, fault in zip(reversed(phase_3), faults):
-        study.faults[fault] = row["id"]
-        plant_fault(study, row, fault)
     for phase, phase_rows in rows.items():
         _write_metadata(study.raw, phase, phase_rows)
     mark_simulated(study.raw)

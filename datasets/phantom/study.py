@@ -34,7 +34,7 @@ class PhantomImage:
 @dataclass
 class PhantomStudy:
     """A study on disk. `raw` is the gaze data set's root, `images` the MIMIC-CXR root. `truth` has one
-    element per image, `faults` names the reading that each planted fault hit."""
+    element per image."""
 
     root: Path
     raw: Path
@@ -42,7 +42,6 @@ class PhantomStudy:
     truth: list[PhantomImage]
     seed: int = 0
     dwell_ratio: float = 6.0
-    faults: dict[str, str] = field(default_factory=dict)
 
 
 def mark_simulated(raw: Path) -> None:

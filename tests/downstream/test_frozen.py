@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from downstream.data.images import Views, normalisation
+from downstream.data.images import CENTRE, Views, normalisation
 from downstream.data.labelled import LabelledImages
-from downstream.data.partition import partitions
+from downstream.data.partition import Rows, partitions
 from downstream.encoders import read_candidates
 from downstream.frozen import Frozen, linear
-from downstream.heads import Encoder, HeadOptions, probabilities
+from downstream.heads import Encoder, HeadOptions, Keyed, epoch_order, known_loss, new_head, probabilities, schedule
 from downstream.jobs import Jobs
-from scripts.benchmarks.downstream import published_head
 from util.stop import StopSignals
 
 
@@ -69,3 +71,36 @@ def test_a_view_per_epoch_is_the_published_loop(images, backbone, tmp_path):
         assert np.array_equal(tested, rows.test)
         np.testing.assert_allclose(scores, probabilities(torch.from_numpy(logits), "multilabel"), atol=1e-5)
         assert np.abs(scores - fewer[kind, fraction, seed][1]).max() > 1e-3
+
+
+def published_head(encoder: Encoder, views, images, rows: Rows, seed: int, options: HeadOptions) -> np.ndarray:
+    """The published loop: in every epoch read, augment and encode the training images, then the validation
+    images; test the best epoch. Returns the test images' logits, [n, C]."""
+
+    def features(keys: list[tuple[int, int]]):
+        for gray in DataLoader(Keyed(views, keys), options.batch_size):
+            width = encoder.model.embed_dim
+            yield encoder(gray.to(encoder.device))[:, :width]
+
+    def logits_of(part: np.ndarray) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([head(batch) for batch in features([(CENTRE, int(i)) for i in part])])
+
+    labels = torch.from_numpy(images.labels).to(encoder.device)
+    head = new_head(encoder.model.embed_dim, labels.shape[1], seed).to(encoder.device)
+    optimizer = torch.optim.Adam(head.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    steps, best, state = len(rows.train) // options.batch_size, math.inf, {}
+    for epoch in range(options.epochs):
+        order = rows.train[epoch_order(seed, epoch, len(rows.train))][: steps * options.batch_size]
+        for step, batch in enumerate(features([(epoch, int(i)) for i in order])):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(epoch * steps + step, steps, options)
+            wanted = labels[order[step * options.batch_size : (step + 1) * options.batch_size]]
+            optimizer.zero_grad()
+            known_loss(head(batch), wanted, images.task).backward()
+            optimizer.step()
+        loss = known_loss(logits_of(rows.valid), labels[rows.valid], images.task).item()
+        if loss < best:
+            best, state = loss, {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    head.load_state_dict(state)
+    return logits_of(rows.test).cpu().numpy()

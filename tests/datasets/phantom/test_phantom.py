@@ -1,6 +1,5 @@
 """The made-up studies: layout, anatomy, gaze that has the planted ratio, faults."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,15 +9,13 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phantom_egd import make_egd
 
 from datasets.analysis.measure import density_ratio, ellipse_mask
 from datasets.phantom.chest import LESION_KINDS, Frame, Lesion, draw_lesion, render_chest
-from datasets.phantom.egd import make_egd
-from datasets.phantom.faults import FAULTS
 from datasets.phantom.gaze import simulate_fixations
 from datasets.phantom.real import add_real_radiograph
 from datasets.phantom.reflacx import LABEL_OF_KIND, make_study
-from datasets.prepare.readings import prepare
 from datasets.raw.egd import read_egd
 from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
@@ -326,41 +323,12 @@ def test_a_ratio_that_cannot_be_is_refused():
             simulate_fixations(frame.size, [box], np.random.default_rng(0), dwell_ratio=ratio)
 
 
-def test_every_fault_is_found_and_nothing_else(tmp_path):
-    study = make_study(tmp_path, len(FAULTS) + 4, size=SMALL, shared_images=2, readers=2, faults=FAULTS)
-    assert sorted(study.faults) == sorted(FAULTS) and len(set(study.faults.values())) == len(FAULTS)
-    report = prepare(raw=study.raw, images=study.images, out=tmp_path / "out", size=0, readings="each")
-    by_rule = study.truth[0].reading_ids[-1]
-    assert {exclusion.id for exclusion in report.exclusions} == {*study.faults.values(), by_rule}
-    entries = json.loads((tmp_path / "out" / "reflacx.json").read_text())
-    assert len(entries) == 2 * 2 - 1 + 2
-    words = {
-        "missing_image": "image missing",
-        "truncated_image": "truncated",
-        "image_size": "size differs",
-        "missing_fixations_file": "fixations.csv: file is missing",
-        "missing_column": "'x_position' is missing",
-        "non_numeric_cell": "line 4, column 'x_position': 'left of the heart'",
-        "no_fixations": "no fixations",
-        "zero_duration": "(duration of 0: ",
-        "all_outside": "outside",
-        "discarded": "discarded",
-        "path_traversal": "leaves its directory",
-        "id_traversal": "not a plain identifier",
-    }
-    told = {exclusion.id: f"{exclusion.reason} {exclusion.detail}" for exclusion in report.exclusions}
-    for fault, reading in study.faults.items():
-        assert words[fault] in told[reading], fault
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"n_images": 0}, "n_images 0"),
         ({"image_format": "tif"}, "image_format 'tif'"),
         ({"shared_images": 3}, "shared_images 3"),
-        ({"faults": ["fire"]}, "unknown faults"),
-        ({"faults": FAULTS[:3]}, "3 faults need"),
         ({"lesion_kinds": ["cold"]}, "unknown lesion kinds"),
     ],
 )
@@ -440,12 +408,10 @@ def test_real_radiograph_without_its_package(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path, capsys):
-    options = ["--n_images", "3", "--width", "105", "--height", "128", "--faults", "all_outside"]
+    options = ["--n_images", "3", "--width", "105", "--height", "128"]
     assert make_phantom.main(["--out", str(tmp_path / "a"), *options, "--format", "dcm"]) == 0
     printed = capsys.readouterr().out
-    assert "3 images in" in printed and "3 simulated readings" in printed and "planted: all_outside in P3" in printed
-    assert make_phantom.main(["--out", str(tmp_path / "b"), *options[:6], "--layout", "egd"]) == 0
-    assert (tmp_path / "b" / "egd-cxr" / "master_sheet.csv").is_file()
+    assert "3 images in" in printed and "3 simulated readings" in printed
     with pytest.raises(UserError, match="cannot make this study"):
         make_phantom.main(["--out", str(tmp_path / "c"), "--n_images", "1", "--dwell_ratio", "1e6"])
 
@@ -453,15 +419,14 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--layout", "egd", "--faults", "missing_image"],
-        ["--layout", "egd", "--shared_images", "2"],
-        ["--layout", "egd", "--real_radiograph"],
+        ["--layout", "rsna", "--shared_images", "2"],
+        ["--layout", "nih", "--real_radiograph"],
         ["--layout", "rsna", "--dwell_ratio", "3"],
         ["--layout", "nih", "--format", "dcm"],
-        ["--layout", "chexpert", "--readers", "2"],
+        ["--layout", "nih", "--readers", "2"],
         ["--layout", "rsna", "--format", "mixed"],
     ],
 )
 def test_options_that_a_layout_lacks_are_refused(tmp_path, options):
-    with pytest.raises(UserError, match=r"--(faults|shared_images|real_radiograph|dwell_ratio|format|readers)|mixed"):
+    with pytest.raises(UserError, match=r"--(shared_images|real_radiograph|dwell_ratio|format|readers)|mixed"):
         make_phantom.main(["--out", str(tmp_path / "a"), "--n_images", "2", *options])

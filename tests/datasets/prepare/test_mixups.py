@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from phantom_egd import make_egd
 from trees import add_metadata_and_heatmaps
 
 from datasets.analysis.measure import analyze
-from datasets.phantom.egd import make_egd
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.layout import Unit, finished_lines, key_of, read_line, write_line
 from datasets.prepare.making import TreeMaking

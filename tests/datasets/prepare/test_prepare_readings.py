@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from phantom_egd import make_egd
+from phantom_faults import FAULTS, plant_faults
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from datasets.phantom.egd import make_egd
-from datasets.phantom.faults import FAULTS
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.layout import LOCK
 from datasets.prepare.pixels import count_significant, scaled_size
@@ -285,17 +285,18 @@ REASONS = {
 
 
 def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
-    study = make_study(tmp_path, n_images=len(FAULTS) + 2, shared_images=0, size=(120, 96), faults=FAULTS)
+    study = make_study(tmp_path, n_images=len(FAULTS) + 2, shared_images=0, size=(120, 96))
+    planted = plant_faults(study, FAULTS)
     arguments = ["--raw", str(study.raw), "--images", str(study.images), "--out", str(tmp_path / "out")]
-    assert set(study.faults) == set(REASONS)
+    assert set(planted) == set(REASONS)
     assert main([*arguments, "--dry_run"]) == 1 and not (tmp_path / "out").exists()
     capsys.readouterr()
     assert main(arguments) == 1
     printed = capsys.readouterr()
     record = json.loads((tmp_path / "out" / "prepare.json").read_text())
     left_out = {item["id"]: item for item in record["left_out"]}
-    assert set(left_out) == set(study.faults.values())
-    for fault, name in study.faults.items():
+    assert set(left_out) == set(planted.values())
+    for fault, name in planted.items():
         reason, is_fault = REASONS[fault]
         assert (left_out[name]["reason"], left_out[name]["is_fault"]) == (reason, is_fault), fault
         if reason != "eye tracking discarded":
@@ -426,7 +427,8 @@ def test_workers_end_with_a_killed_program():
 
 
 def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
-    study = make_study(tmp_path, n_images=5, size=(80, 64), faults=["truncated_image"])
+    study = make_study(tmp_path, n_images=5, size=(80, 64))
+    plant_faults(study, ["truncated_image"])
     one = prepare(study.raw, study.images, tmp_path / "one", workers=1)
     monkeypatch.setattr("datasets.prepare.work.IMAGES_PER_WORKER", 2)
     two = prepare(study.raw, study.images, tmp_path / "two", workers=2)

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from phantom_egd import make_egd
 
-from datasets.phantom.egd import make_egd
 from datasets.phantom.reflacx import make_study
 from datasets.raw.egd import read_egd
 from datasets.raw.readings import usable_fixations

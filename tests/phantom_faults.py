@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from datasets.phantom.study import PhantomStudy, write_csv
@@ -22,8 +24,21 @@ FAULTS = (
 )
 
 
-def plant_fault(study: PhantomStudy, row: dict, fault: str) -> None:
-    """Damage one reading. `row` is its row of the metadata, not yet written."""
+def plant_faults(study: PhantomStudy, faults: Sequence[str]) -> dict[str, str]:
+    """Damage one phase 3 reading by each fault, from the last one backwards; returns which."""
+    path = study.raw / "main_data" / "metadata_phase_3.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    planted = {}
+    for place, fault in zip(reversed(table.index), faults):
+        row = table.loc[place].to_dict()
+        planted[fault] = row["id"]
+        _plant_fault(study, row, fault)
+        table.loc[place] = row
+    table.to_csv(path, index=False)
+    return planted
+
+
+def _plant_fault(study: PhantomStudy, row: dict, fault: str) -> None:
     image = next(image for image in study.truth if row["id"] in image.reading_ids)
     path = study.raw / "main_data" / row["id"] / "fixations.csv"
     table = pd.read_csv(path)
@@ -33,7 +48,7 @@ def plant_fault(study: PhantomStudy, row: dict, fault: str) -> None:
         content = image.path.read_bytes()
         image.path.write_bytes(content[: len(content) // 2])
     elif fault == "image_size":
-        row["image_size_x"] += 40
+        row["image_size_x"] = str(int(row["image_size_x"]) + 40)
     elif fault == "missing_fixations_file":
         path.unlink()
     elif fault == "missing_column":
@@ -51,7 +66,7 @@ def plant_fault(study: PhantomStudy, row: dict, fault: str) -> None:
         table["x_position"] += 50.0 * image.size[1]
         write_csv(table, path)
     elif fault == "discarded":
-        row["eye_tracking_data_discarded"] = True
+        row["eye_tracking_data_discarded"] = "True"
     elif fault == "path_traversal":
         row["image"] = "physionet.org/files/../../../../../../etc/passwd.dcm"
     elif fault == "id_traversal":
