@@ -173,16 +173,14 @@ def set_aside_newer(output_dir: str | os.PathLike, *, epoch: int, step: int) -> 
     moved = []
     for path in list_checkpoints(output_dir):
         if _progress(path) > (epoch, step):
-            free = (path.with_name(f"superseded-{mark}{path.name}") for mark in _marks())
-            moved.append(path.replace(next(place for place in free if not os.path.lexists(place))))
+            aside, number = path.with_name(f"superseded-{path.name}"), 1
+            while os.path.lexists(aside):
+                number += 1
+                aside = path.with_name(f"superseded-{number}-{path.name}")
+            moved.append(path.replace(aside))
     if moved:
         fsync_directory(output_dir)
     return moved
-
-
-def _marks() -> Iterator[str]:
-    yield ""
-    yield from (f"{number}-" for number in itertools.count(2))
 
 
 def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = None) -> list[Path]:

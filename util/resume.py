@@ -46,11 +46,10 @@ def describe_mismatch(
     """Compare a checkpoint with the flags of the run that would go on from it.
 
     Returns a table old/new of the changed hyper-parameters, empty where nothing changed: the run may go
-    on, no longer as the undisturbed one. Raises UserError, with the flags to use, where it can't go on
-    inside an epoch with another global batch, accumulation, seed or data, since the
-    rest of the epoch would then be other samples. The global batch of a step is the same set of samples for
-    any number of ranks (datasets/sampler.py), so 2 ranks with batch b may go on as
-    1 with 2b: each sample is still seen exactly once.
+    on, no longer as the undisturbed one. Raises UserError, with the flags to use, where it would go on inside an
+    epoch with another global batch, accumulation, seed or data, since the rest of the epoch would then be other
+    samples. The global batch of a step is the same set of samples for any number of ranks (datasets/sampler.py), so
+    2 ranks with batch b may go on as 1 with 2b: each sample is still seen exactly once.
 
     Args:
         args: the flags of the run that would go on.

@@ -41,7 +41,7 @@ def note(watch: FiniteWatch, step: int, *, loss: float = 1.0, skipped: bool = Fa
 
 
 @pytest.mark.parametrize("loss", [1.25, math.inf, -math.inf, math.nan])
-def test_poison_leaves_a_finite_loss_and_its_gradient_and_spoils_any_other(loss):
+def test_a_finite_loss_and_its_gradient_stay_and_any_other_becomes_nan(loss):
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     total = nan_gradient_unless_finite(weight.sum() * 0.5 + (loss - 1.5))
     total.backward()
