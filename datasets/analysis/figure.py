@@ -109,7 +109,8 @@ def _draw_ratios(axes, analysis: Analysis) -> None:
     overall = table[(table["finding"] == ANY) & (table["within"] == "whole image")].iloc[0]
     axes.axvline(1, color="0.5", linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if _in_view(tick, axes.get_xlim())]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(findings)), findings)
@@ -121,10 +122,6 @@ def _draw_ratios(axes, analysis: Analysis) -> None:
     )
     axes.legend(**LEGEND_BELOW, title="mean, bootstrap 95% interval over subjects", title_fontsize=8, alignment="left")
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _in_view(value: float, limits: tuple[float, float]) -> bool:
-    return limits[0] <= value <= limits[1]
 
 
 def _draw_patches(axes, analysis: Analysis) -> None:
@@ -155,17 +152,8 @@ def _draw_examples(figure, examples: Sequence[Example]) -> None:
             scale = example.heatmap.shape[1] / example.size[1]
             for xmin, ymin, xmax, ymax in example.boxes:
                 centre = ((xmin + xmax + 1) / 2 * scale - 0.5, (ymin + ymax + 1) / 2 * scale - 0.5)
-                axes.add_patch(
-                    Ellipse(
-                        centre,
-                        (xmax - xmin) * scale,
-                        (ymax - ymin) * scale,
-                        fill=False,
-                        edgecolor="#56B4E9",
-                        linewidth=1.3,
-                    )
-                )
+                width, height = (xmax - xmin) * scale, (ymax - ymin) * scale
+                axes.add_patch(Ellipse(centre, width, height, fill=False, edgecolor="#56B4E9", linewidth=1.3))
         ratio = "" if np.isnan(example.ratio) else f", ratio {example.ratio:.1f}"
-        name = example.reading.id
-        pair[0].set_title("\n".join(textwrap.wrap(name, 24)), fontsize=8)
+        pair[0].set_title("\n".join(textwrap.wrap(example.reading.id, 24)), fontsize=8)
         pair[1].set_title(f"gaze{ratio}", fontsize=8)
