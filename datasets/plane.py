@@ -160,12 +160,13 @@ def open_plane(
 def plane_file_name(kind: PlaneKind, files: Sequence[Path], root: Path) -> str:
     """Says all that the plane's content depends on, by a digest. Raises UserError for a missing original."""
     digest = hashlib.sha256(json.dumps([PREPROCESSING_VERSION, kind.name, kind.size, len(files)]).encode())
+    prefix = f"{root}{os.sep}"
     for file in files:
         try:
             status = os.stat(file)
         except FileNotFoundError:
             raise UserError(f"{file}: no such file{kind.advice}") from None
-        name_in_tree = os.fspath(file).removeprefix(f"{root}{os.sep}")
+        name_in_tree = os.fspath(file).removeprefix(prefix)
         # With the time of the status, which no archive or copy sets back.
         digest.update(f"{name_in_tree}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n".encode())
     return f"{_stem(kind)}{digest.hexdigest()[:20]}.npy"

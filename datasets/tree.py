@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -134,10 +134,11 @@ class GazeTree(Dataset):
             allowed = (str,) if key == "image_path" else (str, int)
             if isinstance(value, bool) or not isinstance(value, allowed) or not str(value).strip("\0"):
                 return f'"{key}" is {json.dumps(value)[:40]}, expected a name'
-            path = PurePosixPath(str(value))
-            if path.is_absolute() or ".." in path.parts or "\0" in str(value) or not path.parts:
+            name = str(value)
+            parts = [part for part in name.split("/") if part not in ("", ".")]
+            if name.startswith("/") or ".." in parts or "\0" in name or not parts:
                 return f'"{key}" is not a path inside the tree: {json.dumps(value)[:80]}'
-            if key != "image_path" and len(path.parts) != 1:
+            if key != "image_path" and len(parts) != 1:
                 return f'"{key}" must be a plain name: {json.dumps(value)[:80]}'
         return None
 
@@ -222,14 +223,15 @@ class GazeTree(Dataset):
         """Whether our preparation made and finished the tree, in the published layout."""
         return (self.root / "prepare.origins").exists()
 
+    @cached_property
+    def _prefix(self) -> str:
+        return os.path.join(self.root, "")
+
     def first_existing(self, *candidates: str) -> str:
         """The first of some paths below the root that exists, or else the first; at once where the tree's record
         vouches for the first."""
-        first = os.path.join(self.root, candidates[0])
-        if self.is_prepared or os.path.exists(first):
-            return first
-        others = (os.path.join(self.root, candidate) for candidate in candidates[1:])
-        return next(filter(os.path.exists, others), first)
+        paths = [self._prefix + candidate for candidate in candidates]
+        return paths[0] if self.is_prepared else next(filter(os.path.exists, paths), paths[0])
 
 
 class ConcatTrees(Dataset):
