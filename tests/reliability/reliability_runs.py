@@ -22,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -280,7 +281,7 @@ def kill_in_save(boundary: str, name: str) -> None:
     """
     die = partial(os.kill, os.getpid(), signal.SIGKILL)
     active = {"save": False, "prune": False}
-    fsyncs, writes = [], []
+    fsyncs = []
 
     def around(original: Callable, before: Callable | None = None, after: Callable | None = None) -> Callable:
         def patched(*args, **kwargs):
@@ -298,18 +299,27 @@ def kill_in_save(boundary: str, name: str) -> None:
         if boundary == ("after fsync" if len(fsyncs) == 1 else "after directory fsync"):
             die()
 
-    def on_write() -> None:
-        writes.append(None)
-        if boundary == "in write" and len(writes) == 20:
-            die()
+    atomic_write = checkpoint.atomic_write
+
+    @contextlib.contextmanager
+    def dying_write(path):
+        with atomic_write(path) as file:
+
+            def write_half(content) -> None:
+                file.write(content[: len(content) // 2])
+                file.flush()
+                die()
+
+            if active["save"] and boundary == "before write":
+                die()
+            yield SimpleNamespace(write=write_half) if active["save"] and boundary == "in write" else file
 
     def die_at(*boundaries: str) -> Callable | None:
         return die if boundary in boundaries else None
 
     os.fsync = around(os.fsync, die_at("before fsync"), on_fsync_done)
     os.replace = around(os.replace, die_at("before rename"), die_at("after rename"))
-    checkpoint._HashingWriter.write = around(checkpoint._HashingWriter.write, on_write)
-    torch.save = around(torch.save, die_at("before write"))
+    checkpoint.atomic_write = dying_write
     unlink = Path.unlink
 
     def patched_unlink(path, *args, **kwargs):
