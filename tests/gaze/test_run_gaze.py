@@ -26,7 +26,7 @@ from util.errors import UserError
 from util.images import read_gray, write_gray
 from util.subjects import subject_marks
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = "--backbone test_resnet --input_size 64 --device cpu --batch_size 4 --num_workers 0"
 
 
