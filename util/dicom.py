@@ -149,10 +149,13 @@ def _stored_values(ds: pydicom.Dataset) -> np.ndarray:
     if ds.get("BitsAllocated", 16) > 16:
         raise ValueError(f"{ds.BitsAllocated} bits allocated, expected 8 or 16")
     try:
-        return ds.pixel_array
+        values = ds.pixel_array
     except Exception as error:
         needed = "; pip install one of these" if "missing dependencies" in str(error) else ""
         raise ValueError(f"its pixels can't be decoded: {_one_line(error)}{needed}") from error
+    if values.dtype.kind not in "iu" or values.ndim != 2:  # a damaged header: pydicom asks the tags again
+        raise ValueError(f"pixels of type {values.dtype}, shape {values.shape}; expected integers, H x W")
+    return values
 
 
 def _padding(ds: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
