@@ -237,7 +237,7 @@ class Preparation(RuleBasedStateMachine):
                 assert not overwrite and there and (not asked or there != asked)
             elif "cut off at its end" in told:
                 assert dry_run and committing
-            elif "would lose" in told:
+            elif "would lose" in told or "is to have it with" in told:  # of a reading that was mended
                 assert not overwrite and self.finished - pictures(fresh)
                 assert pictures(contents(self.out)) >= pictures(before)
             else:
