@@ -9,23 +9,8 @@ import pandas as pd
 
 from datasets.phantom.labelled import Chests, kinds_of
 from datasets.phantom.study import PhantomStudy, write_csv, write_image
+from downstream.data.chexpert import FINDINGS
 
-FINDINGS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
 PREFIX = "CheXpert-v1.0-small"  # which every Path begins with, whatever the directory is called
 OF_KIND = {
     "nodule": ("Lung Lesion",),
