@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.gaze import heatmap_to_uint8
+from datasets.fixations import heatmap_to_uint8
 from util.masking import otsu_foreground, significant_patches
 
 Map = Tensor | np.ndarray

@@ -10,8 +10,8 @@ import torch
 from skimage.filters import threshold_otsu
 from sklearn.metrics import roc_auc_score
 
+from datasets.fixations import heatmap_to_uint8
 from gaze import metrics as saliency
-from util.gaze import heatmap_to_uint8
 
 SHAPE = (12, 9)
 FLAT = np.ones(SHAPE)
