@@ -18,16 +18,16 @@ echo "== Made-up studies: REFLACX's layout with simulated gaze, further images w
 make=("$PYTHON" scripts/make_phantom.py --width 128 --height 128 --lesion_kinds mass consolidation --lesion_size 1.5)
 "${make[@]}" --out "$out/raw" --n_images 96 --dwell_ratio 15 --shared_images 16 --readers 2 --lesion_contrast 1.5
 "${make[@]}" --out "$out/raw/more" --n_images 16 --seed 1 --shared_images 0 --lesion_contrast 1.5
-"${make[@]}" --out "$out/raw" --layout rsna --format jpg --n_images 300 --lesion_kinds consolidation \
+"${make[@]}" --out "$out/raw" --layout rsna --format jpg --n_images 240 --lesion_kinds consolidation \
   --lesion_size 1 --normal_fraction 0.5
 
 # Nothing of what the environment may have set for a real run.
 unset NIH CHEXPERT SIIM COVIDX GPUS ACCEPT_DAMAGED
 REFLACX=$out/raw/reflacx IMAGES=$out/raw/mimic MORE_IMAGES=$out/raw/more/mimic PREDICTED_GAZE=yes RSNA=$out/raw/rsna \
-  OUT=$out DEVICE=cpu WORKERS=0 PRETRAINED=none MODEL=cxrmim_vit_tiny_patch16 EPOCHS=50 BATCH_SIZE=16 QUIET=yes \
+  OUT=$out DEVICE=cpu WORKERS=0 PRETRAINED=none MODEL=cxrmim_vit_tiny_patch16 EPOCHS=40 BATCH_SIZE=16 QUIET=yes \
   PREPARE_FLAGS="--size 128" MIMIC_FLAGS="--size 128 --views all" \
   PRETRAIN_FLAGS="--input_size 96 --cache_size 128 --min_crop_ratio 1 --lr 1.5e-3 --warmup_epochs 2 --image_every 0" \
-  GAZE_FLAGS="--backbone resnet18 --weights none --input_size 96 --epochs 10 --batch_size 8 --save_every 10" \
+  GAZE_FLAGS="--backbone resnet18 --weights none --input_size 96 --epochs 8 --batch_size 8 --save_every 8" \
   DOWNSTREAM_FLAGS="--split folds --img_size 96" COMPARE=random METHODS=probe FRACTIONS=1 SEEDS=43 PICTURES="0 1" \
   bash scripts/reproduce.sh
 
