@@ -49,8 +49,7 @@ from datasets import build_dataset
 from gaze.model import GazeNet
 from scripts import make_phantom, predict_gaze, prepare_mimic, prepare_reflacx
 from util.checkpoint import FORMAT, KEYS, save_checkpoint
-from util.cli import Parser, check_least, finite_float
-from util.cpus import available_cpus
+from util.cli import Parser, available_cpus, check_least, finite_float
 from util.errors import UserError, run_cli
 from util.files import atomic_write, check_file_place
 from util.hog import GRADIENT_TOLERANCE, HOGPyramid
