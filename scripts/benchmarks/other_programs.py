@@ -23,15 +23,18 @@ from downstream.data import read_dataset
 from downstream.data.images import CENTRE, Views, normalisation, open_squares
 from downstream.data.labelled import TEST, TRAIN, VALID, LabelledImages
 from downstream.data.partition import Rows, partitions
+from downstream.driver import judge
 from downstream.encoders import Candidate
-from downstream.features import FeatureFile
-from downstream.frozen import Frozen, linear
-from downstream.heads import ENCODE_BATCH, Encoder, HeadOptions, Keyed, encode, known_loss, new_head, read_back
-from downstream.jobs import Jobs
+from downstream.features import FeatureFile, fill
+from downstream.forward import FORWARD_BATCH, Encoder, Keyed, read_back
+from downstream.heads import Recipe, known_loss, new_head
+from downstream.main import get_args_parser
+from downstream.work import Work
 from gaze.fill import fill_tree
 from gaze.model import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate, timed
 from scripts.predict_gaze import as_predictor
+from util import distributed
 from util.cpus import available_cpus
 from util.export import read_backbone
 from util.stop import StopSignals
@@ -61,7 +64,7 @@ def measure_encoding(report: Report, root: Path, settings: Settings) -> None:
     model = tiny_vit() if settings.quick else timm.create_model(name, num_classes=0)
     dtype = torch.bfloat16 if gpu else torch.float32
     encoder = Encoder(model.eval().to(device), *normalisation("half"), device, dtype)
-    size, n_views = ENCODE_BATCH[device.type], 4 if settings.quick else 128 if gpu else 1
+    size, n_views = FORWARD_BATCH[device.type], 4 if settings.quick else 128 if gpu else 1
     keys = [(view, image) for view in range(n_views) for image in range(len(views))][:1024]
     ready = [batch.to(device) for batch in DataLoader(Keyed(views, keys), size)]
     n = n_views * len(views)
@@ -73,10 +76,11 @@ def measure_encoding(report: Report, root: Path, settings: Settings) -> None:
     def whole() -> None:
         with tempfile.TemporaryDirectory(dir=root) as folder, StopSignals() as signals, signals.exit_at_signal():
             rows = np.arange(len(views))
-            files = [FeatureFile(Path(folder, str(view)), len(views), model.embed_dim) for view in range(n_views)]
-            wanted = [(view, rows, file) for view, file in enumerate(files)]
+            files = {v: FeatureFile(Path(folder, f"{v}.npy"), len(views), model.embed_dim) for v in range(n_views)}
             how = {"device": device, "batch_size": size, "num_workers": 8 if gpu else 0}
-            encode(encoder, views, wanted, **how, signals=signals, what="encoding")
+            fill(
+                Path(folder), files, dict.fromkeys(files, rows), encoder, views, **how, signals=signals, what="encoding"
+            )
 
     times = alternate(bare, whole, settings.repeats, settings.device)
     note = f"width {model.embed_dim}, {len(model.blocks)} blocks, {dtype}, batch {size}"
@@ -84,7 +88,7 @@ def measure_encoding(report: Report, root: Path, settings: Settings) -> None:
     report.value("downstream encoding", "images/s", n / float(np.median(times[1])), note=note)
 
 
-def plain_head(encoder: Encoder, views: Views, images: LabelledImages, rows: Rows, options: HeadOptions) -> None:
+def plain_head(encoder: Encoder, views: Views, images: LabelledImages, rows: Rows, options: Recipe) -> None:
     """Baseline, the work of the published loop: in every epoch read, augment and encode the training images, then the
     validation images."""
 
@@ -122,7 +126,11 @@ def measure_heads(report: Report, root: Path, settings: Settings) -> None:
     )
     candidate = Candidate("x", "file", read_backbone(root / "x.pth"))
     encoder = Encoder(candidate.build().eval().to(device), *normalisation("half"), device)
-    options = HeadOptions(epochs, batch_size, patience=epochs)
+    fractions, seeds = " ".join(map(str, FRACTIONS)), " ".join(map(str, SEEDS))
+    flags = f"--dataset rsna --data_path none --views {VIEWS} --fractions {fractions} --seeds {seeds} --epochs {epochs}"
+    flags += f" --batch_size {batch_size} --patience {epochs} --num_workers 0 --dtype float32"
+    args = get_args_parser().parse_args([*flags.split(), "--output_dir", str(root)])
+    options = Recipe(epochs, batch_size, patience=epochs)
     plain = 0.0
     for fraction in FRACTIONS:
         (rows,) = partitions(images, fraction, seed=0, n_folds=2, validate=True)
@@ -130,26 +138,7 @@ def measure_heads(report: Report, root: Path, settings: Settings) -> None:
 
     def ours() -> None:
         with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals, signals.exit_at_signal():
-            frozen = Frozen(
-                images=images,
-                views=Views(images, plane=open_squares(images, root / "cache")),
-                views_key="",
-                files_key="",
-                study_key="",
-                fractions=FRACTIONS,
-                seeds=SEEDS,
-                n_folds=2,
-                n_views=VIEWS,
-                heads=options,
-                features_dir=root / "features",
-                jobs=Jobs(root / "jobs"),
-                device=device,
-                dtype=torch.float32,
-                batch_size=ENCODE_BATCH[device.type],
-                num_workers=0,
-                signals=signals,
-            )
-            linear(frozen, candidate, *normalisation("half"))
+            judge(Work(args, images, distributed.start(device.type), signals), [candidate])
 
     seconds = timed(ours, device.type)
     name = f"linear evaluation, {len(FRACTIONS)} fractions x {len(SEEDS)} seeds"

@@ -19,11 +19,12 @@ from reliability_runs import run, run_ranks, signal_at_call
 from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
 from test_tuned import FACTS, save
 
+import downstream.driver
 import downstream.evaluate
-import downstream.main
+import downstream.finetune
 from downstream.encoders import Candidate, read_candidates
-from downstream.finetune import RECIPES, Recipe, Tuning, build, build_optimizer
-from downstream.jobs import Jobs
+from downstream.finetune import build, build_optimizer
+from downstream.heads import RECIPES, Recipe
 from downstream.main import main
 from util.errors import UserError
 from util.export import read_backbone
@@ -199,10 +200,10 @@ def test_evaluate_reads_files_as_training_did(encoder, tmp_path):  # noqa: F811
 
 
 def test_the_checkpoint_stays_until_the_scores_are_kept(rsna, encoder, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(downstream.main, "Tuning", partial(Tuning, save_minutes=0))
+    monkeypatch.setattr(downstream.finetune, "SAVE_MINUTES", 0)
     argv = tune(rsna, tmp_path, encoder, "--epochs", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(Jobs, "save", lambda *args: (_ for _ in ()).throw(UserError("full")))
+        patch.setattr(downstream.driver, "save_array", lambda *args: (_ for _ in ()).throw(UserError("full")))
         with pytest.raises(UserError, match="full"):
             main(argv)
     assert main(argv) == 0 and "goes on from epoch 2, step 0" in capsys.readouterr().out
@@ -250,9 +251,7 @@ def test_the_layer_decay_recipe_runs_and_other_options_are_another_run(rsna, enc
 
 def test_bad_input_is_one_line(rsna, encoder, tmp_path):  # noqa: F811
     for options, reason in [
-        (["--pool", "max"], "--pool max"),
         (["--layer_decay", "2"], "--layer_decay 2"),
-        (["--drop_path", "-1"], "--drop_path -1"),
         (["--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
         (["--weights", "pixels"], "--weights pixels: there is no encoder to fine-tune"),
         (["--lr", "1e30"], "lower --lr, or use --dtype float32$"),
@@ -267,11 +266,9 @@ def test_a_fold_that_is_done_is_not_trained_again(rsna, encoder, tmp_path, capsy
     argv = tune(rsna, tmp_path, encoder, "--split", "folds", "--folds", "3")
     assert main([*argv, "--epochs", "1"]) == 0
     whole = (tmp_path / "predictions.csv").read_text()
-    for path in (tmp_path / "jobs").glob("*.npz"):
-        if not path.stem.endswith(("part1", "part2")):
-            path.unlink()  # as if it had been killed in the third fold
+    next((tmp_path / "scores").glob("*-fold3-*.npy")).unlink()  # as if it had been killed in the third fold
     capsys.readouterr()
     assert main([*argv, "--epochs", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "fold3: best epoch" in printed and "fold1: best epoch" not in printed
+    assert "fold 3, seed 43: best epoch" in printed and "fold 1, seed 43" not in printed
     assert (tmp_path / "predictions.csv").read_text() == whole
