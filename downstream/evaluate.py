@@ -1,69 +1,124 @@
-"""Models on labelled images as they are: scores in validation and tests, and a best.pth judged on other data."""
+"""best.pth: a fine-tuned model with its labels, for timm, for other programs, and to be judged on other data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from downstream.data.images import CENTRE, reading_as_trained
+from downstream.data.images import reading_as_trained
 from downstream.data.labelled import MULTICLASS, TEST, LabelledImages, check_min_positives, files_digest
 from downstream.data.partition import Rows
-from downstream.encoders import digest_of, named_files
-from downstream.forward import Stopped, forward_all, network_input
+from downstream.driver import Method, Work
+from downstream.encoders import Candidate, digest_of, named_files
+from downstream.forward import predict
 from downstream.heads import probabilities
-from downstream.tuned import Tuned, read_tuned
-from downstream.work import Method, Work
-from util.distributed import Ranks
 from util.errors import UserError
+from util.files import atomic_write
 from util.progress import Progress
+from util.weights import read_state_dict
+
+BEST = "best.pth"
 
 
-@torch.no_grad()
-def predict(
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned model as best.pth has it.
+
+    Attributes:
+        labels: what its outputs are.
+        mean, std: of its input.
+        reading: options of `downstream.data.images.Reading` that mattered to its images.
+        dataset, fraction, seed: what it was trained on, with which share of the labels and seed.
+        seen: `subject_marks` of the subjects that trained or validated it, or pretrained its encoder.
+    """
+
+    model: VisionTransformer
+    labels: list[str]
+    task: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    reading: dict[str, Any]
+    dataset: str
+    fraction: float
+    seed: int
+    seen: frozenset[str]
+
+
+def write_tuned(
+    path: Path,
+    state: Mapping[str, Tensor],
+    candidate: Candidate,
     model: VisionTransformer,
-    views: Dataset,
-    rows: np.ndarray,
-    scale: tuple[tuple[float, ...], tuple[float, ...]],
     *,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    progress: Progress | None = None,
-    **options,
-) -> Tensor:
-    """Logits of images in their centre crop, float32 [len(rows), C] on the CPU; the ranks share the work, and
-    all get the whole.
+    pool: str,
+    labels: Sequence[str],
+    **facts: Any,
+) -> None:
+    """Write `state` and what `read_tuned` and `timm.create_model(timm_model, **timm_args, checkpoint_path=...)`
+    need; whole or not at all.
 
     Args:
-        scale: mean and std of the model's input.
-        options: of `forward_all`.
+        facts: the other fields of `Tuned`, and more to be kept.
+    """
+    name, arguments = candidate.model
+    arguments = arguments | {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
+    metadata = {
+        "timm_model": name,
+        "timm_args": json.dumps(arguments),
+        "num_heads": str(model.blocks[0].attn.num_heads),
+        "labels": json.dumps(list(labels)),
+        "weights": candidate.name,
+    } | {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": dict(state), "metadata": metadata}, buffer)
+    try:
+        with atomic_write(path) as file:
+            file.write(buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}; make room") from None
+
+
+def read_tuned(path: str | os.PathLike) -> Tuned:
+    """The model of a best.pth, on the CPU.
 
     Raises:
-        Stopped: on all ranks, if a stop was requested of any.
+        UserError: another kind of file, one that is damaged, or of a model that this timm lacks.
     """
-    model.eval()
-    keys = [(CENTRE, row) for row in rows[ranks.rank :: ranks.world_size].tolist()]
-
-    def forward(gray: Tensor) -> Tensor:
-        with torch.autocast(gray.device.type, dtype, enabled=dtype != torch.float32):
-            return model(network_input(gray, model, *scale)).float()
-
-    logits = [torch.empty(0, model.num_classes)]
-    for found in forward_all(forward, views, keys, **options):
-        logits.append(found)
-        if progress is not None:
-            progress.add(len(found))
-    gathered, requests = zip(*ranks.gather((torch.cat(logits).numpy(), options["signals"].request)), strict=True)
-    if any(requests):
-        raise Stopped
-    whole = np.empty((len(rows), model.num_classes), np.float32)
-    for rank, part in enumerate(gathered):
-        whole[rank :: ranks.world_size] = part
-    return torch.from_numpy(whole)
+    state, info = read_state_dict(path)
+    facts = info.metadata
+    try:
+        model = timm.create_model(facts["timm_model"], **json.loads(facts["timm_args"]))
+        model.load_state_dict(state)
+        return Tuned(
+            model,
+            json.loads(facts["labels"]),
+            facts["task"],
+            tuple(json.loads(facts["mean"])),
+            tuple(json.loads(facts["std"])),
+            json.loads(facts["reading"]),
+            facts["dataset"],
+            float(facts["fraction"]),
+            int(facts["seed"]),
+            info.seen,
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{info.path}: not a {BEST} of --method finetune ({error} is not in its metadata); "
+            "only those can be judged without training"
+        ) from None
+    except RuntimeError as error:  # timm's, of names and tensors
+        raise UserError(f"{info.path}: not a model of this timm: {' '.join(str(error).split())[:200]}") from None
 
 
 class Evaluate(Method):

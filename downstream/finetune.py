@@ -23,11 +23,10 @@ from downstream.data.images import Views, options_heeded
 from downstream.data.labelled import MULTICLASS
 from downstream.data.partition import Rows
 from downstream.encoders import RANDOM, Candidate, digest_of
-from downstream.evaluate import predict
-from downstream.forward import Stopped, network_input
+from downstream.driver import CHECKPOINT, Method, Work
+from downstream.evaluate import BEST, write_tuned
+from downstream.forward import Stopped, network_input, predict
 from downstream.heads import Recipe, known_loss, new_head, probabilities, schedule, steps_per_epoch
-from downstream.tuned import BEST, write_tuned
-from downstream.work import Method, Work
 from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
@@ -37,7 +36,6 @@ from util.stop import GO_ON
 from util.subjects import subject_marks
 from util.training import Training
 
-CHECKPOINT = "checkpoint.pth"
 SAVE_MINUTES = 10.0  # between checkpoints; a stop that is requested saves at once
 
 Scale = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the input's three channels

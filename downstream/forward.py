@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from downstream.data.images import normalise
+from downstream.data.images import CENTRE, normalise
+from util.distributed import Ranks
 from util.loading import SampleLoader
+from util.progress import Progress
 from util.stop import StopSignals, ignore_stop_signals
 
 # Images per forward pass without training. On a CPU larger batches leave its caches, and each of their tensors is
@@ -130,3 +134,46 @@ def read_back(results: Iterable[Tensor]) -> Iterator[Tensor]:
         waiting = copy, done
     if waiting is not None:
         yield arrived()
+
+
+@torch.no_grad()
+def predict(
+    model: VisionTransformer,
+    views: Dataset,
+    rows: np.ndarray,
+    scale: tuple[tuple[float, ...], tuple[float, ...]],
+    *,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    **options,
+) -> Tensor:
+    """Logits of images in their centre crop, float32 [len(rows), C] on the CPU; the ranks share the work, and
+    all get the whole.
+
+    Args:
+        scale: mean and std of the model's input.
+        options: of `forward_all`.
+
+    Raises:
+        Stopped: on all ranks, if a stop was requested of any.
+    """
+    model.eval()
+    keys = [(CENTRE, row) for row in rows[ranks.rank :: ranks.world_size].tolist()]
+
+    def forward(gray: Tensor) -> Tensor:
+        with torch.autocast(gray.device.type, dtype, enabled=dtype != torch.float32):
+            return model(network_input(gray, model, *scale)).float()
+
+    logits = [torch.empty(0, model.num_classes)]
+    for found in forward_all(forward, views, keys, **options):
+        logits.append(found)
+        if progress is not None:
+            progress.add(len(found))
+    gathered, requests = zip(*ranks.gather((torch.cat(logits).numpy(), options["signals"].request)), strict=True)
+    if any(requests):
+        raise Stopped
+    whole = np.empty((len(rows), model.num_classes), np.float32)
+    for rank, part in enumerate(gathered):
+        whole[rank :: ranks.world_size] = part
+    return torch.from_numpy(whole)

@@ -12,13 +12,13 @@ import torch
 
 from downstream.data.images import CENTRE
 from downstream.data.partition import Rows, in_folds
+from downstream.driver import Method, Work
 from downstream.encoders import PIXELS, Candidate, digest_of
 from downstream.features import FeatureFile, fill
 from downstream.forward import Encoder, Stopped
 from downstream.heads import probabilities, train_heads
 from downstream.jobs import digest
 from downstream.probe import principal_components, probe_scores, standardise
-from downstream.work import Method, Work
 
 PIXEL_SIDE = 56  # of the baseline without a network: a quarter of 224
 

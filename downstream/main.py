@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from downstream.data import add_arguments, read_from_args
@@ -17,14 +19,16 @@ from downstream.data.labelled import (
     split_table,
     write_split,
 )
-from downstream.data.partition import in_folds
-from downstream.driver import METHODS, judge, read_weights
-from downstream.encoders import DEFAULT_MODEL
+from downstream.data.partition import in_folds, partitions
+from downstream.driver import Method, Work, judge
+from downstream.encoders import DEFAULT_MODEL, PIXELS, describe, read_candidates
+from downstream.evaluate import Evaluate, read_models
 from downstream.figure import results_figure
+from downstream.finetune import FineTune
 from downstream.forward import FORWARD_BATCH, Stopped
-from downstream.heads import RECIPES
+from downstream.frozen import Linear, Probe
+from downstream.heads import RECIPES, steps_per_epoch
 from downstream.results import Outcome, left_out, markdown_table, results_table, write_predictions, write_text
-from downstream.work import Work
 from util import distributed
 from util.bootstrap import MIN_DRAWS
 from util.cli import Parser, check_least, check_positive, finite_float, seed_number
@@ -35,6 +39,7 @@ from util.precision import set_tf32
 from util.pretrained import weights_name
 from util.stop import StopSignals, exit_status
 
+METHODS: dict[str, type[Method]] = {"linear": Linear, "probe": Probe, "finetune": FineTune, "evaluate": Evaluate}
 RECIPE_HELP = {
     "epochs": "where training ends at the latest",
     "batch_size": "training images per step, over all processes",
@@ -151,7 +156,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
                     ranks.say(line)
                 tested = images.indices("" if in_folds(images) else TEST)
                 check_min_positives(args.min_positives, images, images.labels[tested])
-            models = read_weights(work)
+            makers = read_weights(work)
         if args.dry_run:
             ranks.say(f"wrote {Path(args.output_dir, 'split.csv')}")
             return 0
@@ -159,12 +164,45 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
         folder = Path(args.output_dir)
         distributed.on_main(ranks, lambda: write_text(json.dumps(study_of(work)), folder / "study.json"))
         try:
-            outcomes = judge(work, models)
+            outcomes = [outcome for make in makers for outcome in judge(work, make())]
         except Stopped:
             ranks.say("stopped; the same command goes on from here")
             return exit_status(max(ranks.gather(signals.request)))
         distributed.on_main(ranks, lambda: report(work, outcomes))
     return 0
+
+
+def read_weights(work: Work) -> list[Callable[[], Method]]:
+    """A maker of the method for each of --weights, which are printed.
+
+    Raises:
+        UserError: weights that can't be read or judged, folds that can't be drawn, or a share of the training images
+            that is less than a batch.
+    """
+    args, images = work.args, work.images
+    if args.method == "evaluate":
+        models = read_models(work)
+        for name, _, labels in models:
+            work.ranks.say(f"{name}: judged by {', '.join(labels)}")
+        return [partial(Evaluate, work, model) for model in models]
+    for fraction in args.fractions:
+        for seed in args.seeds if in_folds(images) else args.seeds[:1]:
+            validates = METHODS[args.method].validates
+            for rows in partitions(images, fraction, seed=seed, n_folds=args.folds, validate=validates):
+                if validates:
+                    steps_per_epoch(len(rows.train), work.recipe.batch_size)
+    if args.method == "finetune" and work.recipe.batch_size % work.ranks.world_size:
+        raise UserError(
+            f"--batch_size {work.recipe.batch_size}: {work.ranks.world_size} processes can't share it; it is the whole "
+            "step's"
+        )
+    names = ("imagenet", "random_model", "tap", "img_size", "num_heads")
+    candidates = read_candidates(args.weights, **{name: getattr(args, name) for name in names})
+    if args.method == "finetune" and any(candidate.kind == PIXELS for candidate in candidates):
+        raise UserError("--weights pixels: there is no encoder to fine-tune; use --method linear or probe")
+    for candidate in candidates:
+        work.ranks.say(describe(candidate))
+    return [partial(METHODS[args.method], work, candidate) for candidate in candidates]
 
 
 def check_args(args: argparse.Namespace) -> None:

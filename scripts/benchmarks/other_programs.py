@@ -29,7 +29,7 @@ from downstream.features import FeatureFile, fill
 from downstream.forward import FORWARD_BATCH, Encoder, Keyed, read_back
 from downstream.heads import Recipe, known_loss, new_head
 from downstream.main import get_args_parser
-from downstream.work import Work
+from downstream.driver import Work
 from gaze.fill import fill_tree
 from gaze.model import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate, timed

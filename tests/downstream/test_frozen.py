@@ -19,7 +19,7 @@ from downstream.driver import judge, read_weights
 from downstream.forward import Encoder, Keyed
 from downstream.heads import Recipe, epoch_order, known_loss, new_head, probabilities, schedule
 from downstream.main import get_args_parser
-from downstream.work import Work
+from downstream.driver import Work
 from util import distributed
 
 

@@ -19,9 +19,9 @@ from sklearn.metrics import roc_auc_score
 
 import downstream.driver
 import downstream.features
-import downstream.work
+import downstream.main
 from downstream.main import main
-from downstream.tuned import read_tuned
+from downstream.evaluate import read_tuned
 from util.errors import UserError
 from util.subjects import subject_marks
 
@@ -199,13 +199,13 @@ def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path
 
 
 def test_a_stop_while_images_are_decoded_comes_at_once(rsna, tmp_path, monkeypatch):
-    plain = downstream.work.open_squares
+    plain = downstream.driver.open_squares
 
     def stopped(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args, **options)
 
-    monkeypatch.setattr(downstream.work, "open_squares", stopped)
+    monkeypatch.setattr(downstream.driver, "open_squares", stopped)
     with pytest.raises(SystemExit) as end:
         main(command(rsna, tmp_path, "--weights", "pixels"))
     assert end.value.code == 128 + signal.SIGTERM and not list(tmp_path.glob("cache/**/*.npy"))

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from downstream.encoders import Candidate
-from downstream.tuned import read_tuned, write_tuned
+from downstream.evaluate import read_tuned, write_tuned
 from util.errors import UserError
 from util.export import build_backbone, read_backbone
 
