@@ -25,7 +25,7 @@ from downstream.forward import predict
 from downstream.heads import probabilities
 from util.errors import UserError
 from util.files import atomic_write
-from util.progress import Progress
+from util.output import Progress
 from util.weights import read_state_dict
 
 BEST = "best.pth"

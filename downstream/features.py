@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from downstream.forward import Stopped, forward_all
 from util.errors import UserError
-from util.locks import file_lock
-from util.progress import Progress
+from util.files import file_lock
+from util.output import Progress
 from util.stop import StopSignals
 
 

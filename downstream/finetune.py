@@ -22,16 +22,15 @@ from datasets.sampler import train_loader
 from downstream.data.images import Views, options_heeded
 from downstream.data.labelled import MULTICLASS
 from downstream.data.partition import Rows
-from downstream.encoders import RANDOM, Candidate, digest_of
 from downstream.driver import CHECKPOINT, Method, Work
+from downstream.encoders import RANDOM, Candidate, digest_of
 from downstream.evaluate import BEST, write_tuned
 from downstream.forward import Stopped, network_input, predict
 from downstream.heads import Recipe, known_loss, new_head, probabilities, schedule, steps_per_epoch
 from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
-from util.logging import RunLog
-from util.progress import Progress
+from util.output import Progress, RunLog
 from util.stop import GO_ON
 from util.subjects import subject_marks
 from util.training import Training

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from downstream.data.images import CENTRE, normalise
 from util.distributed import Ranks
-from util.loading import SampleLoader
-from util.progress import Progress
-from util.stop import StopSignals, ignore_stop_signals
+from util.loading import SampleLoader, ignore_stop_signals
+from util.output import Progress
+from util.stop import StopSignals
 
 # Images per forward pass without training. On a CPU larger batches leave its caches, and each of their tensors is
 # memory that the system hands out anew; the results are the same.

@@ -15,7 +15,7 @@ from downstream.data.labelled import MULTICLASS, MULTILABEL
 from downstream.forward import Stopped
 from util.errors import UserError
 from util.lr_sched import learning_rate
-from util.progress import Progress
+from util.output import Progress
 from util.stop import StopSignals
 
 

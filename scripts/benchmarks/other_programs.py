@@ -23,19 +23,19 @@ from downstream.data import read_dataset
 from downstream.data.images import CENTRE, Views, normalisation, open_squares
 from downstream.data.labelled import TEST, TRAIN, VALID, LabelledImages
 from downstream.data.partition import Rows, partitions
-from downstream.driver import judge
+from downstream.driver import Work, judge
 from downstream.encoders import Candidate
 from downstream.features import FeatureFile, fill
 from downstream.forward import FORWARD_BATCH, Encoder, Keyed, read_back
+from downstream.frozen import Linear
 from downstream.heads import Recipe, known_loss, new_head
 from downstream.main import get_args_parser
-from downstream.driver import Work
 from gaze.fill import fill_tree
 from gaze.model import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate, timed
 from scripts.predict_gaze import as_predictor
 from util import distributed
-from util.cpus import available_cpus
+from util.cli import available_cpus
 from util.export import read_backbone
 from util.stop import StopSignals
 
@@ -138,7 +138,8 @@ def measure_heads(report: Report, root: Path, settings: Settings) -> None:
 
     def ours() -> None:
         with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals, signals.exit_at_signal():
-            judge(Work(args, images, distributed.start(device.type), signals), [candidate])
+            work = Work(args, images, distributed.start(device.type), signals)
+            judge(work, Linear(work, candidate))
 
     seconds = timed(ours, device.type)
     name = f"linear evaluation, {len(FRACTIONS)} fractions x {len(SEEDS)} seeds"

@@ -20,8 +20,8 @@ from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401
 from test_tuned import FACTS, save
 
 import downstream.driver
-import downstream.evaluate
 import downstream.finetune
+import downstream.forward
 from downstream.encoders import Candidate, read_candidates
 from downstream.finetune import build, build_optimizer
 from downstream.heads import RECIPES, Recipe
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_exactly(rsna, encoder, tuned, tmp_path):  # noqa: 
 def test_a_stop_while_judging_comes_at_once_and_costs_nothing(rsna, encoder, tuned, tmp_path, monkeypatch):  # noqa: F811
     """SIGTERM in the second validation, then in the test: neither is finished, and the same numbers come out."""
     argv = tune(rsna, tmp_path, encoder, "--encode_batch", "8")  # three batches to judge
-    plain, calls, last = downstream.evaluate.network_input, [], 0
+    plain, calls, last = downstream.forward.network_input, [], 0
 
     def counted(*args):
         calls.append(1)
@@ -88,7 +88,7 @@ def test_a_stop_while_judging_comes_at_once_and_costs_nothing(rsna, encoder, tun
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args)
 
-    monkeypatch.setattr(downstream.evaluate, "network_input", counted)
+    monkeypatch.setattr(downstream.forward, "network_input", counted)
     for last, epochs in ((5, 1), (8, 3)):
         calls.clear()
         assert main(argv) == 128 + signal.SIGTERM

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from downstream.data.images import CENTRE, normalisation
 from downstream.data.labelled import LabelledImages
 from downstream.data.partition import Rows, partitions
-from downstream.driver import judge, read_weights
+from downstream.driver import Work, judge
+from downstream.encoders import read_candidates
 from downstream.forward import Encoder, Keyed
 from downstream.heads import Recipe, epoch_order, known_loss, new_head, probabilities, schedule
-from downstream.main import get_args_parser
-from downstream.driver import Work
+from downstream.main import get_args_parser, read_weights
 from util import distributed
 
 
@@ -47,9 +47,13 @@ def test_a_view_per_epoch_is_the_published_loop(images, backbone, tmp_path):
         args = get_args_parser().parse_args([*flags.split(), "--views", str(n_views)])
         return Work(args, images, distributed.start("cpu"), SimpleNamespace(request=0, exit_at_signal=nullcontext))
 
-    full, fewer = (judge(one, read_weights(one)) for one in map(work, (4, 2)))
+    def judged(one: Work) -> list:
+        (make,) = read_weights(one)
+        return judge(one, make())
+
     one = work(4)
-    (candidate,) = read_weights(one)
+    full, fewer = judged(one), judged(work(2))
+    (candidate,) = read_candidates([str(backbone)], imagenet="")
     encoder = Encoder(candidate.build().eval(), *normalisation("half"), torch.device("cpu"))
     for outcome, other in zip(full, fewer, strict=True):
         logits = published_head(encoder, one.views, images, rows, outcome.seed, one.recipe)

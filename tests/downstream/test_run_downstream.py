@@ -19,9 +19,8 @@ from sklearn.metrics import roc_auc_score
 
 import downstream.driver
 import downstream.features
-import downstream.main
-from downstream.main import main
 from downstream.evaluate import read_tuned
+from downstream.main import main
 from util.errors import UserError
 from util.subjects import subject_marks
 
