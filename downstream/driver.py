@@ -81,14 +81,17 @@ class Work:
         return self.open_views(reading_from_args(self.args))
 
     def open_views(self, reading: Reading) -> Views:
-        """The images' views from the cache of decoded images, which rank 0 builds."""
+        """The images' views, from the cache of decoded images unless --no_cache; rank 0 builds it."""
+        args, plane = self.args, None
         for note in deep_note(self.images.files, reading):
             self.ranks.say(note)
-        place = self.args.cache_dir or Path(self.args.output_dir) / "cache"
-        open_plane = partial(open_squares, self.images, place, reading=reading, num_workers=self.args.num_workers)
-        with self.signals.exit_at_signal():
-            on_main(self.ranks, lambda: open_plane() and None)
-            return Views(self.images, plane=open_plane(), reading=reading)
+        if args.use_cache:
+            place = args.cache_dir or Path(args.output_dir) / "cache"
+            open_plane = partial(open_squares, self.images, place, reading=reading, num_workers=args.num_workers)
+            with self.signals.exit_at_signal():
+                on_main(self.ranks, lambda: open_plane() and None)
+                plane = open_plane()
+        return Views(self.images, plane=plane, reading=reading)
 
 
 class Method:

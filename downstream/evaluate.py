@@ -159,21 +159,22 @@ def read_models(work: Work) -> list[tuple[str, Tuned, list[str]]]:
             files than in training.
     """
     args, images = work.args, work.images
+    if not args.weights:  # --dry_run
+        return []
     tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
     for name, model in tuned.items():
         reading_as_trained(args, model.reading, name)
-    labels = shared_labels(tuned, images) if tuned else []
     rows = images.indices(TEST)
     if not len(rows):
         raise UserError(f"{images.name}: no test images; --split test makes all of them test images")
+    labels = shared_labels(tuned, images)
     targets = images.labels[rows][:, [images.label_names.index(label) for label in labels]]
-    if tuned and not np.stack([(targets == value).any(0) for value in (0, 1)]).all(0).any():
+    if not np.stack([(targets == value).any(0) for value in (0, 1)]).all(0).any():
         raise UserError(
             f"{images.name}: the test images are all of one kind by {', '.join(labels)}, so {', '.join(tuned)} can't be "
             "judged by them; --split test makes all images test images"
         )
-    if tuned:
-        check_min_positives(args.min_positives, images, targets)
+    check_min_positives(args.min_positives, images, targets)
     return [(name, model, labels) for name, model in tuned.items()]
 
 

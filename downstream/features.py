@@ -71,7 +71,7 @@ class FeatureFile:
         """The array; None if the file is missing, no array, or of other sizes."""
         try:
             rows = np.load(self.path, mmap_mode=mode)
-        except (FileNotFoundError, ValueError, EOFError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
             return None
         return rows if (rows.shape, rows.dtype) == (self.shape, np.float32) else None
 

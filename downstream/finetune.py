@@ -67,10 +67,8 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
     """Adam or AdamW; with layer-wise decay, `lr_scale` of each group is its share of the learning rate."""
     if recipe.optimizer == "adam" and recipe.layer_decay == 1:
         return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    decay = None if recipe.layer_decay == 1 else recipe.layer_decay
-    return create_optimizer_v2(
-        model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=decay, fused=True
-    )
+    options = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
+    return create_optimizer_v2(model, recipe.optimizer, **options, fused=True)
 
 
 def global_loss(logits: Tensor, labels: Tensor, task: str, ranks: Ranks) -> Tensor:

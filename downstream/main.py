@@ -111,6 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="output_dir/downstream", help="results.csv, predictions.csv, table.md, results.png")
     add("--features_dir", help="features of frozen encoders (default: OUTPUT_DIR/features)")
     add("--cache_dir", help="decoded images (default: OUTPUT_DIR/cache)")
+    add("--no_cache", action="store_false", dest="use_cache", help="decode the image files in every view")
     add("--bootstrap", type=int, default=1000, help="draws of subjects for the intervals")
     add("--min_positives", type=int, default=1,
         help="the mean leaves out labels with fewer test images with or without them")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from downstream.heads import Recipe, epoch_order, known_loss, probabilities, schedule, train_heads
+from downstream.heads import Recipe, epoch_order, known_loss, schedule, train_heads
 from util.errors import UserError
 
 
@@ -149,9 +148,3 @@ def test_bad_heads_are_one_line():
         train_heads([lambda: views[0]], labels, views[1], labels, recipe=Recipe(batch_size=91), **common)
     with pytest.raises(UserError, match="ours, epoch 1: the validation loss is not finite; lower --lr"):
         train_heads([lambda: views[0] * math.inf], labels, views[1], labels, recipe=Recipe(1, 8), **common)
-
-
-def test_probabilities():
-    logits = torch.tensor([[0.0, 1.0], [30.0, -30.0]])
-    np.testing.assert_allclose(probabilities(logits, "multilabel")[0], [0.5, 0.7310586], atol=1e-7)
-    np.testing.assert_allclose(probabilities(logits, "multiclass").sum(1), 1)
