@@ -26,10 +26,8 @@ from downstream.data.images import (
 from downstream.data.labelled import (
     TEST,
     LabelledImages,
-    check_classes,
-    check_min_positives,
+    check_labels,
     files_digest,
-    lone_in_fractions,
     split_table,
     study_digest,
     write_split,
@@ -175,10 +173,8 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
             ranks.say(f"wrote {output_dir / 'split.csv'}")
         # After the table and split.csv, which show where a class lacks.
         if args.method != "evaluate":
-            for line in [*check_classes(images), *lone_in_fractions(images, args.fractions)]:
+            for line in check_labels(images, fractions=args.fractions, min_positives=args.min_positives):
                 ranks.say(line)
-            tested = images.indices("" if in_folds(images) else TEST)
-            check_min_positives(args.min_positives, images, images.labels[tested])
         if args.dry_run:
             with signals.exit_at_signal():
                 for line in look_ahead(args, images):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from downstream.data.choices import ALL_TEST, AUTO, BY_SUBJECT, FOLDS, Choices
 from downstream.data.labelled import TEST, TRAIN, VALID
 from util.errors import UserError
 
@@ -27,37 +26,6 @@ def split_70_15_15(n: int) -> tuple[np.ndarray, np.ndarray]:
     test, valid = train_test_split(rest, test_size=0.5, random_state=0)
     parts = np.repeat([TRAIN, VALID, TEST], [len(train), len(valid), len(test)])
     return np.concatenate([train, valid, test]), parts
-
-
-def by_row(order: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """The part of each row, from `split_70_15_15`'s places and their parts: str [N]."""
-    found = np.empty_like(parts)
-    found[order] = parts
-    return found
-
-
-def choose_parts(
-    choices: Choices, name: str, subjects: np.ndarray, official: np.ndarray | None, notes: list[str]
-) -> np.ndarray:
-    """The part of each image as --split says: str [N].
-
-    Args:
-        official: the official or published parts, or None where there are none.
-    """
-    if choices.split == FOLDS:
-        return np.full(len(subjects), "", "<U5")
-    if choices.split == ALL_TEST:
-        return np.full(len(subjects), TEST)
-    if choices.split != BY_SUBJECT and official is not None:
-        return official
-    if choices.split not in (AUTO, BY_SUBJECT):
-        raise UserError(f"{name}: --split {choices.split}: there is no such split here; use --split subject")
-    if choices.split == AUTO:
-        notes.append(
-            f"{name}: no split is given, so 70% of the images train, 15% validate and 15% test, drawn by "
-            f"subject with --split_seed {choices.split_seed}"
-        )
-    return split_by_subject(name, subjects, choices.split_seed)
 
 
 def split_by_subject(name: str, subjects: np.ndarray, seed: int) -> np.ndarray:
