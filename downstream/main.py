@@ -19,6 +19,7 @@ from downstream.data.images import (
     Views,
     add_image_arguments,
     deep_note,
+    leave_out_damaged,
     normalisation,
     open_squares,
     reading_from_args,
@@ -168,6 +169,9 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
         raise UserError("--weights: name at least one encoder: NAME=FILE, imagenet, random or pixels")
     with hold_output(args.output_dir, ranks=ranks):
         output_dir = Path(args.output_dir)
+        if args.skip_damaged and not args.dry_run:
+            with signals.exit_at_signal():
+                images = without_damaged(args, images, ranks)
         distributed.on_main(ranks, lambda: start_output(output_dir, images, args))
         if args.dry_run:
             ranks.say(f"wrote {output_dir / 'split.csv'}")
@@ -198,6 +202,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_least(args, MIN_DRAWS, "bootstrap")
     check_least(args, 0, "num_workers", "weight_decay", "max_minutes")
     check_positive(args, "lr")
+    if args.skip_damaged and not args.use_cache:
+        raise UserError("--skip_damaged: damaged files are found while the cache is made; leave --no_cache out")
     if not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: must be at least 0 and below 1")
     for value in args.fractions:
@@ -391,7 +397,10 @@ def judge(
 
 def as_published(args: argparse.Namespace, images: LabelledImages) -> bool:
     """Whether images, parts and labels are all those of the published results."""
-    chosen, tests = args.split not in (AUTO, PUBLISHED) or args.labels or args.where, len(images.indices(TEST))
+    chosen, tests = (
+        args.split not in (AUTO, PUBLISHED) or args.labels or args.where or args.split_lists,
+        len(images.indices(TEST)),
+    )
     return not chosen and PUBLISHED_IMAGES.get(images.name) == (len(images) - tests, tests)
 
 
@@ -406,6 +415,17 @@ def open_views(args: argparse.Namespace, images: LabelledImages, ranks: distribu
         distributed.on_main(ranks, lambda: open_plane() and None)
         plane = open_plane()
     return Views(images, plane=plane, reading=reading)
+
+
+def without_damaged(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks) -> LabelledImages:
+    """The images that can be read; rank 0 decodes them, and prints what is wrong with the others."""
+    place = args.cache_dir or Path(args.output_dir) / "cache"
+    decode = partial(leave_out_damaged, images, place, reading=reading_from_args(args), num_workers=args.num_workers)
+    distributed.on_main(ranks, lambda: decode() and None)
+    sound, damaged = decode()
+    if damaged:
+        ranks.say("\n".join([*damaged, f"{len(damaged)} damaged images are left out", split_table(sound)]))
+    return sound
 
 
 def report(args: argparse.Namespace, images: LabelledImages, outcomes: list[Outcome]) -> None:

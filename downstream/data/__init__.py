@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,22 +21,23 @@ from downstream.data.labelled import PARTS, TEST, LabelledImages
 from downstream.data.readers import (
     read_chexpert,
     read_covidx,
+    read_mimic,
     read_nih,
     read_padchest,
     read_rsna,
     read_siim,
     read_vindr,
 )
-from downstream.data.rows import UNLISTED
-from downstream.data.splits import split_by_subject
-from downstream.data.tree import read_tree
+from downstream.data.splits import UNLISTED, listed_parts, split_by_subject
+from downstream.data.tree import read_tree, subjects_of
 from util.errors import UserError
-from util.subjects import MIMIC
+from util.subjects import MIMIC, subject_key
 
 DATASETS = {
     "rsna": read_rsna,
     "nih": read_nih,
     "chexpert": read_chexpert,
+    "mimic": read_mimic,
     "siim": read_siim,
     "covidx": read_covidx,
     "vindr": read_vindr,
@@ -95,17 +97,29 @@ def read_from_args(args: argparse.Namespace, *, need_images: bool = True) -> Lab
             f"warning: {name}: every image counts as its own subject ({rows.no_patients}); a patient's images may be on "
             "both sides of the split"
         )
+    if args.split_lists:
+        if args.split != AUTO:
+            raise UserError(f"--split {args.split}: --split_lists says who trains and tests; leave one of them out")
+        named = table["file" if "file" in table else "id"]
+        table["part"] = listed_parts(list(named), dict(zip(PARTS, args.split_lists)), notes)
     if "part" in table and (unlisted := table["part"] == UNLISTED).any():
         notes.append(f"{name}: {unlisted.sum()} images are in no list of the split and left out")
         table, labels = table[~unlisted].reset_index(drop=True), labels[~unlisted]
     parts = _parts(args, table, notes)
-    if rows.shared_subjects:
+    in_two_parts = rows.shared_subjects or bool(args.split_lists)
+    if in_two_parts:
         shared = (pd.Series(parts).groupby(table["subject"]).nunique() > 1).sum()
-        notes.append(f"warning: {name}: --split published: {shared} patients are in two parts")
-    files = list(map(Path, table["id"])) if name == "tree" else _files(args, folder, table, parts, need_images, notes)
+        notes.append(f"warning: {name}: {shared} patients are in two parts of this split")
+    files = list(map(Path, table["id"])) if name == "tree" else _files(args, folder, table, need_images, notes)
     _check_files(name, table["id"], files)
+    study = {"tree": MIMIC, "csv": own}.get(name, name)
+    out, tallies = np.array([file is None for file in files]), {}
+    if out.any():
+        tallies["missing images"] = Counter(parts[out])
+    if args.pretrained_on or args.leave_out_pretrained:
+        out |= _tested_pretrained(args, study, table["subject"], parts, tallies, notes)
     order = np.argsort([PARTS.index(part) if part else 0 for part in parts], kind="stable")
-    kept = [i for i in (order if rows.by_part else range(len(table))) if files[i] is not None]
+    kept = [i for i in (order if rows.by_part else range(len(table))) if not out[i]]
     return LabelledImages(
         name,
         ids=[table["id"][i] for i in kept],
@@ -117,8 +131,9 @@ def read_from_args(args: argparse.Namespace, *, need_images: bool = True) -> Lab
         task=rows.task,
         strong_augmentation=rows.strong_augmentation,
         notes=notes,
-        shared_subjects=rows.shared_subjects,
-        study={"tree": MIMIC, "csv": own}.get(name, name),
+        shared_subjects=in_two_parts,
+        study=study,
+        tallies=tallies,
     )
 
 
@@ -139,12 +154,7 @@ def _parts(args: argparse.Namespace, table: pd.DataFrame, notes: list[str]) -> n
 
 
 def _files(
-    args: argparse.Namespace,
-    folder: Folder,
-    table: pd.DataFrame,
-    parts: np.ndarray,
-    need_images: bool,
-    notes: list[str],
+    args: argparse.Namespace, folder: Folder, table: pd.DataFrame, need_images: bool, notes: list[str]
 ) -> list[Path | None]:
     """Where the images are, None for those that --skip_missing leaves out; their places unseen if not `need_images`."""
     place = Folder(args.images, "--images") if args.images else folder
@@ -156,11 +166,29 @@ def _files(
     if missing:
         if not args.skip_missing or len(missing) == len(files):
             raise UserError(place.missing_message([names[i] for i in missing], len(names)))
-        counts = ", ".join(
-            f"{n} of {part or 'no part'}" for part, n in pd.Series(parts[missing]).value_counts().items()
-        )
-        notes.append(f"{args.dataset}: {len(missing)} of {len(names)} images are missing and left out ({counts})")
+        notes.append(f"{args.dataset}: {len(missing)} of {len(names)} images are missing and left out")
     return files
+
+
+def _tested_pretrained(
+    args: argparse.Namespace, study: str, subjects: pd.Series, parts: np.ndarray, tallies: dict, notes: list[str]
+) -> np.ndarray:
+    """Which images --leave_out_pretrained leaves out, bool [N]; `tallies` counts the subjects that pretraining saw."""
+    if not args.pretrained_on:
+        raise UserError("--leave_out_pretrained: name the trees by --pretrained_on")
+    if study != MIMIC:
+        raise UserError("--pretrained_on: its subjects are MIMIC's; if a csv's are too, pass --study mimic")
+    seen = subjects.map(subject_key).isin(subjects_of(args.pretrained_on)).to_numpy()
+    tallies["subjects of pretraining"] = subjects[seen].groupby(parts[seen]).nunique().to_dict()
+    tested = seen & np.isin(parts, ("", TEST))
+    if args.leave_out_pretrained:
+        tallies["left out for it, images"] = Counter(parts[tested])
+        return tested
+    if tested.any():
+        notes.append(
+            "warning: test subjects are in the trees of --pretrained_on; --leave_out_pretrained leaves them out"
+        )
+    return np.zeros(len(parts), bool)
 
 
 def _check_files(name: str, ids: Sequence[str], files: Sequence[Path | None]) -> None:

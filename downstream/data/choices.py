@@ -10,9 +10,9 @@ from util.errors import UserError
 
 AUTO, PUBLISHED, BY_SUBJECT, FOLDS, ALL_TEST = SPLITS = ("auto", "published", "subject", "folds", "test")
 ZEROS, ONES, IGNORE = CELL_RULES = ("zeros", "ones", "ignore")
-NAMES = ("rsna", "nih", "chexpert", "siim", "covidx", "vindr", "padchest", "csv", "tree")
+NAMES = ("rsna", "nih", "chexpert", "mimic", "siim", "covidx", "vindr", "padchest", "csv", "tree")
 SITES = NAMES[:-1]  # tables and images, not a processed tree
-CELLS, CSV = ("chexpert", "csv"), ("csv",)
+CELLS, CSV, MIMICS = ("chexpert", "mimic", "csv"), ("csv",), ("mimic", "csv", "tree")
 
 # fmt: off
 # The data sets that read an option, and argparse's settings of it.
@@ -26,13 +26,19 @@ OPTIONS = {
         "help": "auto: the official or published split, if none by subject; published: to the row, "
         "even where subjects are in two parts; subject: 70/15/15%% by subject; folds: none, for grouped "
         "folds; test: all images are test images"}),
+    "split_lists": (NAMES, {"nargs": 3, "type": Path, "metavar": ("TRAIN", "VALID", "TEST"),
+        "help": "lists of a split, text or csv: the first word of a line names an image; images in none are left out"}),
     "split_seed": (NAMES, {"type": seed_number, "default": 0, "help": "of the draws by subject"}),
     "uncertain": (CELLS, {"choices": (PUBLISHED, *CELL_RULES),
         "help": "what -1 counts as: ignore: neither in the loss nor in the AUC; published: 1 for Atelectasis, Edema "
-        "and Pleural Effusion, else 0 (default: published for chexpert, ignore for csv)"}),
+        "and Pleural Effusion, else 0 (default: published for chexpert and mimic, ignore for csv)"}),
     "empty": (CELLS, {"choices": CELL_RULES,
-        "help": "what an empty cell counts as (default: zeros for chexpert, as published; ignore for csv)"}),
+        "help": "what an empty cell counts as (default: zeros for chexpert and mimic, as published; ignore for csv)"}),
     "skip_missing": (SITES, {"action": "store_true", "help": "leave out and count missing images"}),
+    "skip_damaged": (NAMES, {"action": "store_true", "help": "leave out, count and list damaged images"}),
+    "pretrained_on": (MIMICS, {"nargs": "+", "metavar": "TREE",
+        "help": "processed trees that the encoders were pretrained on: counts the test subjects that are in them"}),
+    "leave_out_pretrained": (MIMICS, {"action": "store_true", "help": "leave these subjects out of the test"}),
     "image_column": (CSV, {"default": "path", "help": "csv: column of the image's path, file name or id"}),
     "label_columns": (CSV, {"nargs": "+", "default": ["labels"],
         "help": "csv: one column per label, or one column of names joined by --separator"}),

@@ -11,7 +11,7 @@ import pandas as pd
 from downstream.data.choices import IGNORE, ONES, ZEROS
 from downstream.data.folder import Folder
 from downstream.data.labelled import TEST, TRAIN, VALID
-from downstream.data.rows import WORDS, Rows, join_same, label_values, one_hot, one_spelling, read_rows
+from downstream.data.rows import WORDS, Rows, join_same, label_values, one_hot, one_spelling, read_rows, refuse_cell
 from util.errors import UserError
 from util.tables import read_header
 
@@ -32,18 +32,18 @@ def read_csv(folder: Folder, choices: argparse.Namespace, notes: list[str]) -> R
     subject = choices.subject_column or (SUBJECT if SUBJECT in header else None)
     split = choices.split_column or (SPLIT if SPLIT in header else None)
     others = [*choices.label_columns, *filter(None, (subject, split))]
-    table = read_rows(path, choices, others, ids=[image], subject=subject)
+    table = read_rows(path, choices.where, others, ids=[image], subject=subject)
     table = join_same(table, image, others, path, notes)
     rows = pd.DataFrame({"id": table[image], "subject": one_spelling("csv", table[subject or image], notes)})
     if split:
         rows["part"] = table[split].str.lower().map(PART_NAMES)
-        if (bad := rows["part"].isna()).any():
-            line, cell = table.index[bad][0], table[split][bad].iloc[0]
-            raise UserError(f"{path}: line {line}, column {split!r}: {cell!r} is not train, valid or test")
-    elif unused := [str(found) for found in Folder(path.parent).nearby(*LISTS) if found != path]:
+        refuse_cell(path, table[split], rows["part"].isna(), "is not train, valid or test")
+    elif not choices.split_lists and (
+        unused := [str(found) for found in Folder(path.parent).nearby(*LISTS) if found != path]
+    ):
         notes.append(
-            f"warning: csv: {', '.join(unused)} may be official lists of a split, which are not used; name a "
-            "column by --split_column, or use the data set's own name with --dataset"
+            f"warning: csv: {', '.join(unused)} may be official lists of a split, which are not used; pass "
+            "--split_lists or --split_column, or use the data set's own name with --dataset"
         )
     reason = f"each has its own {subject!r}" if subject else "name the subjects by --subject_column"
     return Rows(rows, _labels(table, path, choices, notes), no_patients=reason)
@@ -64,11 +64,8 @@ def _labels(table: pd.DataFrame, path: Path, choices: argparse.Namespace, notes:
     if n_empty := int((cells == "").sum()):
         notes.append(f"{path.name}: {n_empty} cells are empty; rule: {choices.empty or ZEROS}")
     words = cells.str.split(choices.separator, regex=False).explode().str.strip()
-    if (numbers := _is_number(words)).any():
-        raise UserError(
-            f"{path}: line {words.index[numbers][0]}, column {column!r}: {words[numbers].iloc[0]!r} is a number, but "
-            "other lines have names of findings; give one column per label by --label_columns"
-        )
+    numbers = _is_number(words)
+    refuse_cell(path, words, numbers, "is a number, but other lines name findings; give --label_columns one per label")
     words = words[~words.str.lower().isin(NO_FINDING)]
     if words.empty:
         raise UserError(f"{path}: column {column!r} names no finding in any row")

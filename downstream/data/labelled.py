@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class LabelledImages:
         strong_augmentation: whether the published run also jitters brightness, blurs and flips.
         notes: lines to print.
         shared_subjects: the split is a published one that has subjects in two parts, asked for by name.
+        damaged: files of images that --skip_damaged left out; the cache of decoded images has them too.
+        tallies: further rows of `split_table`, by part.
         study: whose patients the subjects are, "" if unknown: the same names elsewhere may be other people.
 
     Raises:
@@ -58,6 +60,8 @@ class LabelledImages:
     notes: list[str] = field(default_factory=list)
     shared_subjects: bool = False
     study: str = ""
+    damaged: tuple[Path, ...] = ()
+    tallies: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self) or not self.label_names:
@@ -180,21 +184,15 @@ def split_table(images: LabelledImages) -> str:
 
     A label with unknown values has them behind its positives: "12 (+3 unknown)".
     """
-    parts = [part for part in (*PARTS, "") if (images.parts == part).any()]
-    rows = [["", *(part or "no part" for part in parts)]]
-    chosen = [images.indices(part) for part in parts]
-    rows.append(["images", *(str(len(places)) for places in chosen)])
-    rows.append(["subjects", *(str(len(set(images.subjects[places]))) for places in chosen)])
-    for i, label in enumerate(images.label_names):
-        values = [images.labels[places, i] for places in chosen]
-        unknown = [int(np.isnan(value).sum()) for value in values]
-        cells = [str(int(np.nansum(value))) for value in values]
-        rows.append([label, *(f"{c} (+{u} unknown)" if u else c for c, u in zip(cells, unknown, strict=True))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
-        for row in rows
-    )
+    columns = {}
+    for part in [part for part in (*PARTS, "") if (images.parts == part).any()]:
+        places = images.indices(part)
+        cells = {"images": len(places), "subjects": len(set(images.subjects[places]))}
+        for label, values in zip(images.label_names, images.labels[places].T, strict=True):
+            unknown = np.isnan(values).sum()
+            cells[f"{label} "] = f"{np.nansum(values):.0f}" + (f" (+{unknown} unknown)" if unknown else "")
+        columns[part or "no part"] = cells | {what: counts.get(part, 0) for what, counts in images.tallies.items()}
+    return pd.DataFrame(columns).to_string()
 
 
 def write_split(images: LabelledImages, path: str | os.PathLike) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from sklearn.model_selection import train_test_split
 
 from downstream.data.choices import AUTO, PUBLISHED, ZEROS
 from downstream.data.folder import Folder
-from downstream.data.labelled import MULTICLASS, TEST, TRAIN, VALID
-from downstream.data.rows import UNLISTED, Rows, join_same, keep_where, label_values, one_hot, read_rows
-from downstream.data.splits import draw_subjects, split_70_15_15
+from downstream.data.labelled import MULTICLASS, PARTS, TEST, TRAIN, VALID
+from downstream.data.rows import Rows, join_same, keep_where, label_values, one_hot, read_rows, refuse_cell
+from downstream.data.splits import draw_subjects, listed_parts, split_70_15_15
 from util.errors import UserError
-from util.tables import read_text
+from util.tables import read_header, read_text
 
 Choices = argparse.Namespace
 
@@ -27,7 +28,7 @@ Choices = argparse.Namespace
 def read_rsna(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
     """stage_2_train_labels.csv has a row per box; a patient is positive if one of them is (Target 1)."""
     path = choices.csv or folder.table("*stage_2_train_labels*.csv")
-    table = read_rows(path, choices, ["Target"], ids=["patientId"])
+    table = read_rows(path, choices.where, ["Target"], ids=["patientId"])
     positive = label_values(table, ["Target"], path, notes)["Target"].groupby(table["patientId"], sort=True).max()
     return _split_as_published(positive.rename("Pneumonia"))
 
@@ -36,11 +37,10 @@ def read_siim(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
     """train-rle.csv has a row per mask; an image is positive if one is not "-1"."""
     column = "EncodedPixels"  # the header has a blank before it
     path = choices.csv or folder.table("*train-rle*.csv", "stage_2_train.csv")
-    table = read_rows(path, choices, [column], ids=["ImageId"])
+    table = read_rows(path, choices.where, [column], ids=["ImageId"])
     is_mask = table[column] != "-1"
-    if (odd := is_mask & ~table[column].str.fullmatch(r"\d+( +\d+)*")).any():
-        line, cell = table.index[odd][0], table[column][odd].iloc[0]
-        raise UserError(f"{path}: line {line}, column {column!r}: {cell[:40]!r} is neither -1 nor pairs of numbers")
+    odd = is_mask & ~table[column].str.fullmatch(r"\d+( +\d+)*")
+    refuse_cell(path, table[column], odd, "is neither -1 nor pairs of numbers")
     positive = is_mask.astype(np.float32).groupby(table["ImageId"], sort=True).max()
     return _split_as_published(positive.rename("Pneumothorax"), no_patients=f"{path.name} names no patients")
 
@@ -66,20 +66,18 @@ def read_nih(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
     authors' own lists are not published)."""
     image, labels, patient = "Image Index", "Finding Labels", "Patient ID"
     path = choices.csv or folder.table("Data_Entry_2017*.csv")
-    table = read_rows(path, choices, [labels], ids=[image], subject=patient)
+    table = read_rows(path, choices.where, [labels], ids=[image], subject=patient)
     table = join_same(table, image, [labels, patient], path, notes)
-    found = []
-    for line, cell in table[labels].items():
-        found.append({part.strip() for part in cell.split("|")} - {"No Finding"})
-        if unknown := found[-1].difference(NIH_FINDINGS):
-            raise UserError(f"{path}: line {line}, column {labels!r}: {min(unknown)!r} is none of the 14 findings")
+    found = [{part.strip() for part in cell.split("|")} - {"No Finding"} for cell in table[labels]]
+    unknown = pd.Series([not names <= set(NIH_FINDINGS) for names in found], table.index)
+    refuse_cell(path, table[labels], unknown, "has a word that is none of the 14 findings")
     rows = pd.DataFrame({"id": table[image], "subject": table[patient]})
     lists = {part: folder.table(name, needed=False) for part, name in NIH_LISTS.items()}
     if any(lists.values()):
         for part, name in NIH_LISTS.items():
             if lists[part] is None:
                 raise UserError(f"{folder.root}: {name} is missing, while the other list is there; get both")
-        rows["part"] = listed_parts(rows["id"], lists)
+        rows["part"] = listed_parts(list(rows["id"]), lists, notes)
         patients = np.unique(rows["subject"][rows["part"] == TRAIN].to_numpy(str))
         drawn = np.random.default_rng(choices.split_seed).permutation(patients)[: max(1, round(len(patients) / 8))]
         rows.loc[(rows["part"] == TRAIN) & rows["subject"].isin(drawn), "part"] = VALID
@@ -91,21 +89,7 @@ def read_nih(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
     return Rows(rows, one_hot(found, NIH_FINDINGS), strong_augmentation=True)
 
 
-def listed_parts(ids: pd.Series, lists: dict[str, Path]) -> np.ndarray:
-    """The part of each image by the list that names it, one name a line; `UNLISTED` for an image in none. `UserError`
-    for a name in two lists, and for lists without any image of the table."""
-    owner: dict[str, str] = {}
-    for part, path in lists.items():
-        for name in filter(None, map(str.strip, read_text(path).splitlines())):
-            if owner.setdefault(name, part) != part:
-                raise UserError(f"{path}: {name} is in {lists[owner[name]]} too; get the lists again")
-    parts = np.array([owner.get(name, UNLISTED) for name in ids])
-    if (parts == UNLISTED).all():
-        raise UserError(f"{', '.join(map(str, lists.values()))}: name no image of the table, e.g. {ids.iloc[0]!r}")
-    return parts
-
-
-# ---------------------------------------------------------------- CheXpert
+# ---------------------------------------------------------------- CheXpert, MIMIC-CXR-JPG
 
 CHEXPERT_JUDGED = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 CHEXPERT_FINDINGS = (
@@ -122,16 +106,13 @@ def read_chexpert(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
     The published run draws its 5,000 by image, so that patients are on both sides; here they are drawn by patient unless
     --split published asks for the former.
     """
-    labels = choices.labels or list(CHEXPERT_JUDGED)
-    if unknown := set(labels).difference(CHEXPERT_FINDINGS):
-        raise UserError(f"chexpert: --labels {min(unknown)}: has {', '.join(CHEXPERT_FINDINGS)}")
-    rules = {"uncertain": choices.uncertain or PUBLISHED, "empty": choices.empty or ZEROS}
+    labels, rules = _chexpert_options(choices, CHEXPERT_JUDGED)
     tables, values = [], []
     files = {TRAIN: choices.csv or folder.table("train.csv"), TEST: folder.table("valid.csv", needed=False)}
     for part, path in files.items():
         if path is None:
             continue
-        whole = read_rows(path, choices, ["Path", "Frontal/Lateral", *labels])
+        whole = read_rows(path, choices.where, ["Path", "Frontal/Lateral", *labels])
         table = whole[whole["Frontal/Lateral"] == "Frontal"]
         if table.empty:
             raise UserError(f"{path}: column 'Frontal/Lateral' has no 'Frontal'")
@@ -139,14 +120,10 @@ def read_chexpert(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
             notes.append(f"chexpert: {len(whole) - len(table)} lateral rows of {path.name} are left out")
         table = join_same(table, "Path", labels, path, notes)
         names = table["Path"].str.replace("\\", "/").str.extract(CHEXPERT_PATH)
-        if (bad := names["id"].isna()).any():
-            raise UserError(
-                f"{path}: line {bad.idxmax()}, column 'Path': {table['Path'][bad].iloc[0]!r} is not "
-                ".../patientNNNNN/studyN/file; read other tables with --dataset csv"
-            )
+        refuse_cell(path, table["Path"], names["id"].isna(), "is not .../patientNNNNN/studyN/file; use --dataset csv")
         tables.append(names.assign(file=table["Path"], part=part))
         values.append(label_values(table, labels, path, notes, **rules))
-    if files[TEST] is None and choices.split in (AUTO, PUBLISHED):
+    if files[TEST] is None and choices.split in (AUTO, PUBLISHED) and not choices.split_lists:
         raise UserError(
             f"{folder.root}: valid.csv, which is the test, is not in it or below; pass --split subject to test "
             "on some of train.csv"
@@ -161,6 +138,45 @@ def read_chexpert(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
         draw_valid(rows, count, choices)
     values = pd.concat(values, ignore_index=True)
     return Rows(rows, values, strong_augmentation=True, shared_subjects=choices.split == PUBLISHED)
+
+
+def _chexpert_options(choices: Choices, default: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The labels of --labels, and what their cells count as."""
+    labels = list(choices.labels or default)
+    if unknown := set(labels).difference(CHEXPERT_FINDINGS):
+        raise UserError(f"--labels {min(unknown)}: there are {', '.join(CHEXPERT_FINDINGS)}")
+    return labels, {"uncertain": choices.uncertain or PUBLISHED, "empty": choices.empty or ZEROS}
+
+
+def read_mimic(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
+    """The labels of a study (mimic-cxr-2.0.0-chexpert.csv, or -negbio.csv) for each of its frontal images (PA, AP), and the
+    official split."""
+    labels, rules = _chexpert_options(choices, CHEXPERT_FINDINGS)
+    path = (
+        choices.csv or folder.table("mimic-cxr-*-chexpert.csv", needed=False) or folder.table("mimic-cxr-*-negbio.csv")
+    )
+    studies = join_same(read_rows(path, (), labels, ids=["study_id"]), "study_id", labels, path, notes)
+    values = label_values(studies, labels, path, notes, **rules).set_index(studies["study_id"])
+    split = folder.table("mimic-cxr-*-split.csv")
+    parts = read_rows(split, (), ["split"], ids=["dicom_id"])
+    parts = dict(zip(parts["dicom_id"], parts["split"].replace("validate", VALID)))
+    metadata = folder.table("mimic-cxr-*-metadata.csv")
+    images = read_rows(metadata, choices.where, ["ViewPosition"], ids=["dicom_id", "study_id"], subject="subject_id")
+    images = join_same(images, "dicom_id", ["subject_id", "study_id"], metadata, notes)
+    frontal = images[images["ViewPosition"].isin(("PA", "AP"))]
+    table = frontal[frontal["study_id"].isin(values.index)]
+    if table.empty:
+        raise UserError(f"{metadata}: no image is PA or AP and of a study in {path.name}")
+    notes.append(
+        f"mimic: labels of {path.name}; {len(images) - len(frontal)} images of other views than PA and AP and "
+        f"{len(frontal) - len(table)} of studies without labels are left out"
+    )
+    part = table["dicom_id"].map(parts)
+    refuse_cell(metadata, table["dicom_id"], ~part.isin(PARTS), f"has no part in {split.name}")
+    subject, study = table["subject_id"], table["study_id"]
+    place = "files/p" + subject.str[:2] + "/p" + subject + "/s" + study + "/" + table["dicom_id"] + ".jpg"
+    rows = pd.DataFrame({"id": table["dicom_id"], "subject": subject, "part": part, "file": place})
+    return Rows(rows, values.loc[study])
 
 
 def draw_valid(rows: pd.DataFrame, count: int, choices: Choices) -> None:
@@ -193,7 +209,7 @@ def read_covidx(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
         if part != VALID or path.is_file():
             table = join_same(_read_covidx_list(path), "filename", ["patient", "class", "source"], path, notes)
             tables.append(table.assign(part=part, id=f"{name}/" + table["filename"]))
-    rows = keep_where(pd.concat(tables, ignore_index=True), folder.root, choices).reset_index(drop=True)
+    rows = keep_where(pd.concat(tables, ignore_index=True), folder.root, choices.where).reset_index(drop=True)
     rows["subject"] = rows["source"] + " " + rows["patient"]
     train = np.flatnonzero(rows["part"] == TRAIN)
     if len(tables) == 2 and choices.split == PUBLISHED:
@@ -222,20 +238,20 @@ def _read_covidx_list(path: Path) -> pd.DataFrame:
 
 
 def read_vindr(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
-    """Box rows, image by reader by finding, of PhysioNet's annotations_train.csv and annotations_test.csv, or
-    of Kaggle's train.csv alone (whose tests have no labels).
+    """PhysioNet's image_labels_train.csv and image_labels_test.csv, which have all labels; or the boxes of its
+    annotations_train.csv and annotations_test.csv, or of Kaggle's train.csv (whose tests have no labels).
 
-    A finding is present if more than half of an image's readers marked it; the test has one consensus. An eighth of the
+    A finding is present if more than half of an image's readers say so; the test has one consensus. An eighth of the
     training images validates.
     """
-    path = choices.csv or folder.table("annotations_train.csv", "train.csv")
-    test_path = folder.table("annotations_test.csv", needed=False)
-    train = _majority(read_rows(path, choices, [], ids=["image_id", "class_name", "rad_id"]))
-    test = train.iloc[:0]
-    if test_path:
-        test = _majority(read_rows(test_path, choices, [], ids=["image_id", "class_name"]).assign(rad_id=""))
-        if both := set(train.index) & set(test.index):
-            raise UserError(f"{test_path}: {min(both)!r} is in {path.name} too; get the tables again")
+    path = choices.csv or folder.table("image_labels_train.csv", needed=False)
+    path = path or folder.table("annotations_train.csv", "train.csv")
+    train, boxes = _majority(path, choices)
+    test_path = folder.table("annotations_test.csv" if boxes else "image_labels_test.csv", needed=False)
+    test = _majority(test_path, choices)[0] if test_path else train.iloc[:0]
+    notes.append(f"vindr: labels of {path.name}{f' and {test_path.name}' if test_path else ''}")
+    if both := set(train.index) & set(test.index):
+        raise UserError(f"{test_path}: {min(both)!r} is in {path.name} too; get the tables again")
     labels = pd.concat([train, test]).astype(np.float32).fillna(0)
     rows = pd.DataFrame({"id": labels.index, "subject": labels.index})
     if test_path:
@@ -244,12 +260,21 @@ def read_vindr(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
     return Rows(rows, labels[sorted(labels)], no_patients="the tables name no patients")
 
 
-def _majority(table: pd.DataFrame) -> pd.DataFrame:
-    """Which findings each image has, bool, one row per image in the order of their ids."""
-    readers = table.groupby("image_id")["rad_id"].nunique()
-    marks = table.drop_duplicates(["image_id", "rad_id", "class_name"]).groupby(["image_id", "class_name"]).size()
-    marks = marks.unstack(fill_value=0)
-    return marks[[name for name in marks if name.lower() != "no finding"]].gt(readers / 2, axis=0)
+def _majority(path: Path, choices: Choices) -> tuple[pd.DataFrame, bool]:
+    """Which findings each image has, bool, one row per image in the order of their ids; and whether from boxes."""
+    image, finding = "image_id", "class_name"
+    header = read_header(path, [image])
+    readers = [column for column in header if column.lower() == "rad_id"]  # none in the tests' consensus
+    boxes = finding in header
+    findings = [finding] if boxes else [column for column in header if column not in (image, *readers)]
+    table = read_rows(path, choices.where, findings, ids=[image, *readers, *([finding] if boxes else ())])
+    by_reader = [table[column] for column in (image, *readers)]
+    if boxes:
+        marks = pd.crosstab(by_reader, table[finding]) > 0
+    else:
+        marks = label_values(table, findings, path, []).groupby(by_reader).max()
+    found = marks.groupby(level=0).mean() > 0.5
+    return found[[name for name in found if name.lower() != "no finding"]], boxes
 
 
 # ---------------------------------------------------------------- PadChest
@@ -264,7 +289,7 @@ def read_padchest(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
     """
     image, labels, patient, view = "ImageID", "Labels", "PatientID", "Projection"
     path = choices.csv or folder.table("PADCHEST_chest_x_ray_images_labels*.csv")
-    table = read_rows(path, choices, [labels, view], ids=[image], subject=patient)
+    table = read_rows(path, choices.where, [labels, view], ids=[image], subject=patient)
     frontal = table[table[view].isin(("PA", "AP"))]
     known = frontal[~frontal[labels].isin(("", "nan"))]  # the real table has the word in one row
     if known.empty:
@@ -274,18 +299,20 @@ def read_padchest(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
         f"{len(frontal) - len(known)} without labels are left out"
     )
     known = join_same(known, image, [labels, patient], path, notes)
-    found = []
-    for line, cell in known[labels].items():
-        try:
-            names = ast.literal_eval(cell)
-        except (ValueError, SyntaxError):
-            names = None
-        if not isinstance(names, list):
-            raise UserError(f"{path}: line {line}, column {labels!r}: {cell[:60]!r} is no list of labels")
-        found.append({str(label).strip() for label in names} - PADCHEST_NO_FINDING)
+    lists = known[labels].map(_python_list)
+    refuse_cell(path, known[labels], lists.isna(), "is no list of labels")
+    found = [{str(label).strip() for label in names} - PADCHEST_NO_FINDING for names in lists]
     counts = Counter(label for row in found for label in row)
     names = sorted(counts)
     if choices.labels is None:
         names = [label for label in names if counts[label] >= 0.01 * len(found)]
         notes.append(f"padchest: the {len(names)} of {len(counts)} labels that 1% of the images have")
     return Rows(pd.DataFrame({"id": known[image], "subject": known[patient]}), one_hot(found, names))
+
+
+def _python_list(cell: str) -> list | None:
+    try:
+        found = ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        return None
+    return found if isinstance(found, list) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ NO_SUBJECT = ("", "nan", "none", "null", "n/a", "<na>")
 WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 # What the published CheXpert run takes -1 for; 0 for labels that are not here.
 PUBLISHED_UNCERTAIN = {"Atelectasis": 1.0, "Edema": 1.0, "Pleural Effusion": 1.0}
-UNLISTED = "-"  # the part of an image that no list of the split names
 
 
 @dataclass
@@ -48,12 +46,7 @@ class Rows:
 
 
 def read_rows(
-    path: Path,
-    choices: argparse.Namespace,
-    columns: Sequence[str],
-    *,
-    ids: Sequence[str] = (),
-    subject: str | None = None,
+    path: Path, where: Sequence[str], columns: Sequence[str], *, ids: Sequence[str] = (), subject: str | None = None
 ) -> pd.DataFrame:
     """The rows of a table that --where keeps, as text, by their line in the file.
 
@@ -61,24 +54,29 @@ def read_rows(
         UserError: a column is missing, or a row names nothing in `ids` or nobody in `subject`, where "nan" and what else
             programs write for nobody would all be one person.
     """
-    wanted = list(dict.fromkeys([*ids, *([subject] if subject else ()), *columns, *conditions(choices)]))
+    named = [*ids, subject] if subject else list(ids)
+    wanted = list(dict.fromkeys([*named, *columns, *conditions(where)]))
     table = read_table(path, wanted, text=wanted)
     if table.empty:
         raise UserError(f"{path}: no rows")
-    table = keep_where(table, path, choices)
-    for column in (*ids, *([subject] if subject else ())):
-        none = table[column].str.lower().isin(NO_SUBJECT if column == subject else ("",))
-        if none.any():
-            line, cell = table.index[none][0], table[column][none].iloc[0]
-            problem = f"{cell!r} names nobody" if cell else "the cell is empty"
-            raise UserError(f"{path}: line {line}, column {column!r}: {problem}; give every row one")
+    table = keep_where(table, path, where)
+    for column in named:
+        none = table[column].str.lower().isin(NO_SUBJECT if column == subject else [""])
+        refuse_cell(path, table[column], none, "names nothing; give every row one")
     return table
 
 
-def conditions(choices: argparse.Namespace) -> dict[str, list[str]]:
+def refuse_cell(path: Path, cells: pd.Series, bad: pd.Series, what: str) -> None:
+    """`UserError` by line and column for the first of the cells that are bad, if any."""
+    if bad.any():
+        line, cell = cells.index[bad][0], cells[bad].iloc[0]
+        raise UserError(f"{path}: line {line}, column {cells.name!r}: {cell[:60]!r} {what}")
+
+
+def conditions(where: Sequence[str]) -> dict[str, list[str]]:
     """--where as the allowed values of each column."""
     found: dict[str, list[str]] = {}
-    for condition in choices.where:
+    for condition in where:
         column, equals, value = condition.partition("=")
         if not equals:
             raise UserError(f"--where {condition!r}: expected COLUMN=VALUE")
@@ -86,19 +84,22 @@ def conditions(choices: argparse.Namespace) -> dict[str, list[str]]:
     return found
 
 
-def keep_where(table: pd.DataFrame, path: Path, choices: argparse.Namespace) -> pd.DataFrame:
+def keep_where(table: pd.DataFrame, path: Path, where: Sequence[str]) -> pd.DataFrame:
     """The rows that --where keeps; `UserError` if it keeps none, or a column is missing."""
-    for column, values in conditions(choices).items():
+    for column, values in conditions(where).items():
         if column not in table:
-            raise UserError(f"--where {column}: {path} has {', '.join(map(str, table.columns))}")
-        kept = table[column].isin(values) | pd.to_numeric(table[column], errors="coerce").isin(
-            pd.to_numeric(pd.Series(values), errors="coerce").dropna()
-        )
+            raise UserError(f"--where {column}: {path} has {', '.join(table.columns)}")
+        numbers = _numbers(pd.Series(values)).dropna()
+        kept = table[column].isin(values) | _numbers(table[column]).isin(numbers)
         if not kept.any():
             found = ", ".join(map(repr, sorted(set(table[column]))[:5]))
             raise UserError(f"{path}: --where keeps no row; column {column!r} has {found}")
         table = table[kept]
     return table
+
+
+def _numbers(cells: pd.Series) -> pd.Series:
+    return pd.to_numeric(cells, errors="coerce")
 
 
 def label_values(
@@ -120,15 +121,11 @@ def label_values(
     """
     labels, counts = {}, np.zeros(2, int)
     for column in columns:
-        values = pd.to_numeric(table[column].str.lower().replace(WORDS), errors="coerce")
+        values = _numbers(table[column].str.lower().replace(WORDS))
         minus, blank = values == -1, table[column] == ""
         bad = ~(values.isin((0, 1)) | (minus & (uncertain is not None)) | (blank & (empty is not None)))
-        if bad.any():
-            more = ", -1 (uncertain)" * (uncertain is not None) + ", an empty cell" * (empty is not None)
-            raise UserError(
-                f"{path}: line {table.index[bad][0]}, column {column!r}: {table[column][bad].iloc[0]!r} is no label; "
-                f"expected 1, 0{more}"
-            )
+        more = ", -1 (uncertain)" * (uncertain is not None) + ", an empty cell" * (empty is not None)
+        refuse_cell(path, table[column], bad, f"is no label; expected 1, 0{more}")
         counts += minus.sum(), blank.sum()
         if uncertain is not None:
             rule = PUBLISHED_UNCERTAIN.get(column, 0.0) if uncertain == PUBLISHED else VALUE_OF[uncertain]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from downstream.data.folder import without_suffix
 from downstream.data.labelled import TEST, TRAIN, VALID
 from util.errors import UserError
+from util.tables import read_text
 
+UNLISTED = "-"  # the part of an image that no list of a split names
 SHARE = 0.15  # of the images, for validation and for tests each, where a split is drawn by subject
 
 
@@ -44,6 +51,45 @@ def split_by_subject(name: str, subjects: np.ndarray, seed: int) -> np.ndarray:
     rest = np.flatnonzero(parts == TRAIN)
     parts[rest[draw_subjects(subjects[rest], count, seed + 1)]] = VALID
     return parts
+
+
+def listed_parts(names: Sequence[str], lists: Mapping[str, Path], notes: list[str]) -> np.ndarray:
+    """The part of each image by the list that names it, `UNLISTED` for an image in none: str [N].
+
+    The first word of a line names an image, with or without directory and suffix; `notes` count lines that name none.
+
+    Raises:
+        UserError: an image in two lists, or a list without any image.
+    """
+    key = _short_name(names)
+    place = {key(name): i for i, name in enumerate(names)}
+    parts = np.full(len(names), UNLISTED, "<U5")
+    for part, path in lists.items():
+        lines = list(filter(None, map(str.strip, read_text(path).splitlines())))
+        keys = (key(re.split(r"[\s,;]", line)[0].strip("\"'").replace("\\", "/")) for line in lines)
+        found = [place[name] for name in keys if name in place]
+        if not found:
+            raise UserError(f"{path}: names no image of the table, e.g. {names[0]!r}")
+        if len(other := np.flatnonzero(~np.isin(parts[found], (UNLISTED, part)))):
+            first = found[other[0]]
+            raise UserError(f"{path}: {names[first]} is in the list of {parts[first]} too; get the lists again")
+        if len(found) < len(lines):
+            notes.append(f"{path}: {len(lines) - len(found)} of {len(lines)} lines name no image of the table")
+        parts[found] = part
+    return parts
+
+
+def _short_name(names: Sequence[str]) -> Callable[[str], str]:
+    """What is left of a path: as few of its last parts as tell all names apart, if possible without suffix."""
+    for bare in (without_suffix, str):
+        for depth in range(1, 2 + max(name.count("/") for name in names)):
+
+            def short(name: str, bare=bare, depth=depth) -> str:
+                return "/".join(bare(name).split("/")[-depth:])
+
+            if len(set(map(short, names))) == len(names):
+                return short
+    return str
 
 
 def draw_subjects(subjects: np.ndarray, count: int, seed: int) -> np.ndarray:

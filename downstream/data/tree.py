@@ -9,9 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from datasets.build import build_dataset, detect_trees
+from datasets.tree import entry_subject
 from downstream.data.labelled import PARTS, TEST, TRAIN, VALID
 from downstream.data.rows import Rows, one_spelling
 from util.errors import UserError
+from util.subjects import subject_key
 
 ANY_FINDING = "Any finding"
 NOT_DISEASE = ["Support devices", "Quality issue", "Normal"]  # not counted by ANY_FINDING
@@ -55,3 +57,13 @@ def read_tree(paths: Sequence[Path], choices: argparse.Namespace, notes: list[st
     if rows["part"].isna().any() or set(rows["part"]) != set(PARTS):
         del rows["part"]
     return Rows(rows, labels, by_part=False)
+
+
+def subjects_of(paths: Sequence[Path]) -> set[str]:
+    """`subject_key` of every subject in some trees. `UserError` for an entry that names none."""
+    found = {subject_key(entry_subject(entry)) for entry in build_dataset(paths, use_cache=False).entries}
+    if "" in found:
+        raise UserError(
+            f"--pretrained_on {' '.join(map(str, paths))}: an entry names no subject; prepare the tree again"
+        )
+    return found
