@@ -59,7 +59,7 @@ def listed_parts(names: Sequence[str], lists: Mapping[str, Path], notes: list[st
     The first word of a line names an image, with or without directory and suffix; `notes` count lines that name none.
 
     Raises:
-        UserError: an image in two lists, or a list without any image.
+        UserError: an image in two lists, or lists without any image.
     """
     key = _short_name(names)
     place = {key(name): i for i, name in enumerate(names)}
@@ -68,14 +68,13 @@ def listed_parts(names: Sequence[str], lists: Mapping[str, Path], notes: list[st
         lines = list(filter(None, map(str.strip, read_text(path).splitlines())))
         keys = (key(re.split(r"[\s,;]", line)[0].strip("\"'").replace("\\", "/")) for line in lines)
         found = [place[name] for name in keys if name in place]
-        if not found:
-            raise UserError(f"{path}: names no image of the table, e.g. {names[0]!r}")
-        if len(other := np.flatnonzero(~np.isin(parts[found], (UNLISTED, part)))):
-            first = found[other[0]]
-            raise UserError(f"{path}: {names[first]} is in the list of {parts[first]} too; get the lists again")
+        if both := [i for i in found if parts[i] not in (UNLISTED, part)]:
+            raise UserError(f"{path}: {names[both[0]]} is in the list of {parts[both[0]]} too; get the lists again")
         if len(found) < len(lines):
             notes.append(f"{path}: {len(lines) - len(found)} of {len(lines)} lines name no image of the table")
         parts[found] = part
+    if (parts == UNLISTED).all():
+        raise UserError(f"{', '.join(map(str, lists.values()))}: no line names an image of the table, e.g. {names[0]!r}")
     return parts
 
 

@@ -127,7 +127,10 @@ def test_lists_of_others_say_who_trains_and_tests(ten, lists):
     with pytest.raises(UserError, match="a/1.png is in the list of train too"):
         read_dataset("csv", ten, split_lists=paths)
     paths[2].write_text("none.png")
-    with pytest.raises(UserError, match="test.lst: names no image of the table"):
+    assert "test.lst: 1 of 1 lines name no image" in " ".join(read_dataset("csv", ten, split_lists=paths).notes)
+    for path in paths[:2]:
+        path.write_text("none.png")
+    with pytest.raises(UserError, match="test.lst: no line names an image of the table"):
         read_dataset("csv", ten, split_lists=paths)
 
 
