@@ -30,7 +30,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         accum_iter: steps per optimiser step.
 
     Raises:
-        ValueError: if the data set doesn't fill a single optimiser step.
+        UserError: the data set doesn't fill a single optimiser step.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.start_epoch, self.start_step = start_epoch, start_step
         self.steps_per_epoch = dataset_size // world_size // batch_size // accum_iter * accum_iter
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes is larger than "
+            raise UserError(
+                f"--batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes is larger than "
                 f"the data set ({dataset_size} samples)"
             )
 
@@ -63,10 +63,6 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         """This rank's samples of an epoch, in order."""
         self.sampler.set_epoch(epoch)
         return list(self.sampler)
-
-    def batch(self, epoch: int, step: int) -> list[int]:
-        """The samples that this rank trains on in one step."""
-        return self.epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.start_epoch, self.epochs):
@@ -115,8 +111,8 @@ def train_loader(
             start_step=step,
             accum_iter=accum_iter,
         )
-    except ValueError as error:
-        raise UserError(f"--{error}{mend}") from None
+    except UserError as error:
+        raise UserError(f"{error}{mend}") from None
     if step >= sampler.steps_per_epoch:
         raise UserError(
             f"the checkpoint is at step {step} of epoch {epoch + 1}, and an epoch has {sampler.steps_per_epoch}; go on "

@@ -14,7 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
+from datasets.replay import single_image, training_batch
+from datasets.shown import chosen_samples, training_dataset
 from models_cxrmim import CXRMIM
 from util.architecture import build_model
 from util.cli import Parser, check_device, finite_float, seed_number

@@ -26,9 +26,9 @@ from datasets.plane import Plane, PlaneKind, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
 from util.contrast import CONTRASTS, add_dicom_contrast
-from util.dicom import dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
+from util.dicom import is_dicom, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
-from util.images import image_size, read_intensities
+from util.images import read_intensities
 
 SQUARE, CROP = 256, 224
 CENTRE = -1  # the view of validation and tests
@@ -61,10 +61,6 @@ class Reading:
             raise UserError(f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(DICOM_CONTRASTS)}")
         if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
             raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
-
-    def size(self, path: Path) -> tuple[int, int]:
-        """(height, width) from the header."""
-        return dicom_size(path) if is_dicom(path) else image_size(path, deep=True)
 
     def read(self, path: Path) -> np.ndarray:
         """uint8 [H, W]. Raises `UserError` naming the file."""
@@ -206,19 +202,15 @@ def open_squares(
     kind = PlaneKind(
         f"fitted-{reading.dicom_contrast}-{scale}",
         SQUARE,
-        reading.size,
-        fitted_size,
         partial(_fitted_picture, reading),
         f" ({images.name}; pass over it by leaving its row out of the table)",
     )
     return open_plane([place], kind, images.files, root=place, num_workers=num_workers)
 
 
-def _fitted_picture(reading: Reading, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def _fitted_picture(reading: Reading, file: Path) -> tuple[np.ndarray, tuple[int, int]]:
     gray = reading.read(file)
-    if gray.shape != native_size:
-        raise UserError(f"{file}: the file changed while it was read; start again")
-    return area_resize(gray, size)
+    return area_resize(gray, fitted_size(*gray.shape)), gray.shape
 
 
 def options_heeded(files: Sequence[Path]) -> dict[str, Path]:
