@@ -122,7 +122,4 @@ def detect_trees(data_path: DataPath) -> list[tuple[type[GazeTree], Path]]:
 
 
 def _paths(data_path: DataPath) -> list[str | os.PathLike]:
-    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
-    if not paths:
-        raise UserError("--data_path: no directory given")
-    return paths
+    return [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)

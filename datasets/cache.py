@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from datasets.plane import CHECKSUM, NATIVE_SIZE, Plane, PlaneKind, find_plane, open_plane, plane_file_name
+from datasets.plane import Plane, open_plane
 from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
 from datasets.tree import GazeTree, Problem, check_same_size
 from util.errors import UserError
@@ -35,27 +34,6 @@ from util.images import read_gray, read_map
 
 PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
 ADVICE = " (run_pretrain.py --check_data lists every bad file)"
-
-
-class TreeCache:
-    """The cached planes of a tree, by sample.
-
-    Attributes:
-        by_plane: gray, attention and, if the tree reads it, foreground: the plane, and the place of each sample in it.
-    """
-
-    def __init__(self, by_plane: list[tuple[Plane, np.ndarray]]):
-        self.by_plane = by_plane
-
-    def planes(self, index: int) -> tuple[list[np.ndarray], tuple[int, int]]:
-        """Like `GazeTree.read_planes`: uint8 [h, w] of each plane and the image's native (height, width)."""
-        gray, places = self.by_plane[0]
-        native_size = gray.table[places[index], NATIVE_SIZE].tolist()
-        return [plane[places[index]] for plane, places in self.by_plane], tuple(native_size)
-
-    def checksums(self, indices: Sequence[int]) -> bytes:
-        """CRC-32 of each plane of some samples."""
-        return b"".join(plane.table[places[list(indices)], CHECKSUM].tobytes() for plane, places in self.by_plane)
 
 
 def add_cache(
@@ -78,43 +56,45 @@ def add_cache(
         UserError: a missing or damaged original, a damaged cache, planes of different sizes, no place to write, disk
             full.
     """
-    directories = _directories(tree, cache_dir, fallback_dir)
-    by_plane = [
-        (open_plane(directories, kind, files, root=tree.root, num_workers=num_workers), places)
-        for kind, files, places in _planes(tree)
-    ]
-    image_sizes, *other_sizes = (plane.table[places, NATIVE_SIZE] for plane, places in by_plane)  # [n, 2] each
+    planes = [_open(tree, role, cache_dir, fallback_dir, num_workers=num_workers) for role in range(tree.n_planes)]
+    image_sizes, *other_sizes = (plane.native_size(slice(None)) for plane in planes)  # [n, 2] each
     for role, sizes in enumerate(other_sizes, start=1):
         for index in np.flatnonzero((sizes != image_sizes).any(1))[:1]:
             files = tree.files(index)
             check_same_size(files[role], sizes[index], files.image, image_sizes[index])
-    tree.cache = TreeCache(by_plane)
+    tree.cache = planes
 
 
 def check_cache(
     tree: GazeTree, cache_dir: str | os.PathLike | None = None, *, fallback_dir: str | os.PathLike | None = None
 ) -> list[Problem]:
     """Read what `add_cache` would use of the cache, and change nothing: a note for each plane that is there, an error
-    for a damaged one, or a note that there is no cache yet. Raises UserError for a missing original."""
+    for a damaged one, or a note that there is no cache yet."""
     found = []
-    for kind, files, _ in _planes(tree):
-        name = plane_file_name(kind, files, tree.root)
+    for role in range(tree.n_planes):
         try:
-            if (plane := find_plane(_directories(tree, cache_dir, fallback_dir), name)) is not None:
+            if (plane := _open(tree, role, cache_dir, fallback_dir, build=False)) is not None:
                 plane.check()
-                found.append(Problem("note", f"{plane.path}: {len(plane)} cached pictures, all as they were written"))
+                text = f"{plane.path}: {len(plane.table)} cached pictures, all as they were written"
+                found.append(Problem("note", text))
         except UserError as error:
             found.append(Problem("error", str(error)))
     return found or [Problem("note", f"{tree.root}: no cache of these settings yet, so none was checked")]
 
 
-def _planes(tree: GazeTree) -> Iterator[tuple[PlaneKind, list[str], np.ndarray]]:
-    """The kind of each plane that the tree reads, its files, each once, and the place of each sample's file among
-    them."""
-    for role, name in enumerate(PLANES[: tree.n_planes]):
-        place: dict[str, int] = {}
-        places = np.array([place.setdefault(tree.entry_files(entry)[role], len(place)) for entry in tree.entries])
-        yield PlaneKind(name, tree.cache_size, partial(_picture, name, tree.cache_size), ADVICE), list(place), places
+def _open(
+    tree: GazeTree, role: int, cache_dir: str | os.PathLike | None, fallback_dir: str | os.PathLike | None, **options
+) -> Plane | None:
+    """One of the planes of a tree, see `open_plane`."""
+    kind = Path(tree.index_file).stem
+    own = f"{kind}-{hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]}"
+    directories = [tree.root / ".cache" / kind] if cache_dir is None else [Path(cache_dir, own)]
+    if cache_dir is None and fallback_dir is not None:
+        directories.append(Path(fallback_dir, ".cache", own))
+    files = [tree.entry_files(entry)[role] for entry in tree.entries]
+    name, size = PLANES[role], tree.cache_size
+    picture = partial(_picture, name, size)
+    return open_plane(directories, f"{name}-{size}", files, picture, root=tree.root, advice=ADVICE, **options)
 
 
 def _picture(name: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[int, int]]:
@@ -124,15 +104,3 @@ def _picture(name: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[
         native = full_scale_foreground(native)
     size = grid_size(*native.shape, cache_size)
     return crop_resize_flip([native], Box(0, 0, *native.shape), size)[0].numpy(), native.shape
-
-
-def _directories(
-    tree: GazeTree, cache_dir: str | os.PathLike | None, fallback_dir: str | os.PathLike | None
-) -> list[Path]:
-    """Where the planes of a tree may be, in order of preference."""
-    kind = Path(tree.index_file).stem
-    name = f"{kind}-{hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]}"
-    if cache_dir is not None:
-        return [Path(cache_dir) / name]
-    own = tree.root / ".cache" / kind
-    return [own] if fallback_dir is None else [own, Path(fallback_dir) / ".cache" / name]

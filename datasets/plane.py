@@ -10,15 +10,16 @@ A cache is derived, so it is not mended: whoever finds it damaged names the file
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -31,44 +32,33 @@ from util.locks import file_lock
 # To be raised with every change of what a cached picture holds, or of how.
 PREPROCESSING_VERSION = 3
 
-NATIVE_SIZE, CHECKSUM = slice(3, 5), 5  # columns of the table
 LOCK_FILE = "lock"
 ABSENT = (FileNotFoundError, NotADirectoryError, PermissionError)  # not there, or not for this user
 ITEMS_AT_ONCE = 512  # bounds the memory that waiting results take
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
-class PlaneKind(NamedTuple):
-    """How the files of a plane become its pictures.
-
-    Attributes:
-        name, size: begin the name of the plane's file; `name` says all that `size` doesn't.
-        picture: file -> (picture, uint8 [h, w]; (height, width) of the original image).
-        advice: end of the message about a file that can't be read.
-    """
-
-    name: str
-    size: int
-    picture: Callable[[Path], tuple[np.ndarray, tuple[int, int]]]
-    advice: str = ""
+Picture = Callable[[Path], tuple[np.ndarray, tuple[int, int]]]
 
 
 class Plane:
     """The pictures of one plane, read from its memory-mapped files.
 
-    `plane[i]` is a uint8 [h, w] view, whose checksum is compared the first time that this object reads it; it raises
-    UserError where they differ. Pickling holds the path alone: each process maps the files for itself.
+    `plane[i]` is that of the i-th file, a uint8 [h, w] view, whose checksum is compared the first time that this object
+    reads it; it raises UserError where they differ. Pickling holds no pixels: each process maps the files for itself.
 
     Attributes:
         table: int64 [n, 6]: offset, height, width, native height, native width, checksum.
+
+    Args:
+        path: of the pixels.
+        rows: row of the table of each file.
 
     Raises:
         UserError: the table or a length is damaged; one of `ABSENT` if this user can read no such plane.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, rows: np.ndarray):
+        self.path, self.rows = path, rows
         try:
             with np.load(_table_path(path)) as archive:
                 self.table = archive["table"]
@@ -83,19 +73,28 @@ class Plane:
         self._is_checked = np.zeros(len(self.table), bool)
 
     def __reduce__(self):
-        return Plane, (self.path,)
+        return Plane, (self.path, self.rows)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        offset, height, width, *_, checksum = self.table[index].tolist()
+        row = self.rows[index]
+        offset, height, width, *_, checksum = self.table[row].tolist()
         pixels = self._pixels[offset : offset + height * width]
-        if not self._is_checked[index]:
+        if not self._is_checked[row]:
             if zlib.crc32(pixels) != checksum:
-                raise self._damaged(f"picture {index}")
-            self._is_checked[index] = True
+                raise self._damaged(f"picture {row}")
+            self._is_checked[row] = True
         return pixels.reshape(height, width)
+
+    def native_size(self, indices) -> np.ndarray:
+        """(height, width) of the original of one or several files, int64 [..., 2]."""
+        return self.table[self.rows[indices], 3:5]
+
+    def checksums(self, indices) -> np.ndarray:
+        """CRC-32 of the pictures of several files, int64 [n]."""
+        return self.table[self.rows[indices], 5]
 
     def check(self) -> None:
         """Read all pictures. Raises UserError as `plane[i]` does."""
@@ -110,55 +109,69 @@ class Plane:
 
 
 def open_plane(
-    directories: Sequence[Path], kind: PlaneKind, files: Sequence[Path], *, root: Path, num_workers: int | None = None
-) -> Plane:
+    directories: Sequence[Path],
+    name: str,
+    files: Sequence[str | Path],
+    picture: Picture,
+    *,
+    root: Path,
+    advice: str = "",
+    num_workers: int | None = None,
+    build: bool = True,
+) -> Plane | None:
     """The plane of these files from the first directory that has it, or else built in the first that can be written.
 
     Args:
+        name: begins the name of the plane's file, and says what `picture` makes of a file.
+        files: one that is there several times is held once.
+        picture: file -> (picture, uint8 [h, w]; (height, width) of the original image).
         root: names below it are part of the digest, its own place is not.
+        advice: end of the message about a file that can't be read.
         num_workers: threads that build; default all CPUs.
+        build: without it, None if no directory has the plane.
 
     Raises:
         UserError: a damaged cache, an original that can't be read, no place to write, disk full.
     """
-    name = plane_file_name(kind, files, root)
-    if (plane := find_plane(directories, name)) is not None:
+    row: dict[str, int] = {}
+    rows = np.array([row.setdefault(os.fspath(file), len(row)) for file in files])
+    file_name = f"{name}-{_digest(row, root, advice)}.npy"
+
+    def find(places: Sequence[Path]) -> Plane | None:
+        for place in places:
+            with contextlib.suppress(*ABSENT):
+                return Plane(place / file_name, rows)
+        return None
+
+    if (plane := find(directories)) is not None or not build:
         return plane
     directory = _first_writable(directories)
     with file_lock(directory / LOCK_FILE, what=f"the cache in {directory}", wait=True):
-        if (plane := find_plane([directory], name)) is not None:
+        if (plane := find([directory])) is not None:
             return plane  # another process has built it meanwhile
         # Of older versions, which processes that have them mapped keep, and of builders that were killed.
-        for pattern in (f"{kind.name}-{kind.size}-*.np[yz]", f"{TEMPORARY_PREFIX}*"):
+        for pattern in (f"{name}-*.np[yz]", f"{TEMPORARY_PREFIX}*"):
             for leftover in directory.glob(pattern):
                 leftover.unlink(missing_ok=True)
-        _build(directory / name, kind, files, num_workers)
-    return Plane(directory / name)
-
-
-def find_plane(directories: Sequence[Path], name: str) -> Plane | None:
-    """The plane of that file name from the first directory that has it. Raises UserError if it is damaged."""
-    for directory in directories:
         try:
-            return Plane(directory / name)
-        except ABSENT:
-            continue
-    return None
+            _build(directory / file_name, list(row), picture, num_workers)
+        except UserError as error:
+            raise UserError(f"{error}{advice}") from None
+    return find([directory])
 
 
-def plane_file_name(kind: PlaneKind, files: Sequence[str | Path], root: Path) -> str:
-    """Says all that the plane's content depends on, by a digest. Raises UserError for a missing original."""
+def _digest(files: Iterable[str], root: Path, advice: str) -> str:
+    """Of all that the plane's content depends on, beside its name. Raises UserError for a missing original."""
     digest = hashlib.sha256(f"{PREPROCESSING_VERSION}\n".encode())
-    prefix = f"{root}{os.sep}"
     for file in files:
         try:
             status = os.stat(file)
         except OSError as error:
-            raise UserError(f"{file}: {str(error.strerror).lower()}{kind.advice}") from None
+            raise UserError(f"{file}: {str(error.strerror).lower()}{advice}") from None
         # The time of the status changes with the content too, and no archive or copy sets it back.
-        line = f"{os.fspath(file).removeprefix(prefix)}\0{status.st_size} {status.st_ctime_ns}\n"
+        line = f"{file.removeprefix(f'{root}{os.sep}')}\0{status.st_size} {status.st_ctime_ns}\n"
         digest.update(os.fsencode(line))
-    return f"{kind.name}-{kind.size}-{digest.hexdigest()[:20]}.npy"
+    return digest.hexdigest()[:20]
 
 
 def in_threads(
@@ -175,28 +188,27 @@ def in_threads(
             raise
 
 
-def _build(path: Path, kind: PlaneKind, files: Sequence[Path], num_workers: int | None) -> None:
+def _build(path: Path, files: Sequence[str], picture: Picture, num_workers: int | None) -> None:
     """Append the pictures in order, by plain writes: under a memory map a full disk ends the process by a signal."""
     table: list[tuple[int, ...]] = []
     end = needed = 0
     try:
         with atomic_write(path) as file:
             _write_header(file, 0)
-            pictures = in_threads(kind.picture, files, num_workers)
-            for picture, native_size in tqdm(pictures, f"cache of {kind.name}", len(files), unit="image", disable=None):
-                needed = needed or picture.size * len(files)
+            pictures = in_threads(picture, files, num_workers)
+            bar = tqdm(pictures, f"cache {path.name.partition('-')[0]}", len(files), unit="image", disable=None)
+            for pixels, native_size in bar:
+                needed = needed or pixels.size * len(files)
                 if not table and needed > shutil.disk_usage(path.parent).free:
                     raise OSError(errno.ENOSPC, "too little room")
-                pixels = picture.tobytes()
-                table.append((end, *picture.shape, *native_size, zlib.crc32(pixels)))
-                file.write(pixels)
-                end += len(pixels)
+                content = pixels.tobytes()
+                table.append((end, *pixels.shape, *native_size, zlib.crc32(content)))
+                file.write(content)
+                end += len(content)
             file.seek(0)
             _write_header(file, end)
         with atomic_write(_table_path(path)) as file:
             np.savez(file, table=np.array(table, np.int64))
-    except UserError as error:
-        raise UserError(f"{error}{kind.advice}") from None
     except OSError as error:
         why = str(error.strerror)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -80,14 +80,12 @@ def train_loader(
     batch_size: int,
     ranks: Ranks,
     *,
-    seed: int,
-    epochs: int,
     epoch: int,
     step: int,
-    accum_iter: int = 1,
     num_workers: int,
     pin_memory: bool = True,
     mend: str = "",
+    **order: int,
 ) -> SampleLoader:
     """This rank's batches from a place, (`epoch`, `step`), to the end of training; its `batch_sampler` is a
     `TrainBatches`.
@@ -95,22 +93,14 @@ def train_loader(
     Args:
         pin_memory: on a GPU; never on the CPU.
         mend: what to do about a data set that fills no step, added to the message.
+        order: seed, epochs and accum_iter of `TrainBatches`.
 
     Raises:
         UserError: the data set doesn't fill a single optimiser step, or an epoch has no such step.
     """
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "start_epoch": epoch, "start_step": step}
     try:
-        sampler = TrainBatches(
-            len(dataset),
-            batch_size,
-            world_size=ranks.world_size,
-            rank=ranks.rank,
-            seed=seed,
-            epochs=epochs,
-            start_epoch=epoch,
-            start_step=step,
-            accum_iter=accum_iter,
-        )
+        sampler = TrainBatches(len(dataset), batch_size, **place, **order)
     except UserError as error:
         raise UserError(f"{error}{mend}") from None
     if step >= sampler.steps_per_epoch:

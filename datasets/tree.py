@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.plane import Plane
 from datasets.transforms import (
     binary_foreground,
     centre_box,
@@ -98,7 +99,7 @@ class GazeTree(Dataset):
     def __post_init__(self):
         self.root = Path(self.root)
         self.first_index = 0  # of this tree among several, see ConcatTrees
-        self.cache = None  # a datasets.cache.TreeCache
+        self.cache: list[Plane] | None = None  # of gray, attention and, with `preload`, foreground
         self.entries = read_index(self.root / self.index_file)
         for problem in self.entry_problems(self.entries).values():
             raise UserError(f"{self.root / self.index_file}: {problem}")
@@ -166,7 +167,7 @@ class GazeTree(Dataset):
         """Differs where the pixels of these samples differ: checksums of the cached planes, or without a cache the
         sizes of the files."""
         if self.cache is not None:
-            return self.cache.checksums(indices)
+            return b"".join(plane.checksums(list(indices)).tobytes() for plane in self.cache)
         sizes = []
         for index in indices:
             for file in self.entry_files(self.entries[index])[: self.n_planes]:
@@ -208,7 +209,8 @@ class GazeTree(Dataset):
         """Gray, attention and (with `preload`) foreground of a sample, uint8 of one size [H, W], from the
         cache where there is one; and the (height, width) of the native image."""
         if self.cache is not None:
-            return self.cache.planes(index)
+            native_size = self.cache[0].native_size(index).tolist()
+            return [plane[index] for plane in self.cache], tuple(native_size)
         files = self.files(index)
         planes = [read_gray(files.image), read_map(files.attention)]
         if self.preload:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from downstream.data.labelled import LabelledImages
-from datasets.plane import Plane, PlaneKind, open_plane
+from datasets.plane import Plane, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
 from util.contrast import CONTRASTS, add_dicom_contrast
@@ -199,16 +199,13 @@ def open_squares(
     listed = "\n".join(map(os.fspath, images.files))
     place = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
     scale = "range" if reading.intensity_max is None else f"{reading.intensity_max:g}"
-    kind = PlaneKind(
-        f"fitted-{reading.dicom_contrast}-{scale}",
-        SQUARE,
-        partial(_fitted_picture, reading),
-        f" ({images.name}; pass over it by leaving its row out of the table)",
-    )
-    return open_plane([place], kind, images.files, root=place, num_workers=num_workers)
+    name = f"fitted-{reading.dicom_contrast}-{scale}-{SQUARE}"
+    advice = f" ({images.name}; pass over it by leaving its row out of the table)"
+    picture = partial(_fitted_picture, reading)
+    return open_plane([place], name, images.files, picture, root=place, advice=advice, num_workers=num_workers)
 
 
-def _fitted_picture(reading: Reading, file: Path) -> tuple[np.ndarray, tuple[int, int]]:
+def _fitted_picture(reading: Reading, file: str | Path) -> tuple[np.ndarray, tuple[int, int]]:
     gray = reading.read(file)
     return area_resize(gray, fitted_size(*gray.shape)), gray.shape
 

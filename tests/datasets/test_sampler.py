@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
@@ -7,6 +7,7 @@ from datasets.sampler import TrainBatches
 from util.errors import UserError
 
 
+@settings(deadline=None)
 @given(
     size=st.integers(1, 60),
     batch=st.integers(1, 5),
