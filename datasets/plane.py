@@ -24,10 +24,9 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from util.cpus import available_cpus
+from util.cli import available_cpus
 from util.errors import UserError
-from util.files import TEMPORARY_PREFIX, atomic_write
-from util.locks import file_lock
+from util.files import TEMPORARY_PREFIX, atomic_write, file_lock
 
 # To be raised with every change of what a cached picture holds, or of how.
 PREPROCESSING_VERSION = 3

@@ -32,11 +32,10 @@ from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, RawReadings, Reading, is_simulated
 from util.bootstrap import MIN_DRAWS, bootstrap_means, interval
-from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.figures import save_figure
 from util.files import atomic_write
-from util.radiograph import radiograph_size, read_radiograph
+from util.radiograph import MIMIC_CXR_JPG, radiograph_size, read_radiograph
 
 NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellipse no abnormality
 REGIONS = ("whole image", "chest box")  # within which a ratio is computed
@@ -136,7 +135,7 @@ def analyze(
         min_certainty: ellipses below this certainty (1-5) are not used.
         n_examples: images to show, evenly spread over the density ratios.
         sigma, metadata: of EGD-CXR, see `read_egd`; an error for other data sets.
-        dicom_contrast: of the examples, one of `util.contrast.CONTRASTS`.
+        dicom_contrast: of the examples, one of `util.radiograph.CONTRASTS`.
 
     A damaged reading is left out and listed. Raises `UserError` where nothing can be analysed.
     """

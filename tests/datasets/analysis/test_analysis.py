@@ -15,12 +15,12 @@ from phantom_egd import make_egd
 
 from datasets.analysis.gaze_density import ANY, SIZES, density_ratio, ellipse_mask, size_class
 from datasets.analysis.measure import analyze
+from datasets.fixations import fixation_heatmap
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
 from datasets.raw.findings import COMMON_FINDING
 from util.bootstrap import bootstrap_means, interval
 from util.errors import UserError
-from util.gaze import fixation_heatmap
 from util.images import read_gray
 from util.radiograph import read_radiograph
 
