@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from datasets.replay import chosen_samples, training_dataset
+from datasets.shown import chosen_samples, training_dataset
 from util.errors import UserError
 from util.masking import mask_generator, masked_count, significant_patches
 from util.training import Training

@@ -282,17 +282,16 @@ def check_args(args: argparse.Namespace) -> None:
 
 def check_data(args: argparse.Namespace) -> int:
     """Read the whole tree, and its cache where there is one, and list every bad entry; returns the exit status."""
-    problems = datasets.check_data(args.data_path, preload=args.preload)
-    if args.use_cache:
-        problems += datasets.check_caches(
-            args.data_path,
-            preload=args.preload,
-            cache_dir=args.cache_dir,
-            cache_size=args.cache_size,
-            fallback_dir=args.output_dir,
-        )
+    problems = datasets.check_data(
+        args.data_path,
+        preload=args.preload,
+        use_cache=args.use_cache,
+        cache_dir=args.cache_dir,
+        cache_size=args.cache_size,
+        fallback_dir=args.output_dir,
+    )
     for problem in problems:
-        print(f"{problem.severity}: {problem.file}: {problem.message}")
+        print(problem)
     n_errors, n_warnings = (sum(p.severity == kind for p in problems) for kind in ("error", "warning"))
     print(f"checked {', '.join(map(str, args.data_path))}: {n_errors} errors, {n_warnings} warnings")
     return 1 if n_errors else 0

@@ -8,17 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "Mimic",
-    "Problem",
-    "Reflacx",
-    "SampleError",
-    "add_cache",
-    "build_dataset",
-    "check_caches",
-    "check_data",
-    "detect_tree",
-]
+__all__ = ["Mimic", "Problem", "Reflacx", "SampleError", "add_cache", "build_dataset", "check_data", "detect_tree"]
 
 
 def __getattr__(name: str) -> Any:

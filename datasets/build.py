@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.cache import add_cache, check_cache
+from datasets.check import check_tree
 from datasets.mimic import Mimic
 from datasets.reflacx import Reflacx
-from datasets.tree import ConcatTrees, GazeTree, Problem, SampleError, check_tree
+from datasets.tree import ConcatTrees, GazeTree, Problem, SampleError, read_index
 from util.errors import UserError
 
-__all__ = ["Mimic", "Problem", "Reflacx", "SampleError", "build_dataset", "check_caches", "check_data"]
+__all__ = ["Mimic", "Problem", "Reflacx", "SampleError", "build_dataset", "check_data"]
 
 DataPath = str | os.PathLike | Sequence[str | os.PathLike]
 TREE_TYPES = (Reflacx, Mimic)
@@ -56,28 +57,34 @@ def build_dataset(
     return trees[0] if len(trees) == 1 else ConcatTrees(trees)
 
 
-def check_data(data_path: DataPath, preload: bool = False) -> list[Problem]:
-    """Read every file of the trees and return every bad entry; none raises but an unreadable index."""
-    return [problem for tree in detect_trees(data_path) for problem in check_tree(*tree, preload)]
-
-
-def check_caches(
+def check_data(
     data_path: DataPath,
     *,
     preload: bool = False,
+    use_cache: bool = False,
     cache_dir: str | os.PathLike | None = None,
     cache_size: int = 512,
     fallback_dir: str | os.PathLike | None = None,
 ) -> list[Problem]:
-    """Read and check the caches that `build_dataset` would use with these settings: notes on those that are whole or
-    not there, warnings about damaged ones. A tree that has no readable index or lacks files is left to `check_data`."""
+    """Read every file of the trees and return every bad entry, or those of the index alone where it has some.
+
+    With `use_cache` the caches that `build_dataset` would use with these settings are read and checked too: notes on
+    those that are whole or not there, errors for damaged ones. Raises UserError for an unreadable index.
+    """
     found = []
     for tree_type, root in detect_trees(data_path):
-        try:
+        index = root / tree_type.index_file
+        problems = [
+            Problem("error", f"{index}: {problem}") for problem in tree_type.entry_problems(read_index(index)).values()
+        ]
+        if not problems:
             tree = tree_type(root, preload=preload, cache_size=cache_size)
-            found += check_cache(tree, cache_dir, fallback_dir=fallback_dir)
-        except UserError as error:
-            found.append(Problem("note", str(root), f"its cache was not checked, for an error of the tree ({error})"))
+            problems = check_tree(tree)
+            if use_cache and any(problem.severity == "error" for problem in problems):
+                problems.append(Problem("note", f"{root}: its cache was not checked, for the errors above"))
+            elif use_cache:
+                problems += check_cache(tree, cache_dir, fallback_dir=fallback_dir)
+        found += problems
     return found
 
 
@@ -90,17 +97,17 @@ def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:
     if not path.is_dir():
         raise UserError(f"--data_path: {path} is not a directory")
     found = [tree_type for tree_type in TREE_TYPES if (path / tree_type.index_file).exists()]
-    names = " or ".join(tree_type.index_file for tree_type in TREE_TYPES)
+    if len(found) == 1:
+        return found[0], path
     if not found and (path / IMAGES_INDEX).exists():
         raise UserError(
             f"--data_path: {path} has images but no heatmaps yet; scripts/predict_gaze.py --weights "
             f"output_dir/gaze/best.pth --tree {path} makes them"
         )
+    names = " or ".join(tree_type.index_file for tree_type in TREE_TYPES)
     if not found:
         raise UserError(f"--data_path: {path} has no {names}; scripts/prepare_reflacx.py makes such a tree")
-    if len(found) > 1:
-        raise UserError(f"--data_path: {path} has more than one index; name the file itself: {names}")
-    return found[0], path
+    raise UserError(f"--data_path: {path} has more than one index; name the file itself: {names}")
 
 
 def detect_trees(data_path: DataPath) -> list[tuple[type[GazeTree], Path]]:
@@ -115,7 +122,4 @@ def detect_trees(data_path: DataPath) -> list[tuple[type[GazeTree], Path]]:
 
 
 def _paths(data_path: DataPath) -> list[str | os.PathLike]:
-    paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
-    if not paths:
-        raise UserError("--data_path: no directory given")
-    return paths
+    return [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)

@@ -13,83 +13,27 @@ crops then have half of the detail to draw from (at least 115 px enlarged to 224
 originals once, on all CPUs; starting again costs one stat per original and reading the table. Nothing is
 copied per rank or worker at any size.
 
-A file's name holds a digest of everything its content depends on: names, sizes, and times of change (of content and
-of status, which no copy or archive sets back) of the originals, `cache_size` and PREPROCESSING_VERSION.
+A file's name holds a digest of what its content depends on: names, sizes and times of change (of the status, which no
+copy or archive sets back) of the originals, and PREPROCESSING_VERSION.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from datasets.plane import ABSENT, CHECKSUM, NATIVE_HEIGHT, Plane, PlaneKind, open_plane, plane_file_name
+from datasets.plane import Plane, open_plane
 from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
 from datasets.tree import GazeTree, Problem, check_same_size
 from util.errors import UserError
-from util.images import image_size, read_gray, read_map
+from util.images import read_gray, read_map
 
 PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
-
-
-def tree_plane(name: str, cache_size: int) -> PlaneKind:
-    """The kind of a tree's plane: "gray", "attention" or "foreground" (whose 0/1 becomes 0/255)."""
-    advice = " (run_pretrain.py --check_data lists every bad file)"
-    stored_size = partial(grid_size, short_side=cache_size)
-    return PlaneKind(
-        name, cache_size, image_size, stored_size, partial(_tree_picture, name), advice, "a smaller --cache_size, "
-    )
-
-
-def _tree_picture(name: str, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    native = read_gray(file) if name == "gray" else read_map(file)
-    if native.shape != native_size:
-        raise UserError(f"{file}: the file changed while it was read; start again")
-    if name == "foreground":
-        native = full_scale_foreground(native)
-    return crop_resize_flip([native], Box(0, 0, *native_size), size)[0].numpy()
-
-
-class TreeCache:
-    """The cached planes of a tree, by sample."""
-
-    def __init__(self, planes: list[Plane], positions: list[np.ndarray]):
-        self.by_plane = list(zip(planes, positions))
-
-    def planes(self, index: int) -> tuple[list[np.ndarray], tuple[int, int]]:
-        """Like `GazeTree.read_planes`: uint8 [h, w] of each plane and the image's native (height, width)."""
-        gray, positions = self.by_plane[0]
-        native = gray.table[positions[index], NATIVE_HEIGHT:CHECKSUM].tolist()
-        return [plane[positions[index]] for plane, positions in self.by_plane], tuple(native)
-
-    def checksums(self, indices: Sequence[int]) -> bytes:
-        """CRC-32 of each plane of some samples."""
-        return b"".join(plane.table[positions[list(indices)], CHECKSUM].tobytes() for plane, positions in self.by_plane)
-
-
-class _Column(NamedTuple):
-    """A plane of a tree: its kind, each file once, the file of each sample and its place among those."""
-
-    kind: PlaneKind
-    unique: list[str]
-    files: tuple[str, ...]
-    positions: np.ndarray
-
-
-def _columns(tree: GazeTree) -> list[_Column]:
-    by_plane = list(zip(*map(tree.entry_files, tree.entries)))[: 3 if tree.preload else 2]
-    columns = []
-    for name, files in zip(PLANES, by_plane):
-        unique = list(dict.fromkeys(files))
-        place = {file: position for position, file in enumerate(unique)}
-        positions = np.array([place[file] for file in files])
-        columns.append(_Column(tree_plane(name, tree.cache_size), unique, files, positions))
-    return columns
+ADVICE = " (run_pretrain.py --check_data lists every bad file)"
 
 
 def add_cache(
@@ -112,56 +56,51 @@ def add_cache(
         UserError: a missing or damaged original, a damaged cache, planes of different sizes, no place to write, disk
             full.
     """
-    directories = _directories(tree, cache_dir, fallback_dir)
-    columns = _columns(tree)
-    planes = [
-        open_plane(directories, column.kind, column.unique, root=tree.root, num_workers=num_workers)
-        for column in columns
-    ]
-    image = columns[0]
-    image_sizes = planes[0].native_sizes()[image.positions]  # [n, 2]
-    for plane, column in zip(planes[1:], columns[1:]):
-        sizes = plane.native_sizes()[column.positions]
+    planes = [_open(tree, role, cache_dir, fallback_dir, num_workers=num_workers) for role in range(tree.n_planes)]
+    image_sizes, *other_sizes = (plane.native_size(slice(None)) for plane in planes)  # [n, 2] each
+    for role, sizes in enumerate(other_sizes, start=1):
         for index in np.flatnonzero((sizes != image_sizes).any(1))[:1]:
-            check_same_size(column.files[index], sizes[index], image.files[index], image_sizes[index])
-    tree.cache = TreeCache(planes, [column.positions for column in columns])
+            files = tree.files(index)
+            check_same_size(files[role], sizes[index], files.image, image_sizes[index])
+    tree.cache = planes
 
 
 def check_cache(
     tree: GazeTree, cache_dir: str | os.PathLike | None = None, *, fallback_dir: str | os.PathLike | None = None
 ) -> list[Problem]:
-    """Read what `add_cache` would use of the cache, and change nothing: a line for each plane that is there, an error
-    where it is damaged, or one that there is no cache yet.
-
-    Raises:
-        UserError: a missing original.
-    """
+    """Read what `add_cache` would use of the cache, and change nothing: a note for each plane that is there, an error
+    for a damaged one, or a note that there is no cache yet."""
     found = []
-    for column in _columns(tree):
-        name = plane_file_name(column.kind, column.unique, tree.root)
-        for directory in _directories(tree, cache_dir, fallback_dir):
-            plane = Plane(directory / name)
-            try:
+    for role in range(tree.n_planes):
+        try:
+            if (plane := _open(tree, role, cache_dir, fallback_dir, build=False)) is not None:
                 plane.check()
-            except ABSENT:
-                continue
-            except UserError as error:
-                found.append(Problem("error", str(plane.path), str(error).removeprefix(f"{plane.path}: ")))
-            else:
-                found.append(
-                    Problem("note", str(plane.path), f"{len(plane)} cached pictures, all as they were written")
-                )
-            break
-    return found or [Problem("note", str(tree.root), "no cache of these settings yet, so none was checked")]
+                text = f"{plane.path}: {len(plane.table)} cached pictures, all as they were written"
+                found.append(Problem("note", text))
+        except UserError as error:
+            found.append(Problem("error", str(error)))
+    return found or [Problem("note", f"{tree.root}: no cache of these settings yet, so none was checked")]
 
 
-def _directories(
-    tree: GazeTree, cache_dir: str | os.PathLike | None, fallback_dir: str | os.PathLike | None
-) -> list[Path]:
-    """Where the planes of a tree may be, in order of preference."""
+def _open(
+    tree: GazeTree, role: int, cache_dir: str | os.PathLike | None, fallback_dir: str | os.PathLike | None, **options
+) -> Plane | None:
+    """One of the planes of a tree, see `open_plane`."""
     kind = Path(tree.index_file).stem
-    name = f"{kind}-{hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]}"
-    if cache_dir is not None:
-        return [Path(cache_dir) / name]
-    own = tree.root / ".cache" / kind
-    return [own] if fallback_dir is None else [own, Path(fallback_dir) / ".cache" / name]
+    own = f"{kind}-{hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]}"
+    directories = [tree.root / ".cache" / kind] if cache_dir is None else [Path(cache_dir, own)]
+    if cache_dir is None and fallback_dir is not None:
+        directories.append(Path(fallback_dir, ".cache", own))
+    files = [tree.entry_files(entry)[role] for entry in tree.entries]
+    name, size = PLANES[role], tree.cache_size
+    picture = partial(_picture, name, size)
+    return open_plane(directories, f"{name}-{size}", files, picture, root=tree.root, advice=ADVICE, **options)
+
+
+def _picture(name: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """A file of plane `name` (0/1 of foregrounds becomes 0/255) at short side `cache_size`, and its native size."""
+    native = read_gray(file) if name == "gray" else read_map(file)
+    if name == "foreground":
+        native = full_scale_foreground(native)
+    size = grid_size(*native.shape, cache_size)
+    return crop_resize_flip([native], Box(0, 0, *native.shape), size)[0].numpy(), native.shape

@@ -15,19 +15,10 @@ class Mimic(GazeTree):
 
     index_file = "mimic-cxr-jpg-cleanv4.json"
     required_keys = ("image_path",)
+    prefixes = ("files/", "")
 
     def entry_files(self, entry: dict[str, Any]) -> EntryFiles:
-        image = os.path.normpath(entry["image_path"])
-        inner = image.removeprefix("files/")
-        png = f"{os.path.splitext(inner)[0]}.png"
-        with_prefix_first = image != inner
-
-        def mirror(kind: str) -> tuple[str, str]:
-            places = (f"{kind}/files/{png}", f"{kind}/{png}")
-            return places if with_prefix_first else places[::-1]
-
-        return EntryFiles(
-            image=self.first_existing(f"files/{inner}", image),
-            attention=self.first_existing(*mirror("attention")),
-            foreground=self.first_existing(*mirror("foreground")),
-        )
+        image = os.path.normpath(entry["image_path"]).removeprefix("files/")
+        png = f"{self.map_prefix}{os.path.splitext(image)[0]}.png"
+        names = (f"{self.image_prefix}{image}", f"attention/{png}", f"foreground/{png}")
+        return EntryFiles(*(f"{self.root}/{name}" for name in names))

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from datasets.tree import EntryFiles, GazeTree
 
 
 class Reflacx(GazeTree):
-    """`reflacx.json` and `attention/` and `foreground/<study_id>/<reflacx_id>.png`; see `GazeTree`."""
+    """`reflacx.json` and `attention/` and `foreground/<study_id>/<reflacx_id>.png`; see `GazeTree`.
+
+    Indexes written against MIMIC-CXR-JPG may leave its top directory out of `image_path`."""
 
     index_file = "reflacx.json"
     required_keys = ("image_path", "study_id", "reflacx_id")
 
     def entry_files(self, entry: dict[str, Any]) -> EntryFiles:
         name = f"{entry['study_id']}/{entry['reflacx_id']}.png"
-        image = entry["image_path"]
-        return EntryFiles(
-            # Indexes written against MIMIC-CXR-JPG may leave its top directory out.
-            image=self.first_existing(image, f"files/{image}"),
-            attention=os.path.join(self.root, "attention", name),
-            foreground=os.path.join(self.root, "foreground", name),
-        )
+        names = (f"{self.image_prefix}{entry['image_path']}", f"attention/{name}", f"foreground/{name}")
+        return EntryFiles(*(f"{self.root}/{name}" for name in names))

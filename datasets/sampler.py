@@ -29,7 +29,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         accum_iter: steps per optimiser step.
 
     Raises:
-        ValueError: if the data set doesn't fill a single optimiser step.
+        UserError: the data set doesn't fill a single optimiser step.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.start_epoch, self.start_step = start_epoch, start_step
         self.steps_per_epoch = dataset_size // world_size // batch_size // accum_iter * accum_iter
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes is larger than "
+            raise UserError(
+                f"--batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes is larger than "
                 f"the data set ({dataset_size} samples)"
             )
 
@@ -62,10 +62,6 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         """This rank's samples of an epoch, in order."""
         self.sampler.set_epoch(epoch)
         return list(self.sampler)
-
-    def batch(self, epoch: int, step: int) -> list[int]:
-        """The samples that this rank trains on in one step."""
-        return self.epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.start_epoch, self.epochs):
@@ -83,14 +79,12 @@ def train_loader(
     batch_size: int,
     ranks: Ranks,
     *,
-    seed: int,
-    epochs: int,
     epoch: int,
     step: int,
-    accum_iter: int = 1,
     num_workers: int,
     pin_memory: bool = True,
     mend: str = "",
+    **order: int,
 ) -> SampleLoader:
     """This rank's batches from a place, (`epoch`, `step`), to the end of training; its `batch_sampler` is a
     `TrainBatches`.
@@ -98,24 +92,16 @@ def train_loader(
     Args:
         pin_memory: on a GPU; never on the CPU.
         mend: what to do about a data set that fills no step, added to the message.
+        order: seed, epochs and accum_iter of `TrainBatches`.
 
     Raises:
         UserError: the data set doesn't fill a single optimiser step, or an epoch has no such step.
     """
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "start_epoch": epoch, "start_step": step}
     try:
-        sampler = TrainBatches(
-            len(dataset),
-            batch_size,
-            world_size=ranks.world_size,
-            rank=ranks.rank,
-            seed=seed,
-            epochs=epochs,
-            start_epoch=epoch,
-            start_step=step,
-            accum_iter=accum_iter,
-        )
-    except ValueError as error:
-        raise UserError(f"--{error}{mend}") from None
+        sampler = TrainBatches(len(dataset), batch_size, **place, **order)
+    except UserError as error:
+        raise UserError(f"{error}{mend}") from None
     if step >= sampler.steps_per_epoch:
         raise UserError(
             f"the checkpoint is at step {step} of epoch {epoch + 1}, and an epoch has {sampler.steps_per_epoch}; go on "

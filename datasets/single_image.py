@@ -20,11 +20,11 @@ from datasets.fixations import (
     fixation_heatmap,
     heatmap_to_uint8,
 )
-from datasets.replay import Shown, draw_mask
+from datasets.shown import Shown, draw_mask
 from datasets.transforms import centre_box, crop_resize_flip
+from datasets.tree import check_same_size
 from util.errors import UserError
 from util.images import read_map
-from util.masking import mask_generator
 from util.radiograph import MIMIC_CXR_JPG, read_radiograph
 from util.tables import numeric_columns, read_header, read_table
 
@@ -49,29 +49,16 @@ def single_image(
         UserError: a file that can't be read, or gaze that does not belong to an image of this size.
     """
     gray = read_radiograph(image, dicom_contrast)
+    attention = np.zeros_like(gray)
     if fixations is not None:
-        columns = read_fixations(fixations)
-        if (doubt := check_rectangles(columns, gray.shape, fixations)) is not None:
-            print(f"warning: {doubt}", file=sys.stderr, flush=True)
-        try:
-            density = fixation_heatmap(columns, gray.shape, gray.shape)
-        except UserError as error:
-            raise UserError(f"{fixations}: {error}") from None
-        attention = heatmap_to_uint8(density)
+        attention = _fixation_map(fixations, gray.shape)
     elif heatmap is not None:
         attention = read_map(heatmap)
-        if attention.shape != gray.shape:
-            raise UserError(
-                f"{heatmap}: {attention.shape[1]} x {attention.shape[0]} px, but {image} has "
-                f"{gray.shape[1]} x {gray.shape[0]}; give the heatmap of this image at its size"
-            )
-    else:
-        attention = np.zeros_like(gray)
+        check_same_size(heatmap, attention.shape, image, gray.shape)
     size = (model.img_size, model.img_size)
     planes = crop_resize_flip([gray, attention], centre_box(*gray.shape), size)  # [2, S, S]
     batch = {"img": planes[None, :1], "attention": planes[None, 1]}
-    generator = mask_generator(args.get("seed", 0), 0, 0, 0, model.cls_token.device)
-    return Shown(batch, draw_mask(model, batch, args, generator), [Path(image).name])
+    return Shown(batch, draw_mask(model, batch, args, (0, 0, 0)), [Path(image).name])
 
 
 def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -81,3 +68,14 @@ def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
     columns = FIXATION_COLUMNS if ours else (*REFLACX_COLUMNS.values(), *REFLACX_TIMES)
     # Where a fixation is not cut to the part in view, the rectangle is infinite.
     return numeric_columns(read_table(path, columns), columns, path, infinite=RECTANGLE if ours else ())
+
+
+def _fixation_map(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+    """Heatmap of the fixations on an image of `size` = (height, width), uint8 of that size."""
+    columns = read_fixations(path)
+    if (doubt := check_rectangles(columns, size, path)) is not None:
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
+    try:
+        return heatmap_to_uint8(fixation_heatmap(columns, size, size))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

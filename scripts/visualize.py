@@ -18,7 +18,8 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.replay import chosen_samples, training_batch, training_dataset
+from datasets.replay import training_batch
+from datasets.shown import chosen_samples, training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
 from util.architecture import build_model

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from datasets.phantom.chest import LESION_KINDS, render_chest
 from datasets.phantom.gaze import simulate_fixations
-from datasets.phantom.study import (
-    PhantomStudy,
-    check_options,
-    draw_lesions,
-    image_suffix,
-    mark_simulated,
-    new_image,
-    write_csv,
-    write_image,
-)
+from datasets.phantom.study import PhantomStudy, draw_chests, mark_simulated, write_csv, write_image
 
 
 def make_egd(
@@ -29,14 +18,9 @@ def make_egd(
     size: int | tuple[int, int] = (512, 420),
     *,
     with_duration: bool = True,
-    image_format: str = "jpg",
-    lesion_kinds: Sequence[str] = LESION_KINDS,
-    lesions_per_image: tuple[int, int] = (1, 2),
-    normal_fraction: float = 0.2,
-    lesion_size: float = 1.0,
-    lesion_contrast: float = 1.0,
     dwell_ratio: float = 6.0,
     screen: tuple[int, int] = (1080, 1920),
+    **options,
 ) -> PhantomStudy:
     """Write a study in the raw EGD-CXR layout, `root`/egd-cxr, and its images, `root`/mimic/files,
     with their table of metadata.
@@ -46,19 +30,12 @@ def make_egd(
     calibration screen whose DICOM_ID is in no master sheet. The pictures stand in the middle of the
     `screen` (height, width px), at its full height or width, with padding beside them.
     """
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    check_options(n_images, image_format, lesion_kinds)
     root = Path(root)
     study = PhantomStudy(root, root / "egd-cxr", root / "mimic", [], seed, dwell_ratio)
-    study.raw.mkdir(parents=True, exist_ok=True)
     master, metadata, gaze = [], [], []
-    for index in range(n_images):
-        rng = np.random.default_rng([seed, index, 9])
-        lesions = draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
-        image = new_image(study, index, size, lesions, image_suffix(image_format, index))
-        gray = render_chest(size, np.random.default_rng([seed, index, 10]), tuple(lesions))
+    for image, gray, rng in draw_chests(study, n_images, size, ((9,), (10,)), **options):
+        index, size, lesions = image.index, image.size, image.lesions
         write_image(image, gray, inverted=index % 4 == 3)
-        study.truth.append(image)
         shrink = min(screen[0] / size[0], screen[1] / size[1])
         left = round((screen[1] - size[1] * shrink) / 2)
         top = round((screen[0] - size[0] * shrink) / 2)

@@ -25,11 +25,10 @@ def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def heatmap(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Three bumps, 0..255."""
     y, x = np.mgrid[:height, :width]
-    total = np.zeros((height, width))
-    for _ in range(3):
-        centre = rng.uniform(0.2, 0.8, 2) * (height, width)
-        total += np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * (height / 9) ** 2))
+    centres = rng.uniform(0.2, 0.8, (3, 2)) * (height, width)
+    total = sum(np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * (height / 9) ** 2)) for cy, cx in centres)
     return np.round(total / total.max() * 255).astype(np.uint8)
 
 
@@ -38,17 +37,22 @@ def save(path: Path, array: np.ndarray) -> None:
     write_gray(path, array)
 
 
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two samples are the same."""
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
 def make_reflacx(root: Path, sizes=SIZES) -> Path:
     rng = np.random.default_rng(1)
     entries = []
-    for i, (height, width) in enumerate(sizes):
+    for i, size in enumerate(sizes):
         image = f"files/p10/p1000{i}/s{i}/image{i}.{'png' if i % 2 else 'jpg'}"
         entry = {"image_path": image, "study_id": 50000 + i, "reflacx_id": f"P300R{i:06d}", "split": "train"}
-        gaze = heatmap(rng, height, width)
+        gaze = heatmap(rng, *size)
         name = f"{entry['study_id']}/{entry['reflacx_id']}.png"
-        save(root / image, smooth(rng, height, width))
+        save(root / image, smooth(rng, *size))
         save(root / "attention" / name, gaze)
-        binary = otsu_foreground(torch.from_numpy(gaze)[None])[0].numpy().astype(np.uint8)
+        binary = otsu_foreground(torch.from_numpy(gaze)[None])[0].numpy()
         save(root / "foreground" / name, binary * np.uint8(255))
         entries.append(entry)
     (root / "reflacx.json").write_text(json.dumps(entries))
@@ -58,11 +62,11 @@ def make_reflacx(root: Path, sizes=SIZES) -> Path:
 def make_mimic(root: Path, prefix: str = "files/", mirror_prefix: str = "files/", sizes=SIZES[:3]) -> Path:
     rng = np.random.default_rng(2)
     entries = []
-    for i, (height, width) in enumerate(sizes):
+    for i, size in enumerate(sizes):
         inner = f"p11/p1100{i}/s{i}/image{i}"
         entries.append({"image_path": f"{prefix}{inner}.jpg", "study_id": i, "subject_id": i})
-        gaze = heatmap(rng, height, width)
-        save(root / f"files/{inner}.jpg", smooth(rng, height, width))
+        gaze = heatmap(rng, *size)
+        save(root / f"files/{inner}.jpg", smooth(rng, *size))
         save(root / f"attention/{mirror_prefix}{inner}.png", gaze)
         save(root / f"foreground/{mirror_prefix}{inner}.png", (gaze > 100) * np.uint8(255))
     (root / "mimic-cxr-jpg-cleanv4.json").write_text(json.dumps(entries))

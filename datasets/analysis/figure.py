@@ -2,158 +2,121 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
-from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES
+from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box
 from util.figures import fit_lines
 from util.pictures import MASKED, SIGNIFICANT, gaze_overlay
 
-if TYPE_CHECKING:
-    from datasets.analysis.measure import Analysis, Example
-
 SIZE_COLOURS = ("#0072B2", "#56B4E9", "#E69F00")  # Okabe and Ito 2008
 CHEST_COLOUR = "#D55E00"
-LEGEND_BELOW = {
-    "loc": "upper left",
-    "bbox_to_anchor": (-0.02, -0.22),
-    "frameon": False,
-    "fontsize": 8,
-    "borderaxespad": 0,
-}
 
 
-def analysis_figure(analysis: Analysis) -> Figure:
-    """The tables as one figure: ellipse sizes, density ratios, patch counts, and the examples below."""
-    has_ellipses = not analysis.ellipses.empty
-    n_rows = len(analysis.size_by_finding) if has_ellipses else 0
-    top = max(3.4, 1.5 + 0.32 * n_rows)
-    bottom = 0.3 + 10.4 / max(3, len(analysis.examples)) if analysis.examples else 0.0
-    figure = Figure(figsize=(14, top + bottom), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    parts = figure.subfigures(2, 1, height_ratios=(top, bottom)) if analysis.examples else (figure,)
-    made_up = " SIMULATED GAZE, no radiologist looked at these images." if analysis.options["simulated"] else ""
+class Example(NamedTuple):
+    """An image to show: its reading, pixels and heatmap (both [H, W]), (height, width) and abnormal boxes (px) of the
+    original."""
+
+    id: str
+    gray: np.ndarray
+    size: tuple[int, int]
+    heatmap: np.ndarray
+    boxes: list[Box]
+    ratio: float
+
+
+def analysis_figure(
+    tables: Mapping[str, pd.DataFrame], examples: Sequence[Example], options: Mapping[str, Any]
+) -> Figure:
+    """The tables of `datasets.analysis.measure.Analysis` that are not empty, side by side, and the examples below."""
+    panels = {"size_by_finding": _draw_sizes, "ratio_by_finding": _draw_ratios, "readings": _draw_patches}
+    panels = {name: draw for name, draw in panels.items() if not tables[name].empty}
+    heights = (1.8 + 0.32 * max(6, len(tables["size_by_finding"])), 0.3 + 10.4 / max(3, len(examples)))
+    figure = Figure(figsize=(14, sum(heights[: 1 + bool(examples)])), dpi=130, layout="constrained")
+    upper, *lower = np.ravel(figure.subfigures(1 + bool(examples), 1, height_ratios=heights[: 1 + bool(examples)]))
+    made_up = " SIMULATED GAZE, no radiologist looked at these images." if options["simulated"] else ""
+    readings = tables["readings"]
     title = (
-        f"{analysis.options['raw']} ({analysis.options['source']}), split {analysis.options['split']}: "
-        f"{len(analysis.readings):,} readings of {analysis.readings['image_id'].nunique():,} images.{made_up}"
+        f"{options['raw']} ({options['source']}), split {options['split']}: "
+        f"{len(readings):,} readings of {readings['image_id'].nunique():,} images.{made_up}"
     )
     figure.suptitle("\n".join(fit_lines(title, 14, 11)), fontsize=11)
-    with matplotlib.rc_context({"font.size": 9}):
-        if has_ellipses:
-            axes = parts[0].subplots(1, 3, width_ratios=(1.35, 1.25, 1.0))
-            _draw_sizes(axes[0], analysis)
-            _draw_ratios(axes[1], analysis)
-        else:
-            axes = [parts[0].subplots(1, 1)]
-        _draw_patches(axes[-1], analysis)
-        if analysis.examples:
-            _draw_examples(parts[1], analysis.examples)
+    for axes, (name, draw) in zip(upper.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        draw(axes, tables[name], options)
+        axes.spines[["top", "right"]].set_visible(False)
+    for subfigure in lower:
+        _draw_examples(subfigure, examples)
     return figure
 
 
-def _draw_sizes(axes, analysis: Analysis) -> None:
-    table = analysis.size_by_finding.iloc[::-1]
-    small, medium = analysis.options["size_thresholds"]
-    small, medium = 100 * small, 100 * medium
-    names = (
-        f"small: under {small:g}% of the image's area",
+def _draw_sizes(axes, table: pd.DataFrame, options: Mapping[str, Any]) -> None:
+    small, medium = (100 * share for share in options["size_thresholds"])
+    names = [
+        f"small: under {small:g}% of the image",
         f"medium: {small:g}% to {medium:g}%",
         f"large: {medium:g}% or more",
-    )
-    left = np.zeros(len(table))
-    for size, colour, name in zip(SIZES, SIZE_COLOURS, names):
-        share = 100 * table[size].to_numpy()
-        axes.barh(table["finding"], share, left=left, color=colour, edgecolor="white", linewidth=0.6, label=name)
-        left += share
-    for i, count in enumerate(table["ellipses"]):
-        axes.text(101, i, f"{count:,}", va="center", fontsize=8)
+    ]
+    labels = table["finding"] + table["ellipses"].map(" ({:,})".format)
+    shares = 100 * table[list(SIZES)].set_axis(labels, axis=0).set_axis(names, axis=1)
+    shares[::-1].plot.barh(stacked=True, ax=axes, color=SIZE_COLOURS, width=0.8)
     axes.set(
-        xlim=(0, 112),
-        xticks=(0, 25, 50, 75, 100),
         title="How large abnormalities are",
-        xlabel="share of abnormality ellipses, % (number: ellipses)",
+        ylabel="",
+        xlabel="share of abnormality ellipses, % (in brackets: ellipses)",
     )
-    axes.legend(**LEGEND_BELOW)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
 
 
-def _draw_ratios(axes, analysis: Analysis) -> None:
-    table = analysis.ratio_by_finding
-    if table.empty:  # every ellipse fell between the pixels of the map
-        axes.set_title("No density ratio: the ellipses are too small for --size")
-        axes.set_axis_off()
-        return
+def _draw_ratios(axes, table: pd.DataFrame, options: Mapping[str, Any]) -> None:
     findings = list(dict.fromkeys(table["finding"]))[::-1]
-    for within, colour, marker, shift in (("whole image", MASKED, "o", 0.14), ("chest box", CHEST_COLOUR, "s", -0.14)):
-        own = table[table["within"] == within]
-        y = np.array([findings.index(finding) for finding in own["finding"]]) + shift
-        error = np.nan_to_num(np.stack([own["mean"] - own["low"], own["high"] - own["mean"]]))
-        axes.errorbar(
-            own["mean"],
-            y,
-            xerr=error.clip(0),
-            fmt=marker,
-            color=colour,
-            markersize=5,
-            capsize=2.5,
-            linewidth=1.3,
-            label=f"within the {within}",
-        )
-    overall = table[(table["finding"] == ANY) & (table["within"] == "whole image")].iloc[0]
-    axes.axvline(1, color="0.5", linewidth=1, linestyle=":")
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if low <= tick <= high]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    for (within, own), colour, shift in zip(table.groupby("within"), (CHEST_COLOUR, MASKED), (-0.14, 0.14)):
+        y = [findings.index(finding) + shift for finding in own["finding"]]
+        error = np.nan_to_num([own["mean"] - own["low"], own["high"] - own["mean"]]).clip(0)
+        axes.errorbar(own["mean"], y, xerr=error, fmt="o", color=colour, capsize=2.5, label=f"within the {within}")
+    overall = table[table["finding"] == ANY].iloc[0]
+    axes.axvline(1, color="0.5", linestyle=":")
     axes.set_yticks(range(len(findings)), findings)
-    interval = "" if np.isnan(overall.low) else f" [{overall.low:.2f}, {overall.high:.2f}]"
     axes.set(
-        ylim=(-0.6, len(findings) - 0.4),
-        xlabel="gaze density on abnormalities / elsewhere (log scale)",
-        title=f"Mean ratio {overall['mean']:.2f}{interval}, {overall.readings:,} readings",
+        xlim=(0, None),
+        xlabel="gaze density on abnormalities / elsewhere\n(mean, bootstrap 95% interval over subjects)",
+        title=f"Mean ratio {overall['mean']:.2f} [{overall['low']:.2f}, {overall['high']:.2f}], "
+        f"{overall['readings']:,} readings",
     )
-    axes.legend(**LEGEND_BELOW, title="mean, bootstrap 95% interval over subjects", title_fontsize=8, alignment="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
 
 
-def _draw_patches(axes, analysis: Analysis) -> None:
-    counts = analysis.readings["significant_patches"]
-    bins = np.arange(0, max(counts.max() + 8, 16), max(1, round((counts.max() + 1) / 24)))
-    axes.hist(counts, bins=bins, color=SIGNIFICANT, edgecolor="white", linewidth=0.6)
-    axes.axvline(counts.median(), color="black", linewidth=1.2, linestyle="--")
-    title = f"Median {counts.median():.0f}, mean {counts.mean():.1f}"
+def _draw_patches(axes, table: pd.DataFrame, options: Mapping[str, Any]) -> None:
+    counts = table["significant_patches"]
+    axes.hist(counts, bins=24, color=SIGNIFICANT, edgecolor="white")
+    axes.axvline(counts.median(), color="black", linestyle="--")
     axes.set(
-        xlabel=f"significant patches of {N_PATCHES} at 224 px\n(at least half is gaze foreground);\n{(counts == 0).sum():,} readings have none",
+        xlabel=f"significant patches of {N_PATCHES} at 224 px\n(at least half is gaze foreground);\n"
+        f"{(counts == 0).sum():,} readings have none",
         ylabel="readings",
-        title=title,
+        title=f"Median {counts.median():.0f}, mean {counts.mean():.1f}",
     )
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_examples(figure, examples: Sequence[Example]) -> None:
-    marked = "; ellipses: marked abnormalities" if any(example.boxes for example in examples) else ""
-    figure.suptitle(f"Examples: image and gaze (brighter where longer){marked}", fontsize=10)
-    grid = np.ravel(figure.subplots(1, 2 * len(examples)))
-    for example, pair in zip(examples, grid.reshape(-1, 2)):
+    figure.suptitle("Examples: image and gaze (brighter where longer); ellipses: marked abnormalities", fontsize=10)
+    grid = figure.subplots(1, 2 * len(examples)).reshape(-1, 2)
+    for example, pair in zip(examples, grid):
         gray = example.gray / 255.0
-        overlay = gaze_overlay(gray, example.heatmap / example.heatmap.max())
-        for axes, picture in zip(pair, (gray, overlay)):
+        ratio = "" if np.isnan(example.ratio) else f", ratio {example.ratio:.1f}"
+        titles = "\n".join(fit_lines(example.id, 2, 8)), f"gaze{ratio}"
+        scale = example.heatmap.shape[1] / example.size[1]
+        for axes, picture, title in zip(
+            pair, (gray, gaze_overlay(gray, example.heatmap / example.heatmap.max())), titles
+        ):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            scale = example.heatmap.shape[1] / example.size[1]
+            axes.set_title(title, fontsize=8)
             for xmin, ymin, xmax, ymax in example.boxes:
                 centre = ((xmin + xmax + 1) / 2 * scale - 0.5, (ymin + ymax + 1) / 2 * scale - 0.5)
                 width, height = (xmax - xmin) * scale, (ymax - ymin) * scale
-                axes.add_patch(Ellipse(centre, width, height, fill=False, edgecolor="#56B4E9", linewidth=1.3))
-        ratio = "" if np.isnan(example.ratio) else f", ratio {example.ratio:.1f}"
-        pair[0].set_title("\n".join(textwrap.wrap(example.reading.id, 24)), fontsize=8)
-        pair[1].set_title(f"gaze{ratio}", fontsize=8)
+                axes.add_patch(Ellipse(centre, width, height, fill=False, edgecolor=SIZE_COLOURS[1]))

@@ -16,17 +16,31 @@ SIZES = ("small", "medium", "large")
 N_PATCHES = PATCH_GRID**2
 
 
+def pixel_centres(image_size: tuple[int, int], out_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """x [1, width] and y [height, 1] of the pixel centres of a map of `out_size` = (height, width), in px of the original
+    image of `image_size` = (height, width)."""
+    x = pixel_middles(image_size[1], out_size[1])[None, :] - 0.5
+    y = pixel_middles(image_size[0], out_size[0])[:, None] - 0.5
+    return x, y
+
+
 def ellipse_mask(boxes: Iterable[Box], image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
     """Union of axis-aligned ellipses, each given by its bounding box (xmin, ymin, xmax, ymax) in px of
     the original image: bool [height, width] of `out_size` = (height, width), sampled at pixel centres.
     `image_size` is (height, width) of the original."""
-    x = pixel_middles(image_size[1], out_size[1])[None, :] - 0.5
-    y = pixel_middles(image_size[0], out_size[0])[:, None] - 0.5
+    x, y = pixel_centres(image_size, out_size)
     mask = np.zeros(out_size, dtype=bool)
     for xmin, ymin, xmax, ymax in boxes:
         rx, ry = max((xmax - xmin) / 2, 1e-9), max((ymax - ymin) / 2, 1e-9)
         mask |= ((x - (xmin + xmax) / 2) / rx) ** 2 + ((y - (ymin + ymax) / 2) / ry) ** 2 <= 1.0
     return mask
+
+
+def box_mask(box: Box, image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
+    """The box (xmin, ymin, xmax, ymax) itself, as `ellipse_mask`."""
+    x, y = pixel_centres(image_size, out_size)
+    xmin, ymin, xmax, ymax = box
+    return ((y >= ymin) & (y <= ymax)) & ((x >= xmin) & (x <= xmax))
 
 
 def density_ratio(heatmap: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:

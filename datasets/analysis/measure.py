@@ -13,7 +13,8 @@ computed within the chest box alone, so that the empty borders, at which nobody 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,16 +22,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from datasets.analysis.figure import analysis_figure
-from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box, density_ratio, ellipse_mask, size_class
-from datasets.fixations import pixel_middles
+from datasets.analysis.figure import Example, analysis_figure
+from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box, box_mask, density_ratio, ellipse_mask, size_class
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
 from datasets.prepare.reading_maps import reading_gaze
 from datasets.prepare.readings import SOURCES, detect_source, egd_options, without_image
 from datasets.prepare.work import run_tasks
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.image_index import find_images
-from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
+from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, RawReadings, Reading, is_simulated
 from util.bootstrap import MIN_DRAWS, bootstrap_means, interval
 from util.errors import UserError
 from util.figures import save_figure
@@ -38,6 +38,8 @@ from util.files import atomic_write
 from util.radiograph import MIMIC_CXR_JPG, radiograph_size, read_radiograph
 
 NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellipse no abnormality
+REGIONS = ("whole image", "chest box")  # within which a ratio is computed
+EXAMPLE_SIZE = 512  # short side, px
 
 
 class Abnormality(NamedTuple):
@@ -49,40 +51,22 @@ class Abnormality(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What one reading adds to the tables. `ratios`: a row per finding, `whole image` and `chest box`."""
+    """What one reading adds to the tables. `ratios`: a row per finding, with a column for each of `REGIONS`."""
 
     reading: dict[str, object]
     ellipses: list[dict[str, object]]
     ratios: list[dict[str, object]]
 
 
-@dataclass(frozen=True)
-class Example:
-    """An image to show: its reading, pixels and heatmap (both [H, W]) and abnormal boxes (px of the original)."""
-
-    reading: Reading
-    gray: np.ndarray
-    size: tuple[int, int]
-    heatmap: np.ndarray
-    boxes: list[Box]
-    ratio: float
-
-
 @dataclass
 class Analysis:
-    """The tables, one row per what `TABLES` says, and what they were computed with."""
+    """The tables, by the names of their files, and what they were computed with."""
 
-    options: dict[str, object]
-    ellipses: pd.DataFrame
-    size_by_finding: pd.DataFrame
-    readings: pd.DataFrame
-    ratio_by_finding: pd.DataFrame
-    significant_patches: pd.DataFrame
+    options: Mapping[str, object]
+    tables: dict[str, pd.DataFrame]
     exclusions: list[Exclusion]
     notes: list[str]
-    examples: list[Example] = field(default_factory=list)
-
-    TABLES = ("ellipses", "size_by_finding", "readings", "ratio_by_finding", "significant_patches")
+    examples: list[Example]
 
     @property
     def faults(self) -> list[Exclusion]:
@@ -92,46 +76,34 @@ class Analysis:
         """Write the tables and the figure into directory `out`, in place of another analysis's; returns their paths."""
         out.mkdir(parents=True, exist_ok=True)
         figure = out / "gaze_analysis.png"
-        for path in (figure, *(out / f"{name}.csv" for name in self.TABLES)):
-            path.unlink(missing_ok=True)
+        figure.unlink(missing_ok=True)
         written = []
-        for name in self.TABLES:
-            table = getattr(self, name)
-            if table.empty:
-                continue
-            written.append(out / f"{name}.csv")
-            with atomic_write(written[-1], "w") as file:
-                table.to_csv(file, index=False, float_format="%.6g")
-        save_figure(analysis_figure(self), figure)
+        for name, table in self.tables.items():
+            path = out / f"{name}.csv"
+            path.unlink(missing_ok=True)
+            if not table.empty:
+                with atomic_write(path, "w") as file:
+                    table.to_csv(file, index=False, float_format="%.6g")
+                written.append(path)
+        save_figure(analysis_figure(self.tables, self.examples, self.options), figure)
         return [*written, figure]
 
     def __str__(self) -> str:
-        patches = self.readings["significant_patches"]
-        lines = [f"{len(self.readings)} readings of {self.readings['image_id'].nunique()} images"]
-        if not self.ellipses.empty:
-            small, medium = self.options["size_thresholds"]
-            total = self.size_by_finding.iloc[0]  # of ANY
-            lines.append(
-                f"{total['ellipses']:,} abnormal ellipses: {total['small']:.1%} small "
-                f"(under {small:.2%} of the image), "
-                f"{total['medium']:.1%} medium, {total['large']:.1%} large (from {medium:.2%})"
-            )
-        for row in self.ratio_by_finding[self.ratio_by_finding["finding"] == ANY].itertuples():
-            lines.append(
-                f"gaze density ratio, {row.within}: mean {row.mean:.2f} [{row.low:.2f}, {row.high:.2f}], "
-                f"median {row.median:.2f}, {row.readings} readings"
-            )
+        readings, sizes, ratios = (self.tables[name] for name in ("readings", "size_by_finding", "ratio_by_finding"))
+        patches = readings["significant_patches"]
+        lines = [f"{len(readings)} readings of {readings['image_id'].nunique()} images"]
+        for title, table in (("shares of ellipses, by size", sizes), ("gaze density ratio", ratios)):
+            if not table.empty:
+                overall = table[table["finding"] == ANY].drop(columns="finding")
+                lines.append(f"{title}:\n{overall.to_string(index=False, float_format='{:.3f}'.format)}")
         lines.append(
-            f"significant patches of {N_PATCHES} at 224 px: mean {patches.mean():.1f}, "
-            f"median {patches.median():.0f}, "
-            f"5%-95% {patches.quantile(0.05):.0f}-{patches.quantile(0.95):.0f}, "
+            f"significant patches of {N_PATCHES} at 224 px: mean {patches.mean():.1f}, median {patches.median():.0f}, "
             f"none in {(patches == 0).sum()}"
         )
         lines += [f"note: {note}" for note in self.notes]
-        listed = [exclusion for exclusion in self.exclusions if exclusion.detail]
         reasons = Counter(exclusion.reason for exclusion in self.exclusions)
         lines += [f"left out: {n} x {reason}" for reason, n in sorted(reasons.items())]
-        lines += [f"  {exclusion.id}: {exclusion.reason}: {exclusion.detail}" for exclusion in listed]
+        lines += [f"  {e.id}: {e.reason}: {e.detail}" for e in self.exclusions if e.detail]
         return "\n".join(lines)
 
 
@@ -170,71 +142,69 @@ def analyze(
     small, medium = size_thresholds
     if not 0 < small < medium < 1:
         raise UserError(f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1")
-    if n_bootstrap < MIN_DRAWS or n_examples < 0:
-        raise UserError(f"--bootstrap {n_bootstrap} --examples {n_examples}: at least {MIN_DRAWS} and 0")
-    if size < 1:
-        raise UserError(f"--size {size} is not positive")
-    given, raw = raw, raw.resolve()
-    source = source or detect_source(raw)
-    found = SOURCES[source][1](raw, **egd_options(source, sigma, metadata, images))
-    readings = [reading for reading in found.readings if split in ("all", reading.split)]
-    if not readings:
-        raise UserError(f"{raw}: {found.none_of(split)}")
-    paths: dict[str, str] = {}
-    if images is not None:
-        place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
-        paths = place.paths
-        found.notes.extend(place.notes)
-        needed = [r for r in readings if r.image_size is None or r.image_id in place.ambiguous]
-        lost = list(without_image(needed, place, images))
-        found.exclusions.extend(lost)
-        readings = [r for r in readings if r.id not in {exclusion.id for exclusion in lost}]
-    if not paths and all(reading.image_size is None for reading in readings):
+    if n_bootstrap < MIN_DRAWS or n_examples < 0 or size < 1:
         raise UserError(
-            f"{raw}: this data set does not say how large its images are: --metadata, MIMIC-CXR's table, or --images, "
-            "with them, is needed"
+            f"--bootstrap {n_bootstrap} --examples {n_examples} --size {size}: at least {MIN_DRAWS}, 0 and 1"
         )
+    root = raw.resolve()
+    source = source or detect_source(root)
+    found = SOURCES[source][1](root, **egd_options(source, sigma, metadata, images))
+    paths = _find_images(found, root, split, images)
 
     measure = partial(_measure, size=size, min_certainty=min_certainty, thresholds=size_thresholds)
-    tasks = [(reading, paths.get(reading.image_id)) for reading in readings]
+    tasks = [(reading, paths.get(reading.image_id)) for reading in found.readings]
     results = list(run_tasks(measure, tasks, workers, name="analyze"))
     measured = [result for result in results if isinstance(result, Rows)]
-    exclusions = [*found.exclusions, *(result for result in results if isinstance(result, Exclusion))]
+    found.exclusions += [result for result in results if isinstance(result, Exclusion)]
     if not measured:
-        reasons = Counter(exclusion.reason for exclusion in exclusions).most_common(3)
-        told = ", ".join(f"{n} x {reason}" for reason, n in reasons)
-        raise UserError(f"{raw}: none of the {len(readings)} readings can be analysed ({told})")
+        reasons = Counter(exclusion.reason for exclusion in found.exclusions).most_common(3)
+        text = ", ".join(f"{n} x {reason}" for reason, n in reasons)
+        raise UserError(f"{root}: none of the {len(tasks)} readings can be analysed ({text})")
 
-    table = pd.DataFrame([rows.reading for rows in measured])
-    ellipses, ratios = (
-        pd.DataFrame([row for rows in measured for row in getattr(rows, name)]) for name in ("ellipses", "ratios")
-    )
-    notes = list(found.notes)
+    readings = pd.DataFrame([rows.reading for rows in measured])
+    ellipses = pd.DataFrame([row for rows in measured for row in rows.ellipses])
+    ratios = pd.DataFrame([row for rows in measured for row in rows.ratios])
+    examples = _examples(readings, found, paths, n_examples, min_certainty, dicom_contrast)
     if ellipses.empty:
         none = f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images"
         if source != "egd" and min_certainty > 1:
             none = f"no abnormality is marked with a certainty of --min_certainty {min_certainty} or more"
-        notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
-        table = table.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
-    counts = np.bincount(table["significant_patches"])  # of readings, by their number of significant patches
-    examples, not_shown = _examples(table, readings, paths, n_examples, min_certainty, dicom_contrast)
-    return Analysis(
-        {
-            "source": source,
-            "raw": str(given),
-            "simulated": is_simulated(SOURCES[source][0](raw)),
-            "split": split,
-            "size_thresholds": size_thresholds,
-        },
-        ellipses,
-        _size_table(ellipses),
-        table,
-        _ratio_table(ratios, n_bootstrap, seed),
-        pd.DataFrame({"significant_patches": range(len(counts)), "readings": counts}),
-        [*exclusions, *not_shown],
-        notes,
-        examples,
-    )
+        found.notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
+        readings = readings.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
+    counts = np.bincount(readings["significant_patches"])  # of readings, by their number of significant patches
+    tables = {
+        "ellipses": ellipses,
+        "size_by_finding": _size_table(ellipses),
+        "readings": readings,
+        "ratio_by_finding": _ratio_table(ratios, n_bootstrap, seed),
+        "significant_patches": pd.DataFrame({"significant_patches": range(len(counts)), "readings": counts}),
+    }
+    simulated = is_simulated(SOURCES[source][0](root))
+    options = dict(source=source, raw=str(raw), simulated=simulated, split=split, size_thresholds=size_thresholds)
+    return Analysis(options, tables, found.exclusions, found.notes, examples)
+
+
+def _find_images(found: RawReadings, root: Path, split: str, images: Path | None) -> dict[str, Path]:
+    """Leave readings of the split in `found`, without those that need an image and have none; the files by image id."""
+    readings = [reading for reading in found.readings if split in ("all", reading.split)]
+    if not readings:
+        raise UserError(f"{root}: {found.none_of(split)}")
+    paths = {}
+    if images is not None:
+        place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
+        paths = place.paths
+        found.notes += place.notes
+        needed = [r for r in readings if r.image_size is None or r.image_id in place.ambiguous]
+        lost = {exclusion.id: exclusion for exclusion in without_image(needed, place, images)}
+        found.exclusions += lost.values()
+        readings = [reading for reading in readings if reading.id not in lost]
+    if not paths and all(reading.image_size is None for reading in readings):
+        raise UserError(
+            f"{root}: this data set does not say how large its images are: --metadata, MIMIC-CXR's table, or --images, "
+            "with them, is needed"
+        )
+    found.readings = readings
+    return paths
 
 
 def _measure(
@@ -247,7 +217,7 @@ def _measure(
         gaze = reading_gaze(reading, reading.fixations_path, image_size, scaled_size(image_size, size))
         if isinstance(gaze, Exclusion):
             return gaze
-        heatmap = gaze[1]
+        _, heatmap = gaze
         abnormalities = _abnormalities(reading, min_certainty)
         ratios = _ratios(heatmap, abnormalities, reading.load_chest_box(), image_size)
     except UserError as error:
@@ -268,27 +238,19 @@ def _measure(
         "ratio_image": overall[0],
         "ratio_chest": overall[1],
     }
-    ratio_rows = [
-        who | {"finding": finding, "whole image": whole, "chest box": in_chest}
-        for finding, (whole, in_chest) in ratios.items()
-    ]
-    return Rows(row, ellipses, ratio_rows)
+    return Rows(row, ellipses, [who | {"finding": name} | dict(zip(REGIONS, own)) for name, own in ratios.items()])
 
 
 def _abnormalities(reading: Reading, min_certainty: int) -> list[Abnormality]:
     """The ellipses of a reading that mark abnormalities."""
-    ellipses = reading.load_ellipses()
-    labels = [column for column in ellipses.columns if column not in ELLIPSE_COLUMNS]
-    flags = ellipses[labels].to_numpy(dtype=bool)
     found = []
-    for row, own_flags in zip(ellipses[list(ELLIPSE_COLUMNS)].to_numpy(dtype=float).tolist(), flags):
-        xmin, ymin, xmax, ymax, certainty = row
-        own = [label for label, flag in zip(labels, own_flags) if flag]
+    for row in reading.load_ellipses().to_dict("records"):
+        *box, certainty = (float(row.pop(column)) for column in ELLIPSE_COLUMNS)
+        own = [label for label, is_marked in row.items() if is_marked]
         abnormal = [label for label in own if label not in NOT_ABNORMAL]
-        if certainty < min_certainty or (own and not abnormal):
-            continue
-        findings = tuple(dict.fromkeys(COMMON_FINDING[label] for label in abnormal))
-        found.append(Abnormality((xmin, ymin, xmax, ymax), int(certainty), findings))
+        if certainty >= min_certainty and (abnormal or not own):
+            findings = dict.fromkeys(COMMON_FINDING[label] for label in abnormal)
+            found.append(Abnormality(tuple(box), int(certainty), tuple(findings)))
     return found
 
 
@@ -298,105 +260,81 @@ def _ratios(
     """Density ratio in the whole image and within the chest box, for all abnormalities together (`ANY`)
     and for each finding. Outside always means outside of every abnormality. Ellipses that no pixel
     centre of the map falls into give no ratio."""
-    abnormal = ellipse_mask([own.box for own in abnormalities], image_size, heatmap.shape)
-    if not abnormal.any():
-        return {}
-    masks = {ANY: abnormal}
+    boxes = {ANY: [own.box for own in abnormalities]}
     for finding in sorted({finding for own in abnormalities for finding in own.findings}):
-        boxes = [own.box for own in abnormalities if finding in own.findings]
-        masks[finding] = ellipse_mask(boxes, image_size, heatmap.shape)
-    in_chest = np.zeros_like(abnormal)
-    if chest is not None:
-        x = pixel_middles(image_size[1], heatmap.shape[1]) - 0.5
-        y = pixel_middles(image_size[0], heatmap.shape[0]) - 0.5
-        in_chest = ((y >= chest[1]) & (y <= chest[3]))[:, None] & ((x >= chest[0]) & (x <= chest[2]))[None, :]
+        boxes[finding] = [own.box for own in abnormalities if finding in own.findings]
+    masks = {finding: ellipse_mask(own, image_size, heatmap.shape) for finding, own in boxes.items()}
+    elsewhere = ~masks[ANY]
+    in_chest = elsewhere & False if chest is None else box_mask(chest, image_size, heatmap.shape)
     return {
         finding: (
-            density_ratio(heatmap, mask, ~abnormal),
-            density_ratio(heatmap, mask & in_chest, ~abnormal & in_chest),
+            density_ratio(heatmap, mask, elsewhere),
+            density_ratio(heatmap, mask & in_chest, elsewhere & in_chest),
         )
         for finding, mask in masks.items()
         if mask.any()
     }
 
 
+def _by_number(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each finding; `ANY` first, then by number."""
+    groups = [] if rows.empty else rows.groupby("finding")
+    return sorted(groups, key=lambda group: (group[0] != ANY, -len(group[1]), group[0]))
+
+
 def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
-    """Per finding: ellipses, the share of each size class, median area share; `ANY` first, then by number."""
+    """Per finding: ellipses, the share of each size class, median area share."""
     if ellipses.empty:
         return pd.DataFrame()
-    by_finding = ellipses.assign(finding=ellipses["findings"].str.split("|")).explode("finding")
-    by_finding = by_finding[by_finding["finding"] != ""]
+    each = ellipses.assign(finding=ellipses["findings"].str.split("|")).explode("finding")
     rows = []
-    for finding, own in ((ANY, ellipses), *by_finding.groupby("finding")):
+    for finding, own in _by_number(pd.concat([ellipses.assign(finding=ANY), each[each["finding"] != ""]])):
         shares = own["size"].value_counts(normalize=True)
         row = {"finding": finding, "ellipses": len(own)} | {size: shares.get(size, 0.0) for size in SIZES}
         rows.append(row | {"median_area_share": own["area_share"].median()})
-    table = pd.DataFrame(rows)
-    order = np.lexsort((table["finding"], -table["ellipses"], table["finding"] != ANY))
-    return table.iloc[order].reset_index(drop=True)
+    return pd.DataFrame(rows)
 
 
 def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataFrame:
     """Per finding and region (`within`): readings, subjects, mean with its 95% interval, median."""
-    columns = ["finding", "within", "readings", "subjects", "mean", "low", "high", "median"]
     rows = []
-    order = {} if ratios.empty else ratios["finding"].value_counts()
-    for finding in sorted(order.keys(), key=lambda name: (name != ANY, -order[name], name)):
-        for within in ("whole image", "chest box"):
-            own = ratios[(ratios["finding"] == finding) & ratios[within].notna()]
+    for finding, rows_of_finding in _by_number(ratios):
+        for within in REGIONS:
+            own = rows_of_finding.dropna(subset=within)
             if own.empty:
                 continue
             values, subjects = own[within].to_numpy(), own["subject_id"].to_numpy(str)
             means = bootstrap_means(values[:, None], subjects, draws=n_bootstrap, seed=seed)[:, 0]
             counts = len(own), own["subject_id"].nunique()
             rows.append([finding, within, *counts, *interval(means), np.median(values)])
+    columns = ["finding", "within", "readings", "subjects", "mean", "low", "high", "median"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _examples(
-    table: pd.DataFrame,
-    readings: list[Reading],
-    paths: dict[str, Path],
-    n: int,
-    min_certainty: int,
-    dicom_contrast: str,
-) -> tuple[list[Example], list[Exclusion]]:
-    """`n` images to show, evenly spread over the ranks of the ratios, and those that can't be shown, in whose place
-    others are."""
-    by_id = {reading.id: reading for reading in readings}
+    table: pd.DataFrame, found: RawReadings, paths: dict[str, Path], n: int, min_certainty: int, dicom_contrast: str
+) -> list[Example]:
+    """`n` images to show, evenly spread over the ranks of the ratios; those that can't be shown are entered in
+    `found`."""
+    by_id = {reading.id: reading for reading in found.readings}
     table = table[table["image_id"].isin(list(paths))].drop_duplicates("image_id")
-    if "ratio_image" in table:
-        table = table[table["ratio_image"].notna()].sort_values(["ratio_image", "id"])
-    else:
-        table = table.assign(ratio_image=np.nan)
+    if table["ratio_image"].notna().any():
+        table = table.dropna(subset="ratio_image").sort_values(["ratio_image", "id"])
     n = min(n, len(table))
-    spread = [int((i + 0.5) / n * len(table)) for i in range(n)]
-    made, faults = {}, []
-    for place in dict.fromkeys([*spread, *range(len(table))]):
-        if len(made) == n:
-            break
-        name, ratio = table.iloc[place][["id", "ratio_image"]]
-        example = _example(by_id[name], paths, ratio, min_certainty, dicom_contrast)
-        if isinstance(example, Exclusion):
-            faults.append(example)
-        else:
-            made[place] = example
-    return [made[place] for place in sorted(made)], faults
-
-
-def _example(
-    reading: Reading, paths: dict[str, Path], ratio: float, min_certainty: int, dicom_contrast: str
-) -> Example | Exclusion:
-    path = paths[reading.image_id]
-    try:
-        file_size = radiograph_size(path)
-        out_size = scaled_size(file_size, 512)
-        gaze = reading_gaze(reading, path, file_size, out_size)
+    examples = []
+    for name, ratio in table.iloc[[int((i + 0.5) / n * len(table)) for i in range(n)]][["id", "ratio_image"]].values:
+        reading = by_id[name]
+        path = paths[reading.image_id]
+        try:
+            file_size = radiograph_size(path)
+            out_size = scaled_size(file_size, EXAMPLE_SIZE)
+            gaze = reading_gaze(reading, path, file_size, out_size)
+            gray = resize_gray(read_radiograph(path, dicom_contrast), out_size)
+        except UserError as error:
+            gaze = Exclusion(name, "image unreadable", str(error), is_fault=True)
         if isinstance(gaze, Exclusion):
-            return gaze
-        size = reading.original_size(file_size)
+            found.exclusions.append(gaze)
+            continue
         boxes = [abnormality.box for abnormality in _abnormalities(reading, min_certainty)]
-        gray = resize_gray(read_radiograph(path, dicom_contrast), out_size)
-    except UserError as error:
-        return Exclusion(reading.id, "image unreadable", str(error), is_fault=True)
-    return Example(reading, gray, size, gaze[1], boxes, ratio)
+        examples.append(Example(name, gray, reading.original_size(file_size), gaze[1], boxes, ratio))
+    return examples

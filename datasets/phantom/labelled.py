@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.phantom.chest import LESION_KINDS, render_chest
-from datasets.phantom.study import PhantomImage, PhantomStudy, check_options, draw_lesions, new_image
+from datasets.phantom.chest import LESION_KINDS
+from datasets.phantom.study import PhantomImage, PhantomStudy, check_options, draw_chests
 
 MARK = "MADE_UP.txt"
 
@@ -45,14 +45,11 @@ class Chests:
     def draw(self, study: PhantomStudy, suffix: str) -> Iterator[tuple[PhantomImage, np.ndarray]]:
         """Each image with its pixels, uint8 [H, W]; its path is still to be set. Image i is the same however
         many there are."""
-        for index in range(self.n_images):
-            rng = np.random.default_rng([self.seed, index, 11])
-            lesions = draw_lesions(
-                rng, self.lesion_kinds, (1, 2), self.normal_fraction, self.lesion_size, self.lesion_contrast
-            )
-            image = new_image(study, index, self.size, lesions, suffix)
-            study.truth.append(image)
-            yield (image, render_chest(self.size, np.random.default_rng([self.seed, index, 12]), tuple(lesions)))
+        options = {
+            name: getattr(self, name) for name in ("lesion_kinds", "normal_fraction", "lesion_size", "lesion_contrast")
+        }
+        chests = draw_chests(study, self.n_images, self.size, ((11,), (12,)), image_format=suffix[1:], **options)
+        return ((image, gray) for image, gray, _ in chests)
 
 
 def kinds_of(image: PhantomImage) -> set[str]:

@@ -42,7 +42,6 @@ def add_real_radiograph(study: PhantomStudy) -> PhantomImage:
         image.lesions.append(Lesion("mass", (x, y, rx * size[1] / frame.unit, ry * size[0] / frame.unit)))
     image.boxes = [frame.box(lesion.ellipse) for lesion in image.lesions]
     reading_id = "P399R999999"
-    image.reading_ids.append(reading_id)
     row = write_reading(study, image, reading_id, 3, np.random.default_rng([study.seed, 1_000_003]))
     row["Other"] = "real radiograph (RG1_UNCR.dcm of pydicom-data) with a simulated reading"
     text = f"{SIMULATED} The film is real (RG1_UNCR.dcm of pydicom-data); gaze and ellipses are made up."

@@ -13,17 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.phantom.chest import LESION_KINDS, render_chest
 from datasets.phantom.gaze import simulate_fixations
 from datasets.phantom.study import (
     PhantomImage,
     PhantomStudy,
-    check_options,
-    draw_lesions,
+    draw_chests,
     fixed_number,
-    image_suffix,
     mark_simulated,
-    new_image,
     write_csv,
     write_image,
 )
@@ -35,17 +31,13 @@ _COMMON = {
     "atelectasis": "Atelectasis",
     "cardiomegaly": "Enlarged cardiac silhouette",
 }
-
-
+_LATER = {**_COMMON, **dict.fromkeys(("nodule", "mass"), "Lung nodule or mass"), "effusion": "Pleural abnormality"}
 LABEL_OF_KIND = {
     1: {**_COMMON, "nodule": "Nodule", "mass": "Mass", "effusion": "Pleural effusion"},
-    2: {**_COMMON, **dict.fromkeys(("nodule", "mass"), "Lung nodule or mass"), "effusion": "Pleural abnormality"},
+    2: _LATER,
+    3: _LATER,
 }
-
-
-LABEL_OF_KIND[3] = LABEL_OF_KIND[2]
-
-
+BOX = ["xmin", "ymin", "xmax", "ymax"]
 SIMULATED = "Simulated reading, no radiologist looked at this image."
 
 
@@ -57,101 +49,90 @@ def make_study(
     *,
     shared_images: int | None = None,
     readers: int = 3,
-    image_format: str = "jpg",
-    lesion_kinds: Sequence[str] = LESION_KINDS,
-    lesions_per_image: tuple[int, int] = (1, 2),
-    normal_fraction: float = 0.2,
-    lesion_size: float = 1.0,
-    lesion_contrast: float = 1.0,
     dwell_ratio: float = 6.0,
+    **options,
 ) -> PhantomStudy:
     """Write a study in the raw REFLACX layout, `root`/reflacx, and its images, `root`/mimic/files.
 
-    `size` is (height, width) of the images in px, or one number for square ones. The first
-    `shared_images` (default: a quarter) are each read by `readers` readers, in phases 1 and 2 by
+    The first `shared_images` (default: a quarter) are each read by `readers` readers, in phases 1 and 2 by
     turns; one of these readings, the last of the first image, has its eye tracking discarded. Every
     other image has one reading in phase 3. So there are shared_images * readers + n_images -
     shared_images readings.
 
-    `image_format` is "jpg", "dcm" or "mixed" (every second image a DICOM, by turns MONOCHROME2 and
-    MONOCHROME1). A `normal_fraction` of the images has no lesion, the others between
-    `lesions_per_image` of the `lesion_kinds`, each kind at most once; `lesion_size` and
-    `lesion_contrast` multiply the usual extent and contrast.
+    `size` and the further `options` are those of `datasets.phantom.study.draw_chests`; every second DICOM is MONOCHROME1.
 
-    `dwell_ratio`: see the module's text.
+    `dwell_ratio`: see `datasets.phantom.gaze`.
 
     Raises `ValueError` for options out of range, among them a dwell_ratio that no gaze can have on
     lesions of that size.
     """
-    size = (size, size) if isinstance(size, int) else tuple(size)
     shared = n_images // 4 if shared_images is None else shared_images
-    check_options(n_images, image_format, lesion_kinds)
     if not 0 <= shared <= n_images or readers < 1:
         raise ValueError(f"shared_images {shared} of n_images {n_images}, readers {readers}: out of range")
-
     root = Path(root)
     study = PhantomStudy(root, root / "reflacx", root / "mimic", [], seed, dwell_ratio)
     rows: dict[int, list[dict]] = {1: [], 2: [], 3: []}
-    for index in range(n_images):
-        rng = np.random.default_rng([seed, index])
-        lesions = draw_lesions(rng, lesion_kinds, lesions_per_image, normal_fraction, lesion_size, lesion_contrast)
-        image = new_image(study, index, size, lesions, image_suffix(image_format, index))
-        gray = render_chest(size, np.random.default_rng([seed, index, 1]), tuple(lesions))
+    for image, gray, _ in draw_chests(study, n_images, size, ((), (1,)), **options):
+        index = image.index
         write_image(image, gray, inverted=index % 4 == 3)
-        study.truth.append(image)
         for reader in range(readers if index < shared else 1):
             phase = (1 + (index + reader) % 2) if index < shared else 3
             rng = np.random.default_rng([seed, index, 2, reader])
             reading_id = f"P{phase}{len(rows[phase]) // 100:02d}R{fixed_number(seed, index, reader) % 1_000_000:06d}"
-            image.reading_ids.append(reading_id)
             row = write_reading(study, image, reading_id, phase, rng)
             row["eye_tracking_data_discarded"] = index == 0 and shared > 0 and reader == readers - 1
             rows[phase].append(row)
-
     for phase, phase_rows in rows.items():
-        _write_metadata(study.raw, phase, phase_rows)
+        table = pd.DataFrame(phase_rows, columns=metadata_columns(phase))
+        write_csv(table, study.raw / "main_data" / f"metadata_phase_{phase}.csv")
     mark_simulated(study.raw)
     return study
+
+
+def metadata_columns(phase: int) -> list[str]:
+    head = "id split eye_tracking_data_discarded image dicom_id subject_id image_size_x image_size_y".split()
+    return [*head, *_sorted_labels(phase), *TEXT_LABELS[phase]]
+
+
+def _sorted_labels(phase: int) -> list[str]:
+    return sorted((*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase]))
 
 
 def write_reading(
     study: PhantomStudy, image: PhantomImage, reading_id: str, phase: int, rng: np.random.Generator
 ) -> dict:
     """Write the files of one reading and return its row of the metadata."""
-    label_of_kind = LABEL_OF_KIND[phase]
+    image.reading_ids.append(reading_id)
     boxes = [_reader_box(box, image.size, rng) for box in image.boxes]
     certainty = [int(rng.choice((3, 4, 5, 5))) for _ in boxes]
-    labels = [label_of_kind[lesion.kind] for lesion in image.lesions]
+    labels = [LABEL_OF_KIND[phase][lesion.kind] for lesion in image.lesions]
     table = simulate_fixations(image.size, boxes, rng, dwell_ratio=study.dwell_ratio)
 
     directory = study.raw / "main_data" / reading_id
-    directory.mkdir(parents=True, exist_ok=True)
     write_csv(table, directory / "fixations.csv")
-    known, flags = CERTAINTY_LABELS[phase], BOOL_LABELS[phase]
-    ellipses = pd.DataFrame(boxes, columns=["xmin", "ymin", "xmax", "ymax"], dtype=float).round(2)
+    ellipses = pd.DataFrame(boxes, columns=BOX, dtype=float).round(2)
     ellipses["certainty"] = pd.Series(certainty, dtype=int)
-    for label in sorted((*known, *flags)):
+    for label in _sorted_labels(phase):
         ellipses[label] = [label == own for own in labels]
     write_csv(ellipses, directory / "anomaly_location_ellipses.csv")
     chest = _reader_box(image.chest_box, image.size, rng, 0.01)
-    box = pd.DataFrame([chest], columns=["xmin", "ymin", "xmax", "ymax"])
-    write_csv(box.round(2), directory / "chest_bounding_box.csv")
+    write_csv(pd.DataFrame([chest], columns=BOX).round(2), directory / "chest_bounding_box.csv")
     _write_transcription(directory, [lesion.kind for lesion in image.lesions], table)
 
+    path = image.path.relative_to(study.images).with_suffix(".dcm").as_posix()
     row = {
         "id": reading_id,
         "split": image.split,
         "eye_tracking_data_discarded": False,
-        "image": "physionet.org/files/mimic-cxr/2.0.0/"
-        + image.path.relative_to(study.images).with_suffix(".dcm").as_posix(),
+        "image": f"physionet.org/files/mimic-cxr/2.0.0/{path}",
         "dicom_id": image.dicom_id,
         "subject_id": image.subject_id,
         "image_size_x": image.size[1],
         "image_size_y": image.size[0],
     }
-    for label in sorted((*known, *flags)):
-        present = [sure for sure, own in zip(certainty, labels) if own == label]
-        row[label] = False if label in flags else max(present, default=0)
+    row |= dict.fromkeys(CERTAINTY_LABELS[phase], 0) | dict.fromkeys(BOOL_LABELS[phase], False)
+    for label, sure in zip(labels, certainty):
+        row[label] = max(row[label], sure)
     return row | dict.fromkeys(TEXT_LABELS[phase], "")
 
 
@@ -175,21 +156,3 @@ def _write_transcription(directory: Path, kinds: list[str], table: pd.DataFrame)
     edges = np.linspace(0.2 * end, end, len(words) + 1).round(3)
     table = pd.DataFrame({"word": words, "timestamp_start_word": edges[:-1], "timestamp_end_word": edges[1:]})
     write_csv(table, directory / "timestamps_transcription.csv")
-
-
-def _write_metadata(raw: Path, phase: int, rows: list[dict]) -> None:
-    (raw / "main_data").mkdir(parents=True, exist_ok=True)
-    labels = (*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase])
-    columns = [
-        "id",
-        "split",
-        "eye_tracking_data_discarded",
-        "image",
-        "dicom_id",
-        "subject_id",
-        "image_size_x",
-        "image_size_y",
-        *sorted(labels),
-        *TEXT_LABELS[phase],
-    ]
-    write_csv(pd.DataFrame(rows, columns=columns), raw / "main_data" / f"metadata_phase_{phase}.csv")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from datasets.phantom.chest import LESION_KINDS, Frame, Lesion, chest_box, draw_lesion
+from datasets.phantom.chest import LESION_KINDS, Frame, Lesion, chest_box, draw_lesion, render_chest
 from datasets.raw.readings import SIMULATED_FILE
+
+SUFFIXES = {"jpg": (".jpg",), "dcm": (".dcm",), "mixed": (".jpg", ".dcm"), "png": (".png",)}
 
 
 @dataclass
@@ -53,29 +55,52 @@ def mark_simulated(raw: Path) -> None:
 def check_options(n_images: int, image_format: str, lesion_kinds: Sequence[str]) -> None:
     if n_images < 1:
         raise ValueError(f"n_images {n_images} is not at least 1")
-    if image_format not in ("jpg", "dcm", "mixed"):
-        raise ValueError(f"image_format {image_format!r} is not jpg, dcm or mixed")
-    if unknown := [kind for kind in lesion_kinds if kind not in LESION_KINDS]:
-        raise ValueError(f"unknown lesion kinds {unknown}: known are {', '.join(LESION_KINDS)}")
+    if image_format not in SUFFIXES:
+        raise ValueError(f"image_format {image_format!r} is not one of {', '.join(SUFFIXES)}")
+    if unknown := set(lesion_kinds) - set(LESION_KINDS):
+        raise ValueError(f"unknown lesion kinds {sorted(unknown)}: known are {', '.join(LESION_KINDS)}")
 
 
-def image_suffix(image_format: str, index: int) -> str:
-    is_dicom = image_format == "dcm" or (image_format == "mixed" and index % 2 == 1)
-    return ".dcm" if is_dicom else ".jpg"
+def draw_chests(
+    study: PhantomStudy,
+    n_images: int,
+    size: int | tuple[int, int],
+    streams: Sequence[Sequence[int]],
+    *,
+    image_format: str = "jpg",
+    lesion_kinds: Sequence[str] = LESION_KINDS,
+    lesions_per_image: tuple[int, int] = (1, 2),
+    normal_fraction: float = 0.2,
+    lesion_size: float = 1.0,
+    lesion_contrast: float = 1.0,
+) -> Iterator[tuple[PhantomImage, np.ndarray, np.random.Generator]]:
+    """Each image of a study with its pixels, uint8 [H, W], and the generator that drew its lesions. It is entered in
+    `study.truth`; its file is still to be written.
 
+    Args:
+        size: (height, width) in px, or one number for square images.
+        streams: two keys of random numbers, beside (seed, index): of the lesions and of the pixels.
+        image_format: one of `SUFFIXES`; "mixed" is every second image a DICOM.
+        lesion_kinds: what to draw from, each kind at most once; `lesions_per_image` (from, to) in an image with any.
+        normal_fraction: share of images without a lesion.
+        lesion_size, lesion_contrast: multiply the usual extent and contrast.
 
-def draw_lesions(
-    rng: np.random.Generator,
-    kinds: Sequence[str],
-    count: tuple[int, int],
-    normal_fraction: float,
-    size: float,
-    contrast: float,
-) -> list[Lesion]:
-    is_normal = rng.random() < normal_fraction
-    n = 0 if is_normal else min(len(kinds), int(rng.integers(count[0], count[1] + 1)))
-    chosen = [kinds[i] for i in rng.permutation(len(kinds))[:n]]
-    return [draw_lesion(kind, rng, size, contrast) for kind in chosen]
+    Raises:
+        ValueError: an option out of range.
+    """
+    check_options(n_images, image_format, lesion_kinds)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    suffixes = SUFFIXES[image_format]
+    for index in range(n_images):
+        rng, pixels_rng = (np.random.default_rng([study.seed, index, *stream]) for stream in streams)
+        n = 0
+        if rng.random() >= normal_fraction:
+            n = min(len(lesion_kinds), int(rng.integers(lesions_per_image[0], lesions_per_image[1] + 1)))
+        chosen = rng.permutation(len(lesion_kinds))[:n]
+        lesions = [draw_lesion(lesion_kinds[i], rng, lesion_size, lesion_contrast) for i in chosen]
+        image = new_image(study, index, size, lesions, suffixes[index % len(suffixes)])
+        study.truth.append(image)
+        yield image, render_chest(size, pixels_rng, tuple(lesions)), rng
 
 
 def fixed_number(*key: int) -> int:
@@ -112,12 +137,10 @@ def new_image(
 
 def write_image(image: PhantomImage, gray: np.ndarray, *, inverted: bool) -> None:
     image.path.parent.mkdir(parents=True, exist_ok=True)
-    if image.path.suffix == ".jpg":
-        Image.fromarray(gray).save(image.path, quality=92)
-    elif image.path.suffix == ".png":
-        Image.fromarray(gray).save(image.path)
-    else:
+    if image.path.suffix == ".dcm":
         _write_dicom(image, gray, inverted)
+    else:
+        Image.fromarray(gray).save(image.path, **({"quality": 92} if image.path.suffix == ".jpg" else {}))
 
 
 def _write_dicom(image: PhantomImage, gray: np.ndarray, inverted: bool) -> None:
@@ -146,4 +169,5 @@ def _write_dicom(image: PhantomImage, gray: np.ndarray, inverted: bool) -> None:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +23,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from downstream.data.labelled import LabelledImages
-from datasets.plane import Plane, PlaneKind, open_plane
+from datasets.plane import Plane, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
 from util.errors import UserError
-from util.images import image_size, read_intensities
-from util.radiograph import add_dicom_contrast, dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
+from util.images import read_intensities
+from util.radiograph import add_dicom_contrast, is_dicom, read_dicom, read_dicom_by_maximum
 
 SQUARE, CROP = 256, 224
 CENTRE = -1  # the view of validation and tests
@@ -59,10 +58,6 @@ class Reading:
     def __post_init__(self) -> None:
         if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
             raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
-
-    def size(self, path: Path) -> tuple[int, int]:
-        """(height, width) from the header."""
-        return dicom_size(path) if is_dicom(path) else image_size(path, deep=True)
 
     def read(self, path: Path) -> np.ndarray:
         """uint8 [H, W]. Raises `UserError` naming the file."""
@@ -150,7 +145,7 @@ class Views(Dataset):
     """
 
     def __init__(
-        self, images: LabelledImages, *, seed: int = 0, plane: Squares | None = None, reading: Reading | None = None
+        self, images: LabelledImages, *, seed: int = 0, plane: Plane | None = None, reading: Reading | None = None
     ):
         self.files = images.files
         self.strong = images.strong_augmentation
@@ -182,24 +177,13 @@ class Views(Dataset):
         return torch.from_numpy(np.ascontiguousarray(crop))[None]
 
 
-class Squares:
-    """The decoded images, uint8 [h, w] each, in the order of a `LabelledImages`, from a plane in the order of the files'
-    names: it is the same whatever the split, and whatever is left out for damage."""
-
-    def __init__(self, plane: Plane, places: np.ndarray):
-        self.plane, self.places = plane, places
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.plane[self.places[index]]
-
-
 def open_squares(
     images: LabelledImages,
     cache_dir: str | os.PathLike,
     *,
     reading: Reading | None = None,
     num_workers: int | None = None,
-) -> Squares:
+) -> Plane:
     """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
 
     64 KiB an image at most: 7.0 GiB for ChestX-ray14, 12 GiB for CheXpert.
@@ -232,49 +216,34 @@ def leave_out_damaged(
 
 def _decode(
     images: LabelledImages, cache_dir: str | os.PathLike, reading: Reading, num_workers: int | None
-) -> tuple[Squares, dict[int, str]]:
-    """The decoded images, and what is wrong with those that can't be read, by their place; these are black."""
+) -> tuple[Plane, dict[int, str]]:
+    """The decoded images, and what is wrong with those that can't be read, by their place. The file of the cache is the same
+    whatever the split, and whatever is left out for damage."""
     files = sorted({*images.files, *images.damaged})
     # Another choice of files gets a directory of its own, so that two uses don't evict each other.
     listed = "\n".join(map(os.fspath, files))
     root = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
     scale = "range" if reading.intensity_max is None else f"{reading.intensity_max:g}"
-    kind = PlaneKind(
-        f"fitted-{reading.dicom_contrast}-{scale}",
-        SQUARE,
-        partial(_size_or_none, reading),
-        fitted_size,
-        partial(_picture_or_black, reading),
-    )
-    plane = open_plane([root], kind, files, root=root, num_workers=num_workers)
-    sizes, sums = plane.table[:, 1] * plane.table[:, 2], plane.table[:, 5]
-    black = {size: zlib.crc32(bytes(size)) for size in np.unique(sizes).tolist()}
-    reasons = {}
-    for place in np.flatnonzero(sums == np.array([black[size] for size in sizes.tolist()])):
-        try:
-            reading.read(files[place])
-        except UserError as error:
-            reasons[files[place]] = str(error)
+    name = f"fitted-{reading.dicom_contrast}-{scale}-{SQUARE}"
+    plane = open_plane([root], name, files, partial(_fitted_picture, reading), root=root, num_workers=num_workers)
     place_of = {file: place for place, file in enumerate(files)}
-    damaged = {i: reasons[file] for i, file in enumerate(images.files) if file in reasons}
-    return Squares(plane, np.array([place_of[file] for file in images.files])), damaged
+    places = np.array([place_of[file] for file in images.files])
+    damaged = {}
+    for i in np.flatnonzero(plane.native_size(places)[:, 0] == 0).tolist():
+        try:
+            reading.read(images.files[i])
+        except UserError as error:
+            damaged[i] = str(error)
+    return Plane(plane.path, plane.rows[places]), damaged
 
 
-def _size_or_none(reading: Reading, file: Path) -> tuple[int, int]:
+def _fitted_picture(reading: Reading, file: str | Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """A damaged image is one black pixel of native size 0."""
     try:
-        return reading.size(file)
+        gray = reading.read(Path(file))
     except UserError:
-        return 1, 1
-
-
-def _picture_or_black(reading: Reading, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    try:
-        gray = reading.read(file)
-    except UserError:
-        return np.zeros(size, np.uint8)
-    if gray.shape != native_size:
-        raise UserError(f"{file}: the file changed while it was read; start again")
-    return area_resize(gray, size)
+        return np.zeros((1, 1), np.uint8), (0, 0)
+    return area_resize(gray, fitted_size(*gray.shape)), gray.shape
 
 
 def options_heeded(files: Sequence[Path]) -> dict[str, Path]:

@@ -1,7 +1,8 @@
-"""datasets/cache.py: what comes out is what the files hold, in any number of processes, or an error."""
+"""The cache: what comes out is what the files hold, in any number of processes, or one line that names a file."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -17,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import make_mimic, make_reflacx, save
+from trees import equal, make_mimic, make_reflacx, save
 
 import datasets.cache
 import datasets.plane
-from datasets import Reflacx, build_dataset
+from datasets import Reflacx, SampleError, build_dataset, check_data
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
 from util.images import read_gray
@@ -39,14 +40,16 @@ def build(root, cache_size=128, **options):
     return build_dataset(root, input_size=64, cache_size=cache_size, num_workers=2, **options)
 
 
-def cache_files(root) -> dict[str, tuple[int, int]]:
-    """{name: (inode, mtime)} of all cached planes below a directory."""
-    paths = (path for path in Path(root).rglob("*.npy") if not path.name.endswith(".table.npy"))
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+def cache_files(root) -> dict[str, int]:
+    """{name: inode} of all cached planes below a directory."""
+    return {path.name: path.stat().st_ino for path in Path(root).rglob("*.npy")}
 
 
-def equal(a, b) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in a)
+def refused(root, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        build(root, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("cache_size", [128, 300])
@@ -55,17 +58,14 @@ def test_pictures_are_the_resized_files_never_enlarged(tree, cache_size):
     for i, native in enumerate(BIG):
         planes, size = dataset.read_planes(i)
         assert size == native
-        for file, plane in zip(dataset.files(i), planes):
-            original = read_gray(file)
-            assert plane.shape == grid_size(*native, cache_size)
-            assert min(plane.shape) == min(cache_size, *native)
-            expected = crop_resize_flip([original], Box(0, 0, *native), plane.shape)[0].numpy()
+        for file, plane in zip(dataset.files(i), planes, strict=True):
+            assert plane.shape == grid_size(*native, cache_size) and min(plane.shape) == min(cache_size, *native)
+            expected = crop_resize_flip([read_gray(file)], Box(0, 0, *native), plane.shape)[0].numpy()
             np.testing.assert_array_equal(plane, expected)
             assert not plane.flags.writeable
     pixels = sum(h * w for h, w in (grid_size(*native, cache_size) for native in BIG))
-    for plane, _ in dataset.cache.by_plane:  # a byte a pixel, and NumPy's header
-        assert plane.path.stat().st_size == pixels + 128
-    assert sorted(name.split("-")[0] for name in cache_files(tree)) == ["attention", "foreground", "gray"]
+    for path in tree.rglob("*.npy"):  # a byte a pixel, and NumPy's header
+        assert path.stat().st_size == pixels + 128 == np.load(path).size + 128
 
 
 def test_samples_with_and_without_cache(tmp_path):
@@ -73,68 +73,54 @@ def test_samples_with_and_without_cache(tmp_path):
     root = make_reflacx(tmp_path, [(1000, 800), (700, 900)])
     for files in (Reflacx(root).files(i) for i in range(2)):  # detail as in a radiograph of this size
         native = read_gray(files.image)
-        enlarged = crop_resize_flip([native], Box(0, 0, 125, 125), native.shape)[0].numpy()
-        save(files.image, enlarged)
-    native = build(root, 512, preload=True, use_cache=False)
-    cached = build(root, 512, preload=True)
-    unscaled = build(root, 800, preload=True)
-    assert equal(unscaled[0], build(root, 800, preload=True, use_cache=False)[0])
-    differences = {"img": [], "attention": [], "foreground": []}
-    for epoch in range(30):
-        for i in range(2):
-            a, b = native[(epoch, i)], cached[(epoch, i)]
-            for key in a:
-                differences[key].append((a[key].float() - b[key].float()).abs().mean().item())
-    # Gray levels of 255. One native pixel off would make it 1.
-    assert np.mean(differences["img"]) < 0.3 and np.mean(differences["attention"]) < 0.3
-    assert np.mean(differences["foreground"]) < 0.002  # pixels that changed sides
+        save(files.image, crop_resize_flip([native], Box(0, 0, 125, 125), native.shape)[0].numpy())
+    native, cached = build(root, 512, preload=True, use_cache=False), build(root, 512, preload=True)
+    assert equal(build(root, 800, preload=True)[0], build(root, 800, preload=True, use_cache=False)[0])
+    pairs = [(native[key], cached[key]) for key in ((epoch, i) for epoch in range(20) for i in range(2))]
+    # Gray levels of 255 (one native pixel off would make it 1), and pixels that changed sides.
+    for key, limit in (("img", 0.3), ("attention", 0.3), ("foreground", 0.002)):
+        assert np.mean([(a[key].float() - b[key].float()).abs().mean() for a, b in pairs]) < limit
 
 
-def test_second_start_builds_nothing_and_preload_adds_the_foreground_alone(tree):
-    build(tree)
-    first = cache_files(tree)
+def test_files_that_are_built_and_kept_and_go(tree, monkeypatch):
+    dataset = build(tree)
+    before, first = dataset[1], cache_files(tree)
     assert {name.split("-")[0] for name in first} == {"gray", "attention"}
     build(tree)
     assert cache_files(tree) == first
     build(tree, preload=True)
-    both = cache_files(tree)
-    assert len(both) == 3 and first.items() <= both.items()
+    assert len(cache_files(tree)) == 3 and first.items() <= cache_files(tree).items()
     build(tree, 100)
     assert len(cache_files(tree)) == 5  # another size stands beside
+    file = dataset.files(1).image
+    save(file, 255 - read_gray(file))
+    again = build(tree)
+    assert not torch.equal(again[1]["img"], before["img"]) and torch.equal(again[0]["img"], dataset[0]["img"])
+    assert equal(dataset[1], before)  # who has the old one mapped works on
+    kept = cache_files(tree).keys() & first.keys()
+    assert len(cache_files(tree)) == 5 and {name.split("-")[0] for name in kept} == {"attention"}
+    monkeypatch.setattr(datasets.plane, "PREPROCESSING_VERSION", 999)
+    build(tree)
+    assert not cache_files(tree).keys() & kept
 
 
 def test_shared_images_are_held_once(tree):
     entries = json.loads((tree / "reflacx.json").read_text())
     for entry in entries:
         entry["image_path"] = entries[0]["image_path"]
-        heatmap = tree / "attention" / str(entry["study_id"]) / f"{entry['reflacx_id']}.png"
-        save(heatmap, np.eye(*BIG[0], dtype=np.uint8))
+        save(tree / f"attention/{entry['study_id']}/{entry['reflacx_id']}.png", np.eye(*BIG[0], dtype=np.uint8))
     (tree / "reflacx.json").write_text(json.dumps(entries))
     dataset = build(tree)
-    assert [len(plane) for plane, _ in dataset.cache.by_plane] == [1, 3]
+    assert [len(plane.table) for plane in dataset.cache] == [1, 3]
     assert np.shares_memory(dataset.read_planes(0)[0][0], dataset.read_planes(2)[0][0])
 
 
-def test_changed_file_is_read_again_and_the_old_plane_goes(tree):
-    dataset = build(tree)
-    before = dataset[1]
-    old = cache_files(tree)
-    file = dataset.files(1).image
-    save(file, 255 - read_gray(file))
-    os.utime(file, ns=(1, 1))  # whatever the clock's resolution
-    again = build(tree)
-    assert not torch.equal(again[1]["img"], before["img"]) and torch.equal(again[0]["img"], dataset[0]["img"])
-    assert equal(dataset[1], before)  # who has the old one mapped works on
-    now = cache_files(tree)
-    assert len(now) == 2 and len(old.keys() & now.keys()) == 1  # attention, untouched
-
-
-@pytest.mark.parametrize("cache_size", [None, 128])
-def test_files_replaced_with_their_sizes_and_times(tree, tmp_path, cache_size):
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_files_replaced_with_their_sizes_and_times(tree, tmp_path, use_cache):
     """As from an archive: the cache is built anew, and the data have another identity. A copy of the tree has not."""
 
     def identity(root):
-        return build(root, cache_size or 512, use_cache=cache_size is not None).identity()
+        return build(root, use_cache=use_cache).identity()
 
     file = Reflacx(tree).files(1).attention
     levels = read_gray(file)
@@ -145,64 +131,36 @@ def test_files_replaced_with_their_sizes_and_times(tree, tmp_path, cache_size):
     Image.fromarray(np.roll(levels, 99)).save(file, compress_level=0)
     os.utime(file, (315532800, 315532800))
     assert file.stat().st_size == size
-    if cache_size is None:  # sizes are all that is read
+    if not use_cache:  # sizes are all that is read
         save(file, np.roll(levels, 99))
     assert identity(tree) != before
 
 
-def test_preprocessing_version_is_part_of_the_key(tree, monkeypatch):
-    build(tree)
-    old = cache_files(tree)
-    monkeypatch.setattr(datasets.plane, "PREPROCESSING_VERSION", 999)
-    build(tree)
-    assert not cache_files(tree).keys() & old.keys()
-
-
-def test_several_trees_share_a_cache_dir(tree, tmp_path):
-    mimic = make_mimic(tmp_path / "mimic")
-    other = make_reflacx(tmp_path / "other", BIG)
+def test_places_of_the_cache(tree, tmp_path):
+    mimic, other = make_mimic(tmp_path / "mimic"), make_reflacx(tmp_path / "donn\udce9es", BIG)  # not UTF-8
     both = build([tree, mimic, other], cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 3 and not (tree / ".cache").exists()
-    assert equal(both[4], build([tree, mimic], use_cache=False, cache_size=128)[4])  # small: not scaled
-
-
-def test_a_tree_may_lie_below_a_name_that_is_not_utf8(tmp_path):
-    tree = make_reflacx(tmp_path / "donn\udce9es", BIG[:1])
-    build(tree)
-    assert len(cache_files(tree)) == 2
-
-
-def test_pickled_data_set_holds_no_pixels(tree):
-    dataset = build(tree, 256)
-    pickled = pickle.dumps(dataset)
-    assert len(pickled) < 4000 < sum(path.stat().st_size for path in tree.rglob(".cache/*/*.npy"))
-    copy = pickle.loads(pickled)
-    assert copy.cache.by_plane[0][0]._table is None
-    assert equal(copy[2], dataset[2])
+    assert equal(both[4], build([tree, mimic], use_cache=False)[4])  # small: not scaled
+    (tmp_path / "file").write_text("no directory")
+    message = refused(tree, cache_dir=tmp_path / "file")
+    assert f"{tmp_path}/file" in message and "can't write the cache here" in message and "--cache_dir" in message
 
 
 # ---- processes -------------------------------------------------------------------------------------
 
 
-def logging_build(log: Path, delay: float):
-    """The real _build, which notes each run and takes its time."""
-    real = datasets.plane._build
+def test_several_starts_at_once_build_once(tree, monkeypatch, capfd):
+    barrier, decoded, queue = FORK.Barrier(4), FORK.Value("i", 0), FORK.Queue()
+    real = datasets.cache.read_gray
 
-    def build_slowly(path, *args):
-        with open(log, "a") as file:
-            file.write(f"{path.name}\n")
-        time.sleep(delay)
-        real(path, *args)
-
-    return build_slowly
-
-
-def test_two_processes_at_once_build_once(tree, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(datasets.plane, "_build", logging_build(tmp_path / "log", 0.2))
-    barrier = FORK.Barrier(4)
-    queue = FORK.Queue()
+    def slow(file):
+        with decoded.get_lock():
+            decoded.value += 1
+        time.sleep(0.2)
+        return real(file)
 
     def job():
+        monkeypatch.setattr(datasets.cache, "read_gray", slow)
         barrier.wait()
         queue.put([image.tolist() for image in build(tree)[2].values()])
 
@@ -210,11 +168,7 @@ def test_two_processes_at_once_build_once(tree, tmp_path, monkeypatch, capfd):
     for process in jobs:
         process.start()
     results = [queue.get(timeout=60) for _ in jobs]
-    for process in jobs:
-        process.join(60)
-        assert process.exitcode == 0
-    assert all(result == results[0] for result in results)
-    assert len((tmp_path / "log").read_text().splitlines()) == 2  # one per plane
+    assert all(result == results[0] for result in results) and decoded.value == 3
     assert "waiting for another process" in capfd.readouterr().err
 
 
@@ -235,73 +189,57 @@ def test_killed_builder_blocks_nobody(tree, monkeypatch):
     process = FORK.Process(target=job)
     process.start()
     assert started.wait(60)
-    directory = tree / ".cache/reflacx"
-    assert len(list(directory.glob(".tmp-*"))) == 1 and not list(directory.glob("*.npy"))
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
-    assert len(list(directory.glob(".tmp-*"))) == 1
-    dataset = build(tree)
-    assert not list(directory.glob(".tmp-*")) and len(cache_files(tree)) == 2
-    assert dataset[2]["img"].float().std() > 1
+    assert len(list(tree.rglob(".tmp-*"))) == 1 and not cache_files(tree)
+    assert build(tree)[2]["img"].float().std() > 1
+    assert not list(tree.rglob(".tmp-*")) and len(cache_files(tree)) == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux's smaps_rollup")
-def test_second_process_shares_the_pages(tmp_path):
-    """All pictures read in a process of its own: its private memory grows by under 10% of the cache."""
+def test_no_process_holds_a_copy_of_the_pixels(tmp_path):
+    """All pictures read by a process from the pickled data set: its private memory grows by under 10% of the cache."""
     root = make_reflacx(tmp_path, [(1200, 1000)] * 2)
     entries = json.loads((root / "reflacx.json").read_text())
     for i in range(10):  # more readings of the same pictures, as copies of their heatmaps
-        copy = dict(entries[0], reflacx_id=f"copy{i}")
-        place = root / "attention" / str(copy["study_id"])
+        place = root / "attention" / str(entries[0]["study_id"])
         shutil.copy(place / f"{entries[0]['reflacx_id']}.png", place / f"copy{i}.png")
-        entries.append(copy)
+        entries.append(dict(entries[0], reflacx_id=f"copy{i}"))
     (root / "reflacx.json").write_text(json.dumps(entries))
     dataset = build(root, 1000)
-    size = sum(path.stat().st_size for path in root.rglob(".cache/*/*.npy"))
+    size = sum(path.stat().st_size for path in root.rglob("*.npy"))
     pickled = pickle.dumps(dataset)
-    touch(dataset)
+
+    def touch(dataset) -> int:
+        return sum(int(plane[::8, ::8].sum()) for i in range(len(dataset)) for plane in dataset.read_planes(i)[0])
+
+    def private_bytes() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private"))
 
     def job(queue):
         copy = pickle.loads(pickled)
         before = private_bytes()
-        touch(copy)
-        queue.put(private_bytes() - before)
+        queue.put((touch(copy), private_bytes() - before))
 
+    expected = touch(dataset)  # the pages are this process's too
     queue = FORK.Queue()
     process = FORK.Process(target=job, args=(queue,))
     process.start()
-    growth = queue.get(timeout=60)
+    total, growth = queue.get(timeout=60)
     process.join(60)
-    assert size > 15e6 and growth < 0.1 * size
-
-
-def touch(dataset) -> int:
-    return sum(int(plane[::8, ::8].sum()) for i in range(len(dataset)) for plane in dataset.read_planes(i)[0])
-
-
-def private_bytes() -> int:
-    with open("/proc/self/smaps_rollup") as file:
-        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Private"))
+    assert total == expected and size > 15e6 and growth < 0.1 * size and len(pickled) < 8000
 
 
 # ---- bad luck --------------------------------------------------------------------------------------
 
 
-def refused(root, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        build(root, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_bad_files_are_named_and_leave_nothing_behind(tree):
     files = Reflacx(tree).files(1)
-    whole = files.attention.read_bytes()
-    files.attention.write_bytes(whole[:-200])
+    files.attention.write_bytes(files.attention.read_bytes()[:-200])
     message = refused(tree)
     assert message.startswith(str(files.attention)) and "truncated" in message and "--check_data" in message
-    assert [name.split("-")[0] for name in cache_files(tree)] == ["gray"]
-    assert not list(tree.rglob(".tmp-*"))
+    assert [name.split("-")[0] for name in cache_files(tree)] == ["gray"] and not list(tree.rglob(".tmp-*"))
     files.attention.unlink()
     assert "no such file" in refused(tree)
     save(files.attention, np.zeros((5, 6), np.uint8))
@@ -309,87 +247,139 @@ def test_bad_files_are_named_and_leave_nothing_behind(tree):
     assert all(part in message for part in (str(files.attention), "6 x 5", str(files.image), "420 x 300"))
 
 
-def test_disk_too_small_is_said_before_writing(tree, monkeypatch):
-    usage = shutil.disk_usage(tree)
-    monkeypatch.setattr(datasets.plane.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+@pytest.mark.parametrize("when", ["before the first picture", "while writing"])
+def test_full_disk(tree, monkeypatch, when):
+    if when == "while writing":
+
+        def write_header(file, length):
+            if length:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(datasets.plane, "_write_header", write_header)
+    else:
+        usage = shutil.disk_usage(tree)._replace(free=1000)
+        monkeypatch.setattr(datasets.plane.shutil, "disk_usage", lambda _: usage)
     message = refused(tree)
-    assert "GiB are free" in message and "--cache_dir, a smaller --cache_size, or pass --no_cache" in message
-    assert cache_files(tree) == {}
+    assert "GiB are free; name another place by --cache_dir, or pass --no_cache" in message
+    assert cache_files(tree) == {} and not list(tree.rglob(".tmp-*"))
 
 
-def test_disk_full_while_writing(tree, monkeypatch):
-    real, written = os.pwrite, []
-
-    def pwrite(descriptor, data, offset):
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(real(descriptor, data[:1000], offset))  # short writes are gone on with
-        return written[-1]
-
-    monkeypatch.setattr(datasets.plane.os, "pwrite", pwrite)
-    assert "GiB are free" in refused(tree)
-    assert len(written) == 2 and cache_files(tree) == {} and not list(tree.rglob(".tmp-*"))
-
-
-def test_short_writes_are_completed(tree, monkeypatch):
-    expected = build(tree)[0]
-    shutil.rmtree(tree / ".cache")
-    real = os.pwrite
-    monkeypatch.setattr(datasets.plane.os, "pwrite", lambda fd, data, offset: real(fd, data[:777], offset))
-    assert equal(build(tree)[0], expected)
+@contextlib.contextmanager
+def as_nobody():
+    """Without root's rights, whom no permission stops."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 def test_read_only_tree():
-    """As a user without rights: the fallback is used, or the error says what to pass; a cache that the
-    tree's owner has built is used as it is."""
+    """The fallback is used, or the error says what to pass; a cache that the tree's owner has built is used as it is,
+    unless he keeps it to himself."""
     # Not below pytest's own directory, which only its owner may enter.
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         base = Path(name)
-        base.chmod(0o755)
         root = make_reflacx(base / "tree", BIG)
         (base / "output").mkdir()
-        (base / "output").chmod(0o777)
-        everything = [base / "tree", *(base / "tree").rglob("*")]
-        for path in everything:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        is_root = os.geteuid() == 0
+        modes = {base: 0o755, base / "output": 0o777, base / "tree": 0o555}
+        modes |= {path: 0o555 if path.is_dir() else 0o444 for path in root.rglob("*")}
+        for path, mode in modes.items():
+            path.chmod(mode)
         try:
-            if is_root:  # whom no permission stops
-                os.seteuid(65534)
-            message = refused(root)
-            assert "--cache_dir" in message and "--no_cache" in message
-            dataset = build(root, fallback_dir=base / "output")
+            with as_nobody():
+                message = refused(root)
+                assert "can't write the cache here" in message and "--cache_dir" in message and "--no_cache" in message
+                expected = build(root, fallback_dir=base / "output")[1]
             assert len(cache_files(base / "output")) == 2 and cache_files(root) == {}
-            expected = dataset[1]
-        finally:
-            if is_root:
-                os.seteuid(0)
-            for path in everything:
-                path.chmod(0o755 if path.is_dir() else 0o644)
-        build(root)
-        shutil.rmtree(base / "output")
-        try:
+            root.chmod(0o755)
+            build(root)
             (root / ".cache/reflacx").chmod(0o555)
-            if is_root:
-                os.seteuid(65534)
-            assert equal(build(root)[1], expected)
-            if is_root:
-                os.seteuid(0)
-            (root / ".cache").chmod(0o000)  # of an owner who shares the tree but not the cache
-            (base / "output").mkdir()
-            (base / "output").chmod(0o777)
-            if is_root:
-                os.seteuid(65534)
-            assert equal(build(root, fallback_dir=base / "output")[1], expected)
-            assert "can't write the cache here" in refused(root)
+            with as_nobody():
+                assert equal(build(root)[1], expected)
+            (root / ".cache").chmod(0o000)
+            with as_nobody():
+                assert equal(build(root, fallback_dir=base / "output")[1], expected)
+                assert "can't write the cache here" in refused(root)
         finally:
-            if is_root:
-                os.seteuid(0)
-            (root / ".cache").chmod(0o755)
-            (root / ".cache/reflacx").chmod(0o755)
+            for path in [root, root / ".cache", root / ".cache/reflacx", *modes]:
+                path.chmod(0o755) if path.is_dir() else None
 
 
-def test_a_file_where_the_cache_should_be_is_named(tree, tmp_path):
-    (tmp_path / "file").write_text("no directory")
-    with pytest.raises(UserError, match="file.*can't write the cache here.*--cache_dir"):
-        build(tree, cache_dir=tmp_path / "file")
+# ---- damage ----------------------------------------------------------------------------------------
+
+
+def gray_plane(root: Path) -> Path:
+    return next(root.rglob("gray-*.npy"))
+
+
+def flip(path: Path, place: int) -> None:
+    """A bit of a byte, in place, as a disk does it."""
+    with open(path, "r+b") as file:
+        byte = os.pread(file.fileno(), 1, place)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place)
+
+
+def test_a_damaged_picture_ends_the_run_that_reads_it(tree):
+    """Once it is read; the others are read as they are. Without the file the plane is built anew."""
+    expected = build(tree)[1]["img"]
+    path = gray_plane(tree)
+    whole, starts = path.read_bytes(), [128 + start for start in build(tree).cache[0].table[:, 0].tolist()]
+    for place, damaged in [(starts[0], 0), (starts[1] - 1, 0), (starts[1], 1), (len(whole) - 1, 2)]:
+        flip(path, place)
+        dataset = build(tree)
+        for index in {0, 1, 2} - {damaged}:
+            dataset[index]
+        for _ in range(2):
+            with pytest.raises(SampleError, match=f"^{path}: the cache is damaged .*; delete this file.* anew"):
+                dataset[damaged]
+        flip(path, place)
+    path.unlink()
+    assert torch.equal(build(tree)[1]["img"], expected) and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("which", ["pixels", "table"])
+def test_a_damaged_table_or_length_is_refused_at_the_start(tree, which):
+    expected = build(tree)
+    path = gray_plane(tree)
+    target = path if which == "pixels" else path.with_suffix(".table.npz")
+    whole = target.read_bytes()
+    lengths = (0, 1, 20, 127, 128, len(whole) - 1)
+    for damaged in [*(whole[:length] for length in lengths), b"text", b"a text that is no cache", bytes(len(whole))]:
+        target.write_bytes(damaged)
+        assert f"{path}: the cache is damaged" in refused(tree) and "delete this file" in refused(tree)
+    if which == "table":  # a bit of the zip file's own may say nothing, such as a date
+        for at in range(0, len(whole), 7):
+            target.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            try:
+                assert all(equal(build(tree)[i], expected[i]) for i in range(3))
+            except UserError as error:
+                assert "the cache is damaged" in str(error)
+            else:
+                np.testing.assert_array_equal(build(tree).cache[0].table, expected.cache[0].table)
+    target.unlink()
+    assert np.array_equal(build(tree).cache[0].table, expected.cache[0].table)
+
+
+def test_checking_reads_the_cache_and_changes_nothing(tree, tmp_path):
+    def check(**options):
+        return check_data(tree, use_cache=True, **{"cache_size": 128, **options})
+
+    [none] = check()
+    assert none.severity == "note" and "no cache of these settings" in none.message
+    build(tree)
+    assert [p.severity for p in check()] == ["note"] * 2 and "3 cached pictures" in check()[1].message
+    assert [p.severity for p in check(preload=True)] == ["note", "note"]  # no plane of foregrounds yet
+    assert "no cache" in check(cache_size=99)[0].message and "no cache" in check(cache_dir=tmp_path)[0].message
+    path = gray_plane(tree)
+    flip(path, path.stat().st_size - 1)
+    before = path.read_bytes()
+    problem = check()[0]
+    assert problem.severity == "error" and problem.message.startswith(f"{path}: the cache is damaged (picture 2); del")
+    assert path.read_bytes() == before
+    Reflacx(tree).files(1).image.unlink()
+    error, note = check()
+    assert "image1" in error.message and "cache was not checked" in note.message

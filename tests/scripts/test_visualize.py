@@ -18,8 +18,9 @@ import datasets
 import run_pretrain
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
-from datasets.replay import training_batch, training_dataset
+from datasets.replay import training_batch
 from datasets.sampler import TrainBatches
+from datasets.shown import training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
 from scripts import visualize
