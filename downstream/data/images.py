@@ -230,6 +230,7 @@ def _decode(
     places = np.array([place_of[file] for file in images.files])
     damaged = {}
     for i in np.flatnonzero(plane.native_size(places)[:, 0] == 0).tolist():
+        damaged[i] = f"{images.files[i]}: was damaged when {plane.path} was made; delete that cache"
         try:
             reading.read(images.files[i])
         except UserError as error:
