@@ -7,7 +7,7 @@ unpickled, and other programs read it as ever. Files are written whole under ano
 renamed (`util.files.atomic_write`), so a crash leaves the old file or the new one.
 
 Keys: those of `KEYS`, "epoch" being the last finished epoch (-1 before the first) and "step" the micro-steps done in
-epoch + 1 (0 between epochs); "samples", "threads" (`util.resume`), "watch" (`util.finite`), and what a task adds.
+epoch + 1 (0 between epochs); "samples", "threads" (`util.resume`), "watch" (`util.training`), and what a task adds.
 `util.output` names, lists and keeps the files, `util.resume` goes on from one.
 """
 
