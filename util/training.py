@@ -131,7 +131,7 @@ class Training:
         """Print which options and data differ from those of a checkpoint. Raises UserError if it can't go on with them
         (`util.resume.describe_mismatch`)."""
         with restoring(path):
-            table = describe_mismatch(state, self.options, **self.setting())
+            table = describe_mismatch(state, self.options, self.setting())
         if table:
             self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
 
@@ -304,7 +304,6 @@ class Training:
         distributed.on_main(self.ranks, write)
 
     def close(self) -> None:
-        self.progress.close()
         self.log.close()
 
     def setting(self) -> dict[str, Any]:
