@@ -26,7 +26,7 @@ REFLACX=$out/raw/reflacx IMAGES=$out/raw/mimic MORE_IMAGES=$out/raw/more/mimic P
   OUT=$out DEVICE=cpu WORKERS=2 PRETRAINED=none MODEL=cxrmim_vit_tiny_patch16 EPOCHS=20 BATCH_SIZE=8 \
   PRETRAIN_FLAGS="--warmup_epochs 2 --blr 4e-2 --image_every 0" \
   GAZE_FLAGS="--backbone resnet18 --weights none --input_size 128 --epochs 6 --batch_size 8" \
-  MIMIC_FLAGS="--views all" COMPARE=random METHODS=probe FRACTIONS=1 SEEDS="43 44 45" PICTURES="47 0 1 2" \
+  MIMIC_FLAGS="--views all" COMPARE=random METHODS=probe FRACTIONS=1 SEEDS="43 44 45" PICTURES="47 0 1 2" QUIET=no \
   bash scripts/reproduce.sh
 
 "$PYTHON" - "$out" <<'PYTHON'

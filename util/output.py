@@ -219,10 +219,10 @@ class RunLog:
         if self.writer:
             self._attempt(self.log_dir, write)
 
-    def figure(self, name: str, figure, epoch: float) -> None:
-        """Write a matplotlib figure to TensorBoard."""
+    def image(self, name: str, rgb: numpy.ndarray, epoch: float) -> None:
+        """Write a picture, uint8 [H, W, 3], to TensorBoard."""
         if self.writer:
-            self._attempt(self.log_dir, lambda: self.writer.add_figure(name, figure, epoch_1000x(epoch)))
+            self._attempt(self.log_dir, lambda: self.writer.add_image(name, rgb, epoch_1000x(epoch), dataformats="HWC"))
 
     def close(self) -> None:
         """Write what is left; says which epochs log.txt will lack."""
