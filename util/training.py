@@ -231,12 +231,12 @@ class Training:
         numbers = torch.stack([numbers for _, _, numbers in self.unread]).tolist()
         own = []
         for (_, steps, _), (*losses, skipped) in zip(self.unread, numbers, strict=True):
-            told, is_finite = "", all(map(math.isfinite, losses))
+            description, is_finite = "", all(map(math.isfinite, losses))
             if skipped or not is_finite:
                 batches = [self.loader.batch_sampler.batch(self.epoch, step) for step in steps]
                 names = "; ".join(self.sample_name(index) for batch in batches for index in batch)
-                told = f"losses per scale [{', '.join(f'{loss:.4g}' for loss in losses)}], samples {names}"
-            own.append((is_finite, bool(skipped), told))
+                description = f"losses per scale [{', '.join(f'{loss:.4g}' for loss in losses)}], samples {names}"
+            own.append((is_finite, bool(skipped), description))
         places = [place for place, _, _ in self.unread]
         self.unread.clear()
         for place, *found in zip(places, *self.ranks.gather(own), strict=True):
