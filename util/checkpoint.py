@@ -6,8 +6,7 @@ one file is enough, a copy stays checkable, any changed or missing byte is found
 unpickled, and other programs read it as ever. Files are written whole under another name, fsynced and
 renamed (`util.files.atomic_write`), so a crash leaves the old file or the new one.
 
-Keys: model, optimizer, scaler, args, meters, world_size, dataset_size, format; "epoch", the last finished one (-1 before
-the first), and "step", the micro-steps done in epoch + 1 (0 between epochs); "samples", "threads" (`util.resume`), "watch"
+Keys: `KEYS`, with "epoch", the last finished one (-1 before the first), and "step", the micro-steps done in epoch + 1 (0 between epochs); "samples", "threads" (`util.resume`), "watch"
 (`util.training`), and what a task adds.
 
 Names: `checkpoint-{epoch}.pth` at the end of an epoch, `checkpoint-{epoch+1}-step{step}.pth` inside one.
@@ -35,6 +34,7 @@ from util.errors import UserError
 from util.files import atomic_write, fsync_directory
 
 FORMAT = 1
+KEYS = ("model", "optimizer", "scaler", "epoch", "step", "args", "meters", "world_size", "dataset_size", "format")
 
 PARAMETERS = ("weight", "bias", "cls_token", "pos_embed")  # ends of the names of what is trained
 

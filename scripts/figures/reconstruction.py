@@ -98,7 +98,7 @@ def reconstruction_figure(
     heights = [2 * (panel_inches + 0.25) + 0.2 * len(caption) for caption in captions]
     foot = 0.55
     finest = max(target.shape[1] for target in found.targets)
-    dpi = float(np.clip(10 * finest / panel_inches, 120, 200))  # ten pixels for a glyph
+    dpi = float(np.clip(10 * finest / panel_inches, 110, 200))  # ten pixels for a glyph
     figure = Figure((width, sum(heights) + 0.2 * len(lines) + foot + 0.5), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("\n".join(lines), fontsize=10)

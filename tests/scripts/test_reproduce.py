@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -285,15 +284,3 @@ def test_one_at_a_time_in_an_out_even_where_the_script_was_killed(chain):
     os.kill(int(Path(f"{chain.notes}.pid").read_text()), signal.SIGKILL)
     chain.hook.unlink()
     assert chain.call()[0] == ALL[1:]
-
-
-def test_as_a_job_of_slurm(chain, tmp_path):
-    """sbatch runs a copy; in a shell of salloc the script lies where it is, wherever that was started."""
-    chain.hook.write_text("exit 4")
-    spool = tmp_path / "spool/job77/slurm_script"
-    spool.parent.mkdir(parents=True)
-    shutil.copy(SCRIPT, spool)
-    chain.call(spool, status=4, SLURM_SUBMIT_DIR=str(ROOT))
-    chain.call(SCRIPT, status=4, SLURM_SUBMIT_DIR=str(tmp_path))
-    steps, err = chain.call(spool, status=1, SLURM_SUBMIT_DIR=str(tmp_path))
-    assert steps == [] and err == f"error: {tmp_path} is not the repository; call sbatch in its root\n"
