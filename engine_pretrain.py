@@ -72,7 +72,7 @@ def describe_run(training: Training, dataset: Dataset, args) -> str:
 
 def picture(training: Training, args, epoch: int) -> None:
     """Write to TensorBoard what the model makes of the first samples, with the same masks each time."""
-    from util.pictures import reconstruction_figure  # here, since matplotlib takes a second to load
+    from util.pictures import reconstruct, reconstruction_grid  # here, since matplotlib takes a second to load
 
     core = training.core
     try:
@@ -81,9 +81,8 @@ def picture(training: Training, args, epoch: int) -> None:
     except (OSError, UserError) as error:  # a file that is gone meanwhile: training reads the cache
         print(f"warning: no picture after epoch {epoch}: {error}", flush=True)
         return
-    title = f"{args.output_dir}, {' '.join(map(str, args.data_path))}, epoch {epoch} of {args.epochs}"
-    figure = reconstruction_figure(core, shown.batch, shown.mask, names=shown.names, title=title)
-    training.log.figure("reconstruction", figure, epoch)
+    grid = reconstruction_grid(reconstruct(core, shown.batch, shown.mask))
+    training.log.image("reconstruction", grid, epoch)
 
 
 def scale_names(core: nn.Module) -> list[str]:

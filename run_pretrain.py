@@ -32,15 +32,15 @@ from util.training import Training
 from util.weights import check_same_model, load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
-# With another value of one of these a checkpoint does not fit.
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a flag's default where it says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = "(default" in action.help or action.default in (None, "") or isinstance(action.default, bool)
-        return action.help if told else super()._get_help_string(action)
+        if "(default" in action.help or action.default in (None, "") or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

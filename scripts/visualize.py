@@ -22,13 +22,14 @@ from datasets.replay import training_batch
 from datasets.shown import chosen_samples, training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
+from scripts.figures.reconstruction import contact_sheet, mean_targets, reconstruction_figure
 from util.architecture import build_model
 from util.cli import Parser, check_device, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.figures import check_picture_path, page_path, save_figure
 from util.masking import MASKINGS
-from util.pictures import contact_sheet, mean_targets, reconstruct, reconstruction_figure
+from util.pictures import reconstruct
 from util.radiograph import MIMIC_CXR_JPG, add_dicom_contrast
 from util.weights import read_state_dict
 

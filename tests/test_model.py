@@ -103,7 +103,7 @@ def test_masked_pixels_do_not_reach_the_encoder():
 
 
 def slow_loss(model, preds, targets, mask, attention, weighted):
-    """METHOD.md section 5, cell by cell in NumPy."""
+    """The loss, cell by cell in NumPy."""
     total = 0.0
     grid = model.grid_size[0]
     for scale, pred, target in zip(model.scale_list, preds, targets, strict=True):

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit.
+"""Checkpoints that survive a kill, a full disk and a flipped bit; how they are named, found and kept.
 
 A checkpoint is a dict of plain types and tensors, so `torch.load(path, weights_only=True)` opens it.
 The file is a zip archive, as torch writes it, and its zip comment holds the SHA-256 of all the rest:
@@ -6,9 +6,10 @@ one file is enough, a copy stays checkable, any changed or missing byte is found
 unpickled, and other programs read it as ever. Files are written whole under another name, fsynced and
 renamed (`util.files.atomic_write`), so a crash leaves the old file or the new one.
 
-Keys: those of `KEYS`, "epoch" being the last finished epoch (-1 before the first) and "step" the micro-steps done in
-epoch + 1 (0 between epochs); "samples", "threads" (`util.resume`), "watch" (`util.finite`), and what a task adds.
-`util.output` names, lists and keeps the files, `util.resume` goes on from one.
+Keys: `KEYS`, with "epoch", the last finished one (-1 before the first), and "step", the micro-steps done in epoch + 1 (0 between epochs); "samples", "threads" (`util.resume`), "watch"
+(`util.training`), and what a task adds.
+
+Names: `checkpoint-{epoch}.pth` at the end of an epoch, `checkpoint-{epoch+1}-step{step}.pth` inside one.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ PARAMETERS = ("weight", "bias", "cls_token", "pos_embed")  # ends of the names o
 
 _MARK = b"cxrmim sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
+_NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 
 _MEND = (
     "make room or choose another --output_dir and run the same command again (the checkpoints that are "
@@ -52,7 +54,7 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write `state` (the keys of `KEYS`) to `path`, whole and durable, with its digest.
+    """Write `state` to `path`, whole and durable, with its digest.
 
     Raises UserError, with the bytes needed, when the disk is full or can't be written: `path` and all
     other files are then as they were, and no temporary file is left.
@@ -82,7 +84,6 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     Nothing but plain types and tensors is ever unpickled. Raises CheckpointError, which names the file,
     when it is missing, truncated, altered, unsafe or not a checkpoint of this program.
     """
-    path = Path(path)
     verify_checkpoint(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -90,15 +91,12 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: refused: it holds Python objects that are not plain data, and loading those could run code"
         ) from error
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: can't be read: {_first_line(error)}") from error
-    if not isinstance(state, dict) or any(key not in state for key in KEYS):
-        raise CheckpointError(f"{path}: not a checkpoint of this program, {_FOREIGN}")
-    if state["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path}: checkpoint format {state['format']}, this program reads {FORMAT}; "
-            "use the version of the program that wrote it"
-        )
+    with restoring(path):
+        if state["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: checkpoint format {state['format']}, this program reads {FORMAT}; "
+                "use the version of the program that wrote it"
+            )
     return state
 
 
@@ -114,36 +112,51 @@ def restoring(path: str | os.PathLike) -> Iterator[None]:
         raise CheckpointError(f"{path}: what it holds doesn't fit this program ({what})") from error
 
 
-def load_options(path: str | os.PathLike) -> dict[str, Any]:
-    """The options ("args") that a checkpoint was made with, without reading its tensors.
-
-    Raises CheckpointError where they can't be read. The digest is not checked.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(state["args"])
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: can't be read: {_first_line(error)}") from error
-
-
 def verify_checkpoint(path: str | os.PathLike) -> None:
     """Check the file's bytes against the digest inside it, without loading it.
 
-    Raises CheckpointError, which says whether the file is missing, foreign, truncated or altered.
+    Raises CheckpointError: the file is missing, another program's, cut short or altered.
     """
     try:
         with open(path, "rb") as file:
-            recorded = _recorded_digest(file)
-            if recorded is None and _is_plain_zip(file):
-                raise CheckpointError(f"{path}: not a checkpoint of this program (no digest inside), {_FOREIGN}")
-            if recorded is None:
-                raise CheckpointError(f"{path}: truncated, or not a checkpoint at all")
+            if (recorded := _recorded_digest(file)) is None:
+                raise CheckpointError(
+                    f"{path}: truncated, or not a checkpoint of this program (no digest at its end), {_FOREIGN}"
+                )
             if _digest_of_body(file) != recorded:
                 raise CheckpointError(f"{path}: damaged: its bytes don't match the SHA-256 inside")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such checkpoint; check --resume") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}; check --resume") from error
+
+
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether a file has this program's mark, and so was written by it. False for one that can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return _recorded_digest(file) is not None
+    except OSError:
+        return False
+
+
+def _recorded_digest(file: IO[bytes]) -> str | None:
+    """The digest in the zip comment of an open file; None if it has not this program's mark."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _COMMENT_BYTES - 2, 0))
+    length, mark, digest = file.read(2), file.read(len(_MARK)), file.read()
+    is_ours = length == _COMMENT_BYTES.to_bytes(2, "little") and mark == _MARK
+    return digest.decode("ascii", errors="replace") if is_ours else None
+
+
+def _digest_of_body(file: IO[bytes]) -> str:
+    """SHA-256 of all bytes before the comment, with the comment's length back at 0, as it was hashed."""
+    left = file.seek(0, os.SEEK_END) - _COMMENT_BYTES - 2
+    file.seek(0)
+    sha256 = hashlib.sha256()
+    while block := file.read(min(left, 1 << 22)):
+        sha256.update(block)
+        left -= len(block)
+    sha256.update(b"\0\0")
+    return sha256.hexdigest()
 
 
 def verify_archive(path: str | os.PathLike) -> None:
@@ -188,15 +201,6 @@ def check_weights(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} has {int((~value.isfinite()).sum())} values that are not finite")
 
 
-def is_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether a file has this program's mark, and so was written by it. False for one that can't be read."""
-    try:
-        with open(path, "rb") as file:
-            return _recorded_digest(file) is not None
-    except OSError:
-        return False
-
-
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
@@ -206,7 +210,7 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()  # a GPU's tensors would open only where there is one
+        return value.detach().cpu()  # a GPU's tensors would open only on a machine with one
     if isinstance(value, Mapping):
         return {_plain(key, f"{where} key"): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -215,43 +219,22 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where}: {type(value).__name__} in a checkpoint; only plain types and tensors may be")
 
 
-def _recorded_digest(file: IO[bytes]) -> str | None:
-    """The digest in the zip comment of an open file; None where it has not this program's mark."""
-    size = file.seek(0, os.SEEK_END)
-    if size < _COMMENT_BYTES + 2:
-        return None
-    file.seek(-_COMMENT_BYTES - 2, os.SEEK_END)
-    tail = file.read()
-    if tail[:2] != _COMMENT_BYTES.to_bytes(2, "little") or not tail[2:].startswith(_MARK):
-        return None
-    return tail[2 + len(_MARK) :].decode("ascii", errors="replace")
+def checkpoint_path(output_dir: str | os.PathLike, epoch: int, step: int) -> Path:
+    """The file's path for a run that finished `epoch` and then `step` micro-steps of the next one."""
+    name = f"checkpoint-{epoch + 1}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
+    return Path(output_dir) / name
 
 
-def _is_plain_zip(file: IO[bytes]) -> bool:
-    """Whether an open file is a whole zip archive without a comment, as any torch.save writes it."""
-    file.seek(0)
-    if not zipfile.is_zipfile(file):
-        return False
-    file.seek(-2, os.SEEK_END)
-    return file.read() == b"\0\0"
+def _place(path: Path) -> tuple[int, int]:
+    """(last finished epoch, micro-steps done in the next) from a checkpoint's name."""
+    first, step = _NAME.fullmatch(path.name).groups()
+    return (int(first), 0) if step is None else (int(first) - 1, int(step))
 
 
-def _digest_of_body(file: IO[bytes]) -> str:
-    """SHA-256 of all bytes before the comment, with the comment's length back at 0, as it was hashed."""
-    left = file.seek(0, os.SEEK_END) - _COMMENT_BYTES - 2
-    file.seek(0)
-    sha256 = hashlib.sha256()
-    while left:
-        block = file.read(min(left, 1 << 22))
-        if not block:
-            raise OSError("the file shrank while it was read")
-        sha256.update(block)
-        left -= len(block)
-    sha256.update(b"\0\0")
-    return sha256.hexdigest()
-
-
-_NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The files in `output_dir` that are named as checkpoints, the furthest in training first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_place, reverse=True)
 
 
 def find_checkpoint(output_dir: str | os.PathLike, *, resume: str = "", auto_resume: bool = True) -> Path | None:
@@ -270,36 +253,11 @@ def find_checkpoint(output_dir: str | os.PathLike, *, resume: str = "", auto_res
     return None
 
 
-def save_and_prune(
-    state: Mapping[str, Any], output_dir: str | os.PathLike, *, save_every: int, keep: int | None
-) -> None:
-    """Save a checkpoint under its name, then delete those that it supersedes (`prune`)."""
-    save_checkpoint(state, checkpoint_path(output_dir, state["epoch"], state["step"]))
-    prune(output_dir, save_every=save_every, keep=keep)
-
-
-def checkpoint_path(output_dir: str | os.PathLike, epoch: int, step: int) -> Path:
-    """The file's path for a run that finished `epoch` and then `step` micro-steps of the next one."""
-    name = f"checkpoint-{epoch + 1}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
-    return Path(output_dir) / name
-
-
-def is_due(epoch: int, *, save_every: int, epochs: int) -> bool:
-    """Whether the end of `epoch` is saved: every `save_every` epochs and after the last one."""
-    return (epoch + 1) % save_every == 0 or epoch + 1 == epochs
-
-
-def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The files in `output_dir` that are named as checkpoints, the furthest in training first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_progress, reverse=True)
-
-
 def newest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The whole checkpoint that is furthest in training; None where there is no checkpoint at all.
+    """The whole checkpoint that is furthest in training; None if there is no checkpoint at all.
 
-    Each damaged or foreign file that would have come first is named in a warning. Raises UserError when
-    there are checkpoints and none is whole: starting anew silently could cost days.
+    Warns of each damaged or foreign file that would have come first. Raises UserError if there are checkpoints and
+    none is whole: starting anew silently could cost days.
     """
     faults = []
     for path in list_checkpoints(output_dir):
@@ -321,7 +279,7 @@ def newest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
 def announce_resume(
     path: Path, state: Mapping[str, Any], output_dir: str | os.PathLike, ranks: Ranks, *, named: bool
 ) -> None:
-    """Say where a run goes on; where --resume named the checkpoint, set aside those that are further."""
+    """Print where a run goes on; if --resume named the checkpoint, set aside those that are further."""
     ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")
     if ranks.is_main and named:
         for aside in set_aside_newer(output_dir, epoch=state["epoch"], step=state["step"]):
@@ -336,15 +294,27 @@ def set_aside_newer(output_dir: str | os.PathLike, *, epoch: int, step: int) -> 
     """
     moved = []
     for path in list_checkpoints(output_dir):
-        if _progress(path) > (epoch, step):
+        if _place(path) > (epoch, step):
             aside, number = path.with_name(f"superseded-{path.name}"), 1
             while os.path.lexists(aside):
                 number += 1
                 aside = path.with_name(f"superseded-{number}-{path.name}")
             moved.append(path.replace(aside))
-    if moved:
-        fsync_directory(output_dir)
+    fsync_directory(output_dir)
     return moved
+
+
+def is_due(epoch: int, *, save_every: int, epochs: int) -> bool:
+    """Whether the end of `epoch` is saved: every `save_every` epochs and after the last one."""
+    return (epoch + 1) % save_every == 0 or epoch + 1 == epochs
+
+
+def save_and_prune(
+    state: Mapping[str, Any], output_dir: str | os.PathLike, *, save_every: int, keep: int | None
+) -> None:
+    """Save a checkpoint under its name, then delete those that it supersedes (`prune`)."""
+    save_checkpoint(state, checkpoint_path(output_dir, state["epoch"], state["step"]))
+    prune(output_dir, save_every=save_every, keep=keep)
 
 
 def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = None) -> list[Path]:
@@ -356,51 +326,34 @@ def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = 
     an older one goes, and only files with this program's mark inside are ever deleted: a foreign file, a
     link or a damaged file stays for its owner to look at.
     """
-    wanted = 2 if keep is None else keep
-    if wanted < 1:
-        raise UserError(f"--keep {keep}: at least 1 checkpoint has to stay")
-    ours = [path for path in list_checkpoints(output_dir) if not path.is_symlink() and is_checkpoint(path)]
-    milestones = {path for path in ours if keep is None and _is_milestone(path, save_every)}
-    older = [path for path in ours[wanted:] if path not in milestones]
-    milestones.update(path for path in older if _was_kept_for_good(path))
-    if milestones.issuperset(older):
-        return []  # nothing to delete, so no need to read gigabytes
-    candidates, kept = [], 0
-    for path in ours:
-        if kept < wanted:
+    whole, superseded = 0, []
+    for path in list_checkpoints(output_dir):
+        if path.is_symlink() or not is_checkpoint(path):
+            continue
+        if whole < (keep or 2):
             with contextlib.suppress(CheckpointError):
                 verify_checkpoint(path)
-                kept += 1
-        elif path not in milestones:
-            candidates.append(path)
-    deleted = []
-    for path in candidates:
+                whole += 1
+        elif not (keep is None and _is_milestone(path, save_every)) and not _was_kept_for_good(path):
+            superseded.append(path)
+    for path in superseded:
         try:
             path.unlink()
-        except OSError as error:
+        except OSError as error:  # another user's, in a shared directory
             print(f"warning: {path}: superseded, but can't be deleted: {error.strerror}", flush=True)
-        else:
-            deleted.append(path)
-    if deleted:
-        fsync_directory(output_dir)
-    return deleted
+    fsync_directory(output_dir)
+    return superseded
+
+
+def _is_milestone(path: Path, save_every: int) -> bool:
+    epoch, step = _place(path)
+    return step == 0 and (epoch + 1) % save_every == 0
 
 
 def _was_kept_for_good(path: Path) -> bool:
     """Whether a checkpoint's own options keep it for good; also for one whose options can't be read."""
     try:
-        args = load_options(path)
-    except CheckpointError:
+        args = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["args"]
+    except Exception:  # damaged: whatever torch meets
         return True
     return args.get("keep") is None and "save_every" in args and _is_milestone(path, args["save_every"])
-
-
-def _progress(path: Path) -> tuple[int, int]:
-    """(last finished epoch, micro-steps done in the next) from a checkpoint's name."""
-    first, step = _NAME.fullmatch(path.name).groups()
-    return (int(first), 0) if step is None else (int(first) - 1, int(step))
-
-
-def _is_milestone(path: Path, save_every: int) -> bool:
-    epoch, step = _progress(path)
-    return step == 0 and (epoch + 1) % save_every == 0

@@ -6,7 +6,7 @@ import inspect
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -198,43 +198,35 @@ def stop() -> None:
 
 
 class Agreement:
-    """Ranks agree on the largest of their values, one optimiser step late and without waiting.
+    """Ranks agree on the largest of their values at each optimiser step, one step late and without waiting.
 
-    Every rank calls `exchange` at the same steps. A step's values travel in the background (on CPU tensors
-    through gloo, so the GPU is never waited for) and are read at the next step, so all ranks act
-    on the same values at the same step.
-
-    Args:
-        group: gloo process group; None in a single process, which agrees with itself at once.
-        size: how many values travel together.
+    Every rank calls `exchange` at the same steps. A step's value travels in the background (on the CPU through gloo, so
+    the GPU is never waited for) and is read at the next step, so all ranks act on the same value at the same step.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, size: int):
-        self.group = group
-        self._size = size
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def exchange(self, values: Sequence[int]) -> list[int]:
-        """Give this rank's values; returns all ranks' largest of the exchange before, zeros at first."""
-        if self.group is None:
-            return list(values)
-        agreed = self.collect()
-        tensor = torch.tensor(values, dtype=torch.int64)
-        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True), tensor
+    def exchange(self, value: int) -> int:
+        """Give this rank's value; returns the largest of the exchange before, at first 0. A single process agrees with
+        itself at once."""
+        if self._ranks.control is None:
+            return value
+        agreed = self._collect()
+        tensor = torch.tensor(value)
+        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True), tensor
         return agreed
 
-    def settle(self, values: Sequence[int]) -> list[int]:
-        """Give this rank's values and wait for those of the others; returns the largest."""
-        if self.group is None:
-            return list(values)
-        self.exchange(values)
-        return self.collect()
+    def settle(self, value: int) -> int:
+        """Give this rank's value and wait for those of the others; returns the largest."""
+        self._collect()
+        return max(self._ranks.gather(value))
 
-    def collect(self) -> list[int]:
-        """Wait for the values under way and return the largest; zeros where there are none."""
+    def _collect(self) -> int:
         if self._pending is None:
-            return [0] * self._size
+            return 0
         work, tensor = self._pending
         self._pending = None
         work.wait()
-        return tensor.tolist()
+        return int(tensor)

@@ -57,9 +57,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; to print an error needs no torch
             raise
-        told = ". ".join(str(error).split(". ")[:2])
+        reason = ". ".join(str(error).split(". ")[:2])
         print(
-            f"error: {told}: lower --batch_size (for frozen encoders --encode_batch), or free the GPU of what "
+            f"error: {reason}: lower --batch_size (for frozen encoders --encode_batch), or free the GPU of what "
             "else runs there (nvidia-smi)",
             file=sys.stderr,
             flush=True,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from util.errors import UserError
 from util.files import atomic_write
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 JPEG_END = b"\xff\xd9"
 GRAY_MODES = ("L", "1", "LA", "P", "RGB", "RGBA")  # Pillow's names of what 8-bit PNG and JPG decode to
 COLOUR_MODES = ("P", "RGB", "RGBA")
@@ -145,29 +145,19 @@ def _read_bytes(path: str | os.PathLike) -> bytes:
     except OSError as error:
         raise _unreadable(path, error) from None
     if data.startswith(PNG_SIGNATURE):
-        _check_png(path, data)
+        # To decode a PNG, Pillow checks neither the pixels' checksums, so that a damaged file can pass as another
+        # picture, nor that the end is there.
+        if PNG_END not in data[-65536:]:
+            raise UserError(f"{path}: the PNG is truncated (no end chunk); get the file again")
+        with _open(path, data, deep=True) as image:
+            try:
+                image.verify()
+            except (OSError, SyntaxError, ValueError) as error:
+                raise UserError(f"{path}: the PNG is truncated or damaged ({error}); get the file again") from None
     elif data.startswith(b"\xff\xd8") and JPEG_END not in data[-65536:]:
         # libjpeg makes up an end marker and Pillow then returns gray stripes for the missing part.
         raise UserError(f"{path}: the JPG is truncated (no end marker); get the file again")
     return data
-
-
-def _check_png(path: str | os.PathLike, data: bytes) -> None:
-    """Walk the chunks: Pillow checks neither the pixels' checksums, so that a damaged file can pass as
-    another picture, nor that the end is there."""
-    position = len(PNG_SIGNATURE)
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 12 + length
-        if end > len(data):
-            break
-        (checksum,) = struct.unpack_from(">I", data, end - 4)
-        if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != checksum:
-            raise UserError(f"{path}: the PNG is damaged (a checksum does not match); get the file again")
-        if kind == b"IEND":
-            return
-        position = end
-    raise UserError(f"{path}: the PNG is truncated; get the file again")
 
 
 def _open(path: str | os.PathLike, source: bytes | io.BufferedReader, *, deep: bool = False) -> Image.Image:

@@ -4,7 +4,6 @@ TensorBoard events, and lines of progress."""
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -21,14 +20,15 @@ import timm
 import torch
 import torchvision
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from util.distributed import Ranks, on_main
 from util.errors import UserError
 from util.files import TEMPORARY_PREFIX, atomic_write, file_lock
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK_FILE = ".lock"
 OWNER_FILE = ".run"  # in a log_dir: the output_dir of the run whose events it holds
+SECONDS_BETWEEN_LINES = 20.0
 
 
 @contextlib.contextmanager
@@ -38,27 +38,41 @@ def hold_output(
     """Make a run's directories, be the only run in them while the block lasts, and clear what a killed
     one left half-written. Every rank enters, rank 0 acts.
 
-    Raises UserError where another run holds one of them, with its host, process and start, where `log_dir` has the
-    events of another run, or where a directory can't be made or written.
+    Raises UserError if another run holds one of them, with its host, process and start, if `log_dir` has the
+    events of another run, or if a directory can't be made or written.
     """
     log_dir = log_dir or output_dir
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
-            for flag, directory in (("output_dir", output_dir), ("log_dir", log_dir)):
+            directories = {"output_dir": Path(output_dir), "log_dir": Path(log_dir)}
+            for flag, directory in directories.items():
                 try:
-                    Path(directory).mkdir(parents=True, exist_ok=True)
+                    directory.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise UserError(f"--{flag} {directory}: can't make this directory: {error.strerror}") from None
-                if flag == "output_dir" or not os.path.samefile(log_dir, output_dir):
+                if flag == "output_dir" or not directory.samefile(output_dir):
                     mend = f"wait for it or stop it, or choose another --{flag}"
-                    lock = file_lock(Path(directory) / LOCK_FILE, what=f"--{flag} {directory}", mend=mend)
+                    lock = file_lock(directory / LOCK_FILE, what=f"--{flag} {directory}", mend=mend)
                     stack.enter_context(lock)
-            _claim(Path(log_dir), Path(output_dir))
-            _remove_leftovers(output_dir)
+            _claim(*directories.values())
+            for pattern in ("checkpoint*.pth-*", "best.pth-*", "runs/*/checkpoint*.pth-*", "runs/*/best.pth-*"):
+                folder, _, name = pattern.rpartition("/")
+                for leftover in directories["output_dir"].glob(f"{folder or '.'}/{TEMPORARY_PREFIX}{name}"):
+                    leftover.unlink()  # of a killed save: the lock is held, so it is not in use
 
         on_main(ranks, hold)
         yield
+
+
+def _claim(output_dir: Path, log_dir: Path) -> None:
+    """Refuse a directory with another run's events: TensorBoard would take both for one run and purge points."""
+    mark = log_dir / OWNER_FILE
+    if not log_dir.samefile(output_dir) and mark.exists():
+        owner = Path(mark.read_text(encoding="utf-8"))
+        if owner.exists() and not owner.samefile(output_dir):
+            raise UserError(f"--log_dir {log_dir}: holds the events of the run in {owner}; choose another")
+    mark.write_text(str(output_dir.resolve()), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -72,29 +86,6 @@ def writing_results(output_dir: str | os.PathLike) -> Iterator[None]:
             f"--output_dir {output_dir}: the results can't be written: {reason}; make room and run the same command "
             "again, which trains nothing twice"
         ) from None
-
-
-def _claim(log_dir: Path, output_dir: Path) -> None:
-    """Refuse a directory with another run's events: TensorBoard would take both for one run and purge points."""
-    try:
-        owner = Path(os.fsdecode((log_dir / OWNER_FILE).read_bytes()))
-    except FileNotFoundError:
-        owner = log_dir if (log_dir / "args.json").exists() else output_dir
-    if owner.exists() and not owner.samefile(output_dir):
-        raise UserError(f"--log_dir {log_dir}: holds the events of the run in {owner}; choose another")
-    if not log_dir.samefile(output_dir):
-        (log_dir / OWNER_FILE).write_bytes(os.fsencode(output_dir.resolve()))
-
-
-def _remove_leftovers(output_dir: str | os.PathLike) -> None:
-    """Delete the temporary files that a killed save left; the lock is held, so none of them is in use."""
-    for folder, name in itertools.product(("", "runs/*/"), ("checkpoint*.pth-*", "best.pth-*")):
-        for path in Path(output_dir).glob(f"{folder}{TEMPORARY_PREFIX}{name}"):
-            with contextlib.suppress(OSError):  # another user's, in a shared directory: it does no harm
-                path.unlink()
-
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class RunLog:
@@ -125,33 +116,34 @@ class RunLog:
         self.log_dir = Path(log_dir or output_dir)
         self.enabled = enabled
         self.writer = None
-        self._unwritten: list[str] = []  # lines of log.txt
-        self._warned: set[Path] = set()  # about what fails now
+        self._lines: list[str] = []  # of log.txt, which is written anew at each epoch
+        self._unwritten = 0  # of them
+        self._failing: set[Path] = set()
         if not enabled:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._drop_lines_from(int(start_epoch))
-            with open(self.path, "a"):
-                pass
+            if self.path.exists():
+                self._read_lines(before=int(start_epoch))
+            self._write_lines()
             # The points at start_epoch itself were written before the checkpoint and are not done again.
             self._open_writer(purge_step=epoch_1000x(start_epoch) + 1)
         except OSError as error:
             raise UserError(f"{error.filename or self.log_dir}: can't be written: {error.strerror or error}") from None
 
-    def _drop_lines_from(self, epoch: int) -> None:
-        """Keep the whole lines of epochs before `epoch`."""
-        if not self.path.exists():
-            return
-        kept = []
+    def _read_lines(self, before: int) -> None:
+        """The whole lines of epochs before one."""
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["epoch"] < epoch:
-                    kept.append(line + "\n")
+                if json.loads(line)["epoch"] < before:
+                    self._lines.append(line + "\n")
             except (json.JSONDecodeError, KeyError, TypeError):
                 print(f"warning: {self.path}: dropped the unreadable line {line[:60]!r}", flush=True)
+
+    def _write_lines(self) -> None:
         with atomic_write(self.path, "w") as file:
-            file.writelines(kept)
+            file.writelines(self._lines)
+        self._unwritten = 0
 
     def _open_writer(self, purge_step: int | None = None) -> None:
         threading.excepthook = _no_traceback_of_tensorboard
@@ -159,82 +151,63 @@ class RunLog:
         self.writer.flush()
 
     def start(self, args: dict, world_size: int) -> None:
-        """Add this start to args.json. Raises UserError where that can't be read or written."""
+        """Add this start to args.json. Raises UserError if that can't be read or written."""
         if not self.enabled:
             return
         path = self.path.parent / "args.json"
         try:
             starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-            if not isinstance(starts, list):
-                raise ValueError("not a list")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: can't be read as the list of a run's starts ({error}); move it away") from None
-        starts.append(
-            {
-                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "command": sys.argv,
-                "args": args,
-                "world_size": world_size,
-                "versions": versions(),
-                "git": git_commit(),
-            }
-        )
-        try:
+            starts.append(
+                {
+                    "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    "command": sys.argv,
+                    "args": args,
+                    "world_size": world_size,
+                    "versions": versions(),
+                    "git": git_commit(),
+                }
+            )
             with atomic_write(path, "w") as file:
                 json.dump(starts, file, indent=2)
-        except OSError as error:
-            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: can't be read and written as the list of a run's starts ({error}); move it away"
+            ) from None
 
     def epoch(self, record: dict) -> None:
-        """Append an epoch's record to log.txt, durably."""
+        """Add an epoch's record to log.txt, durably."""
         if not self.enabled:
             return
-        self._unwritten.append(json.dumps(record) + "\n")
-        self._write_lines()
+        self._lines.append(json.dumps(record) + "\n")
+        self._unwritten += 1
+        self._attempt(self.path, self._write_lines)
         if self.writer is None:
-            self._to_tensorboard(self._open_writer)
+            self._attempt(self.log_dir, self._open_writer)
 
-    def _write_lines(self) -> None:
-        size = None
-        try:
-            with open(self.path, "ab") as file:
-                size = file.tell()
-                file.write("".join(self._unwritten).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if size is not None:
-                with contextlib.suppress(OSError):
-                    os.truncate(self.path, size)  # no half line
-            self._warn(self.path, error, f"the lines of {len(self._unwritten)} epoch(s) wait")
-        else:
-            self._unwritten.clear()
-            self._warned.discard(self.path)
-
-    def _to_tensorboard(self, write: Callable[[], None]) -> None:
-        """Do what writes events. Where it fails the writer is given up, for a new one at the next epoch."""
+    def _attempt(self, path: Path, write: Callable[[], None]) -> None:
+        """Write, or print one warning for as long as it fails. A writer of events that fails is given up for a new one
+        at the next epoch."""
         try:
             write()
+            self._failing.discard(path)
         except Exception as error:  # whatever TensorBoard's own thread met, in its words
-            broken, self.writer = self.writer, None
-            with contextlib.suppress(Exception):
-                broken.close()
-            self._warn(self.log_dir, error, "points are missing in TensorBoard from here on")
-        else:
-            self._warned.discard(self.log_dir)
-
-    def _warn(self, path: Path, error: Exception, consequence: str) -> None:
-        if path not in self._warned:
-            self._warned.add(path)
-            reason = getattr(error, "strerror", None) or error
-            print(f"warning: {path}: can't be written: {reason}; training goes on, {consequence}", flush=True)
+            consequence = f"the lines of {self._unwritten} epoch(s) wait"
+            if path == self.log_dir:
+                broken, self.writer = self.writer, None
+                with contextlib.suppress(Exception):
+                    broken.close()
+                consequence = "points are missing in TensorBoard from here on"
+            if path not in self._failing:
+                self._failing.add(path)
+                reason = getattr(error, "strerror", None) or error
+                print(f"warning: {path}: can't be written: {reason}; training goes on, {consequence}", flush=True)
 
     def flush(self) -> None:
         """Bring what was recorded so far to disk, so that no checkpoint is ahead of it."""
         if self._unwritten:
-            self._write_lines()
+            self._attempt(self.path, self._write_lines)
         if self.writer:
-            self._to_tensorboard(self.writer.flush)
+            self._attempt(self.log_dir, self.writer.flush)
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
         """Write values to TensorBoard at a fractional epoch."""
@@ -244,20 +217,20 @@ class RunLog:
                 self.writer.add_scalar(name, value, epoch_1000x(epoch))
 
         if self.writer:
-            self._to_tensorboard(write)
+            self._attempt(self.log_dir, write)
 
-    def figure(self, name: str, figure, epoch: float) -> None:
-        """Write a matplotlib figure to TensorBoard."""
+    def image(self, name: str, rgb: numpy.ndarray, epoch: float) -> None:
+        """Write a picture, uint8 [H, W, 3], to TensorBoard."""
         if self.writer:
-            self._to_tensorboard(lambda: self.writer.add_figure(name, figure, epoch_1000x(epoch)))
+            self._attempt(self.log_dir, lambda: self.writer.add_image(name, rgb, epoch_1000x(epoch), dataformats="HWC"))
 
     def close(self) -> None:
         """Write what is left; says which epochs log.txt will lack."""
         self.flush()
         if self.writer:
-            self._to_tensorboard(self.writer.close)
+            self._attempt(self.log_dir, self.writer.close)
         if self._unwritten:
-            epochs = ", ".join(str(json.loads(line)["epoch"]) for line in self._unwritten)
+            epochs = ", ".join(str(json.loads(line)["epoch"]) for line in self._lines[-self._unwritten :])
             print(f"warning: {self.path}: lacks the lines of the epochs {epochs}", flush=True)
 
 
@@ -291,11 +264,9 @@ def git_commit() -> str | None:
     return result.stdout.strip()
 
 
-SECONDS_BETWEEN_LINES = 20.0
-
-
 class Progress:
-    """Counts what is done of `total`; a context manager. Silent unless `enabled`.
+    """Counts what is done of `total` and prints it now and then with rate and time left; a context manager. Silent unless
+    `enabled`.
 
     Args:
         what: what is being done, e.g. "encoding".
@@ -307,36 +278,24 @@ class Progress:
         self.what, self.total, self.unit, self.done, self.enabled = what, total, unit, done, enabled
         self._began = self._shown = time.monotonic()
         self._first = done
-        self._bar = None
-        if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.close()
+        pass
 
     def add(self, count: int, note: str = "") -> None:
         """So many more are done."""
         self.done += count
-        if self._bar is not None:
-            self._bar.update(count)
-            self._bar.set_postfix_str(note, refresh=False)
-        elif time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
             rate = (self.done - self._first) / (time.monotonic() - self._began)
             self.show(f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s", note)
 
     def show(self, text: str, note: str = "") -> None:
-        """Show this text now, with the time left."""
+        """Print this text now, with the time left."""
         self._shown = time.monotonic()
         seconds = (self._shown - self._began) / max(self.done - self._first, 1)
         left = timedelta(seconds=round((self.total - self.done) * seconds))
-        if self._bar is not None:
-            self._bar.set_description_str(text, refresh=True)
-        elif self.enabled:
+        if self.enabled:
             print(f"{text}, left {left}  {note}".rstrip(), flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -1,12 +1,17 @@
-"""Number formats: what float32 means on a GPU, and mixed precision with few casts.
+"""Number formats: what float32 means on a GPU, mixed precision with few casts, and updates left out on the device.
 
 Under autocast, torch casts every weight and bias by a kernel of its own in the forward pass and each gradient
 by another in the backward pass: for ViT-B that is a quarter of all kernels of a step, each of them so
 small that a GPU waits for its launch. `run_cast_once` casts all of a module's matrices in one go.
+
+A `GradScaler` with a fused optimiser leaves out an update with a non-finite gradient, on the device, so every run has one;
+outside float16 its scale is 1. `nan_gradient_unless_finite` makes a non-finite loss of one rank such a gradient on all of
+them, through the gradient's mean.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +26,32 @@ def set_tf32(enabled: bool) -> None:
     """
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.allow_tf32 = enabled
+
+
+def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """What scales the loss of a run that computes in `dtype`, a name of torch's."""
+    if dtype == "float16":
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0)
+
+
+def update_scale(scaler: torch.amp.GradScaler, dtype: str) -> None:
+    """End a step of the scaler: outside float16 its scale stays 1."""
+    scaler.update(None if dtype == "float16" else 1.0)
+
+
+def nan_gradient_unless_finite(loss: Tensor) -> Tensor:
+    """The loss itself if finite, else one whose gradient is NaN everywhere. Scalar in, scalar out.
+
+    An infinite loss can have finite gradients; they must not be applied.
+    """
+    return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
+
+
+def update_was_skipped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Whether the last `scaler.step` left out its update, before `update_scale`: a scalar on the device, 0 or 1."""
+    # GradScaler tells this publicly only by waiting for the device (a lower get_scale()).
+    return torch.stack(list(scaler._found_inf_per_device(optimizer).values())).max()
 
 
 MATRIX_MODULES = (nn.Linear, nn.modules.conv._ConvNd)

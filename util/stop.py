@@ -6,7 +6,7 @@ All of them left a checkpoint from which `--auto_resume`, the default, goes on, 
 first step.
 
 A task runs in `with StopSignals(args.max_minutes) as signals`, what comes before its first step in
-`with signals.exit_at_signal()`, and asks `signals.request` after each step (`util.finite.FiniteWatch` does).
+`with signals.exit_at_signal()`, and asks `signals.request` after each step.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ checkpoint, and everything that is under way on the device before any checkpoint
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +20,20 @@ from torch import Tensor, nn
 
 from util import distributed
 from util.checkpoint import FORMAT, restoring
-from util.finite import REMEDY, FiniteWatch, make_scaler, nan_gradient_unless_finite, update_was_skipped
+from util.errors import UserError
 from util.lr_sched import learning_rate
 from util.output import Progress, RunLog
+from util.precision import make_scaler, nan_gradient_unless_finite, update_scale, update_was_skipped
 from util.resume import describe_mismatch
 from util.stop import GO_ON, StopSignals
+
+READ_EVERY = 20  # updates between readings of their losses, for which the host waits
+OVERFLOWS_IN_A_ROW = 50
+REMEDY = "lower --lr, set --clip_grad, use --dtype float32, or pass --skip_nonfinite N to leave out N such steps"
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient became infinite or NaN; no update was made with it."""
 
 
 class Sums:
@@ -92,17 +102,11 @@ class Training:
     def __post_init__(self) -> None:
         dtype, device = self.options["dtype"], self.ranks.device
         self.scaler = make_scaler(dtype, device)
-        self.watch = FiniteWatch(
-            device,
-            self.signals,
-            group=self.ranks.control,
-            half=dtype == "float16",
-            skip_nonfinite=self.options.get("skip_nonfinite", 0),
-            remedy=self.remedy,
-            sample_names=lambda epoch, step: [
-                self.sample_name(i) for i in self.loader.batch_sampler.batch(epoch, step)
-            ],
-        )
+        self.agreement = distributed.Agreement(self.ranks)
+        self.unread: list[
+            tuple[str, range, Tensor]
+        ] = []  # updates: their place and steps; losses [L] and whether left out
+        self.watch = {"skipped": 0, "overflows": 0}  # updates left out so far; fp16 overflows in a row
         self.sums = Sums(self.n_values, device)
         self.waited = 0.0
 
@@ -115,10 +119,9 @@ class Training:
             self.core.load_state_dict(state["model"])
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-            # Elsewhere the scale stays 1 (`util.finite.make_scaler`), and under float16 a scale of 1 would stay too low.
-            if state["args"]["dtype"] == "float16":
+            if state["args"]["dtype"] == self.options["dtype"] == "float16":
                 self.scaler.load_state_dict(state["scaler"])
-            self.watch.load_state_dict(state["watch"])
+            self.watch = {name: state["watch"][name] for name in self.watch}
             totals = torch.tensor(state["meters"]["sums"], dtype=torch.float64)  # [ranks, ...]
             same = len(totals) == self.ranks.world_size  # another number of ranks goes on from their mean
             self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
@@ -128,7 +131,7 @@ class Training:
         """Print which options and data differ from those of a checkpoint. Raises UserError if it can't go on with them
         (`util.resume.describe_mismatch`)."""
         with restoring(path):
-            table = describe_mismatch(state, self.options, **self.setting())
+            table = describe_mismatch(state, self.options, self.setting())
         if table:
             self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
 
@@ -181,7 +184,6 @@ class Training:
         """
         accum_iter = self.options.get("accum_iter", 1)
         print_every = self.options.get("print_every")
-        request = GO_ON
         self.model.train()
         while self.step < self.steps_per_epoch:
             began = time.perf_counter()
@@ -205,11 +207,70 @@ class Training:
 
             if updates:
                 skipped = self.update()
-                window = range(self.step - accum_iter, self.step)
-                request = self.watch.step(self.epoch, window, lr=lr, losses=window_losses, skipped=skipped)
-                if request != GO_ON:
+                place = f"epoch {self.epoch} step {self.step - 1}, lr {lr:.3g}"
+                numbers = torch.cat([window_losses.float(), skipped.float().reshape(1)])
+                self.unread.append((place, range(self.step - accum_iter, self.step), numbers))
+                if self.agreement.exchange(self.signals.request) != GO_ON:
                     break
-        return max(request, self.watch.settle())
+                if len(self.unread) == READ_EVERY:
+                    self.check_finite()
+        self.check_finite()
+        return self.agreement.settle(self.signals.request)
+
+    def check_finite(self) -> None:
+        """Read the losses of the updates since the last time. All ranks call this at the same steps, and before a save.
+
+        A step whose loss or gradient is not finite changed nothing (`util.precision`), so it may be found late. fp16
+        overflows are no fault unless they go on: there the scaler lowers its scale.
+
+        Raises:
+            NonFiniteError: on rank 0, and SystemExit on the others, for more such steps than `skip_nonfinite`.
+        """
+        if not self.unread:
+            return
+        numbers = torch.stack([numbers for _, _, numbers in self.unread]).tolist()
+        own = []
+        for (_, steps, _), (*losses, skipped) in zip(self.unread, numbers, strict=True):
+            description, is_finite = "", all(map(math.isfinite, losses))
+            if skipped or not is_finite:
+                batches = [self.loader.batch_sampler.batch(self.epoch, step) for step in steps]
+                names = "; ".join(self.sample_name(index) for batch in batches for index in batch)
+                description = f"losses per scale [{', '.join(f'{loss:.4g}' for loss in losses)}], samples {names}"
+            own.append((is_finite, bool(skipped), description))
+        places = [place for place, _, _ in self.unread]
+        self.unread.clear()
+        for place, *found in zip(places, *self.ranks.gather(own), strict=True):
+            self._judge(place, found)
+
+    def _judge(self, place: str, found: list[tuple[bool, bool, str]]) -> None:
+        """Act on what all ranks found of an update: whether its losses are finite, it was left out, and a description."""
+        losses_are_finite = all(is_finite for is_finite, _, _ in found)
+        was_skipped = any(skipped for _, skipped, _ in found)
+        what = "gradient" if losses_are_finite else "loss"
+        ranks = [
+            f"rank {i}: {text}" for i, (is_finite, _, text) in enumerate(found) if losses_are_finite or not is_finite
+        ]
+        report = f"non-finite {what} at {place}; {'; '.join(ranks)}"
+        if losses_are_finite and (not was_skipped or self.options["dtype"] == "float16"):
+            self.watch["overflows"] = self.watch["overflows"] + 1 if was_skipped else 0
+            if self.watch["overflows"] >= OVERFLOWS_IN_A_ROW:
+                self._fail(
+                    f"{OVERFLOWS_IN_A_ROW} fp16 overflows in a row; use --dtype bfloat16 or float32; last: {report}"
+                )
+            return
+        self.watch["overflows"] = 0
+        self.watch["skipped"] += 1
+        allowed = self.options.get("skip_nonfinite", 0)
+        if self.watch["skipped"] > allowed:
+            self._fail(f"{report}; no update was made with it and nothing was saved since: {self.remedy}")
+        self.ranks.say(
+            f"warning: left out {self.watch['skipped']} of at most {allowed} steps (--skip_nonfinite): {report}"
+        )
+
+    def _fail(self, message: str) -> None:
+        if self.ranks.is_main:
+            raise NonFiniteError(message)
+        raise SystemExit(1)
 
     def autocast(self) -> torch.autocast:
         """The context of the forward pass."""
@@ -222,7 +283,7 @@ class Training:
             "model": self.core.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "watch": self.watch.state_dict(),
+            "watch": dict(self.watch),
             "epoch": self.epoch - 1,
             "step": self.step,
             "args": dict(self.options),
@@ -243,7 +304,6 @@ class Training:
         distributed.on_main(self.ranks, write)
 
     def close(self) -> None:
-        self.progress.close()
         self.log.close()
 
     def setting(self) -> dict[str, Any]:
@@ -276,7 +336,7 @@ class Training:
             nn.utils.clip_grad_norm_(self.core.parameters(), clip_grad)
         self.scaler.step(self.optimizer)
         skipped = update_was_skipped(self.scaler, self.optimizer)
-        self.scaler.update()
+        update_scale(self.scaler, self.options["dtype"])
         self.optimizer.zero_grad(set_to_none=True)
         return skipped
 

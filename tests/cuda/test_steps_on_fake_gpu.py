@@ -23,7 +23,6 @@ from downstream.forward import Encoder, read_back
 from downstream.heads import RECIPES
 from gaze.model import GazeNet
 from util.distributed import Ranks
-from util.finite import FiniteWatch
 from util.lr_sched import parameter_groups
 from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
 from util.output import Progress
@@ -34,13 +33,8 @@ pytestmark = needs_fake_gpu
 SIDE, BATCH = 64, 2
 
 
-class _Event:
-    def record(self) -> None:
-        pass
-
-
 class _StopAfter:
-    """Asks to stop after so many optimiser steps, before the watch reads what the first copied to the host."""
+    """Asks to stop after so many optimiser steps."""
 
     def __init__(self, steps: int):
         self.left = steps
@@ -48,30 +42,29 @@ class _StopAfter:
     @property
     def request(self) -> int:
         self.left -= 1
-        return PAUSE if self.left == 0 else GO_ON
+        return PAUSE if self.left <= 0 else GO_ON
 
 
-class _Watch(FiniteWatch):
-    def settle(self) -> int:
-        assert len(self._unread) == 2 and all(step.copied is not None for step in self._unread)
-        return GO_ON
+@pytest.fixture(autouse=True)
+def unread(monkeypatch):
+    """The losses of both updates stay on the GPU until the epoch is over."""
 
+    def check_finite(training: Training) -> None:
+        assert len(training.unread) == 2 and all(numbers.device == CUDA for *_, numbers in training.unread)
 
-@pytest.fixture
-def watch(monkeypatch):
-    monkeypatch.setattr("torch.cuda.Event", _Event)
-    return _Watch(CUDA, _StopAfter(2), sample_names=lambda epoch, step: [])
+    monkeypatch.setattr(Training, "check_finite", check_finite)
 
 
 def pixels(*shape):
     return torch.zeros(*shape, dtype=torch.uint8)
 
 
-def requested(training: Training, batch, watch) -> int:
-    """The request with which an epoch of 9 such batches ends."""
-    training.watch = watch
+def steps_until_stop(training: Training, batch) -> int:
+    """Steps done of an epoch of 9 such batches, which is to stop after 2 updates."""
+    training.signals = _StopAfter(2)
     training.start(GivenBatches([batch] * 9, 9), log=object(), progress=Progress("training", 9, "steps", enabled=False))
-    return training.train_epoch()
+    training.train_epoch()
+    return training.step
 
 
 def training(model: nn.Module, args, ranks: Ranks, n_values: int, losses) -> Training:
@@ -88,7 +81,7 @@ def training(model: nn.Module, args, ranks: Ranks, n_values: int, losses) -> Tra
         ("block", "--dtype float32"),
     ],
 )
-def test_pretraining(masking, flags, watch, monkeypatch):
+def test_pretraining(masking, flags, monkeypatch):
     args = run_pretrain.get_args_parser().parse_args(
         f"--model cxrmim_vit_tiny_patch16 --input_size {SIDE} --id_list 0 0 1 1 --masking {masking} --lr 1e-3 "
         f"{flags}".split()
@@ -102,28 +95,28 @@ def test_pretraining(masking, flags, watch, monkeypatch):
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE), **planes}
         losses = partial(engine_pretrain.batch_losses, args=args)
         place = training(model, args, ranks, 5, losses)
-        assert (requested(place, batch, watch), place.step) == (PAUSE, 2 * args.accum_iter)
+        assert steps_until_stop(place, batch) == 2 * args.accum_iter
     assert {place[-1] for place in asked} == {CUDA}
 
 
-def test_gaze_training(watch, monkeypatch):
+def test_gaze_training(monkeypatch):
     args = gaze.main.get_args_parser().parse_args(["--data_path", "none", "--dtype", "float16"])
     model = GazeNet("test_resnet", input_size=SIDE, width=16)
     with fake_gpu(model, monkeypatch) as ranks:
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE), "target": torch.zeros(BATCH, SIDE // 4, SIDE // 4)}
         place = training(model, args, ranks, 2, gaze.main.batch_losses)
-        assert (requested(place, batch, watch), place.step) == (PAUSE, 2)
+        assert steps_until_stop(place, batch) == 2
 
 
 @pytest.mark.parametrize(("recipe", "task"), [("published", MULTILABEL), ("layer_decay", MULTICLASS)])
-def test_fine_tuning(recipe, task, watch, monkeypatch):
+def test_fine_tuning(recipe, task, monkeypatch):
     options = {"drop_path_rate": RECIPES[recipe].drop_path, "global_pool": RECIPES[recipe].pool}
     model = small_vit(num_classes=3, **options)
 
     with fake_gpu(model, monkeypatch) as ranks:
         how = dict(task=task, seed=0, steps=9, dtype=torch.bfloat16, ranks=ranks, signals=None)
         place = make_training(model, RECIPES[recipe], normalisation("imagenet"), **how)
-        assert requested(place, (pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3)), watch) == PAUSE
+        assert steps_until_stop(place, (pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3))) == 2
 
 
 def small_vit(**options) -> nn.Module:

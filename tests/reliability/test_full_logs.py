@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ def fail_log_writes(epoch: int, step: int, until: int | None = None) -> None:
     at_step(epoch, step, partial(full.append, True))
     if until is not None:
         at_step(until, 0, full.clear)
-    real_open = open
+    real_write = util.output.atomic_write
 
     def unless_full(original):
         def write(self, *args, **kwargs):
@@ -32,13 +33,16 @@ def fail_log_writes(epoch: int, step: int, until: int | None = None) -> None:
 
         return write
 
-    def open_file(path, mode="r", *args, **kwargs):
-        # A real full device behind the name: the kernel itself refuses the bytes.
-        return real_open("/dev/full" if full and mode == "ab" else path, mode, *args, **kwargs)
+    @contextlib.contextmanager
+    def atomic_write(path, *args):
+        if full and Path(path).name == "log.txt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with real_write(path, *args) as file:
+            yield file
 
     for name in ("write", "append"):
         setattr(gfile.LocalFileSystem, name, unless_full(getattr(gfile.LocalFileSystem, name)))
-    util.output.open = open_file
+    util.output.atomic_write = atomic_write
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -99,9 +103,9 @@ def small_events() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("args.json", "{ broken", "args.json: can't be read as the list of a run's starts"),
-        ("args.json", '{"epochs": 3}', "args.json: can't be read as the list of a run's starts (not a list)"),
-        ("args.json", "\udcff", "args.json: can't be read as the list of a run's starts"),
+        ("args.json", "{ broken", "args.json: can't be read and written as the list"),
+        ("args.json", '{"epochs": 3}', "args.json: can't be read and written as the list"),
+        ("args.json", "\udcff", "args.json: can't be read and written as the list"),
         ("log.txt", None, "log.txt: can't be written: Is a directory"),
         (".lock", None, ".lock: can't be written: Is a directory"),
     ],

@@ -24,21 +24,13 @@ from datasets.shown import training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
 from scripts import visualize
+from scripts.figures.reconstruction import contact_sheet, mean_targets, reconstruction_figure
 from scripts.visualize import main
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.figures import save_figure
 from util.masking import mask_generator
-from util.pictures import (
-    contact_sheet,
-    gaze_overlay,
-    hog_glyphs,
-    mask_picture,
-    mean_targets,
-    prediction_picture,
-    reconstruct,
-    reconstruction_figure,
-)
+from util.pictures import gaze_overlay, hog_glyphs, mask_picture, prediction_picture, reconstruct
 from util.radiograph import CONTRASTS, read_radiograph
 
 SMALL = dict(

@@ -13,7 +13,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
 def slow_hog(image, cell, nbins):
-    """METHOD.md section 4 for one channel, pixel by pixel: [H, W] float -> [cells, nbins]."""
+    """The HOG of one channel, pixel by pixel: [H, W] float -> [cells, nbins]."""
     height, width = image.shape
     padded = np.pad(image.astype(np.float64), 1, mode="reflect")
     histogram = np.zeros((height // cell, width // cell, nbins))

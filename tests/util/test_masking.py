@@ -21,7 +21,7 @@ from util.masking import (
 
 
 def expected_counts(n_patches, n_significant, mask_ratio, clinical_ratio):
-    """METHOD.md section 1, step 3, in plain Python: (masked significant, masked others)."""
+    """The counts of attention-controlled masking in plain Python: (masked significant, masked others)."""
     n_masked = int(n_patches * mask_ratio)
     significant = min(int(n_significant * clinical_ratio), n_masked)
     others = min(n_masked - significant, n_patches - n_significant)

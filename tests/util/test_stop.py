@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from util import distributed
-from util.distributed import Agreement
+from util.distributed import Agreement, Ranks
 from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, StopSignals, exit_status
 
 ROOT = Path(__file__).parents[2]
@@ -98,23 +99,15 @@ def test_exit_statuses():
     assert [exit_status(request) for request in (GO_ON, PAUSE, TERMINATE, INTERRUPT)] == [0, 75, 143, 130]
 
 
-def test_a_single_process_agrees_with_itself_at_once():
-    agreement = Agreement(None, size=2)
-    assert agreement.exchange((3, 1)) == [3, 1]
-    assert agreement.settle((0, 2)) == [0, 2]
-    assert agreement.collect() == [0, 0]
-
-
 def agreeing_rank(rank: int, world_size: int, store: str, values: list[list[int]], queue) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    agreement = Agreement(dist.group.WORLD, size=1)
+    agreement = Agreement(Ranks(rank, world_size, rank, torch.device("cpu"), dist.group.WORLD))
     seen = []
     for own in values[rank]:
         if own == 2:
             time.sleep(0.3)  # a slow rank changes nothing of what is agreed when
-        seen.append(agreement.exchange([own])[0])
-    seen.append(agreement.settle([rank])[0])
-    seen.append(agreement.collect()[0])
+        seen.append(agreement.exchange(own))
+    seen.append(agreement.settle(rank))
     queue.put((rank, seen))
     distributed.stop()
 
@@ -133,8 +126,7 @@ def test_ranks_agree_one_step_late_on_the_largest(tmp_path):
     for process in ranks:
         process.join(10)
         assert process.exitcode == 0
-    # The exchange before settle is dropped by it: settle's caller collects first if it needs that.
-    assert seen == {rank: [0, 0, 1, 2, 0, 2, 0] for rank in range(3)}
+    assert seen == {rank: [0, 0, 1, 2, 0, 2] for rank in range(3)}
 
 
 LOADER = """

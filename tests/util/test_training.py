@@ -1,0 +1,151 @@
+"""Non-finite numbers: no update with them, found a little later, and reported with all that helps."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from util.distributed import Agreement, Ranks
+from util.precision import make_scaler, nan_gradient_unless_finite, update_scale, update_was_skipped
+from util.training import OVERFLOWS_IN_A_ROW, NonFiniteError, Training
+
+CPU = torch.device("cpu")
+
+
+def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int = 0, group=None) -> Training:
+    core = torch.nn.Linear(1, 1)
+    training = Training(
+        core=core,
+        optimizer=torch.optim.AdamW(core.parameters()),
+        ranks=Ranks(rank, 1 if group is None else 2, rank, CPU, group),
+        signals=SimpleNamespace(request=0),
+        options={"dtype": dtype, "skip_nonfinite": skip_nonfinite},
+        n_values=1,
+        losses=None,
+        sample_name=lambda index: f"rank{rank}sample{index}.png",
+    )
+    training.loader = SimpleNamespace(batch_sampler=SimpleNamespace(batch=lambda epoch, step: [step]))
+    return training
+
+
+def note(training: Training, step: int, *, loss: float = 1.0, skipped: bool = False) -> None:
+    numbers = torch.tensor([0.5, loss, float(skipped)])
+    training.unread.append((f"epoch 2 step {step}, lr 0.001", range(step - 1, step + 1), numbers))
+
+
+@pytest.mark.parametrize("loss", [1.25, math.inf, -math.inf, math.nan])
+def test_a_finite_loss_and_its_gradient_stay_and_any_other_becomes_nan(loss):
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    total = nan_gradient_unless_finite(weight.sum() * 0.5 + (loss - 1.5))
+    total.backward()
+    if math.isfinite(loss):
+        assert total.item() == loss and weight.grad.tolist() == [0.5, 0.5]
+    else:
+        assert weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_no_update_is_made_with_a_nonfinite_gradient_and_outside_fp16_the_scale_stays_1(clip):
+    """GradScaler and fused AdamW of the installed torch, as the training loop uses them."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    other = torch.nn.Parameter(torch.tensor(3.0))
+    optimizer = torch.optim.AdamW([weight, other], lr=0.1, fused=True)
+    scaler = make_scaler("float32", CPU)
+    before, history = scaler.state_dict(), []
+    for factor in (1.0, math.inf, 1.0, math.nan):
+        loss = nan_gradient_unless_finite((weight * weight).sum() * factor + other)
+        scaler.scale(loss).backward()
+        if clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_([weight, other], clip)
+        scaler.step(optimizer)
+        assert update_was_skipped(scaler, optimizer).item() == (not math.isfinite(factor))
+        update_scale(scaler, "float32")
+        optimizer.zero_grad()
+        state = optimizer.state[weight]
+        history.append([*weight.tolist(), other.item(), state["step"].item(), *state["exp_avg"].tolist()])
+    assert history[0] == history[1] != history[2] == history[3]
+    assert all(math.isfinite(number) for number in history[3])
+    assert scaler.get_scale() == 1.0 and scaler.state_dict() == before
+    assert make_scaler("float16", CPU).get_scale() == 65536.0
+
+
+def test_a_nonfinite_loss_is_reported_with_step_lr_losses_and_samples():
+    training = make_training()
+    note(training, 1)
+    training.check_finite()
+    note(training, 7, loss=math.nan, skipped=True)
+    note(training, 9)
+    with pytest.raises(NonFiniteError) as error:
+        training.check_finite()
+    for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", "rank0sample6.png; rank0sample7.png"):
+        assert part in str(error.value)
+
+
+def test_a_nonfinite_gradient_is_an_error_but_in_fp16():
+    training = make_training()
+    note(training, 3, skipped=True)
+    with pytest.raises(NonFiniteError, match="non-finite gradient at epoch 2 step 3"):
+        training.check_finite()
+    training = make_training(dtype="float16")
+    for step in range(2 * OVERFLOWS_IN_A_ROW - 1):  # an update half way, and the count starts again
+        note(training, step, skipped=step != OVERFLOWS_IN_A_ROW - 1)
+        if step % 7 == 0:
+            training.check_finite()
+    training.check_finite()
+    assert training.watch == {"skipped": 0, "overflows": OVERFLOWS_IN_A_ROW - 1}
+    note(training, 99, skipped=True)
+    with pytest.raises(NonFiniteError, match="50 fp16 overflows in a row"):
+        training.check_finite()
+    training = make_training(dtype="float16")
+    note(training, 3, loss=math.inf, skipped=True)
+    with pytest.raises(NonFiniteError, match="non-finite loss"):
+        training.check_finite()
+
+
+def test_skip_nonfinite_tolerates_as_many_as_it_says(capsys):
+    training = make_training(skip_nonfinite=2)
+    for step in range(4):
+        note(training, step, loss=math.inf if step % 2 else 1.0, skipped=bool(step % 2))
+    training.check_finite()
+    out = capsys.readouterr().out
+    assert out.count("warning: left out") == 2 and "2 of at most 2 steps" in out and "sample3.png" in out
+    note(training, 5, loss=math.inf, skipped=True)
+    with pytest.raises(NonFiniteError):
+        training.check_finite()
+
+
+def two_ranks(rank: int, store: str, queue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    training = make_training(rank=rank, group=dist.group.WORLD, skip_nonfinite=1)
+    # The largest of all ranks' requests, one exchange late.
+    agreement = Agreement(training.ranks)
+    seen = [agreement.exchange(value if rank else 0) for value in (0, 1, 0, 0)] + [agreement.settle(2 * rank)]
+    # Rank 1 alone has a bad loss; the gradient that comes of it is bad on both.
+    try:
+        for step in (3, 5):
+            note(training, step, loss=math.nan if rank == 1 else 1.0, skipped=True)
+            training.check_finite()
+    except BaseException as error:
+        queue.put((rank, seen, training.watch["skipped"], type(error).__name__, str(error)))
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_and_stop_together_and_name_the_bad_one(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [context.Process(target=two_ranks, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = sorted(queue.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(10)
+    assert [one[1:3] for one in found] == [([0, 0, 1, 0, 2], 2)] * 2
+    assert [one[3] for one in found] == ["NonFiniteError", "SystemExit"]
+    assert "rank 1: losses per scale [0.5, nan], samples rank1sample4.png" in found[0][4]
+    assert "rank0" not in found[0][4]
