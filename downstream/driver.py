@@ -213,5 +213,5 @@ def as_published(work: Work) -> bool:
     """Whether images, parts and labels are all those of the published results."""
     args, images = work.args, work.images
     tests = len(images.indices(TEST))
-    chosen = args.split not in (AUTO, PUBLISHED) or args.labels or args.where
+    chosen = args.split not in (AUTO, PUBLISHED) or args.labels or args.where or args.split_lists
     return not chosen and PUBLISHED_IMAGES.get(images.name) == (len(images) - tests, tests)

@@ -10,15 +10,8 @@ from pathlib import Path
 
 from downstream.data import add_arguments, read_from_args
 from downstream.data.choices import FOLDS
-from downstream.data.images import add_image_arguments
-from downstream.data.labelled import (
-    TEST,
-    check_classes,
-    check_min_positives,
-    lone_in_fractions,
-    split_table,
-    write_split,
-)
+from downstream.data.images import add_image_arguments, leave_out_damaged, reading_from_args
+from downstream.data.labelled import LabelledImages, check_labels, split_table, write_split
 from downstream.data.partition import in_folds, partitions
 from downstream.driver import Method, Work, judge
 from downstream.encoders import DEFAULT_MODEL, PIXELS, describe, read_candidates
@@ -149,14 +142,14 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
         with signals.exit_at_signal():  # so far there is nothing to save
             images = read_from_args(args, need_images=not args.dry_run)
             ranks.say("\n".join([*images.notes, split_table(images)]))
+            if args.skip_damaged and not args.dry_run:
+                images = without_damaged(args, images, ranks)
             work = Work(args, images, ranks, signals)
             distributed.on_main(ranks, lambda: start_output(work))
             # After the table and split.csv, which show what a class lacks.
             if args.method != "evaluate":
-                for line in [*check_classes(images), *lone_in_fractions(images, args.fractions)]:
+                for line in check_labels(images, fractions=args.fractions, min_positives=args.min_positives):
                     ranks.say(line)
-                tested = images.indices("" if in_folds(images) else TEST)
-                check_min_positives(args.min_positives, images, images.labels[tested])
             makers = read_weights(work)
         if args.dry_run:
             ranks.say(f"wrote {Path(args.output_dir, 'split.csv')}")
@@ -212,6 +205,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_least(args, MIN_DRAWS, "bootstrap")
     check_least(args, 0, "num_workers", "weight_decay", "max_minutes")
     check_positive(args, "lr")
+    if args.skip_damaged and not args.use_cache:
+        raise UserError("--skip_damaged: damaged files are found while the cache is made; leave --no_cache out")
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: must be at least 0 and below 1")
     shares = [("fractions", value) for value in args.fractions]
@@ -249,6 +244,17 @@ def start_output(work: Work) -> None:
                     "of other images, parts or labels than these; choose another"
                 )
         write_split(work.images, folder / "split.csv")
+
+
+def without_damaged(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks) -> LabelledImages:
+    """The images that can be read; rank 0 decodes them, and prints what is wrong with the others."""
+    place = args.cache_dir or Path(args.output_dir) / "cache"
+    decode = partial(leave_out_damaged, images, place, reading=reading_from_args(args), num_workers=args.num_workers)
+    distributed.on_main(ranks, lambda: decode() and None)
+    sound, damaged = decode()
+    if damaged:
+        ranks.say("\n".join([*damaged, f"{len(damaged)} damaged images are left out", split_table(sound)]))
+    return sound
 
 
 def study_of(work: Work) -> dict[str, str]:
