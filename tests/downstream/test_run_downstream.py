@@ -147,7 +147,10 @@ def test_probe_in_grouped_folds_tests_every_image_once(rsna, encoder, tmp_path, 
     results = check_aucs(out)
     assert list(dict.fromkeys(results["weights"])) == ["ours, cls", "ours, mean of patches", "pixels"]
     assert (results["n"] == 120).all() and (results["auc"] > 0.8).all()
-    assert set(pd.read_csv(out / "predictions.csv")["fold"]) == {1, 2, 3}
+    predictions = pd.read_csv(out / "predictions.csv")
+    assert set(predictions["fold"]) == {1, 2, 3}
+    scores = predictions.groupby("weights")["score"].apply(list)
+    assert scores["ours, cls"] != scores["ours, mean of patches"]
     assert "too narrow" in (out / "table.md").read_text() and "too narrow" in capsys.readouterr().out
     assert set(pd.read_csv(out / "split.csv", keep_default_na=False)["split"]) == {""}
 
