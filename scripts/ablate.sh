@@ -132,13 +132,13 @@ judge() { # FOLDER WEIGHTS...
     --method probe --seeds 0 --weights "${@:2}" --min_positives 10 --normalisation imagenet --device "$DEVICE" \
     --num_workers "$WORKERS" --output_dir "$1" > "$1.txt" || { echo "error: the probe failed, see $1.txt" >&2; return 1; }
 }
-runs=() pids=() results=() alone=(random pixels) groups=(all)
+pids=() results=() alone=(random pixels) groups=(all)
 [ "$GROUPS_OF" = all ] || read -r -a groups <<< "$SEEDS"
 for group in "${groups[@]}"; do
   weights=()
   while read -r name _ seed _; do # as written above
     if [ "$group" = all ] || [ "$group" = "$seed" ]; then
-      runs+=("$OUT/runs/$name") weights+=("$name=$OUT/runs/$name/backbone.pth")
+      weights+=("$name=$OUT/runs/$name/backbone.pth")
     fi
   done < "$OUT/runs.txt"
   folder=$OUT/downstream$([ "$group" = all ] || echo "/s$group")
@@ -146,5 +146,4 @@ for group in "${groups[@]}"; do
   pids+=($!) results+=("$folder/results.csv") alone=()
 done
 wait_for "${pids[@]}" || exit 1
-"$PYTHON" scripts/plot_log.py "${runs[@]}" --out "$OUT/loss.png" > /dev/null
 "$PYTHON" scripts/ablate_table.py "${results[@]}" --out "$OUT/table.csv"

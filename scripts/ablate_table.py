@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from util.cli import Parser
 from util.errors import UserError, run_cli
 from util.files import atomic_write
 from util.tables import read_table
+
+BLOCKS = (("AUC", "auc", "", ""), ("difference", "difference", "diff_", "+"))  # title, column, its interval, sign
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -63,47 +66,36 @@ def seed_table(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     Raises:
         UserError: the reference isn't among the settings.
     """
-    names = table["weights"].str.extract(r"^(?P<setting>.+)_s(?P<seed>\d+), (?P<part>.+)$")
+    names = table["weights"].str.extract(r"^(?P<setting>.+)_s(?P<seed>\d+), (?P<features>.+)$")
     runs = pd.concat([table[["label", "auc"]], names], axis=1).dropna()
     if reference not in set(runs["setting"]):
         raise UserError(f"--reference {reference}: not among the settings {', '.join(sorted(set(runs['setting'])))}")
-    rows = []
-    for (part, label), group in runs.groupby(["part", "label"], sort=False):
-        wide = group.pivot(index="seed", columns="setting", values="auc")
-        for setting in dict.fromkeys(group["setting"]):
-            differences = (wide[setting] - wide[reference]).dropna().to_numpy()
-            compared = [np.nan] * 3 if setting == reference else _t_interval(differences)
-            rows.append([part, label, setting, wide[setting].count(), *_t_interval(wide[setting].dropna()), *compared])
-    columns = ["features", "label", "setting", "seeds", "auc", "low", "high", "difference", "diff_low", "diff_high"]
-    return pd.DataFrame(rows, columns=columns)
+    compared = runs[runs["setting"] == reference].drop(columns="setting")
+    runs = runs.merge(compared, "left", ["features", "label", "seed"], suffixes=("", "_reference"))
+    runs["difference"] = (runs["auc"] - runs["auc_reference"]).where(runs["setting"] != reference)
+    runs = runs.iloc[runs.groupby(["features", "label"], sort=False).ngroup().argsort(kind="stable")]
+    groups = runs.groupby(["features", "label", "setting"], sort=False)
+    found = groups["auc"].count().rename("seeds").to_frame()
+    for column, prefix in (("auc", ""), ("difference", "diff_")):
+        mean = groups[column].mean()
+        half = stats.t.ppf(0.975, groups[column].count() - 1) * groups[column].sem()  # NaN for a single run
+        found[column], found[f"{prefix}low"], found[f"{prefix}high"] = mean, mean - half, mean + half
+    return found.reset_index()
 
 
 def format_seed_table(table: pd.DataFrame) -> str:
     """The table of `seed_table` as text: for each part one block of AUCs and one of differences."""
     blocks = []
-    for part in dict.fromkeys(table["features"]):
-        rows = table[table["features"] == part]
-        for title, names in (("AUC", ("auc", "low", "high")), ("difference", ("difference", "diff_low", "diff_high"))):
-            sign = "" if title == "AUC" else "+"
-            texts = [
-                f"{a:{sign}.3f}" + (f" ({b:{sign}.3f} to {c:{sign}.3f})" if np.isfinite(b) else "")
-                for a, b, c in rows[list(names)].to_numpy()
-            ]
-            cells = rows.assign(text=texts)[rows[names[0]].notna()]
-            wide = cells.pivot(index="setting", columns="label", values="text")
-            wide = wide.loc[list(dict.fromkeys(cells["setting"])), list(dict.fromkeys(cells["label"]))]
-            wide.index.name = wide.columns.name = None
-            blocks.append(f"{part}, {title}\n{wide.to_string()}")
+    for (part, rows), (title, column, prefix, sign) in itertools.product(table.groupby("features", sort=False), BLOCKS):
+        shown = rows[rows[column].notna()]
+        texts = [
+            f"{mean:{sign}.3f}" + f" ({low:{sign}.3f} to {high:{sign}.3f})" * bool(np.isfinite(low))
+            for mean, low, high in shown[[column, f"{prefix}low", f"{prefix}high"]].to_numpy()
+        ]
+        wide = shown.assign(text=texts).pivot(index="setting", columns="label", values="text")
+        wide = wide.loc[shown["setting"].unique(), shown["label"].unique()].rename_axis(index=None, columns=None)
+        blocks.append(f"{part}, {title}\n{wide.to_string()}")
     return "\n\n".join(blocks)
-
-
-def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95% interval by Student's t; without an interval for a single value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, np.nan, np.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return mean, float(mean - half), float(mean + half)
 
 
 if __name__ == "__main__":

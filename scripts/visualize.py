@@ -6,11 +6,15 @@ Samples of a data set, the exact batch of a training step (--epoch and --step), 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,12 +27,15 @@ from util.download import local_file
 from util.errors import UserError, run_cli
 from util.figures import check_picture_path, page_path, save_figure
 from util.masking import MASKINGS
-from util.pictures import contact_sheet, reconstruction_figure
+from util.pictures import contact_sheet, mean_targets, reconstruct, reconstruction_figure
 from util.radiograph import MIMIC_CXR_JPG, add_dicom_contrast
 from util.weights import read_state_dict
 
 # Options whose default is what the checkpoint stores.
 STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "id_list", "scale_list", "num_heads", "decoder_num_heads")
+
+# Of a large data set, so many images spread over it give the mean of each place.
+REFERENCE_IMAGES = 100
 
 # Of the options that a batch is made from.
 KINDS = {
@@ -106,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     check_options(options, info.path)
     model = build_model(CXRMIM, state, info, given).to(args.device)
 
+    means = None
     if args.image:
         gaze = {"heatmap": args.heatmap, "fixations": args.fixations}
         shown = single_image(model, options, args.image, **gaze, dicom_contrast=args.dicom_contrast)
@@ -136,12 +144,15 @@ def main(argv: list[str] | None = None) -> int:
         else:
             indices = args.index or range(min(4, len(dataset)))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
+        if not args.sheet:
+            chosen = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))
+            means = mean_targets(model, (default_collate([dataset[(args.epoch or 0, index)]]) for index in chosen))
 
     data = args.image or " ".join(args.data_path or [str(path) for path in _listed(info.args.get("data_path"))])
     where = f"training step {args.step} of epoch {args.epoch}" if args.epoch is not None else "whole images"
     trained = "" if info.epoch is None else f" after {info.epoch + 1} epochs"
     title = f"{Path(args.checkpoint).resolve().parent.name}/{info.path.name}{trained}, {data}, {where}"
-    draw = contact_sheet if args.sheet else reconstruction_figure
+    draw = contact_sheet if args.sheet else partial(reconstruction_figure, means=means)
     per_page = args.per_page or (64 if args.sheet else 4)
     starts = range(0, len(shown.names), per_page)
     for page, start in enumerate(starts):
@@ -149,6 +160,11 @@ def main(argv: list[str] | None = None) -> int:
         path = page_path(out, page, len(starts))
         save_figure(draw(model, some.batch, some.mask, names=some.names, title=title), path)
         print(f"wrote {path}: {', '.join(some.names)}")
+    if means:
+        found = reconstruct(model, shown.batch, shown.mask, means)
+        values = {"the model": found.error} | found.references
+        told = ", ".join(f"{error[found.masked].mean():.4f} of {name}" for name, error in values.items())
+        print(f"mean squared error of masked patches, {len(shown.names)} images: {told} ({len(chosen)} images)")
     return 0
 
 

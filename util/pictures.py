@@ -7,7 +7,7 @@ anywhere (TensorBoard's add_figure, a file). Nothing here is random.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -47,8 +47,8 @@ class Reconstruction:
         predicted: for each scale bool [B, h_k, w_k], cells that touch a masked patch.
         error: float [B, h, w], squared error of the patch's cells, averaged over cells and channels
             and summed over scales: the unweighted loss of the patch.
-        reference: float [B, h, w], the same of a constant prediction, the mean target of these images
-            at each scale: what a model that learnt nothing else would have.
+        references: by name, float [B, h, w]: the same error of a prediction that sees no image. "one constant for
+            all cells" is the mean target of a scale; "the mean of each place", if means were given, of each cell.
         cell_sizes: px of each scale.
     """
 
@@ -60,18 +60,35 @@ class Reconstruction:
     predictions: list[np.ndarray]
     predicted: list[np.ndarray]
     error: np.ndarray
-    reference: np.ndarray
+    references: dict[str, np.ndarray]
     cell_sizes: list[int]
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> Reconstruction:
+def mean_targets(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Mean HOG target of each cell over all images of the batches: for each scale float [cells_k, 3*nbins]."""
+    sums, count = None, 0
+    for batch in batches:
+        prepared = model.prepare_batch(batch)
+        targets = [target.double().sum(0) for target in model.hog_targets(prepared.get("gray", prepared["img"]))]
+        sums = targets if sums is None else [old + new for old, new in zip(sums, targets, strict=True)]
+        count += len(prepared["img"])
+    if sums is None:
+        raise ValueError("no images to take the mean of")
+    return [(total / count).float() for total in sums]
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor, means: Sequence[Tensor] | None = None
+) -> Reconstruction:
     """Run the model on a batch with a given mask and collect everything that a picture shows.
 
     Args:
         model: unwrapped; its training mode is restored.
         batch: as `CXRMIM.prepare_batch` takes it.
         mask: [B, L], 1 = masked.
+        means: `mean_targets` of the training images, for both references; without it the constant is that of `batch`.
     """
     training = model.training
     model.eval()
@@ -83,20 +100,24 @@ def reconstruct(model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> 
 
     height, width = model.grid_size
     grid_mask = mask.view(-1, 1, height, width).float()
-    error, reference = torch.zeros_like(grid_mask), torch.zeros_like(grid_mask)
+    constants = [level.mean(0) for level in means or [target.mean(0) for target in targets]]
+    guesses = {"model": predictions, "one constant for all cells": constants}
+    if means:
+        guesses["the mean of each place"] = means
+    errors = {name: torch.zeros_like(grid_mask) for name in guesses}
     shown_targets, shown_predictions, predicted = [], [], []
-    for scale, target, prediction in zip(model.scale_list, targets, predictions, strict=True):
+    for k, (scale, target, prediction) in enumerate(zip(model.scale_list, targets, predictions, strict=True)):
         shape = (-1, int(height * scale), int(width * scale))
-        cell_error = (prediction.float() - target).square().mean(2).view(shape)[:, None]
-        # Cells back to patches: the inverse of bringing a mask to the cells.
-        error += mask_cells(cell_error, 1 / scale)
-        mean_error = (target - target.mean((0, 1))).square().mean(2).view(shape)[:, None]
-        reference += mask_cells(mean_error, 1 / scale)
+        for name, guess in guesses.items():
+            cell_error = (guess[k].float() - target).square().mean(2).view(shape)[:, None]
+            # Cells back to patches: the inverse of bringing a mask to the cells.
+            errors[name] += mask_cells(cell_error, 1 / scale)
         by_channel = (*shape, 3, model.hog.nbins)
         shown_targets.append(target.float().view(by_channel).mean(3).cpu().numpy())
         shown_predictions.append(prediction.float().view(by_channel).mean(3).cpu().numpy())
         predicted.append((mask_cells(grid_mask, scale)[:, 0] > 0).cpu().numpy())
     significant = significant_patches(foreground_of(batch), model.patch_size).view(-1, height, width)
+    by_patch = {name: error[:, 0].cpu().numpy() for name, error in errors.items()}
     return Reconstruction(
         gray=gray_image(model, batch),
         attention=batch["attention"].float().cpu().numpy(),
@@ -105,8 +126,8 @@ def reconstruct(model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor) -> 
         targets=shown_targets,
         predictions=shown_predictions,
         predicted=predicted,
-        error=error[:, 0].cpu().numpy(),
-        reference=reference[:, 0].cpu().numpy(),
+        error=by_patch.pop("model"),
+        references=by_patch,
         cell_sizes=list(model.hog.cell_sizes),
     )
 
@@ -217,6 +238,7 @@ def reconstruction_figure(
     batch: Mapping[str, Tensor],
     mask: Tensor,
     *,
+    means: Sequence[Tensor] | None = None,
     names: Sequence[str] | None = None,
     title: str = "",
     panel_inches: float = 2.2,
@@ -227,6 +249,7 @@ def reconstruction_figure(
         model: unwrapped CXRMIM.
         batch: B images as the data sets give them, or prepared.
         mask: [B, L], 1 = masked.
+        means: `mean_targets` of the training images under the same view, for the reference of each place.
         names, title: a line of text per image; what is shown: run, data, epoch.
         panel_inches: side of a panel.
 
@@ -235,103 +258,84 @@ def reconstruction_figure(
     Returns:
         A figure of about (3 + K) x 2B panels; save it with `save_figure`.
     """
-    found = reconstruct(model, batch, mask)
-    count, scales = len(found.gray), len(found.cell_sizes)
-    columns = 3 + scales
-    gap, caption, footer, left = 0.06, 0.24, 0.8, 0.06
-    width = left + columns * (panel_inches + gap)
+    found = reconstruct(model, batch, mask, means)
+    count, columns = len(found.gray), 3 + len(found.cell_sizes)
+    width = columns * (panel_inches + 0.06)
     lines = fit_lines(", ".join(filter(None, [title, _count(count)])), width, 10)
-    wrapped = [fit_lines(name, width, 8.5) for name in names] if names else [[]] * count
-    top = 0.14 + 0.2 * len(lines)
-    header = 0.26 + 0.15 * max(map(len, wrapped))
-    band = header + 2 * (caption + panel_inches)
-    height = top + count * band + footer
-    figure = Figure(figsize=(width, height), dpi=200)
+    captions = [_caption(found, i, names[i] if names else "", width) for i in range(count)]
+    heights = [2 * (panel_inches + 0.25) + 0.2 * len(caption) for caption in captions]
+    foot = 0.55
+    finest = max(target.shape[1] for target in found.targets)
+    dpi = float(np.clip(10 * finest / panel_inches, 110, 200))  # ten pixels for a glyph
+    figure = Figure((width, sum(heights) + 0.2 * len(lines) + foot + 0.5), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
-    error_scale = Normalize(0, max(float(found.error[found.masked].max(initial=0)), 1e-12))
+    figure.suptitle("\n".join(lines), fontsize=10)
+    errors = Normalize(0, max(float(found.error[found.masked].max(initial=0)), 1e-12))
+    *bands, below = figure.subfigures(count + 1, 1, height_ratios=[*heights, foot])
+    for i, band in enumerate(bands):
+        band.suptitle("\n".join(captions[i]), fontsize=8.5, x=0.005, ha="left")
+        _draw_band(band.subplots(2, columns), found, i, errors)
+    bar = below.colorbar(
+        matplotlib.cm.ScalarMappable(errors, ERROR_MAP), cax=below.subplots(), orientation="horizontal"
+    )
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("squared error of a patch, summed over scales", fontsize=7.5)
+    hatched = {"fc": 0.22 * np.array(to_rgb(MASKED)), "ec": 0.45 * np.array(to_rgb(MASKED)), "hatch": "//////"}
+    visible = Patch(**hatched, label="in predictions: visible, not predicted")
+    framed = Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")
+    _legend(figure, [*_mask_key(), visible, framed], 5, KEY, width)
+    return figure
 
-    def panel(row: int, line: int, column: int, text: str, picture: np.ndarray, **options):
-        x = left + column * (panel_inches + gap)
-        y = height - top - row * band - header - line * (caption + panel_inches) - caption - panel_inches
-        axes = figure.add_axes((x / width, y / height, panel_inches / width, panel_inches / height))
+
+def _caption(found: Reconstruction, i: int, name: str, width: float) -> list[str]:
+    """Lines above an image: its name, its counts, and its error beside what needs no image."""
+    significant, masked = found.significant[i], found.masked[i]
+    references = "".join(f"; of {what} {error[i][masked].mean():.3f}" for what, error in found.references.items())
+    text = (
+        f"Mean squared error of masked patches: {found.error[i][masked].mean():.3f}{references}. "
+        f"{significant.sum()} of {masked.size} patches significant; masked: {masked.sum()}, of which significant: "
+        f"{(masked & significant).sum()}"
+    )
+    return fit_lines(f"{name}\n{text}" if name else text, width, 8.5)
+
+
+def _draw_band(panels: np.ndarray, found: Reconstruction, i: int, errors: Normalize) -> None:
+    """Draw image i into axes [2, 3 + K]."""
+    gray, significant, masked = found.gray[i], found.significant[i], found.masked[i]
+    patch = gray.shape[0] // masked.shape[0]
+
+    def show(axes, text: str, picture: np.ndarray, **options) -> None:
         axes.imshow(picture, **options)
         axes.set_title(text, fontsize=8, pad=2.5)
         axes.set_xticks([])
         axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_linewidth(0.4)
-        return axes
 
-    figure.text(left / width, 1 - 0.5 * top / height, "\n".join(lines), fontsize=10, va="center")
+    show(panels[0, 0], "radiograph", gray, cmap="gray", vmin=0, vmax=1)
+    show(panels[0, 1], "gaze heatmap (bright: looked at longer)", gaze_overlay(gray, found.attention[i]))
+    show(panels[1, 0], "mask", mask_picture(gray, significant, masked), interpolation="nearest")
+    _outline(panels[1, 0], significant & ~masked, patch)
+    colours = matplotlib.colormaps[ERROR_MAP](errors(found.error[i]))[..., :3]
+    shown = np.where(_enlarge(masked, patch)[..., None], _enlarge(colours, patch), 0.35 * gray[..., None])
+    show(panels[1, 1], "squared error of masked patches", shown, interpolation="nearest")
+    for k, cell in enumerate(found.cell_sizes):
+        drawn = _glyph_cell(found.targets[k].shape[1], GLYPH_PIXELS)
+        glyphs = hog_glyphs(found.targets[k][i], drawn)
+        show(panels[0, 2 + k], f"HOG target, {cell} px cells", glyphs, cmap="gray", vmin=0, vmax=1)
+        guess = prediction_picture(found.predictions[k][i], found.predicted[k][i])
+        show(panels[1, 2 + k], f"HOG prediction, {cell} px cells", guess)
+
     finest = int(np.argmin(found.cell_sizes))
-    for i in range(count):
-        gray, significant, masked = found.gray[i], found.significant[i], found.masked[i]
-        counts = (
-            f"{significant.sum()} of {masked.size} patches significant; "
-            f"masked: {masked.sum()}, of which significant: {(masked & significant).sum()}. "
-            f"Mean squared error of masked patches: {found.error[i][masked].mean():.3f}; "
-            f"had each cell the mean target: {found.reference[i][masked].mean():.3f}"
-        )
-        line = height - top - i * band - header + 0.06
-        figure.text(left / width, line / height, counts, fontsize=8, va="bottom")
-        line += 0.15
-        figure.text(left / width, line / height, "\n".join(wrapped[i]), fontsize=8.5, weight="bold", va="bottom")
-
-        panel(i, 0, 0, "radiograph", gray, cmap="gray", vmin=0, vmax=1)
-        panel(i, 0, 1, "gaze heatmap (bright: looked at longer)", gaze_overlay(gray, found.attention[i]))
-        axes = panel(i, 1, 0, "mask", mask_picture(gray, significant, masked), interpolation="nearest")
-        _outline(axes, significant & ~masked, gray.shape[0] // masked.shape[0])
-        error = matplotlib.colormaps[ERROR_MAP](error_scale(found.error[i]))[..., :3]
-        patch = gray.shape[0] // masked.shape[0]
-        dim = np.repeat(0.35 * gray[..., None], 3, 2)
-        shown = np.where(_enlarge(masked, patch)[..., None], error.repeat(patch, 0).repeat(patch, 1), dim)
-        panel(i, 1, 1, "squared error of masked patches", shown, interpolation="nearest")
-        finest_panels = []
-        for k, cell in enumerate(found.cell_sizes):
-            target, prediction = found.targets[k][i], found.predictions[k][i]
-            glyphs = hog_glyphs(target, _glyph_cell(target.shape[0], GLYPH_PIXELS))
-            above = panel(i, 0, 2 + k, f"HOG target, {cell} px cells", glyphs, cmap="gray", vmin=0, vmax=1)
-            shown = prediction_picture(prediction, found.predicted[k][i])
-            below = panel(i, 1, 2 + k, f"HOG prediction, {cell} px cells", shown)
-            if k == finest:
-                finest_panels = [above, below]
-        side = min(4, *masked.shape)
-        place = _finest_masked(masked, side)
-        for framed in (axes, *finest_panels):  # where the enlarged region is
-            size = framed.get_images()[0].get_array().shape[0] / masked.shape[0]
-            corner = (place[1] * size - 0.5, place[0] * size - 0.5)
-            framed.add_patch(Rectangle(corner, side * size, side * size, fill=False, ec=ENLARGED, lw=1.4))
-        shown = [
-            hog_glyphs(found.targets[finest][i], GLYPH_PIXELS // 32 + 4)[..., None].repeat(3, 2),
-            prediction_picture(found.predictions[finest][i], found.predicted[finest][i]),
-        ]
-        for line, (what, picture) in enumerate(zip(("target", "prediction"), shown, strict=True)):
-            step = picture.shape[0] // masked.shape[0]
-            rows, cols = (slice(start * step, (start + side) * step) for start in place)
-            panel(i, line, 2 + scales, f"{what}, framed part enlarged", picture[rows, cols])
-
-    visible = Patch(
-        fc=0.22 * np.array(to_rgb(MASKED)),
-        ec=0.45 * np.array(to_rgb(MASKED)),
-        hatch="//////",
-        label="in predictions: visible, not predicted",
-    )
-    framed = Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")
-    axes = figure.add_axes((left / width, 0.28 / height, 0.6, (footer - 0.4) / height))
-    axes.set_axis_off()
-    handles = [*_mask_key(), visible, framed]
-    axes.legend(
-        handles=handles, loc="center left", ncols=5, fontsize=7.5, columnspacing=1.2, frameon=False, borderpad=0
-    )
-    figure.text(left / width, 0.1 / height, KEY, fontsize=7.5)
-    axes = figure.add_axes(
-        (1 - (2.2 * panel_inches) / width, (footer - 0.22) / height, 2 * panel_inches / width, 0.09 / height)
-    )
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(error_scale, ERROR_MAP), cax=axes, orientation="horizontal")
-    bar.ax.tick_params(labelsize=7, length=2, pad=1)
-    bar.set_label("squared error of a patch, summed over scales", fontsize=7.5, labelpad=1)
-    bar.outline.set_linewidth(0.4)
-    return figure
+    side = min(4, *masked.shape)
+    row, column = _finest_masked(masked, side)
+    for axes in (panels[1, 0], *panels[:, 2 + finest]):  # where the enlarged region is
+        size = axes.get_images()[0].get_array().shape[0] / masked.shape[0]
+        corner = (column * size - 0.5, row * size - 0.5)
+        axes.add_patch(Rectangle(corner, side * size, side * size, fill=False, ec=ENLARGED, lw=1.4))
+    for line, (what, axes) in enumerate(zip(("target", "prediction"), panels[:, -1], strict=True)):
+        picture = panels[line, 2 + finest].get_images()[0].get_array()
+        step = picture.shape[0] / masked.shape[0]
+        rows, columns = (slice(int(start * step), int((start + side) * step)) for start in (row, column))
+        show(axes, f"{what}, framed part enlarged", picture[rows, columns], cmap="gray", vmin=0, vmax=1)
 
 
 def contact_sheet(
@@ -374,10 +378,14 @@ def contact_sheet(
         right.imshow(mask_picture(gray[i], significant[i], masked[i]), interpolation="nearest")
         _outline(right, significant[i] & ~masked[i], gray.shape[1] // masked.shape[1])
     key = f"left: gaze, brighter where longer; right: mask. {KEY.partition(' Glyphs')[0]}"
-    key = "\n".join(fit_lines(key, width - 0.3, 6))
-    place = {"loc": "outside lower center", "ncols": 3, "frameon": False}
-    figure.legend(handles=_mask_key(), **place, fontsize=6, columnspacing=1.2, title=key, title_fontsize=6)
+    _legend(figure, _mask_key(), 3, key, width - 0.3, 6)
     return figure
+
+
+def _legend(figure: Figure, handles: list[Patch], columns: int, key: str, width: float, points: float = 7.5) -> None:
+    title = "\n".join(fit_lines(key, width, points))
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "columnspacing": 1.2}
+    figure.legend(handles=handles, **place, fontsize=points, title=title, title_fontsize=points)
 
 
 def _count(images: int) -> str:

@@ -49,20 +49,20 @@ def test_what_fails_or_is_ended_keeps_what_was_measured(tmp_path, monkeypatch, c
     monkeypatch.setattr("tempfile.tempdir", None)
 
     def run(*parts, flags=()):
-        def made_up(report, root, settings):
-            (root / "input").touch()
-            return {str(i): lambda part=part: part(report) for i, part in enumerate(parts)}
+        def made_up(bench):
+            (bench.root / "input").touch()
+            return {str(i): lambda part=part: part(bench) for i, part in enumerate(parts)}
 
-        monkeypatch.setattr(benchmark, "parts", made_up)
+        monkeypatch.setattr(benchmark.Benchmark, "parts", made_up)
         try:
             return benchmark.main(["--device", "cpu", "--json", str(path), *flags]), json.loads(path.read_text())
         finally:
             assert [file.name for file in tmp_path.iterdir()] == ["out.json"]  # inputs are removed
 
-    def works(report):
-        report.value("one", "s", 1.0)
+    def works(bench):
+        bench.add("one", "s", 1.0)
 
-    def fails(report):
+    def fails(bench):
         raise ValueError("wrong")
 
     status, written = run(fails, works)
@@ -71,7 +71,7 @@ def test_what_fails_or_is_ended_keeps_what_was_measured(tmp_path, monkeypatch, c
     status, written = run(works, flags=["--minutes", "0"])
     assert status == 1 and written["skipped"] == ["0"] and "--minutes 0 are over" in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
-        run(works, lambda report: os.kill(os.getpid(), signal.SIGTERM))
+        run(works, lambda bench: os.kill(os.getpid(), signal.SIGTERM))
     written = json.loads(path.read_text())
     assert end.value.code == 143 and not written["whole"] and len(written["rows"]) == 1
 
@@ -80,7 +80,7 @@ def test_what_fails_or_is_ended_keeps_what_was_measured(tmp_path, monkeypatch, c
 def test_what_can_not_work_is_refused_before_anything_is_measured(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(benchmark, "parts", lambda *others: pytest.fail("begun"))
+    monkeypatch.setattr(benchmark.Benchmark, "parts", lambda *others: pytest.fail("begun"))
     with pytest.raises(UserError, match=flags.split()[0]):
         benchmark.main(["--quick", *flags.split()])
     assert not list(tmp_path.iterdir())

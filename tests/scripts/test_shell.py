@@ -42,11 +42,6 @@ def test_shellcheck_finds_nothing(script):
     assert result.returncode == 0, result.stdout
 
 
-def test_a_planted_fault_is_found(tmp_path):
-    planted = stand_in(tmp_path / "planted.sh", "for file in $(ls $1); do rm $file; done")
-    assert run(SHELLCHECK, planted).returncode == 1
-
-
 @pytest.mark.parametrize("name", ["test.sh", "pretrain.sh"])
 def test_a_relative_python_is_seen_from_where_the_script_is_called(tmp_path, name):
     stand_in(tmp_path / "own/python", 'echo "own python in $PWD: $*"')
@@ -221,8 +216,6 @@ def test_every_command_of_the_ablation_is_understood(preset, tmp_path):
     assert all(file == f"{out}/runs/{name}/backbone.pth" for name, sign, file in judged if sign)
     (table,) = parsed["scripts/ablate_table.py"]
     assert table.results == [f"{args.output_dir}/results.csv" for args in probes]
-    (plot,) = parsed["scripts/plot_log.py"]
-    assert {str(Path(file).parent) for _, sign, file in judged if sign} == set(map(str, plot.runs))
 
 
 def test_the_ablation_names_the_lesions_as_the_readings_do(tmp_path):
