@@ -32,6 +32,7 @@ from downstream.data.labelled import (
     split_table,
     write_split,
 )
+from downstream.data.readers import CHEXPERT_JUDGED
 from downstream.data.splits import split_by_subject
 from util.errors import UserError
 
@@ -132,12 +133,15 @@ def test_chexpert_is_found_whatever_the_root_is_called(chexpert, prefix):
         ("zeros", {}, "zeros"),
         (
             "ones",
-            dict.fromkeys(("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"), 1),
+            dict.fromkeys(CHEXPERT_JUDGED, 1),
             "ignore",
         ),
     ],
 )
 def test_uncertain_and_empty_cells_of_chexpert(chexpert, uncertain, value_of, empty):
+    train = pd.read_csv(chexpert / "train.csv")
+    train.loc[:3, list(CHEXPERT_JUDGED)] = -1
+    train.to_csv(chexpert / "train.csv", index=False)
     raw = pd.concat(pd.read_csv(chexpert / f"{part}.csv") for part in ("train", "valid")).set_index("Path")
     images = read("chexpert", chexpert, uncertain=uncertain, empty=empty)
     for i, name in enumerate(images.ids):
@@ -193,6 +197,7 @@ def test_missing_images_are_named_and_may_be_skipped(nih):
         (["train/1.png", "test/2.png"], ["other/train/2.png"], ["train/1.png", "test/2.png"]),
         (["root/a/1.png", "root/b/3.png"], ["a/1.png", "a/3.png"], ["root/b/3.png"]),
         (["train/0.png", "test/0.png"], ["train/0.png"], ["test/0.png"]),
+        (["train/p1/1.png", "test/p1/2.png"], ["train/p1/1.png", "train/p1/2.png"], ["test/p1/2.png"]),
         # the root may be the folder, or have another name than the paths begin with
         (["images/1.png", "images/2.png"], ["1.png", "2.png"], []),
         (["x/images/1.png", "x/images/2.png"], ["y/z/images/1.png", "y/z/images/2.png"], []),
@@ -436,6 +441,7 @@ def test_a_subject_under_two_spellings_is_one(tmp_path):
 def test_vindr_with_and_without_its_test(tmp_path):
     names = ["No finding", "Mass", "Mass", "Edema", "Mass", "No finding"]
     rows = [f"i{i:02d},{names[(i + k) % 6]},R{k}" for i in range(24) for k in range(3)]
+    rows += ["z,Mass,R0", "z,No finding,R1"]  # half of the readers are not most of them
     write(tmp_path / "annotations_train.csv", "image_id,class_name,rad_id", *rows, rows[1])
     images = read("vindr", tmp_path)
     for i, image in enumerate(images.ids):
