@@ -1,107 +1,144 @@
-"""Features of images in files that are filled row by row, kept, and read memory-mapped.
+"""Features of a frozen encoder: one .npy per view in a folder that is named by what they depend on, filled row by row.
 
-A row is written with `pwrite`, and its checksum only after it is on disk, so that a killed run loses the last rows at
-most, and a full disk is an error instead of a signal. A row that does not fit its checksum counts as not written.
+Behind the numbers of each row stands their checksum, 1 for numbers that are all zero: so a row that was never written,
+half written or damaged does not fit its checksum, and is encoded again.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from downstream.forward import Stopped, forward_all
 from util.errors import UserError
-
-DTYPE = np.dtype("<f4")
-SUM = np.dtype("<u4")
-SUFFIXES = ("f32", "sums")
+from util.files import file_lock
+from util.output import Progress
+from util.stop import StopSignals
 
 
 class FeatureFile:
-    """Rows of float32, [n_rows, width], each there or not yet.
+    """Rows of float32 [n_rows, width] in a .npy, each there or not yet.
 
-    Two files: NAME.f32 with the numbers and nothing else, sparse until it is filled, and NAME.sums with the checksum
-    (CRC-32) of each row, 0 where the row is not there. Each row is checked once in the life of this object.
-
-    Args:
-        path: without suffix; its folder is made.
-
-    Raises:
-        UserError: files of other sizes lie there, or the place can't be written to.
+    A file that is no such array, or of other sizes, is removed and made again before rows are written.
     """
 
     def __init__(self, path: str | os.PathLike, n_rows: int, width: int):
-        self.n_rows, self.width = n_rows, width
-        self.numbers, self.sums = (Path(f"{path}.{suffix}") for suffix in SUFFIXES)
-        self.n_damaged = 0  # rows that were found not to fit their checksums
-        self._sound = np.zeros(n_rows, bool)
-        try:
-            self.numbers.parent.mkdir(parents=True, exist_ok=True)
-            for file, size in ((self.numbers, n_rows * width * DTYPE.itemsize), (self.sums, n_rows * SUM.itemsize)):
-                if file.exists() and file.stat().st_size == size:
-                    continue  # nothing is written where all is there: it may be others' to write
-                with open(file, "ab") as opened:
-                    found = opened.tell()
-                    if found == 0:
-                        if file == self.numbers:  # sums of numbers that were deleted would count as damage
-                            self.sums.unlink(missing_ok=True)
-                        opened.truncate(size)
-                    elif found != size:
-                        raise UserError(f"{file}: has {found} bytes, not {size}: damaged; move it away")
-        except OSError as error:
-            raise UserError(f"{self.numbers}: can't write features: {error.strerror}") from None
+        self.path, self.shape = Path(path), (n_rows, width + 1)  # the last column holds the checksums
+        self.there = np.zeros(n_rows, bool)  # rows that were found to fit their checksums
+        self.rows = None
 
-    def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Those of `rows` that are not there yet, or damaged, in their order."""
-        sums = np.fromfile(self.sums, SUM)
-        numbers = self._mapped()
-        for row in rows[~self._sound[rows] & (sums[rows] != 0)].tolist():
-            self._sound[row] = _checksum(numbers[row]) == sums[row]
-        self.n_damaged = int((~self._sound[rows] & (sums[rows] != 0)).sum())
-        return rows[~self._sound[rows]]
+    def missing(self, wanted: np.ndarray) -> np.ndarray:
+        """Those of the rows `wanted` that are not there yet, in their order. Writes nothing."""
+        self.rows = self.rows if self.rows is not None else self._open("r")
+        if self.rows is not None:
+            looked_at = wanted[~self.there[wanted]]
+            for some in np.array_split(looked_at, len(looked_at) // 4096 + 1):
+                rows = np.ascontiguousarray(self.rows[some])
+                self.there[some] = _checksums(rows[:, :-1]) == rows[:, -1].view(np.uint32)
+        return wanted[~self.there[wanted]]
 
-    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Fill in rows, durably: `values` [len(rows), width]. Raises `UserError` on a full disk."""
-        values = np.ascontiguousarray(values, DTYPE)
-        if values.shape != (len(rows), self.width):
-            raise ValueError(f"features {values.shape} for {len(rows)} rows of {self.width}")
-        row_bytes = self.width * DTYPE.itemsize
-        sums = np.array([_checksum(row) for row in values], SUM)
-        starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)  # of rows that follow one another
-        spans = [slice(*pair) for pair in pairwise([*starts.tolist(), len(rows)])]
+    def reserve(self) -> None:
+        """Make the file if it is not there, with all the space it will take. Raises `UserError` on a full disk."""
         try:
-            with open(self.numbers, "r+b", buffering=0) as file:
-                for span in spans:
-                    _write_at(file.fileno(), values[span].data, int(rows[span.start]) * row_bytes)
-                os.fdatasync(file.fileno())
-            with open(self.sums, "r+b", buffering=0) as file:
-                for span in spans:
-                    _write_at(file.fileno(), sums[span].data, int(rows[span.start]) * SUM.itemsize)
+            self.rows = self._open("r+")
+            if self.rows is None:
+                self.path.unlink(missing_ok=True)
+                self.rows = np.lib.format.open_memmap(self.path, "w+", np.float32, self.shape)
+            with open(self.path, "r+b") as file:  # on a full disk a write to a memory map would end the process
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(self.path))
         except OSError as error:
             raise UserError(
-                f"{self.numbers}: can't write features: {error.strerror}; make room or choose another "
-                "--features_dir, and run the same command again: what was encoded is kept"
+                f"{self.path}: can't write features: {error.strerror}; make room or choose another --features_dir, and "
+                "run the same command again: what was encoded is kept"
             ) from None
 
-    def read(self, rows: np.ndarray, width: int | None = None) -> np.ndarray:
-        """A copy of the first `width` numbers, or all, of some rows: float32 [len(rows), width]; they must be there."""
-        if len(lacking := self.missing(rows)):
-            raise ValueError(f"{self.numbers}: {len(lacking)} of {len(rows)} rows were never written")
-        return self._mapped()[:, :width][rows]
+    def write(self, places: np.ndarray, values: np.ndarray) -> None:
+        """Fill in rows, after `reserve`: `values` float32 [len(places), width]."""
+        self.rows[places] = np.column_stack([values, _checksums(values).view(np.float32)])
+        self.there[places] = True
 
-    def _mapped(self) -> np.ndarray:
-        return np.asarray(np.memmap(self.numbers, DTYPE, "r", shape=(self.n_rows, self.width)))
+    def read(self, places: np.ndarray, width: int | None = None) -> np.ndarray:
+        """A copy of the first `width` numbers, or all, of rows that are there: float32 [len(places), width]."""
+        return self.rows[:, : width or -1][places]
+
+    def _open(self, mode: str) -> np.ndarray | None:
+        """The array; None if the file is missing, no array, or of other sizes."""
+        try:
+            rows = np.load(self.path, mmap_mode=mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
+            return None
+        return rows if (rows.shape, rows.dtype) == (self.shape, np.float32) else None
 
 
-def _checksum(row: np.ndarray) -> int:
-    return zlib.crc32(row) or 1  # 0 says that nothing is there
+def _checksums(values: np.ndarray) -> np.ndarray:
+    """Of each row of float32 [n, D]: uint32 [n]."""
+    words = np.ascontiguousarray(values).view(np.uint32)
+    return words.sum(1, dtype=np.uint32) + np.uint32(1)
 
 
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+def fill(
+    folder: Path,
+    files: Mapping[int, FeatureFile],
+    wanted: Mapping[int, np.ndarray],
+    encoder: Callable[[Tensor], Tensor],
+    views: Dataset,
+    *,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    signals: StopSignals,
+    what: str,
+) -> int:
+    """Encode what the files in `folder` lack of the images `wanted` in each view; returns the number of images encoded.
+
+    A folder that lacks nothing is only read.
+
+    Args:
+        files: of each view.
+        encoder: gray uint8 [B, 1, H, W] on `device` -> float [B, at least the file's width].
+        views: [image, view] -> gray uint8 [1, H, W].
+
+    Raises:
+        Stopped: a stop was requested.
+        UserError: an unreadable image, features that are not finite, or a full disk.
+    """
+    if not any(len(files[view].missing(images)) for view, images in wanted.items()):
+        return 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't make this directory: {error.strerror}; choose another --features_dir"
+        ) from None
+    mend = "wait for it, or choose another --features_dir"
+    with file_lock(folder / "lock", what=f"features {folder}", mend=mend):
+        for view in wanted:
+            files[view].reserve()
+        keys = [
+            (view, image) for view, images in wanted.items() for image in np.sort(files[view].missing(images)).tolist()
+        ]
+        done = 0
+        with Progress(f"{what}: encoding", len(keys), "images") as progress:
+            how = dict(device=device, batch_size=batch_size, num_workers=num_workers, signals=signals)
+            for features in forward_all(encoder, views, keys, **how):
+                values = features.numpy()
+                if not np.isfinite(values).all():
+                    raise UserError(
+                        f"{what}: features are not finite (NaN or infinite); pass --dtype float32, or weights that "
+                        "are sound"
+                    )
+                batch = np.array(keys[done : done + len(values)])
+                for view in dict.fromkeys(batch[:, 0].tolist()):
+                    own, file = batch[:, 0] == view, files[view]
+                    file.write(batch[own, 1], values[own, : file.shape[1] - 1])
+                done += len(values)
+                progress.add(len(values))
+    if signals.request:
+        raise Stopped
+    return done

@@ -1,13 +1,10 @@
-"""Finished pieces of long work, each in a file named by all that it depends on, so that nothing is done twice."""
+"""Finished pieces of long work: names by content, and arrays in files of such names, so that nothing is done twice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -20,32 +17,25 @@ def digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-class Jobs:
-    """Arrays of finished jobs in a folder, which is made at the first one."""
+def load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array of `save_array`; None if there is none of this shape, or a damaged one, which prints a warning."""
+    try:
+        found = np.load(path)
+        if found.shape != shape:
+            raise ValueError(f"shape {found.shape}")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        print(f"warning: {path}: can't be used ({error}); doing this again", flush=True)
+        return None
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
 
-    def path(self, key: str) -> Path:
-        return self.folder / f"{key}.npz"
-
-    def load(self, key: str) -> dict[str, np.ndarray] | None:
-        """What was saved under `key`; None if nothing was, or if it can't be read any more (which is said)."""
-        path = self.path(key)
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return dict(stored)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, BadZipFile, EOFError, RuntimeError) as error:
-            print(f"warning: {path}: can't be read ({error}); doing it again", flush=True)
-            return None
-
-    def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep `arrays`, whole or not at all. Raises `UserError` on a full disk."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path(key)) as file:
-                np.savez(file, **arrays)
-        except OSError as error:
-            raise UserError(f"{self.path(key)}: can't be written: {error.strerror}; make room") from None
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array, whole or not at all; makes the folder. Raises `UserError` on a full disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.save(file, array)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}; make room") from None

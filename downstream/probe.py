@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from downstream.data.partition import Rows
 from downstream.data.splits import draw_folds
 from util.bootstrap import auc
 
@@ -39,46 +40,41 @@ def probe_scores(
     values: np.ndarray,
     labels: np.ndarray,
     subjects: np.ndarray,
-    train: np.ndarray,
-    valid: np.ndarray,
-    test: np.ndarray,
+    rows: Rows,
     *,
     seed: int,
     say: Callable[[str], None],
     name: str,
 ) -> np.ndarray:
-    """Probability of one label for the test rows, of the fit on its known training rows: float64 [len(test)].
+    """Probability of one label for the test rows, of the fit on its known training rows: float64 [len(rows.test)].
 
-    The strength is the one with the best AUC on the validation rows, or, where there are none, in grouped
-    folds of the training rows. Without both kinds to train on all scores are 0.5, which is said.
+    The strength is the one with the best AUC on the validation rows, or, if there are none, in grouped
+    folds of the training rows. If the training rows have no image with the label, or none without, all scores are 0.5,
+    with a message.
 
     Args:
         values: [N, D] of all images, scaled.
         labels: [N], NaN where unknown.
-        name: of the label, for what is said.
+        name: of the label, for the message.
     """
-    train, valid = (rows[~np.isnan(labels[rows])] for rows in (train, valid))
+    train, valid = (part[~np.isnan(labels[part])] for part in (rows.train, rows.valid))
     if len(np.unique(labels[train])) < 2:
         kind = "without" if (labels[train] == 1).all() and len(train) else "with"
         say(f"{name}: no image {kind} it among {len(train)} to train on; all its scores are 0.5")
-        return np.full(len(test), 0.5)
+        return np.full(len(rows.test), 0.5)
     with threadpool_limits(1):  # the problems are small; more threads only get into each other's way
         if len(np.unique(labels[valid])) == 2:
-            chosen = max(
-                STRENGTHS,
-                key=lambda strength: auc(
-                    labels[valid], _fit(values[train], labels[train], strength).decision_function(values[valid])
-                ),
-            )
+            strength = best_strength(values, labels, [(train, valid)])
         else:
-            chosen = choose_strength(values, labels, subjects, train, seed)
-        return _fit(values[train], labels[train], chosen).predict_proba(values[test])[:, 1]
+            folds = draw_folds(labels[train], subjects[train], STRENGTH_FOLDS, seed)
+            parts = [(train[folds != k], train[folds == k]) for k in range(STRENGTH_FOLDS)]
+            strength = best_strength(values, labels, parts)
+        return _fit(values[train], labels[train], strength).predict_proba(values[rows.test])[:, 1]
 
 
-def choose_strength(values: np.ndarray, labels: np.ndarray, subjects: np.ndarray, rows: np.ndarray, seed: int) -> float:
-    """C with the best mean of AUCs in three grouped folds of `rows`; the smallest if they are too few."""
-    folds = draw_folds(labels[rows], subjects[rows], STRENGTH_FOLDS, seed)
-    parts = [(rows[folds != k], rows[folds == k]) for k in range(STRENGTH_FOLDS)]
+def best_strength(values: np.ndarray, labels: np.ndarray, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """C with the largest sum of AUCs on the second rows of `parts`, of fits on the first ones, which need both kinds of
+    images; the smallest C if one of them lacks a kind."""
     if any(len(np.unique(labels[inner])) < 2 for inner, _ in parts):
         return STRENGTHS[0]
     parts = [(inner, outer) for inner, outer in parts if len(np.unique(labels[outer])) == 2]

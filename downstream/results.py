@@ -114,28 +114,23 @@ class Outcome:
 def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """One row for each outcome and label, and one for the mean: weights, dataset, method, fraction, seed,
     label, auc or accuracy with its 95% interval over subjects (low, high), n known images, n_positive, draws (how many
-    draws of subjects had a value, which the interval is taken from), study and as_published (`Outcome`; both of the
-    mean's labels, too)."""
+    draws of subjects had a value, which the interval is taken from), study, as_published and, of the mean, note
+    (`Outcome`; study and as_published are of the mean's labels, too)."""
     rows = []
     for outcome in outcomes:
-        head = [outcome.weights, outcome.dataset, outcome.method, outcome.fraction, outcome.seed]
-        study = digest([outcome.study, list(outcome.label_names), outcome.judged.tolist()])
-        tail = [study, outcome.as_published and bool(outcome.judged.all())]
-        values = outcome.values
-        for j, label in enumerate(outcome.label_names):
-            positive, negative = outcome.counts[:, j].tolist()
-            drawn = n_drawn(values[:, j])
-            rows.append([*head, label, *interval(values[:, j]), positive + negative, positive, drawn, *tail])
-        rows.append([*head, MEAN, *interval(values[:, -1]), len(outcome.ids), pd.NA, n_drawn(values[:, -1]), *tail])
-    columns = ["weights", "dataset", "method", "fraction", "seed", "label", outcomes[0].measure, "low", "high"]
-    columns += ["n", "n_positive", "draws", "study", "as_published"]
-    return pd.DataFrame(rows, columns=columns).astype({"n_positive": "Int64"})
-
-
-def write_results(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write the table of `results_table`."""
-    with atomic_write(path, "w") as file:
-        table.to_csv(file, index=False, float_format="%.9g")
+        names = [*outcome.label_names, MEAN]
+        same = {name: getattr(outcome, name) for name in ("weights", "dataset", "method", "fraction", "seed")}
+        last = {
+            "study": digest([outcome.study, list(outcome.label_names), outcome.judged.tolist()]),
+            "as_published": outcome.as_published and bool(outcome.judged.all()),
+        }
+        n_known, positives = [*outcome.counts.sum(0), len(outcome.ids)], [*outcome.counts[0], pd.NA]
+        for label, n, positive, values in zip(names, n_known, positives, outcome.values.T, strict=True):
+            value, low, high = interval(values)
+            numbers = {outcome.measure: value, "low": low, "high": high, "n": n, "n_positive": positive}
+            note = outcome.note if label == MEAN else ""
+            rows.append({**same, "label": label, **numbers, "draws": n_drawn(values), **last, "note": note})
+    return pd.DataFrame(rows).astype({"n_positive": "Int64"})
 
 
 def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> None:
@@ -186,33 +181,25 @@ def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
     groups: dict[tuple[str, float], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.weights, outcome.fraction), []).append(outcome)
-    measure = "Accuracy" if first.task == MULTICLASS else "AUC"
-    mean = "all images" if first.task == MULTICLASS else MEAN
-    several = len(first.label_names) > 1
-    columns = ["weights", "labels used", "seeds", *first.label_names, *([mean] if several else []), "95% interval"]
-    lines = [
-        f"# {first.dataset}, {first.method}",
-        "",
-        f"{measure} in percent on {len(first.ids):,} test images of {len(np.unique(first.subjects)):,} subjects, mean ± "
-        "standard deviation over seeds. The 95% interval is over test subjects (bootstrap), of the "
-        f"{'mean' if several else 'label'} averaged over seeds.",
-        *(f"\n{note[0].upper()}{note[1:]}." for note in [*([left_out(first)] if left_out(first) else []), *notes]),
-        "",
-        _row(columns),
-        _row(["---"] * len(columns)),
-    ]
+    measure, mean = ("Accuracy", "all images") if first.task == MULTICLASS else ("AUC", MEAN)
+    shown = [*first.label_names, mean] if len(first.label_names) > 1 else list(first.label_names)
+    rows = []
     for (weights, fraction), group in groups.items():
         values = np.stack([outcome.values for outcome in group])  # [S, 1 + draws, C + 1]
-        shown = range(values.shape[2] if several else 1)
-        cells = [_spread(100 * values[:, 0, j]) for j in shown]
-        _, low, high = interval(values[:, :, shown[-1]].mean(0))
+        cells = [_spread(100 * values[:, 0, j]) for j in range(len(shown))]
+        _, low, high = interval(values[:, :, len(shown) - 1].mean(0))
         between = "" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
-        lines.append(_row([weights, f"{100 * fraction:g}%", str(len(group)), *cells, between]))
-    compares = first.as_published and first.judged.all()
-    for name, value in PUBLISHED.get((first.dataset, first.method), ()) if compares else ():
-        empty = [""] * (len(first.label_names) if several else 0)
-        lines.append(_row([f"*{name} (published)*", "100%", "", *empty, f"*{value:.2f}*", ""]))
-    return "\n".join(lines) + "\n"
+        rows.append([weights, f"{100 * fraction:g}%", str(len(group)), *cells, between])
+    if first.as_published and first.judged.all():
+        for name, value in PUBLISHED.get((first.dataset, first.method), ()):
+            rows.append([f"*{name} (published)*", "100%", "", *[""] * (len(shown) - 1), f"*{value:.2f}*", ""])
+    text = (
+        f"{measure} in percent on {len(first.ids):,} test images of {len(np.unique(first.subjects)):,} subjects, mean ± "
+        "standard deviation over seeds. The 95% interval is over test subjects (bootstrap), of the "
+        f"{'mean' if len(shown) > 1 else 'label'} averaged over seeds."
+    )
+    title, columns = f"{first.dataset}, {first.method}", ["weights", "labels used", "seeds", *shown, "95% interval"]
+    return _page(title, text, [left_out(first), *notes], columns, rows)
 
 
 def summary_table(means: pd.DataFrame) -> str:
@@ -226,27 +213,25 @@ def summary_table(means: pd.DataFrame) -> str:
         Markdown; percent, mean ± standard deviation over seeds, published numbers in rows of their own, beside results
         of all the same images, parts and labels only.
     """
-    runs = means.drop_duplicates("run").to_dict("records")
-    published = [dict(PUBLISHED.get((r["dataset"], r["method"]), ())) if r["as_published"] else {} for r in runs]
-    lines = [
-        "# Downstream results",
-        "",
-        "Percent on the test images: AUC (its mean over labels), or accuracy where a column says so; mean ± standard "
-        "deviation over seeds.",
-        "",
-        _row(["weights", "labels used", *(r["run"] + " (accuracy)" * (r["measure"] != "auc") for r in runs)]),
-        _row(["---"] * (len(runs) + 2)),
-    ]
+    runs = means.drop_duplicates("run").set_index("run")
+    rows = []
     for (weights, fraction), group in means.groupby(["weights", "fraction"], sort=False):
-        cells = []
-        for run in runs:
-            own = group.loc[group["run"] == run["run"], "value"]
-            cells.append(_spread(100 * own.to_numpy(float)) if len(own) else "")
-        lines.append(_row([weights, f"{100 * fraction:g}%", *cells]))
+        cells = {run: _spread(100 * own.to_numpy(float)) for run, own in group.groupby("run")["value"]}
+        rows.append([weights, f"{100 * fraction:g}%", *(cells.get(run, "") for run in runs.index)])
+    published = [
+        dict(PUBLISHED.get((run.dataset, run.method), ()) if run.as_published else ()) for run in runs.itertuples()
+    ]
     for name in dict.fromkeys(name for numbers in published for name in numbers):
         cells = [f"*{numbers[name]:.2f}*" if name in numbers else "" for numbers in published]
-        lines.append(_row([f"*{name} (published)*", "100%", *cells]))
-    return "\n".join(lines) + "\n"
+        rows.append([f"*{name} (published)*", "100%", *cells])
+    text = (
+        "Percent on the test images: AUC (its mean over labels), or accuracy where a column says so; mean ± standard "
+        "deviation over seeds."
+    )
+    noted = means[means["note"] != ""].drop_duplicates(["run", "note"])
+    notes = [f"{run}: {note}" for run, note in zip(noted["run"], noted["note"], strict=True)]
+    titles = [run.Index + " (accuracy)" * (run.measure != "auc") for run in runs.itertuples()]
+    return _page("Downstream results", text, notes, ["weights", "labels used", *titles], rows)
 
 
 def write_text(text: str, path: str | os.PathLike) -> None:
@@ -255,11 +240,15 @@ def write_text(text: str, path: str | os.PathLike) -> None:
         file.write(text)
 
 
+def _page(title: str, text: str, notes: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown of a table under a title, a text, and notes, of which empty ones are left out."""
+    table = [columns, ["---"] * len(columns), *rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    noted = [f"\n{note[0].upper()}{note[1:]}." for note in notes if note]
+    return "\n".join([f"# {title}", "", text, *noted, "", *lines, ""])
+
+
 def _spread(values: np.ndarray) -> str:
     if np.isnan(values).any():
         return ""
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

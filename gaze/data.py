@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -41,16 +41,46 @@ class GazeImage:
     """One image and its readings.
 
     Attributes:
-        tree: number of its tree.
+        tree: where it is.
         entries: places of its readings in the tree's index.
         subject: whose image it is.
         part: "train", "validate" or "test".
     """
 
-    tree: int
+    tree: GazeTree
     entries: tuple[int, ...]
     subject: str
     part: str
+
+    @property
+    def name(self) -> str:
+        return self.tree.sample_name(self.entries[0])
+
+    @property
+    def readings(self) -> list[str]:
+        """Ids of the readings in the tree: reflacx_id, or the image's path if they have none."""
+        entries = [self.tree.entries[index] for index in self.entries]
+        return [str(entry.get("reflacx_id", entry["image_path"])) for entry in entries]
+
+    def read(self, size: int) -> tuple[np.ndarray, Tensor]:
+        """The radiograph, uint8 [h, w], and the readings' stored heatmaps at size x size, uint8 [R, size, size].
+
+        Raises:
+            SampleError: an unreadable file, or a heatmap that is zero everywhere.
+        """
+        found = []
+        for index in self.entries:
+            try:
+                gray, attention = self.tree.read_planes(index)[0][:2]
+                found.append(resize_whole(attention, size))
+                if not found[-1].any():
+                    raise UserError(
+                        f"{self.tree.files(index).attention}: the heatmap is zero everywhere at {size} x {size} px; "
+                        "prepare it again"
+                    )
+            except UserError as error:
+                raise SampleError(f"{error} (sample {self.tree.sample_name(index)})") from None
+        return gray, torch.cat(found)
 
 
 class GazeStudy:
@@ -60,82 +90,62 @@ class GazeStudy:
         data_path: trees, or their index files.
         cache_size: short side of cached images, px.
 
+    Attributes:
+        trees, images: in the order of `data_path` and of the indexes.
+        notes: what to know about the parts, a line each.
+
     Raises:
-        UserError: an unreadable tree, an entry without subject, a subject on two sides, a part without images.
+        UserError: an unreadable tree, an entry without a subject, a subject in two parts, a part without images.
     """
 
     def __init__(self, data_path: Sequence[str | Path], *, cache_size: int = 512):
-        self.trees: list[GazeTree] = [
-            tree_type(root, cache_size=cache_size) for tree_type, root in detect_trees(data_path)
-        ]
-        groups: dict[tuple[int, Path], list[int]] = {}
-        for number, tree in enumerate(self.trees):
-            for index, entry in enumerate(tree.entries):
-                if entry.get("gaze") == "predicted":
-                    raise UserError(
-                        f"{self._where(number, index)}: a predicted heatmap; a predictor learns from, and is judged on, "
-                        "real gaze alone"
-                    )
-                groups.setdefault((number, tree.files(index).image), []).append(index)
-        images = [(tree, tuple(entries)) for (tree, _), entries in groups.items()]
-        subjects, self.merged = same_subjects([self._subject(*image) for image in images])
-        given = self._given_parts(images, subjects)
-        drawn = draw_parts(sorted(set(subjects) - set(given)))
-        self.n_drawn = len(drawn)
-        parts = given | drawn
-        self.images = [
-            GazeImage(*image, subject, parts[subject]) for image, subject in zip(images, subjects, strict=True)
-        ]
+        self.trees: list[GazeTree] = [kind(root, cache_size=cache_size) for kind, root in detect_trees(data_path)]
+        entries = [(tree, index) for tree in self.trees for index in range(len(tree))]
+        subjects, merged = same_subjects([_subject(*entry) for entry in entries])
+        parts: dict[str, tuple[str, str]] = {}  # of a subject that has one in some tree: its part, and where
+        groups: dict[tuple[GazeTree, Path], list[tuple[int, str]]] = {}
+        for (tree, index), subject in zip(entries, subjects, strict=True):
+            groups.setdefault((tree, tree.files(index).image), []).append((index, subject))
+            part, where = tree.entries[index].get("split"), _where(tree, index)
+            if part in (None, ""):
+                continue
+            if part not in PARTS:
+                raise UserError(f"{where}: split {part!r}, expected one of {', '.join(PARTS)}")
+            earlier, there = parts.setdefault(subject, (part, where))
+            if earlier != part:
+                raise UserError(
+                    f"{where}: subject {subject} is in {part} here and in {earlier} at {there}; a subject "
+                    "can't be on both sides"
+                )
+        drawn = draw_parts(sorted(set(subjects) - set(parts)))
+        part_of = {subject: part for subject, (part, _) in parts.items()} | drawn
+        self.images: list[GazeImage] = []
+        for (tree, path), readings in groups.items():
+            if len(several := {subject for _, subject in readings}) > 1:
+                raise UserError(f"{path}: its readings name the subjects {', '.join(sorted(several))}")
+            subject = several.pop()
+            self.images.append(GazeImage(tree, tuple(index for index, _ in readings), subject, part_of[subject]))
         for part in PARTS:
             if not self.part(part):
-                where = ", ".join(str(tree.root) for tree in self.trees)
                 raise UserError(
-                    f"--data_path {where}: no image is in {part}; a gaze predictor needs training, "
-                    "validation and test images of different subjects"
+                    f"--data_path {', '.join(str(tree.root) for tree in self.trees)}: no image is in {part}; a gaze "
+                    "predictor needs training, validation and test images of different subjects"
                 )
-
-    def _entry(self, tree: int, index: int) -> dict[str, Any]:
-        return self.trees[tree].entries[index]
-
-    def _where(self, tree: int, index: int) -> str:
-        return f"{self.trees[tree].root / self.trees[tree].index_file}: entry {index}"
-
-    def _subject(self, tree: int, entries: Sequence[int]) -> str:
-        """Subject of an image, by the index or by MIMIC's folder p<subject>."""
-        found = {entry_subject(self._entry(tree, i)): i for i in entries}
-        if "" in found:
-            raise UserError(
-                f"{self._where(tree, found[''])}: no subject_id, and no folder p<subject> in its image_path; without "
-                "the subject one could be on both sides of the split"
+        self.notes: list[str] = []
+        if drawn:
+            self.notes.append(
+                f"note: {len(drawn)} subjects have no split in their tree; their parts were drawn by subject"
             )
-        if len(found) > 1:
-            raise UserError(f"{self._where(tree, entries[0])}: its image is of subjects {sorted(found)}")
-        return next(iter(found))
-
-    def _given_parts(self, images: Sequence[tuple], subjects: Sequence[str]) -> dict[str, str]:
-        """Part of each subject that has one in some tree's split column."""
-        given: dict[str, tuple[str, str]] = {}
-        for (tree, entries), subject in zip(images, subjects, strict=True):
-            for index in entries:
-                part, where = self._entry(tree, index).get("split"), self._where(tree, index)
-                if part in (None, ""):
-                    continue
-                if part not in PARTS:
-                    raise UserError(f"{where}: split {part!r}, expected one of {', '.join(PARTS)}")
-                earlier, there = given.setdefault(subject, (part, where))
-                if earlier != part:
-                    raise UserError(
-                        f"{where}: subject {subject} is in {part} here and in {earlier} at {there}; a subject "
-                        "can't be on both sides"
-                    )
-        return {subject: part for subject, (part, _) in given.items()}
+        if merged:
+            more = f", and {len(merged) - 1} more such" if len(merged) > 1 else ""
+            self.notes.append(f"warning: subjects {merged[0]}{more} are taken for one")
 
     def part(self, name: str) -> list[GazeImage]:
         return [image for image in self.images if image.part == name]
 
     def leave_out(self, seen: Collection[str]) -> str:
-        """Leave out the test images of subjects that have trained a model, by their `subject_marks`; returns a line
-        about it, "" where there are none.
+        """Leave out the test images of subjects that trained a model, by their `subject_marks`; returns a line about it,
+        "" if there are none.
 
         Raises:
             UserError: no test image is left.
@@ -144,117 +154,81 @@ class GazeStudy:
         n_out, n_test = len(self.images) - len(left), len(self.part(TEST))
         if not n_out:
             return ""
-        told = f"{n_out} of {n_test} test images are of subjects that trained or validated this model"
+        what = f"{n_out} of {n_test} test images are of subjects that trained or validated this model"
         if n_out == n_test:
-            raise UserError(f"{told}; judge it on images that it has not seen")
+            raise UserError(f"{what}; judge it on images that it has not seen")
         self.images = left
-        return f"warning: {told}; they are left out"
+        return f"warning: {what}; they are left out"
 
     def seen(self) -> list[str]:
         """`subject_marks` of all who train or validate."""
         return subject_marks((i.subject for i in self.images if i.part != TEST), MIMIC)
 
-    def name(self, image: GazeImage) -> str:
-        return self.trees[image.tree].sample_name(image.entries[0])
-
-    def reading_id(self, image: GazeImage, place: int) -> str:
-        """A reading's id in its tree: reflacx_id, or the image's path where there is none."""
-        entry = self._entry(image.tree, image.entries[place])
-        return str(entry.get("reflacx_id", entry["image_path"]))
-
     def add_cache(self, cache_dir: str | None, fallback_dir: str | None) -> None:
         for tree in self.trees:
             add_cache(tree, cache_dir, fallback_dir=fallback_dir)
 
-    def planes(self, image: GazeImage, place: int = 0) -> list[np.ndarray]:
-        """Gray and attention of one reading, uint8 [h, w] each. Raises `SampleError` for an unreadable file."""
-        tree, index = self.trees[image.tree], image.entries[place]
-        try:
-            return tree.read_planes(index)[0][:2]
-        except UserError as error:
-            raise SampleError(f"{error} (sample {tree.sample_name(index)})") from None
-
-    def levels(self, image: GazeImage, size: int) -> Tensor:
-        """The readings' stored heatmaps at size x size: uint8 [R, size, size]. Raises `SampleError` where nothing is left
-        of one."""
-        found = []
-        for place, index in enumerate(image.entries):
-            found.append(resize_whole(self.planes(image, place)[1], size))
-            if not found[-1].any():
-                tree = self.trees[image.tree]
-                raise SampleError(
-                    f"{tree.files(index).attention}: the heatmap is zero everywhere at {size} x {size} px; prepare it "
-                    f"again (sample {tree.sample_name(index)})"
-                )
-        return torch.cat(found)
-
-    @cached_property
-    def _fixations(self) -> list[dict[str, np.ndarray]]:
-        return [read_fixations(tree.root / FIXATIONS) for tree in self.trees]
-
-    def fixations(self, image: GazeImage, place: int) -> np.ndarray | None:
-        """Fixations of a reading, float64 [n, 3]: x, y (fractions of the image), duration (s); None where its tree
-        keeps none.
-
-        Raises:
-            UserError: a table without a column, or a cell that is no number.
-        """
-        return self._fixations[image.tree].get(self.reading_id(image, place))
-
-    def readings_without_fixations(self) -> dict[Path, str]:
-        """ "3 of 12 test readings" for each tree that lacks fixations of some."""
-        known: dict[int, list[bool]] = {}
-        for image in self.part(TEST):
-            for place in range(len(image.entries)):
-                known.setdefault(image.tree, []).append(self.fixations(image, place) is not None)
-        return {
-            self.trees[tree].root: f"{own.count(False)} of {len(own)} test readings"
-            for tree, own in known.items()
-            if not all(own)
-        }
-
     def describe(self) -> str:
-        """Images, readings and subjects of each part, in columns."""
-        parts = [self.part(name) for name in PARTS]
-        rows = {
-            "": PARTS,
-            "images": map(len, parts),
-            "readings": (sum(len(i.entries) for i in part) for part in parts),
-            "read several times": (sum(len(i.entries) > 1 for i in part) for part in parts),
-            "subjects": (len({i.subject for i in part}) for part in parts),
-        }
-        return "\n".join(f"{name:<20}" + "".join(f"{cell:>10}" for cell in row) for name, row in rows.items())
+        """Images, readings and subjects of each part, in columns, and the notes."""
+        parts = {name: self.part(name) for name in PARTS}
+        table = pd.DataFrame(
+            {
+                name: {
+                    "images": len(images),
+                    "readings": sum(len(i.entries) for i in images),
+                    "read several times": sum(len(i.entries) > 1 for i in images),
+                    "subjects": len({i.subject for i in images}),
+                }
+                for name, images in parts.items()
+            }
+        )
+        return "\n".join([table.to_string(), *self.notes])
+
+
+def _where(tree: GazeTree, index: int) -> str:
+    return f"{tree.root / tree.index_file}: entry {index}"
+
+
+def _subject(tree: GazeTree, index: int) -> str:
+    """Whose reading an entry is, as the index spells it, or by MIMIC's folder p<subject>."""
+    entry = tree.entries[index]
+    if entry.get("gaze") == "predicted":
+        raise UserError(
+            f"{_where(tree, index)}: a predicted heatmap; a predictor learns from, and is judged on, real gaze alone"
+        )
+    if not (subject := entry_subject(entry)):
+        raise UserError(
+            f"{_where(tree, index)}: no subject_id, and no folder p<subject> in its image_path; without the subject "
+            "one could be on both sides of the split"
+        )
+    return subject
 
 
 class GazeSamples(Dataset):
-    """Samples of some images of a study: {"img": uint8 [1, S, S], "target": float32 [G, G], of sum 1}.
+    """Samples of some images: {"img": uint8 [1, S, S], "target": float32 [G, G], of sum 1}.
 
     `samples[epoch, i]` is `samples[i]`: nothing is augmented.
     """
 
-    def __init__(self, study: GazeStudy, images: Sequence[GazeImage], input_size: int, map_size: int):
-        self.study, self.images = study, list(images)
-        self.input_size, self.map_size = input_size, map_size
+    def __init__(self, images: Sequence[GazeImage], input_size: int, map_size: int):
+        self.images, self.input_size, self.map_size = images, input_size, map_size
 
     def __len__(self) -> int:
         return len(self.images)
 
     def sample_name(self, index: int) -> str:
-        return self.study.name(self.images[index])
+        return self.images[index].name
 
     def identity(self) -> str:
         """Digest of the samples' readings, their order and their content (`GazeTree.content`)."""
         digest = hashlib.sha256()
         for image in self.images:
-            names = [self.study.reading_id(image, place) for place in range(len(image.entries))]
-            digest.update(json.dumps(names).encode() + self.study.trees[image.tree].content(image.entries))
+            digest.update(json.dumps(image.readings).encode() + image.tree.content(image.entries))
         return digest.hexdigest()[:16]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
-        image = self.images[key[1] if isinstance(key, tuple) else key]
-        gray = resize_whole(self.study.planes(image)[0], self.input_size)  # [1, S, S]
-        target = density(self.study.levels(image, self.map_size)).mean(0)
-        return {"img": gray, "target": target.float()}
+        gray, levels = self.images[key[1] if isinstance(key, tuple) else key].read(self.map_size)
+        return {"img": resize_whole(gray, self.input_size), "target": density(levels).mean(0).float()}
 
 
 def resize_whole(plane: np.ndarray, size: int) -> Tensor:
@@ -265,17 +239,17 @@ def resize_whole(plane: np.ndarray, size: int) -> Tensor:
 def draw_parts(subjects: Sequence[str]) -> dict[str, str]:
     """Parts of subjects that have none: a fixed draw by name, the same in every run and on every machine."""
     order = sorted(subjects, key=lambda subject: hashlib.sha256(f"gaze {subject}".encode()).digest())
-    n_validate, n_test = (int(np.ceil(SHARES[part] * len(order))) for part in (VALIDATE, TEST))
-    bounds = (n_validate, n_validate + n_test)
-    return {
-        subject: VALIDATE if place < bounds[0] else TEST if place < bounds[1] else TRAIN
-        for place, subject in enumerate(order)
-    }
+    n_validate, n_test = (math.ceil(SHARES[part] * len(order)) for part in (VALIDATE, TEST))
+    return dict(zip(order, [VALIDATE] * n_validate + [TEST] * n_test + [TRAIN] * len(order)))
 
 
 def read_fixations(path: Path) -> dict[str, np.ndarray]:
-    """Fixations of a tree's readings by id, float64 [n, 3] (see `GazeStudy.fixations`); {} where `path` is not
-    there."""
+    """Fixations of a tree's readings by id, float64 [n, 3]: x, y (fractions of the image), duration (s); {} if there is
+    no such file.
+
+    Raises:
+        UserError: a column is missing, or a cell is no number or lies outside of the image.
+    """
     if not path.exists():
         return {}
     table = read_table(path, FIXATION_COLUMNS, text=("reflacx_id",))

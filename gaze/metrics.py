@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasets.fixations import heatmap_to_uint8
 from util.masking import otsu_foreground, significant_patches
 
 Map = Tensor | np.ndarray
@@ -20,23 +21,15 @@ Map = Tensor | np.ndarray
 MAP_METRICS = ("cc", "kld", "sim", "patch_iou")
 FIXATION_METRICS = ("nss", "auc_judd", "auc_shuffled")
 METRICS = (*MAP_METRICS, *FIXATION_METRICS)
-TITLES = dict(zip(METRICS, ("CC", "KLD", "SIM", "patch IoU", "NSS", "AUC-Judd", "shuffled AUC"), strict=True))
-LOWER_IS_BETTER = frozenset({"kld"})
+TITLES = dict(
+    zip(METRICS, ("CC", "KLD (less is better)", "SIM", "patch IoU", "NSS", "AUC-Judd", "shuffled AUC"), strict=True)
+)
 
 
 def density(values: Map) -> Tensor:
-    """Maps divided by their sums: float64 [..., H, W], each >= 0 and of sum 1.
-
-    Raises:
-        ValueError: a value that is negative or not finite, or a map that is zero everywhere.
-    """
+    """Maps >= 0, none of them zero everywhere, divided by their sums: float64 [..., H, W] of sum 1."""
     values = torch.as_tensor(values).double()
-    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-        raise ValueError("a map has negative or not finite values; a density is 0 or more")
-    total = values.sum((-2, -1), keepdim=True)
-    if bool((total == 0).any()):
-        raise ValueError("a map is zero everywhere")
-    return values / total
+    return values / values.sum((-2, -1), keepdim=True)
 
 
 def density_of_levels(levels: Map) -> Tensor:
@@ -84,35 +77,22 @@ def sim(prediction: Map, target: Map) -> Tensor:
 
 
 def patch_iou(prediction: Map, target: Map, patch_size: int = 16) -> Tensor:
-    """Overlap of the significant patches of two maps: intersection over union, 0..1.
+    """Overlap of the significant patches of two maps [H, W]: intersection over union, 0..1.
 
     What this method lives on: a patch is significant where at least half of it is foreground by the map's
     Otsu threshold (METHOD section 1; `util.masking`), each map quantised to 8 bits of its own maximum, as trees
-    store them. 1 where neither map has a significant patch. H and W are multiples of `patch_size`; at
+    store them. 1 if neither map has a significant patch. H and W are multiples of `patch_size`; at
     224 x 224 there are 14 x 14 patches.
     """
-    first, second = (gaze_patches(values, patch_size) for values in (prediction, target))  # [..., L]
-    union = (first | second).sum(-1).double()
-    return torch.where(union > 0, (first & second).sum(-1) / union.clamp(min=1), 1.0)
+    first, second = (gaze_patches(values, patch_size) for values in (prediction, target))  # [L]
+    union = (first | second).sum()
+    return (first & second).sum().double() / union if union else torch.ones(())
 
 
 def gaze_patches(values: Map, patch_size: int) -> Tensor:
-    """Significant patches of maps [..., H, W] >= 0, as trees store them: bool [..., L]; see `patch_iou`."""
-    values = torch.as_tensor(values).double()
-    maps = values.reshape(-1, *values.shape[-2:])
-    levels = to_levels(maps)
-    patches = significant_patches(otsu_foreground(levels), patch_size)  # [n, L]
-    return patches.reshape(*values.shape[:-2], -1)
-
-
-def to_levels(maps: Tensor) -> Tensor:
-    """Maps >= 0 as trees store them: value / maximum * 255 to the nearest level (half up), uint8 [..., H, W].
-
-    The tensor form of `datasets.fixations.heatmap_to_uint8`; a map of zeros stays one.
-    """
-    peak = maps.amax((-2, -1), keepdim=True)
-    scaled = maps * (255.0 / torch.where(peak > 0, peak, 1.0))
-    return (scaled + 0.5).floor().to(torch.uint8)
+    """Significant patches of a map [H, W] >= 0, as trees store it: bool [L]; see `patch_iou`."""
+    levels = heatmap_to_uint8(torch.as_tensor(values).double().numpy())
+    return significant_patches(otsu_foreground(torch.from_numpy(levels)[None]), patch_size)[0]
 
 
 def resize_density(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -156,8 +136,6 @@ def auc_judd(prediction: Map, fixations: Tensor) -> Tensor:
     prediction = torch.as_tensor(prediction).double()
     free = torch.ones(prediction.shape, dtype=torch.bool, device=prediction.device)
     free[fixations[:, 0], fixations[:, 1]] = False
-    if not bool(free.any()):
-        raise ValueError("every pixel has a fixation")
     return _auc(_values(prediction, fixations), prediction[free])
 
 
@@ -174,8 +152,6 @@ def auc_shuffled(prediction: Map, fixations: Tensor, others: Tensor) -> Tensor:
 
 
 def _values(prediction: Tensor, fixations: Tensor) -> Tensor:
-    if len(fixations) == 0:
-        raise ValueError("no fixation")
     return prediction[fixations[:, 0], fixations[:, 1]]
 
 

@@ -10,7 +10,6 @@ departs from it (the centre bias of saliency models; Kümmerer et al., "DeepGaze
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from util.checkpoint import CheckpointError, load_checkpoint, restoring
+from util.checkpoint import load_checkpoint, restoring
 from util.errors import UserError
 from util.foreign_weights import PLAIN_VIT, is_unknown
 from util.weights import resample_pos_embed, summarize_keys
@@ -38,17 +37,17 @@ class GazeNet(nn.Module):
 
     Args:
         backbone: a timm name, or the same with `backbone_args` for an encoder of another size.
-        input_size: side of the square that the whole image is resized to, a multiple of 32.
+        input_size: side of the square that the whole image is resized to, a multiple of 32, at least 64.
         width: channels of the decoder, a multiple of 8.
         backbone_args: further arguments of `timm.create_model`.
 
     Attributes:
         encoder: timm's features-only model.
-        seen: who trained or validated it, as `GazeStudy.seen` tells them; checkpoints keep it.
-        encoder_seen: likewise, whose images and gaze pretrained its encoder.
+        seen: marks of the subjects that trained or validated it (`GazeStudy.seen`); checkpoints keep them.
+        encoder_seen: marks of the subjects that pretrained its encoder.
 
     Raises:
-        UserError: no such backbone, or a size that is no multiple of 32.
+        UserError: no such backbone, or another size.
     """
 
     def __init__(
@@ -59,8 +58,8 @@ class GazeNet(nn.Module):
         backbone_args: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        if input_size % 32:
-            raise UserError(f"--input_size {input_size}: must be divisible by 32")
+        if input_size % 32 or input_size < 64:
+            raise UserError(f"--input_size {input_size}: must be divisible by 32, and at least 64")
         args = dict(backbone_args or {})
         self.config = {"backbone": backbone, "input_size": input_size, "width": width, "backbone_args": args}
         self.seen: list[str] = []
@@ -98,10 +97,7 @@ class GazeNet(nn.Module):
         features = self.encoder((img.float() / 255 - self.mean) / self.std)
         y = None
         for i, lateral, mix in zip(self.used, self.lateral, self.mix, strict=True):
-            found = features[i]
-            if found.shape[1] != lateral.in_channels:  # Swin and its kin: channels last
-                found = found.permute(0, 3, 1, 2)
-            here = lateral(found)
+            here = lateral(features[i])
             y = mix(here if y is None else here + _resize(y, here.shape[-2:]))
         for mix in self.up:
             y = mix(_resize(y, (2 * y.shape[-2], 2 * y.shape[-1])))
@@ -110,104 +106,80 @@ class GazeNet(nn.Module):
 
 
 def build_encoder(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn.Module:
-    """timm's features-only model with random weights; of a plain ViT four blocks are taken, evenly spaced.
+    """timm's features-only model with random weights; of a plain ViT, four evenly spaced blocks.
 
     Raises:
-        UserError: timm has none of this name, or can't give its feature maps.
+        UserError: timm has no such model, or can't give its feature maps.
     """
+
+    def create(**options: Any) -> nn.Module:
+        # "getter": the plain model inside, under its own names, with channels first, whatever its kind.
+        return timm.create_model(
+            backbone, pretrained=False, features_only=True, feature_cls="getter", **args, **options
+        )
+
     try:
-        probe = _features_only(backbone, {**args, "img_size": input_size, "out_indices": (0,)})
+        try:
+            size = {"img_size": input_size}
+            probe = create(**size, out_indices=(0,))
+        except TypeError:  # a convolutional network takes any size, and no img_size
+            size = {}
+            probe = create(out_indices=(0,))
         strides = [info["reduction"] for info in probe.feature_info.info]
-        options = {**args, "img_size": input_size}
-        if len(set(strides)) == 1:
-            last, step = len(strides) - 1, max(1, len(strides) // 4)
-            options["out_indices"] = [last - k * step for k in range(min(4, len(strides)))][::-1]
-        return _features_only(backbone, options)
+        if len(set(strides)) > 1:
+            return create(**size)
+        last, step = len(strides) - 1, max(1, len(strides) // 4)
+        return create(**size, out_indices=[last - k * step for k in range(min(4, len(strides)))][::-1])
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {backbone}: timm can't make feature maps of it: {message}") from None
 
 
-def _features_only(backbone: str, options: dict[str, Any]) -> nn.Module:
-    try:
-        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
-    except TypeError:  # a convolutional network takes any size, and no img_size
-        del options["img_size"]
-        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
-
-
 def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) -> str:
-    """Put an encoder's weights, under timm's names, into a features-only model; returns a line about it.
+    """Load an encoder's weights, under timm's names, into a features-only model; returns a line about it.
 
-    timm gives the same tensors other names there ("model." before a ViT's, "stages_0" for "stages.0"). Every
-    tensor of the model must be in the file; what the file has beyond that (the head) is named. A ViT's position
-    embedding is resampled to the input's size.
+    The file must have every tensor of the model. It may have others outside of the model's parts (the head), which the
+    line names. A ViT's position embedding is resampled to the input's size.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or has no place inside the encoder: weights of another model.
+        UserError: a tensor is missing, has another shape, or has no place inside the encoder.
     """
-    own = encoder.state_dict()
-    places = {}
-    for name in state:
-        names = (name, f"model.{name}", re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name))
-        if place := next((name for name in names if name in own), None):
-            places[name] = place
-    ignored = [name for name in state if name not in places]
-    parts = set(map(_part, places))
-    if more := [name for name in ignored if _part(name) in parts or (PLAIN_VIT in state and is_unknown(name))]:
+    own = encoder.model.state_dict()
+    parts = {name.split(".")[0] for name in own}
+    unused = [name for name in state if name not in own]
+    if more := [name for name in unused if name.split(".")[0] in parts or (PLAIN_VIT in state and is_unknown(name))]:
         raise UserError(f"{path}: not the weights of this backbone, which has no {more[0]}; name theirs by --backbone")
-    found = {}
-    for name, place in places.items():
-        tensor = state[name]
-        if name == "pos_embed" and tensor.shape != own[place].shape:
-            side = round((own[place].shape[1] - 1) ** 0.5)
-            try:
-                tensor = resample_pos_embed(tensor, (side, side))
-            except ValueError as error:
-                raise UserError(f"{path}: pos_embed can't be resampled for this --input_size ({error})") from None
-        if tensor.shape != own[place].shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensor.shape)}, the backbone needs {list(own[place].shape)}; "
-                "these are weights of another model"
-            )
-        found[place] = tensor
-    missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"{path}: not the weights of this backbone: it lacks {len(missing)} of {len(own)} tensors "
-            f"({summarize_keys(missing)[:80]})"
-        )
-    encoder.load_state_dict(found, strict=False)
-    rest = f", not used: {summarize_keys(ignored)[:80]}" if ignored else ""
+    found = {name: state[name] for name in own if name in state}
+    try:
+        if "pos_embed" in found and found["pos_embed"].shape != own["pos_embed"].shape:
+            side = round((own["pos_embed"].shape[1] - 1) ** 0.5)
+            found["pos_embed"] = resample_pos_embed(found["pos_embed"], (side, side))
+        encoder.model.load_state_dict(found)
+    except (RuntimeError, ValueError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not the weights of this backbone, or not for this --input_size: {message}") from None
+    rest = f", not used: {summarize_keys(unused)[:80]}" if unused else ""
     return f"encoder weights from {path}: {len(found)} tensors{rest}"
 
 
 def load_gaze_net(path: str | os.PathLike) -> GazeNet:
-    """The model of a checkpoint of run_gaze.py, on the CPU in eval mode.
+    """The model of a checkpoint file of run_gaze.py, on the CPU in eval mode; see `restore_gaze_net`."""
+    return restore_gaze_net(load_checkpoint(path), path)
+
+
+def restore_gaze_net(state: Mapping[str, Any], path: str | os.PathLike) -> GazeNet:
+    """The model of a checkpoint's content, on the CPU in eval mode.
 
     Raises:
-        UserError: a file that can't be read, or a checkpoint of something else.
+        UserError: a checkpoint of something else, or of a backbone that timm doesn't have; names `path`.
     """
-    state = load_checkpoint(path)
-    config, weights = state.get("config"), state["model"]
-    if not isinstance(config, dict) or "log_prior" not in weights:
-        raise UserError(f"{path}: not a gaze predictor; pass best.pth of run_gaze.py")
-    try:
-        with restoring(path):
-            model = GazeNet(**config)
-            model.load_state_dict(weights)
-            model.seen = list(state.get("seen", []))
-            model.encoder_seen = list(state.get("encoder_seen", []))
-    except CheckpointError:
-        raise
-    except UserError as error:  # of a backbone that timm doesn't have
-        raise UserError(f"{path}: {error}") from None
+    if "config" not in state:
+        raise UserError(f"{path}: not a gaze predictor; pass a checkpoint of run_gaze.py")
+    with restoring(path):
+        model = GazeNet(**state["config"])
+        model.load_state_dict(state["model"])
+        model.seen, model.encoder_seen = list(state["seen"]), list(state["encoder_seen"])
     return model.eval()
-
-
-def _part(name: str) -> str:
-    """The part of a network that a tensor is in, such as layer1.0."""
-    return ".".join(name.split(".")[:2])
 
 
 def _mix(width: int) -> nn.Module:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from gaze.metrics import LOWER_IS_BETTER, METRICS, TITLES, gaze_patches
+from gaze.metrics import TITLES, density, gaze_patches
 from util.figures import fit_lines, plain
 from util.pictures import gaze_overlay
 
-PANEL, GAP, TITLE, FOOT = 1.7, 0.05, 0.32, 0.3  # inches
+PANEL, GAP, HEADING, FOOT = 1.7, 0.05, 0.32, 0.3  # inches
+PATCH = 16  # px
 READERS_ONLY, PREDICTION_ONLY, BOTH = "#3b7dd8", "#e8862e", "#38a169"
 
 
@@ -25,27 +25,22 @@ def metrics_figure(summary: pd.DataFrame, *, model: str, title: str = "") -> Fig
     """One panel per metric, one interval per predictor, under a title that says of what; differences are left to the
     table."""
     shown = summary[~summary["predictor"].str.contains(" - ", regex=False)]
-    metrics = [metric for metric in METRICS if (shown["metric"] == metric).any()]
-    names = list(shown["predictor"].unique())
-    figure = Figure(figsize=(2.2 * len(metrics) + 2.6, 0.42 * len(names) + 1.2), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-    for axes, metric in zip(panels, metrics):
-        own = shown[shown["metric"] == metric].set_index("predictor")
-        for place, name in enumerate(names):
-            if name not in own.index:
-                continue
-            value, low, high = own.loc[name, ["value", "low", "high"]]
-            colour = "C0" if name.split(", ")[0] == model else "0.45"
-            axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot([value], [place], "o", color=colour, markersize=5)
-        axes.set_title(f"{TITLES[metric]}{' (less is better)' if metric in LOWER_IS_BETTER else ''}", fontsize=9)
+    places = {name: place for place, name in enumerate(shown["predictor"].unique())}
+    panels = shown.groupby("metric", sort=False)
+    figure = Figure(figsize=(2.2 * len(panels) + 2.6, 0.42 * len(places) + 1.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (metric, rows) in zip(grid, panels):
+        for row in rows.itertuples():
+            colour = "C0" if row.predictor.split(", ")[0] == model else "0.45"
+            axes.plot([row.low, row.high], [places[row.predictor]] * 2, color=colour, linewidth=2)
+            axes.plot(row.value, places[row.predictor], "o", color=colour, markersize=5)
+        axes.set_title(TITLES[metric], fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    told = f"{title}. Mean over images and its 95% bootstrap interval over subjects; more is better but for KLD."
-    figure.suptitle("\n".join(fit_lines(told.removeprefix(". "), figure.get_figwidth(), 9)), fontsize=9)
+    grid[0].set_yticks(range(len(places)), [name.replace(", ", ",\n") for name in places], fontsize=8)
+    grid[0].invert_yaxis()
+    text = f"{title}. Mean over images and its 95% bootstrap interval over subjects; more is better but for KLD."
+    figure.suptitle("\n".join(fit_lines(text, figure.get_figwidth(), 9)), fontsize=9)
     return figure
 
 
@@ -68,39 +63,51 @@ class Example:
     note: str
 
 
-def examples_figure(
-    groups: Sequence[tuple[str, Sequence[Example]]], *, title: str = "", patch_size: int = 16
-) -> Figure:
-    """Each example in a row: radiograph, each reader's gaze, prediction, and whose patches are significant.
+def examples_figure(groups: Sequence[tuple[str, Sequence[Example]]], *, title: str = "") -> Figure:
+    """Each example in a row: radiograph, prediction, whose patches are significant, each reader's gaze.
 
     Args:
         groups: a heading and its examples, e.g. ("best", [...]).
         title: of which model and images.
     """
-    rows = [(heading, example) for heading, examples in groups for example in examples]
-    columns = max(len(example.readings) for _, example in rows) + 3
-    width = columns * (PANEL + GAP) + GAP
-    told = f"{title}. Gaze: brighter where longer. Significant: at least half of the patch is gaze foreground (Otsu)."
-    lines = fit_lines(told.removeprefix(". "), width - 2 * GAP, 8)
-    top = 0.08 + 0.14 * len(lines)
-    height = top + len(rows) * (PANEL + TITLE) + FOOT
+    rows = []
+    for heading, examples in groups:
+        for example in examples:
+            name = example.name if len(example.name) <= 24 else f"...{example.name[-21:]}"
+            row = [(f"{plain(name)}\n{heading}: {example.note}", example.gray)]
+            row.append(("prediction", gaze_overlay(example.gray, _to_peak(example.prediction))))
+            row.append(("significant patches", _patch_picture(example)))
+            row += [
+                (f"reader {number + 1}", gaze_overlay(example.gray, _to_peak(levels)))
+                for number, levels in enumerate(example.readings)
+            ]
+            rows.append(row)
+    columns = max(map(len, rows))
+    width = columns * (PANEL + GAP)
+    text = f"{title}. Gaze: brighter where longer. Significant: at least half of the patch is gaze foreground (Otsu)."
+    lines = fit_lines(text, width - 2 * GAP, 8)
+    top, middle = 0.08 + 0.14 * len(lines), len(rows) * (PANEL + HEADING)
+    height = top + middle + FOOT
     figure = Figure(figsize=(width, height))
-    for line, (heading, example) in enumerate(rows):
-        shown = [(f"{plain(_fit(example.name, 24))}\n{heading}: {example.note}", example.gray)]
-        for number, levels in enumerate(example.readings):
-            overlay = gaze_overlay(example.gray, levels.numpy() / max(1, int(levels.max())))
-            shown.append((f"reader {number + 1}" if len(example.readings) > 1 else "reader", overlay))
-        predicted = (example.prediction / example.prediction.max()).numpy()
-        last = [("prediction", gaze_overlay(example.gray, predicted))]
-        last.append(("significant patches", _patch_picture(example, patch_size)))
-        places = [*range(len(shown)), columns - 2, columns - 1]
-        bottom = height - top - (line + 1) * (PANEL + TITLE)
-        for column, (title, picture) in zip(places, [*shown, *last], strict=True):
-            left = GAP + column * (PANEL + GAP)
-            axes = figure.add_axes((left / width, bottom / height, PANEL / width, PANEL / height))
-            axes.set_axis_off()
+    grid = figure.subplots(
+        len(rows),
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "left": GAP / width,
+            "right": 1 - GAP / width,
+            "top": 1 - (top + HEADING) / height,
+            "bottom": FOOT / height,
+            "wspace": GAP / PANEL,
+            "hspace": HEADING / PANEL,
+        },
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, own in zip(rows, grid):
+        for (heading, picture), axes in zip(row, own):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(title, fontsize=7, pad=2)
+            axes.set_title(heading, fontsize=7, pad=2)
     figure.text(GAP / width, 1 - 0.04 / height, "\n".join(lines), fontsize=8, va="top")
     handles = [
         Patch(fc=READERS_ONLY, label="readers' mean only"),
@@ -111,13 +118,16 @@ def examples_figure(
     return figure
 
 
-def _patch_picture(example: Example, patch_size: int) -> np.ndarray:
+def _to_peak(values: Tensor) -> np.ndarray:
+    return (values / values.max()).numpy()
+
+
+def _patch_picture(example: Example) -> np.ndarray:
     """Radiograph with coloured patches, RGB [S, S, 3]."""
-    mean = (example.readings.double() / example.readings.double().sum((-2, -1), keepdim=True)).mean(0)
-    side = example.gray.shape[0] // patch_size
+    side = example.gray.shape[0] // PATCH
     readers, predicted = (
-        gaze_patches(torch.as_tensor(values), patch_size).view(side, side).numpy()
-        for values in (mean, example.prediction)
+        gaze_patches(values, PATCH).view(side, side).numpy().repeat(PATCH, 0).repeat(PATCH, 1)
+        for values in (density(example.readings).mean(0), example.prediction)
     )
     picture = np.repeat(example.gray[..., None], 3, 2)
     for where, colour in (
@@ -125,10 +135,5 @@ def _patch_picture(example: Example, patch_size: int) -> np.ndarray:
         (predicted & ~readers, PREDICTION_ONLY),
         (readers & predicted, BOTH),
     ):
-        pixels = where.repeat(patch_size, 0).repeat(patch_size, 1)
-        picture[pixels] = 0.5 * picture[pixels] + 0.5 * np.array(to_rgb(colour))
+        picture[where] = 0.5 * picture[where] + 0.5 * np.array(to_rgb(colour))
     return picture
-
-
-def _fit(text: str, limit: int) -> str:
-    return text if len(text) <= limit else "..." + text[3 - limit :]

@@ -20,7 +20,20 @@ from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.tables import read_table
 
-COLUMNS = ("weights", "dataset", "method", "fraction", "seed", "label", "low", "high", "n", "study", "as_published")
+COLUMNS = (
+    "weights",
+    "dataset",
+    "method",
+    "fraction",
+    "seed",
+    "label",
+    "low",
+    "high",
+    "n",
+    "study",
+    "as_published",
+    "note",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -62,7 +75,7 @@ def run_names(results: pd.DataFrame) -> pd.Series:
 
 def read_means(path: Path) -> pd.DataFrame:
     """The rows of the mean over labels, with the measure's name and its value in columns of their own."""
-    table = read_table(path, COLUMNS, text=("weights", "dataset", "method", "label", "study"))
+    table = read_table(path, COLUMNS, text=("weights", "dataset", "method", "label", "study", "note"))
     measures = [name for name in ("auc", "accuracy") if name in table]
     if len(measures) != 1:
         raise UserError(f"{path}: has neither a column 'auc' nor 'accuracy'; give a results.csv of run_downstream.py")

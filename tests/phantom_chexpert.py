@@ -9,7 +9,7 @@ import pandas as pd
 
 from datasets.phantom.labelled import Chests, kinds_of
 from datasets.phantom.study import PhantomStudy, write_csv, write_image
-from downstream.data.chexpert import FINDINGS
+from downstream.data.readers import CHEXPERT_FINDINGS as FINDINGS
 
 PREFIX = "CheXpert-v1.0-small"  # which every Path begins with, whatever the directory is called
 OF_KIND = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,10 +27,9 @@ from downstream.data.labelled import LabelledImages
 from datasets.plane import Plane, PlaneKind, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
-from util.radiograph import CONTRASTS, add_dicom_contrast
-from util.radiograph import dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
 from util.images import image_size, read_intensities
+from util.radiograph import add_dicom_contrast, dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
 
 SQUARE, CROP = 256, 224
 CENTRE = -1  # the view of validation and tests
@@ -37,7 +38,6 @@ NORMALISATIONS = {  # mean and std of the three channels
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # as the encoder was pretrained
 }
 MAXIMUM = {"maximum": "stored values by their maximum (published)"}
-DICOM_CONTRASTS = (*MAXIMUM, *CONTRASTS)
 JITTER, JITTER_CHANCE, BLUR_CHANCE, FLIP_CHANCE = 0.4, 0.8, 0.5, 0.5
 BLUR_SIGMA = (0.1, 2.0)
 LOOKED_AT = 64  # files whose headers are read to say what is done with 16 bits
@@ -53,12 +53,10 @@ class Reading:
         intensity_max: what becomes 255 in 16-bit PNGs, 0 staying 0; None = each file's own range.
     """
 
-    dicom_contrast: str = DICOM_CONTRASTS[0]
+    dicom_contrast: str = "maximum"
     intensity_max: float | None = None
 
     def __post_init__(self) -> None:
-        if self.dicom_contrast not in DICOM_CONTRASTS:
-            raise UserError(f"--dicom_contrast {self.dicom_contrast}: expected one of {', '.join(DICOM_CONTRASTS)}")
         if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
             raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
 
@@ -148,11 +146,11 @@ class Views(Dataset):
 
     Args:
         seed: of the training views.
-        plane: the decoded images of `open_squares`; without it each view decodes its file again.
+        plane: the decoded images, of `open_squares`; without it each view decodes its file again.
     """
 
     def __init__(
-        self, images: LabelledImages, *, seed: int = 0, plane: Plane | None = None, reading: Reading | None = None
+        self, images: LabelledImages, *, seed: int = 0, plane: Squares | None = None, reading: Reading | None = None
     ):
         self.files = images.files
         self.strong = images.strong_augmentation
@@ -184,38 +182,96 @@ class Views(Dataset):
         return torch.from_numpy(np.ascontiguousarray(crop))[None]
 
 
+class Squares:
+    """The decoded images, uint8 [h, w] each, in the order of a `LabelledImages`, from a plane in the order of the files'
+    names: it is the same whatever the split, and whatever is left out for damage."""
+
+    def __init__(self, plane: Plane, places: np.ndarray):
+        self.plane, self.places = plane, places
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.plane[self.places[index]]
+
+
 def open_squares(
     images: LabelledImages,
     cache_dir: str | os.PathLike,
     *,
     reading: Reading | None = None,
     num_workers: int | None = None,
-) -> Plane:
+) -> Squares:
     """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
 
     64 KiB an image at most: 7.0 GiB for ChestX-ray14, 12 GiB for CheXpert.
 
     Raises:
-        UserError: an image that can't be read, no place to write, disk full.
+        UserError: images that can't be read, which are printed, no place to write, disk full.
     """
-    reading = reading or Reading()
-    # Another choice of rows or files gets a directory of its own, so that two uses don't evict each other.
-    listed = "\n".join(map(os.fspath, images.files))
-    place = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
+    squares, damaged = _decode(images, cache_dir, reading or Reading(), num_workers)
+    if damaged:
+        print("\n".join(damaged.values()), flush=True)
+        raise UserError(
+            f"{len(damaged)} of {len(images)} images are damaged (all are listed above), e.g. "
+            f"{next(iter(damaged.values()))}; --skip_damaged leaves them out"
+        )
+    return squares
+
+
+def leave_out_damaged(
+    images: LabelledImages, cache_dir: str | os.PathLike, *, reading: Reading, num_workers: int | None = None
+) -> tuple[LabelledImages, list[str]]:
+    """The images that can be read, the others' parts as they were; and what is wrong with those left out."""
+    _, damaged = _decode(images, cache_dir, reading, num_workers)
+    if not damaged:
+        return images, []
+    tallies = {"damaged images": Counter(images.parts[list(damaged)])}
+    sound = images.take([i for i in range(len(images)) if i not in damaged])
+    files = tuple(images.files[i] for i in damaged)
+    return replace(sound, damaged=files, tallies=images.tallies | tallies), list(damaged.values())
+
+
+def _decode(
+    images: LabelledImages, cache_dir: str | os.PathLike, reading: Reading, num_workers: int | None
+) -> tuple[Squares, dict[int, str]]:
+    """The decoded images, and what is wrong with those that can't be read, by their place; these are black."""
+    files = sorted({*images.files, *images.damaged})
+    # Another choice of files gets a directory of its own, so that two uses don't evict each other.
+    listed = "\n".join(map(os.fspath, files))
+    root = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
     scale = "range" if reading.intensity_max is None else f"{reading.intensity_max:g}"
     kind = PlaneKind(
         f"fitted-{reading.dicom_contrast}-{scale}",
         SQUARE,
-        reading.size,
+        partial(_size_or_none, reading),
         fitted_size,
-        partial(_fitted_picture, reading),
-        f" ({images.name}; pass over it by leaving its row out of the table)",
+        partial(_picture_or_black, reading),
     )
-    return open_plane([place], kind, images.files, root=place, num_workers=num_workers)
+    plane = open_plane([root], kind, files, root=root, num_workers=num_workers)
+    sizes, sums = plane.table[:, 1] * plane.table[:, 2], plane.table[:, 5]
+    black = {size: zlib.crc32(bytes(size)) for size in np.unique(sizes).tolist()}
+    reasons = {}
+    for place in np.flatnonzero(sums == np.array([black[size] for size in sizes.tolist()])):
+        try:
+            reading.read(files[place])
+        except UserError as error:
+            reasons[files[place]] = str(error)
+    place_of = {file: place for place, file in enumerate(files)}
+    damaged = {i: reasons[file] for i, file in enumerate(images.files) if file in reasons}
+    return Squares(plane, np.array([place_of[file] for file in images.files])), damaged
 
 
-def _fitted_picture(reading: Reading, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    gray = reading.read(file)
+def _size_or_none(reading: Reading, file: Path) -> tuple[int, int]:
+    try:
+        return reading.size(file)
+    except UserError:
+        return 1, 1
+
+
+def _picture_or_black(reading: Reading, file: Path, native_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    try:
+        gray = reading.read(file)
+    except UserError:
+        return np.zeros(size, np.uint8)
     if gray.shape != native_size:
         raise UserError(f"{file}: the file changed while it was read; start again")
     return area_resize(gray, size)
@@ -251,8 +307,6 @@ def deep_note(files: Sequence[Path], reading: Reading) -> list[str]:
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of three channels: "half" (published downstream) or "imagenet" (as pretrained)."""
-    if name not in NORMALISATIONS:
-        raise UserError(f"--normalisation {name}: expected {' or '.join(NORMALISATIONS)}")
     return NORMALISATIONS[name]
 
 
@@ -281,7 +335,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_from_args(args: argparse.Namespace) -> Reading:
-    return Reading(args.dicom_contrast or DICOM_CONTRASTS[0], args.intensity_max)
+    return Reading(args.dicom_contrast or "maximum", args.intensity_max)
 
 
 def reading_as_trained(args: argparse.Namespace, trained: Mapping[str, object], name: str) -> Reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,11 +40,12 @@ class LabelledImages:
         strong_augmentation: whether the published run also jitters brightness, blurs and flips.
         notes: lines to print.
         shared_subjects: the split is a published one that has subjects in two parts, asked for by name.
+        damaged: files of images that --skip_damaged left out; the cache of decoded images has them too.
+        tallies: further rows of `split_table`, by part.
         study: whose patients the subjects are, "" if unknown: the same names elsewhere may be other people.
 
     Raises:
-        UserError: an id twice, or a subject in two parts.
-        ValueError: shapes or values that no reader may give.
+        UserError: no image or label, an id or a label twice, or a subject in two parts.
     """
 
     name: str
@@ -59,43 +60,22 @@ class LabelledImages:
     notes: list[str] = field(default_factory=list)
     shared_subjects: bool = False
     study: str = ""
+    damaged: tuple[Path, ...] = ()
+    tallies: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n, c = len(self.ids), len(self.label_names)
-        if n == 0 or c == 0:
-            raise UserError(f"{self.name}: no {'image' if n == 0 else 'label'} is left")
-        shapes = len(self.files), self.subjects.shape, self.parts.shape, self.labels.shape
-        if shapes != (n, (n,), (n,), (n, c)):
-            raise ValueError(f"{self.name}: {n} ids and {c} labels, but shapes {shapes}")
-        if self.task not in (MULTILABEL, MULTICLASS) or self.labels.dtype != np.float32:
-            raise ValueError(f"{self.name}: task {self.task}, labels of type {self.labels.dtype}")
-        if not (np.isnan(self.labels) | (self.labels == 0) | (self.labels == 1)).all():
-            raise ValueError(f"{self.name}: labels are 0, 1 or NaN")
-        if self.task == MULTICLASS and not (self.labels.sum(1) == 1).all():
-            raise ValueError(f"{self.name}: every image has exactly one class")
-        reserved = dict.fromkeys(("id", "subject", "split"), "is a column of split.csv")
-        reserved["mean"] = "is what results.csv calls the mean over labels"
-        for i, label in enumerate(self.label_names):
-            if label in reserved or label in self.label_names[:i]:
-                what = reserved.get(label, "is there twice")
-                raise UserError(f"{self.name}: label {label!r} {what}; give the label another name")
-        known = np.isin(self.parts, PARTS)
-        if not known.all() and not (self.parts == "").all():
-            raise ValueError(f"{self.name}: parts are {', '.join(PARTS)}, or all empty")
-        if len(set(self.ids)) != n:
-            twice = pd.Series(self.ids)[pd.Series(self.ids).duplicated()].iloc[0]
-            raise UserError(f"{self.name}: image {twice!r} is there twice; every image needs an id of its own")
-        if not self.shared_subjects:
-            self._check_subjects()
-
-    def _check_subjects(self) -> None:
+        if not len(self) or not self.label_names:
+            raise UserError(f"{self.name}: no {'label' if len(self) else 'image'} is left")
+        for what, names in (("image", self.ids), ("label", self.label_names)):
+            if (twice := pd.Index(names).duplicated()).any():
+                raise UserError(f"{self.name}: {what} {names[twice.argmax()]!r} is there twice; give each its own name")
         pairs = pd.DataFrame({"subject": self.subjects, "part": self.parts}).drop_duplicates()
         shared = pairs["subject"][pairs["subject"].duplicated()].unique()
-        if len(shared):
+        if len(shared) and not self.shared_subjects:
             where = sorted(pairs["part"][pairs["subject"] == shared[0]])
             raise UserError(
                 f"{self.name}: subject {shared[0]!r} has images in {' and '.join(where)}, and "
-                f"{len(shared) - 1} more subjects are in two parts; mend the split, or pass --split subject"
+                f"{len(shared) - 1} more subjects are in two parts; correct the split, or pass --split subject"
             )
 
     def __len__(self) -> int:
@@ -137,78 +117,66 @@ def sample_fraction(train: np.ndarray, fraction: float) -> np.ndarray:
     return chosen
 
 
-def check_classes(images: LabelledImages) -> list[str]:
-    """Lines about labels that the test images can't judge; empty where all can be.
+def check_labels(images: LabelledImages, *, fractions: Sequence[float] = (1.0,), min_positives: int = 1) -> list[str]:
+    """Warnings of labels that some part of the images can't teach or judge.
 
     Images without parts, of which grouped folds are drawn, train and test in turn: they are all both.
 
     Raises:
-        UserError: a part without images, a label that no training image has (or that all have), validation
-            images without any label that is known, or no label at all that the test images can judge.
+        UserError: a part without images, a label that no training image has (or that all have), validation images without
+            any label that is known, or no label that the test images can judge.
     """
-    in_folds = bool((images.parts == "").all())
-    for part in () if in_folds else PARTS:
-        if not (images.parts == part).any():
-            raise UserError(f"{images.name}: no image is in {part}; mend the split, or pass --split subject")
-    counts = {part: _counts(images.labels[images.indices("" if in_folds else part)]) for part in PARTS}
+    name, classes, in_folds = images.name, images.task == MULTICLASS, bool((images.parts == "").all())
+    places = {part: images.indices("" if in_folds else part) for part in PARTS}
+    if lacking := [part for part in PARTS if not len(places[part])]:
+        raise UserError(f"{name}: no image is in {lacking[0]}; correct the split, or pass --split subject")
+    counts = {part: _counts(images.labels[rows]) for part, rows in places.items()}
     if not counts[VALID].any():
         raise UserError(
-            f"{images.name}: no label of any validation image is known, so no epoch can be chosen by them; mend the "
-            "table, or pass --split subject"
+            f"{name}: no label of any validation image is known, so no epoch can be chosen by them; correct the table, or "
+            "pass --split subject"
         )
     absent, everywhere = counts[TRAIN] == 0
-    if (useless := absent | everywhere).any():
-        words = [
-            f"label {label!r} is {'absent from' if absent[i] else 'present in'} every training image where it is known"
-            for i, label in enumerate(images.label_names)
-            if useless[i]
-        ]
-        kept = [label for label, out in zip(images.label_names, useless, strict=True) if not out]
+    if (useless := np.flatnonzero(absent | everywhere)).size:
+        how = "absent from" if absent[useless[0]] else "present in"
+        more = f", and {len(useless) - 1} more are such" if len(useless) > 1 else ""
+        kept = ", ".join(np.delete(images.label_names, useless))
         raise UserError(
-            f"{images.name}: {words[0]}{f', and {len(words) - 1} more are such' if words[1:] else ''}; name the labels to "
-            f"keep by --labels{' (there are ' + ', '.join(kept) + ')' if kept else ''}"
+            f"{name}: label {images.label_names[useless[0]]!r} is {how} every training image where it is known{more}; name "
+            f"the labels to keep by --labels{f' (there are {kept})' if kept else ''}"
         )
-    lines, classes = [], images.task == MULTICLASS
+    lines = []
     for part, use in ((VALID, "its validation loss tells little"), (TEST, "left out of the mean")):
         positive, negative = counts[part]
         lone = (positive == 0) | ((negative == 0) & (not classes))
         if (positive > 0).sum() < 2 if classes else lone.all():
             raise UserError(
-                f"{images.name}: the {'validation' if part == VALID else part} images are all of one kind, so nothing "
+                f"{name}: the {'validation' if part == VALID else part} images are all of one kind, so nothing "
                 "can be judged; take another --split or --split_seed"
             )
         if part == TEST or not (in_folds or classes):
             lines += [
-                f"{images.name}: {label!r} has {int(positive[i])} images with and {int(negative[i])} without it in "
-                f"{part}; {use}"
-                for i, label in enumerate(images.label_names)
-                if lone[i]
+                f"{name}: {images.label_names[i]!r} has {positive[i]} images with and {negative[i]} without it in {part}; {use}"
+                for i in np.flatnonzero(lone)
             ]
+    for fraction in fractions if not in_folds else ():  # folds differ by seed
+        chosen = sample_fraction(places[TRAIN], fraction)
+        lone = (_counts(images.labels[chosen]) == 0).any(0)
+        if lone.any():
+            lines.append(
+                f"warning: {name}: --fractions {fraction:g} keeps {len(chosen)} training images, all of one kind "
+                f"by {', '.join(np.array(images.label_names)[lone])}; these are judged without having been learnt"
+            )
+    check_min_positives(min_positives, images, images.labels[places[TEST]])
     return lines
 
 
 def check_min_positives(least: int, images: LabelledImages, labels: np.ndarray) -> None:
-    """`UserError` where --min_positives leaves no label for the mean over test images with these labels [N, C]."""
-    counts = np.stack([(labels == value).sum(0) for value in (0, 1)])
-    if images.task == MULTILABEL and not (counts >= least).all(0).any():
+    """`UserError` if --min_positives leaves no label for the mean over test images with these labels [N, C]."""
+    if images.task == MULTILABEL and not (_counts(labels) >= least).all(0).any():
         raise UserError(
             f"--min_positives {least}: no label has so many test images with it, and as many without; lower it"
         )
-
-
-def lone_in_fractions(images: LabelledImages, fractions: Sequence[float]) -> list[str]:
-    """Lines about labels that a share of the training images has of one kind only: what is learnt of these says
-    nothing about the encoder. Empty for grouped folds, which differ by seed."""
-    lines = []
-    for fraction in fractions if not (images.parts == "").all() else ():
-        chosen = sample_fraction(images.indices(TRAIN), fraction)
-        positive, negative = _counts(images.labels[chosen])
-        if names := [n for n, lone in zip(images.label_names, (positive == 0) | (negative == 0)) if lone]:
-            lines.append(
-                f"warning: {images.name}: --fractions {fraction:g} keeps {len(chosen)} training images, all of one kind "
-                f"by {', '.join(names)}; these are judged without having been learnt"
-            )
-    return lines
 
 
 def split_table(images: LabelledImages) -> str:
@@ -216,21 +184,15 @@ def split_table(images: LabelledImages) -> str:
 
     A label with unknown values has them behind its positives: "12 (+3 unknown)".
     """
-    parts = [part for part in (*PARTS, "") if (images.parts == part).any()]
-    rows = [["", *(part or "no part" for part in parts)]]
-    chosen = [images.indices(part) for part in parts]
-    rows.append(["images", *(str(len(places)) for places in chosen)])
-    rows.append(["subjects", *(str(len(set(images.subjects[places]))) for places in chosen)])
-    for i, label in enumerate(images.label_names):
-        values = [images.labels[places, i] for places in chosen]
-        unknown = [int(np.isnan(value).sum()) for value in values]
-        cells = [str(int(np.nansum(value))) for value in values]
-        rows.append([label, *(f"{c} (+{u} unknown)" if u else c for c, u in zip(cells, unknown, strict=True))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
-        for row in rows
-    )
+    columns = {}
+    for part in [part for part in (*PARTS, "") if (images.parts == part).any()]:
+        places = images.indices(part)
+        cells = {"images": len(places), "subjects": len(set(images.subjects[places]))}
+        for label, values in zip(images.label_names, images.labels[places].T, strict=True):
+            unknown = np.isnan(values).sum()
+            cells[f"{label} "] = f"{np.nansum(values):.0f}" + (f" (+{unknown} unknown)" if unknown else "")
+        columns[part or "no part"] = cells | {what: counts.get(part, 0) for what, counts in images.tallies.items()}
+    return pd.DataFrame(columns).to_string()
 
 
 def write_split(images: LabelledImages, path: str | os.PathLike) -> None:

@@ -1,42 +1,82 @@
-"""From the rows of a table to labels and images, the same way for every data set."""
+"""From the cells of a table to rows, subjects and labels, the same way for every data set."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from downstream.data.choices import IGNORE, ONES, PUBLISHED, ZEROS, Choices
-from downstream.data.folder import Folder, missing_message
-from downstream.data.labelled import MULTICLASS, MULTILABEL, PARTS, LabelledImages
-from datasets.raw.walk import identity
+from downstream.data.choices import IGNORE, ONES, PUBLISHED, ZEROS
+from downstream.data.labelled import MULTILABEL
 from util.errors import UserError
 from util.subjects import same_subjects
 from util.tables import read_table
 
 VALUE_OF = {ZEROS: 0.0, ONES: 1.0, IGNORE: np.nan}
-NO_VALUE = ("", "nan", "none", "null", "n/a", "<na>")
+NO_SUBJECT = ("", "nan", "none", "null", "n/a", "<na>")
 WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 # What the published CheXpert run takes -1 for; 0 for labels that are not here.
 PUBLISHED_UNCERTAIN = {"Atelectasis": 1.0, "Edema": 1.0, "Pleural Effusion": 1.0}
 
 
-def read_rows(path: Path, columns: Sequence[str], choices: Choices) -> pd.DataFrame:
-    """The rows of a table that --where keeps, as text, by their line in the file."""
-    columns = list(dict.fromkeys([*columns, *conditions(choices)]))
-    table = read_table(path, columns, text=columns)
+@dataclass
+class Rows:
+    """What a reader makes of a data set's tables: a row for each image, in the order that a published split leaves.
+
+    Attributes:
+        table: columns id, subject, and if there are such: part (the official or published one), file (what the image's
+            file is called; default: the id).
+        labels: float32, a column for each label, the same rows: 1, 0, NaN.
+        no_patients: why every image may count as its own subject; "" where it can't be.
+        by_part: whether the images are then sorted by part.
+
+    The others are those of `LabelledImages`.
+    """
+
+    table: pd.DataFrame
+    labels: pd.DataFrame
+    task: str = MULTILABEL
+    strong_augmentation: bool = False
+    shared_subjects: bool = False
+    no_patients: str = ""
+    by_part: bool = True
+
+
+def read_rows(
+    path: Path, where: Sequence[str], columns: Sequence[str], *, ids: Sequence[str] = (), subject: str | None = None
+) -> pd.DataFrame:
+    """The rows of a table that --where keeps, as text, by their line in the file.
+
+    Raises:
+        UserError: a column is missing, or a row names nothing in `ids` or nobody in `subject`, where "nan" and what else
+            programs write for nobody would all be one person.
+    """
+    named = [*ids, subject] if subject else list(ids)
+    wanted = list(dict.fromkeys([*named, *columns, *conditions(where)]))
+    table = read_table(path, wanted, text=wanted)
     if table.empty:
         raise UserError(f"{path}: no rows")
-    return keep_where(table, path, choices)
+    table = keep_where(table, path, where)
+    for column in named:
+        none = table[column].str.lower().isin(NO_SUBJECT if column == subject else [""])
+        refuse_cell(path, table[column], none, "names nothing; give every row one")
+    return table
 
 
-def conditions(choices: Choices) -> dict[str, list[str]]:
+def refuse_cell(path: Path, cells: pd.Series, bad: pd.Series, what: str) -> None:
+    """`UserError` by line and column for the first of the cells that are bad, if any."""
+    if bad.any():
+        line, cell = cells.index[bad][0], cells[bad].iloc[0]
+        raise UserError(f"{path}: line {line}, column {cells.name!r}: {cell[:60]!r} {what}")
+
+
+def conditions(where: Sequence[str]) -> dict[str, list[str]]:
     """--where as the allowed values of each column."""
     found: dict[str, list[str]] = {}
-    for condition in choices.where:
+    for condition in where:
         column, equals, value = condition.partition("=")
         if not equals:
             raise UserError(f"--where {condition!r}: expected COLUMN=VALUE")
@@ -44,27 +84,22 @@ def conditions(choices: Choices) -> dict[str, list[str]]:
     return found
 
 
-def keep_where(table: pd.DataFrame, path: Path, choices: Choices) -> pd.DataFrame:
-    """The rows that --where keeps; `UserError` where none is left, or a column lacks."""
-    for column, values in conditions(choices).items():
+def keep_where(table: pd.DataFrame, path: Path, where: Sequence[str]) -> pd.DataFrame:
+    """The rows that --where keeps; `UserError` if it keeps none, or a column is missing."""
+    for column, values in conditions(where).items():
         if column not in table:
-            raise UserError(f"--where {column}: {path} has {', '.join(map(str, table.columns))}")
-        kept = table[table[column].map(lambda cell, values=values: any(_same(cell, v) for v in values))]
-        if kept.empty:
+            raise UserError(f"--where {column}: {path} has {', '.join(table.columns)}")
+        numbers = _numbers(pd.Series(values)).dropna()
+        kept = table[column].isin(values) | _numbers(table[column]).isin(numbers)
+        if not kept.any():
             found = ", ".join(map(repr, sorted(set(table[column]))[:5]))
             raise UserError(f"{path}: --where keeps no row; column {column!r} has {found}")
-        table = kept
+        table = table[kept]
     return table
 
 
-def check_ids(table: pd.DataFrame, column: str, path: Path, *, subjects: bool = False) -> None:
-    """`UserError` naming the first line without a value in an id's column; of `subjects`, also what programs write
-    where there is none, or all these rows would be one person."""
-    none = table[column].str.lower().isin(NO_VALUE if subjects else ("",))
-    if none.any():
-        line, cell = table.index[none][0], table[column][none].iloc[0]
-        problem = f"{cell!r} names nobody" if cell else "the cell is empty"
-        raise UserError(f"{path}: line {line}, column {column!r}: {problem}; give every row one")
+def _numbers(cells: pd.Series) -> pd.Series:
+    return pd.to_numeric(cells, errors="coerce")
 
 
 def label_values(
@@ -75,167 +110,62 @@ def label_values(
     *,
     uncertain: str | None = None,
     empty: str | None = None,
-) -> np.ndarray:
-    """Labels of a table with one column each: float32 [N, C] of 1, 0 and NaN.
+) -> pd.DataFrame:
+    """Labels of a table with one column each: float32 1, 0 and NaN.
 
-    Cells are 1 or 0, or true, false, yes, no; -1 (uncertain) or empty where a rule says what these count as,
+    Cells are 1 or 0, or true, false, yes, no; -1 (uncertain) or empty if a rule says what these count as,
     which `notes` then repeat with their number.
 
     Raises:
         UserError: file, line and column of the first cell that is none of these.
     """
-    labels = np.empty((len(table), len(columns)), np.float32)
-    allowed = (0, 1) if uncertain is None else (0, 1, -1)
-    counts = np.zeros(2, int)
-    for i, column in enumerate(columns):
-        cells = table[column].str.lower().replace(WORDS)
-        values = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64, copy=True)
-        blank = (table[column] == "").to_numpy()
-        bad = np.flatnonzero(~np.isin(values, allowed) & ~(blank & (empty is not None)))
-        if len(bad):
-            cell = table[column].iloc[bad[0]]
-            more = (uncertain and ", -1 (uncertain)", empty and ", an empty cell")
-            raise UserError(
-                f"{path}: line {table.index[bad[0]]}, column {column!r}: {cell!r} is no label; expected 1, 0"
-                f"{''.join(part for part in more if part)}"
-            )
-        minus = values == -1
+    labels, counts = {}, np.zeros(2, int)
+    for column in columns:
+        values = _numbers(table[column].str.lower().replace(WORDS))
+        minus, blank = values == -1, table[column] == ""
+        bad = ~(values.isin((0, 1)) | (minus & (uncertain is not None)) | (blank & (empty is not None)))
+        more = ", -1 (uncertain)" * (uncertain is not None) + ", an empty cell" * (empty is not None)
+        refuse_cell(path, table[column], bad, f"is no label; expected 1, 0{more}")
         counts += minus.sum(), blank.sum()
         if uncertain is not None:
-            values[minus] = PUBLISHED_UNCERTAIN.get(column, 0.0) if uncertain == PUBLISHED else VALUE_OF[uncertain]
+            rule = PUBLISHED_UNCERTAIN.get(column, 0.0) if uncertain == PUBLISHED else VALUE_OF[uncertain]
+            values = values.mask(minus, rule)
         if empty is not None:
-            values[blank] = VALUE_OF[empty]
-        labels[:, i] = values
+            values = values.mask(blank, VALUE_OF[empty])
+        labels[column] = values.astype(np.float32)
     for count, what, rule in zip(counts, ("uncertain (-1)", "empty"), (uncertain, empty), strict=True):
         if count:
             notes.append(f"{path.name}: {count} cells are {what}; rule: {rule}")
-    return labels
+    return pd.DataFrame(labels, table.index)
 
 
-def one_hot(rows: Sequence[set[str]], names: Sequence[str]) -> np.ndarray:
-    """float32 [N, C]: 1 where a row has the name."""
-    return np.array([[name in row for name in names] for row in rows], np.float32).reshape(-1, len(names))
+def one_hot(rows: Sequence[set[str]], names: Sequence[str]) -> pd.DataFrame:
+    """float32 1 where a row has the name, else 0."""
+    values = np.array([[name in row for name in names] for row in rows], np.float32)
+    return pd.DataFrame(values.reshape(len(rows), len(names)), columns=list(names))
 
 
 def join_same(table: pd.DataFrame, column: str, others: Sequence[str], path: Path, notes: list[str]) -> pd.DataFrame:
-    """One row per id where an id's rows say the same in `others`; `UserError` with the lines where not."""
-    repeated = table[table[column].duplicated(keep=False)]
-    if repeated.empty:
+    """One row per id whose rows say the same in `others`; `UserError` with the lines of one whose rows differ."""
+    kept = table.drop_duplicates(column)
+    if len(kept) == len(table):
         return table
-    different = repeated.groupby(column, sort=False)[list(others)].nunique()
-    worst = different.index[(different > 1).any(axis=1)]
+    different = table.groupby(column, sort=False)[list(others)].nunique() > 1
+    worst = different.index[different.any(axis=1)]
     if len(worst):
         lines = table.index[table[column] == worst[0]][:4].tolist()
-        name = next(other for other in others if different.loc[worst[0], other] > 1)
         raise UserError(
-            f"{path}: {worst[0]!r} stands in lines {', '.join(map(str, lines))} with different values of "
-            f"{name!r}, and {len(worst) - 1} more ids do; keep one row per image"
+            f"{path}: {worst[0]!r} is in lines {', '.join(map(str, lines))} with different values of "
+            f"{different.loc[worst[0]].idxmax()!r}, and {len(worst) - 1} more ids likewise; keep one row per image"
         )
-    kept = table.drop_duplicates(column)
     notes.append(f"{path.name}: {len(table) - len(kept)} rows repeat an image that is there already")
     return kept
 
 
-def labelled_images(
-    name: str,
-    folder: Folder,
-    choices: Choices,
-    *,
-    ids: Sequence[str],
-    subjects: Sequence[str] | np.ndarray,
-    parts: np.ndarray,
-    labels: Mapping[str, np.ndarray] | tuple[Sequence[str], np.ndarray],
-    notes: list[str],
-    names: Sequence[str] | None = None,
-    task: str = MULTILABEL,
-    strong_augmentation: bool = False,
-    shared_subjects: bool = False,
-    order: np.ndarray | None = None,
-) -> LabelledImages:
-    """The data set in the order train, valid, test (each as the split left it), its files found.
-
-    Args:
-        names: what the images' files are called (default: the ids).
-        labels: (C names, float32 [N, C]).
-        order: of the rows, as a published split leaves them (default: as they stand).
-
-    Raises:
-        UserError: images that are not there (without --skip_missing), or a label that --labels names.
-    """
-    label_names, values = labels
-    label_names = list(label_names)
-    if choices.labels is not None:
-        unknown = [label for label in choices.labels if label not in label_names]
-        if unknown or task == MULTICLASS:
-            raise UserError(f"{name}: --labels {(unknown or choices.labels)[0]}: has {', '.join(label_names)}")
-        values = values[:, [label_names.index(label) for label in choices.labels]]
-        label_names = list(choices.labels)
-    place = folder if choices.images is None else Folder(choices.images, "--images")
-    names = list(ids if names is None else names)
-    if choices.need_images:
-        files = place.images(names, notes)
-    else:
-        files = [place.root / file for file in names]
-    missing = np.array([file is None for file in files])
-    if missing.any():
-        lacking = [names[i] for i in np.flatnonzero(missing)]
-        if not choices.skip_missing or missing.all():
-            raise UserError(missing_message(place, lacking, len(names)))
-        by_part = {part or "no part": int((missing & (parts == part)).sum()) for part in (*PARTS, "")}
-        counts = ", ".join(f"{count} of {part}" for part, count in by_part.items() if count)
-        notes.append(f"{name}: {len(lacking)} of {len(names)} images are not there and left out ({counts})")
-    check_files(name, ids, files)
-    rows = np.arange(len(names)) if order is None else order
-    rank = np.array([{part: i for i, part in enumerate(PARTS)}.get(part, 0) for part in parts])
-    rows = rows[np.argsort(rank[rows], kind="stable")]
-    rows = rows[~missing[rows]]
-    return LabelledImages(
-        name,
-        [ids[i] for i in rows],
-        [files[i] for i in rows],
-        np.asarray(subjects, str)[rows],
-        np.asarray(parts)[rows],
-        label_names,
-        values[rows].astype(np.float32),
-        task,
-        strong_augmentation,
-        notes,
-        shared_subjects,
-    )
-
-
-def one_spelling(name: str, subjects: Sequence[str], notes: list[str]) -> np.ndarray:
-    """Subjects with one spelling each, str [N]; `notes` tell of those that had two (`same_subjects`)."""
-    spelt, merged = same_subjects(subjects)
+def one_spelling(name: str, subjects: Sequence[str], notes: list[str]) -> list[str]:
+    """Subjects with one spelling each; `notes` name some that had two (`same_subjects`)."""
+    spelt, merged = same_subjects(list(subjects))
     if merged:
         more = f", and {len(merged) - 1} more such" if len(merged) > 1 else ""
         notes.append(f"warning: {name}: subjects {merged[0]}{more} are taken for one")
-    return np.asarray(spelt, str)
-
-
-def own_subjects_note(name: str, subjects: Sequence[str], reason: str) -> list[str]:
-    """A warning where every image is its own subject."""
-    if len(set(subjects)) < len(subjects):
-        return []
-    return [
-        f"warning: {name}: every image counts as its own subject ({reason}); a patient's images may stand on "
-        "both sides of the split"
-    ]
-
-
-def check_files(name: str, ids: Sequence[str], files: Sequence[Path | None]) -> None:
-    """`UserError` where two ids are the same file, by a link too: it could train under one and test under the other."""
-    owners: dict[object, str] = {}
-    for image, file in zip(ids, files, strict=True):
-        other = image if file is None else owners.setdefault(identity(file) or os.path.abspath(file), image)
-        if other != image:
-            raise UserError(f"{name}: images {other!r} and {image!r} are the same file, {file}; keep one of them")
-
-
-def _same(cell: str, value: str) -> bool:
-    if cell == value:
-        return True
-    try:
-        return float(cell) == float(value)
-    except ValueError:
-        return False
+    return spelt

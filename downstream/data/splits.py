@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from downstream.data.choices import ALL_TEST, AUTO, BY_SUBJECT, FOLDS, Choices
+from downstream.data.folder import without_suffix
 from downstream.data.labelled import TEST, TRAIN, VALID
 from util.errors import UserError
+from util.tables import read_text
 
+UNLISTED = "-"  # the part of an image that no list of a split names
 SHARE = 0.15  # of the images, for validation and for tests each, where a split is drawn by subject
 
 
@@ -29,37 +35,6 @@ def split_70_15_15(n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([train, valid, test]), parts
 
 
-def by_row(order: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """The part of each row, from `split_70_15_15`'s places and their parts: str [N]."""
-    found = np.empty_like(parts)
-    found[order] = parts
-    return found
-
-
-def choose_parts(
-    choices: Choices, name: str, subjects: np.ndarray, official: np.ndarray | None, notes: list[str]
-) -> np.ndarray:
-    """The part of each image as --split says: str [N].
-
-    Args:
-        official: the official or published parts, or None where there are none.
-    """
-    if choices.split == FOLDS:
-        return np.full(len(subjects), "", "<U5")
-    if choices.split == ALL_TEST:
-        return np.full(len(subjects), TEST)
-    if choices.split != BY_SUBJECT and official is not None:
-        return official
-    if choices.split not in (AUTO, BY_SUBJECT):
-        raise UserError(f"{name}: --split {choices.split}: there is no such split here; use --split subject")
-    if choices.split == AUTO:
-        notes.append(
-            f"{name}: no split is given, so 70% of the images train, 15% validate and 15% test, drawn by "
-            f"subject with --split_seed {choices.split_seed}"
-        )
-    return split_by_subject(name, subjects, choices.split_seed)
-
-
 def split_by_subject(name: str, subjects: np.ndarray, seed: int) -> np.ndarray:
     """70 / 15 / 15% of the images, no subject in two parts: str [N].
 
@@ -76,6 +51,44 @@ def split_by_subject(name: str, subjects: np.ndarray, seed: int) -> np.ndarray:
     rest = np.flatnonzero(parts == TRAIN)
     parts[rest[draw_subjects(subjects[rest], count, seed + 1)]] = VALID
     return parts
+
+
+def listed_parts(names: Sequence[str], lists: Mapping[str, Path], notes: list[str]) -> np.ndarray:
+    """The part of each image by the list that names it, `UNLISTED` for an image in none: str [N].
+
+    The first word of a line names an image, with or without directory and suffix; `notes` count lines that name none.
+
+    Raises:
+        UserError: an image in two lists, or lists without any image.
+    """
+    key = _short_name(names)
+    place = {key(name): i for i, name in enumerate(names)}
+    parts = np.full(len(names), UNLISTED, "<U5")
+    for part, path in lists.items():
+        lines = list(filter(None, map(str.strip, read_text(path).splitlines())))
+        keys = (key(re.split(r"[\s,;]", line)[0].strip("\"'").replace("\\", "/")) for line in lines)
+        found = [place[name] for name in keys if name in place]
+        if both := [i for i in found if parts[i] not in (UNLISTED, part)]:
+            raise UserError(f"{path}: {names[both[0]]} is in the list of {parts[both[0]]} too; get the lists again")
+        if len(found) < len(lines):
+            notes.append(f"{path}: {len(lines) - len(found)} of {len(lines)} lines name no image of the table")
+        parts[found] = part
+    if (parts == UNLISTED).all():
+        raise UserError(f"{', '.join(map(str, lists.values()))}: no line names an image of the table, e.g. {names[0]!r}")
+    return parts
+
+
+def _short_name(names: Sequence[str]) -> Callable[[str], str]:
+    """What is left of a path: as few of its last parts as tell all names apart, if possible without suffix."""
+    for bare in (without_suffix, str):
+        for depth in range(1, 2 + max(name.count("/") for name in names)):
+
+            def short(name: str, bare=bare, depth=depth) -> str:
+                return "/".join(bare(name).split("/")[-depth:])
+
+            if len(set(map(short, names))) == len(names):
+                return short
+    return str
 
 
 def draw_subjects(subjects: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -5,8 +5,6 @@ Each test runs on the CPU as well, so that it works on the first GPU.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import timm
@@ -15,8 +13,10 @@ from host_waits import GivenBatches, no_host_waits
 
 from downstream.data.images import normalisation
 from downstream.data.labelled import MULTICLASS, MULTILABEL
-from downstream.finetune import RECIPES, Tuning, make_training
-from downstream.heads import Encoder, FeatureFile, HeadOptions, encode, train_heads
+from downstream.features import FeatureFile, fill
+from downstream.finetune import make_training
+from downstream.forward import Encoder
+from downstream.heads import RECIPES, Recipe, train_heads
 from util import distributed
 from util.output import Progress, RunLog
 from util.precision import set_tf32
@@ -36,20 +36,11 @@ def features_on(device, dtype, folder, n=10, side=32):
         def __getitem__(self, key):
             return images[key[0]]
 
-    folder.mkdir()
-    file, rows = FeatureFile(folder / "centre", n, model.embed_dim), np.arange(n)
+    file, rows = FeatureFile(folder / "centre.npy", n, model.embed_dim), np.arange(n)
     encoder = Encoder(model.eval().to(device), *normalisation("half"), torch.device(device), dtype)
     with StopSignals() as signals:
-        done = encode(
-            encoder,
-            Views(),
-            [(-1, rows, file)],
-            device=torch.device(device),
-            batch_size=4,
-            num_workers=0,
-            signals=signals,
-            what="test",
-        )
+        how = dict(device=torch.device(device), batch_size=4, num_workers=0, signals=signals, what="test")
+        done = fill(folder, {-1: file}, {-1: rows}, encoder, Views(), **how)
     assert done == n
     return torch.from_numpy(np.array(file.read(rows)))
 
@@ -90,7 +81,7 @@ def test_stacked_heads_have_the_weights_of_heads_trained_alone_on_the_cpu(device
                 labels[:20].to(where),
                 task=task,
                 seeds=seeds,
-                options=HeadOptions(epochs=6, batch_size=16),
+                recipe=Recipe(epochs=6, batch_size=16),
                 signals=signals,
                 what="test",
             )
@@ -125,18 +116,8 @@ def fine_tuned_on(device, dtype, n, *, recipe="published", size=4, side=32):
         no_host_waits(given, device) as batches,
         Progress("test", n, "steps", enabled=False) as progress,
     ):
-        tuning = Tuning(
-            SimpleNamespace(task=MULTILABEL),
-            None,
-            recipe,
-            *normalisation("half"),
-            dtype,
-            test_batch=size,
-            num_workers=0,
-            ranks=ranks,
-            signals=signals,
-        )
-        training = make_training(tuning, model, 0, n)
+        scale, how = normalisation("half"), dict(task=MULTILABEL, seed=0, steps=n, dtype=dtype)
+        training = make_training(model, recipe, scale, **how, ranks=ranks, signals=signals)
         silent = RunLog("none", None, 0.0, enabled=False)
         training.start(GivenBatches(batches, n), log=silent, progress=progress)
         assert training.train_epoch() == GO_ON

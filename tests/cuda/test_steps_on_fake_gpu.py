@@ -18,8 +18,9 @@ import gaze.main
 import run_pretrain
 from downstream.data.images import normalisation
 from downstream.data.labelled import MULTICLASS, MULTILABEL
-from downstream.finetune import RECIPES, Tuning, make_training
-from downstream.heads import Encoder, read_back
+from downstream.finetune import make_training
+from downstream.forward import Encoder, read_back
+from downstream.heads import RECIPES
 from gaze.model import GazeNet
 from util.distributed import Ranks
 from util.finite import FiniteWatch
@@ -119,25 +120,9 @@ def test_fine_tuning(recipe, task, watch, monkeypatch):
     options = {"drop_path_rate": RECIPES[recipe].drop_path, "global_pool": RECIPES[recipe].pool}
     model = small_vit(num_classes=3, **options)
 
-    class Images:
-        pass
-
-    Images.task = task
     with fake_gpu(model, monkeypatch) as ranks:
-        mean, std = normalisation("imagenet")
-        tuning = Tuning(
-            Images,
-            None,
-            RECIPES[recipe],
-            mean,
-            std,
-            torch.bfloat16,
-            test_batch=2,
-            num_workers=0,
-            ranks=ranks,
-            signals=None,
-        )
-        place = make_training(tuning, model, 0, 9)
+        how = dict(task=task, seed=0, steps=9, dtype=torch.bfloat16, ranks=ranks, signals=None)
+        place = make_training(model, RECIPES[recipe], normalisation("imagenet"), **how)
         assert requested(place, (pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3)), watch) == PAUSE
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +12,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from downstream.data.images import CENTRE, Views, normalisation
+from downstream.data.images import CENTRE, normalisation
 from downstream.data.labelled import LabelledImages
 from downstream.data.partition import Rows, partitions
+from downstream.driver import Work, judge
 from downstream.encoders import read_candidates
-from downstream.frozen import Frozen, linear
-from downstream.heads import Encoder, HeadOptions, Keyed, epoch_order, known_loss, new_head, probabilities, schedule
-from downstream.jobs import Jobs
-from util.stop import StopSignals
+from downstream.forward import Encoder, Keyed
+from downstream.heads import Recipe, epoch_order, known_loss, new_head, probabilities, schedule
+from downstream.main import get_args_parser, read_weights
+from util import distributed
 
 
 @pytest.fixture
@@ -36,44 +39,31 @@ def images(tmp_path) -> LabelledImages:
 
 def test_a_view_per_epoch_is_the_published_loop(images, backbone, tmp_path):
     """The same draws, so the same scores; fewer views than epochs are another training."""
+    flags = f"--dataset rsna --data_path none --weights {backbone} --epochs 4 --batch_size 4 --lr 5e-2 --patience 4"
+    flags += f" --seeds 43 44 --encode_batch 5 --num_workers 0 --device cpu --output_dir {tmp_path}"
+    (rows,) = partitions(images, 1.0, seed=0, n_folds=2, validate=True)
+
+    def work(n_views: int) -> Work:
+        args = get_args_parser().parse_args([*flags.split(), "--views", str(n_views)])
+        return Work(args, images, distributed.start("cpu"), SimpleNamespace(request=0, exit_at_signal=nullcontext))
+
+    def judged(one: Work) -> list:
+        (make,) = read_weights(one)
+        return judge(one, make())
+
+    one = work(4)
+    full, fewer = judged(one), judged(work(2))
     (candidate,) = read_candidates([str(backbone)], imagenet="")
-    device, scale = torch.device("cpu"), normalisation("half")
-    heads, views = HeadOptions(epochs=4, batch_size=4, lr=5e-2, patience=4), Views(images)
-
-    def from_features(n_views: int) -> dict:
-        with StopSignals() as signals:
-            frozen = Frozen(
-                images=images,
-                views=views,
-                views_key="",
-                files_key="",
-                study_key="",
-                fractions=(1.0,),
-                seeds=(43, 44),
-                n_folds=2,
-                n_views=n_views,
-                heads=heads,
-                features_dir=tmp_path / "features",
-                jobs=Jobs(tmp_path / "jobs"),
-                device=device,
-                dtype=torch.float32,
-                batch_size=5,
-                num_workers=0,
-                signals=signals,
-            )
-            return linear(frozen, candidate, *scale)
-
-    found, fewer = from_features(heads.epochs), from_features(2)
-    encoder = Encoder(candidate.build().eval(), *scale, device)
-    for (kind, fraction, seed), (tested, scores) in found.items():
-        (rows,) = partitions(images, fraction, seed=0, n_folds=2, validate=True)
-        logits = published_head(encoder, views, images, rows, seed, heads)
-        assert np.array_equal(tested, rows.test)
-        np.testing.assert_allclose(scores, probabilities(torch.from_numpy(logits), "multilabel"), atol=1e-5)
-        assert np.abs(scores - fewer[kind, fraction, seed][1]).max() > 1e-3
+    encoder = Encoder(candidate.build().eval(), *normalisation("half"), torch.device("cpu"))
+    for outcome, other in zip(full, fewer, strict=True):
+        logits = published_head(encoder, one.views, images, rows, outcome.seed, one.recipe)
+        assert outcome.ids == [images.ids[row] for row in rows.test]
+        expected = probabilities(torch.from_numpy(logits), "multilabel")
+        np.testing.assert_allclose(outcome.scores, expected, atol=1e-5)
+        assert np.abs(outcome.scores - other.scores).max() > 1e-3
 
 
-def published_head(encoder: Encoder, views, images, rows: Rows, seed: int, options: HeadOptions) -> np.ndarray:
+def published_head(encoder: Encoder, views, images, rows: Rows, seed: int, options: Recipe) -> np.ndarray:
     """The published loop: in every epoch read, augment and encode the training images, then the validation
     images; test the best epoch. Returns the test images' logits, [n, C]."""
 

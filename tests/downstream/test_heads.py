@@ -1,20 +1,14 @@
-"""Heads equal plain loops, features are written once, and a run goes on where it was."""
+"""Linear heads equal plain loops, whatever is beside them."""
 
 from __future__ import annotations
 
-import errno
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 
-import downstream.features
-import downstream.heads
-from downstream.features import FeatureFile
-from downstream.heads import HeadOptions, encode, epoch_order, known_loss, probabilities, schedule, train_heads
+from downstream.heads import Recipe, epoch_order, known_loss, schedule, train_heads
 from util.errors import UserError
 
 
@@ -31,7 +25,7 @@ def made_up(n: int = 90, width: int = 12, n_labels: int = 3, seed: int = 0):
     return views, labels
 
 
-def plain_head(views, labels, valid, valid_labels, seed: int, options: HeadOptions, task: str):
+def plain_head(views, labels, valid, valid_labels, seed: int, options: Recipe, task: str):
     """The published training of one head, written out: losses of every step, best weights, epochs run."""
     torch.manual_seed(seed)
     head = torch.nn.Linear(valid.shape[1], labels.shape[1])
@@ -79,7 +73,7 @@ def test_stacked_heads_are_plain_loops(task):
         labels = F.one_hot(labels.argmax(1), 3).float()
     else:
         labels[5, 1] = labels[17, 0] = torch.nan
-    options = HeadOptions(epochs=6, batch_size=16, lr=2e-2)
+    options = Recipe(epochs=6, batch_size=16, lr=2e-2)
     valid, valid_labels = views[2][:40].flip(1), labels[:40]
     heads = train_heads(
         [lambda view=view: view for view in views],
@@ -88,7 +82,7 @@ def test_stacked_heads_are_plain_loops(task):
         valid_labels,
         task=task,
         seeds=[43, 44, 45],
-        options=options,
+        recipe=options,
         signals=Quiet(),
         what="heads",
     )
@@ -106,7 +100,7 @@ def test_a_head_stops_early_and_the_others_do_not_notice():
     told = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
     labels, valid = (views[0] @ told > 0).float(), views[1]
     valid_labels = (valid @ told + 6 * views[2][:, :2] > 0).float()
-    options = HeadOptions(epochs=60, batch_size=16, lr=5e-2, patience=3)
+    options = Recipe(epochs=60, batch_size=16, lr=5e-2, patience=3)
     run = lambda seeds: train_heads(  # noqa: E731
         [lambda: views[0]],
         labels,
@@ -114,7 +108,7 @@ def test_a_head_stops_early_and_the_others_do_not_notice():
         valid_labels,
         task="multilabel",
         seeds=seeds,
-        options=options,
+        recipe=options,
         signals=Quiet(),
         what="heads",
     )
@@ -129,7 +123,7 @@ def test_a_head_stops_early_and_the_others_do_not_notice():
 
 
 def test_schedule_is_the_published_one():
-    options = HeadOptions(epochs=10)
+    options = Recipe(epochs=10)
     rates = [schedule(step, 5, options) for step in range(50)]
     assert rates[0] == 0 and rates[20] == options.lr and rates[10] == pytest.approx(options.lr / 2)
     assert rates[35] == pytest.approx(options.lr / 2) and 0 < rates[49] < 1e-5
@@ -151,96 +145,6 @@ def test_bad_heads_are_one_line():
     views, labels = made_up()
     common = dict(task="multilabel", seeds=[1], signals=Quiet(), what="ours")
     with pytest.raises(UserError, match="--batch_size 91: there are only 90 images"):
-        train_heads([lambda: views[0]], labels, views[1], labels, options=HeadOptions(batch_size=91), **common)
+        train_heads([lambda: views[0]], labels, views[1], labels, recipe=Recipe(batch_size=91), **common)
     with pytest.raises(UserError, match="ours, epoch 1: the validation loss is not finite; lower --lr"):
-        train_heads([lambda: views[0] * math.inf], labels, views[1], labels, options=HeadOptions(1, 8), **common)
-
-
-def test_probabilities():
-    logits = torch.tensor([[0.0, 1.0], [30.0, -30.0]])
-    np.testing.assert_allclose(probabilities(logits, "multilabel")[0], [0.5, 0.7310586], atol=1e-7)
-    np.testing.assert_allclose(probabilities(logits, "multiclass").sum(1), 1)
-
-
-# ---------------------------------------------------------------- features
-
-
-class Numbers(Dataset):
-    """View v of image i is the number 10 v + i; reads are counted."""
-
-    def __init__(self):
-        self.read: list[tuple[int, int]] = []
-
-    def __getitem__(self, key):
-        self.read.append(key)
-        return torch.full((1, 4, 4), 10 * key[1] + key[0], dtype=torch.uint8)
-
-
-def numbers(gray):
-    return torch.stack([gray.float().mean((1, 2, 3)), torch.ones(len(gray))], 1)
-
-
-def test_features_are_written_once_and_more_are_added(tmp_path):
-    views, options = (
-        Numbers(),
-        dict(device=torch.device("cpu"), batch_size=3, num_workers=0, signals=Quiet(), what="e"),
-    )
-    files = {view: FeatureFile(tmp_path / f"v{view}", 8, 1) for view in (0, 1)}
-    rows = np.array([1, 2, 5, 7])
-    wanted = [(view, rows, files[view]) for view in (0, 1)]
-    assert encode(numbers, views, wanted, **options) == 8
-    assert files[1].read(np.array([7, 1])).tolist() == [[17], [11]]
-    assert encode(numbers, views, wanted, **options) == 0
-    more = [(0, np.arange(8), FeatureFile(tmp_path / "v0", 8, 1))]
-    assert encode(numbers, views, more, **options) == 4
-    assert len(views.read) == len(set(views.read)) == 12
-    assert files[0].read(np.arange(8))[:, 0].tolist() == list(range(8))
-    with pytest.raises(ValueError, match="4 of 8 rows were never written"):
-        files[1].read(np.arange(8))
-
-
-def test_a_stop_keeps_what_was_encoded(tmp_path):
-    class AfterThree(Numbers):
-        request = 0
-
-        def __getitem__(self, key):
-            self.request = len(self.read) >= 6
-            return super().__getitem__(key)
-
-    views = AfterThree()
-    file = FeatureFile(tmp_path / "f", 20, 2)
-    options = dict(device=torch.device("cpu"), batch_size=3, num_workers=0, what="e")
-    done = encode(numbers, views, [(0, np.arange(20), file)], signals=views, **options)
-    assert 0 < done == len(views.read) < 20
-    assert len(file.missing(np.arange(20))) == 20 - done
-    views.read.clear()
-    views.request = 0
-    assert encode(numbers, views, [(0, np.arange(20), file)], signals=Quiet(), **options) == 20 - done
-    assert file.read(np.arange(20))[:, 0].tolist() == list(range(20))
-
-
-def test_a_full_disk_is_one_line_and_what_was_written_is_kept(tmp_path, monkeypatch):
-    """Numbers are on disk before their rows count, whatever the thread that writes is doing then."""
-    monkeypatch.setattr(downstream.heads, "WRITE_IMAGES", 6)
-    views, file = Numbers(), FeatureFile(tmp_path / "f", 20, 2)
-    options = dict(device=torch.device("cpu"), batch_size=3, num_workers=0, signals=Quiet(), what="e")
-    calls = []
-
-    def full(descriptor: int) -> None:
-        calls.append(len(file.missing(np.arange(20))))
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(downstream.features.os, "fdatasync", full)
-    with pytest.raises(UserError, match="No space left on device; make room"):
-        encode(numbers, views, [(0, np.arange(20), file)], **options)
-    assert calls == [20, 14]
-    assert file.missing(np.arange(20)).tolist() == list(range(6, 20))
-    assert encode(numbers, views, [(0, np.arange(20), file)], **options) == 14
-    assert file.read(np.arange(20))[:, 0].tolist() == list(range(20))
-
-
-def test_feature_files_of_other_sizes_are_refused(tmp_path):
-    FeatureFile(tmp_path / "f", 4, 3)
-    with pytest.raises(UserError, match=r"f\.f32: has 48 bytes, not 60"):
-        FeatureFile(tmp_path / "f", 5, 3)
+        train_heads([lambda: views[0] * math.inf], labels, views[1], labels, recipe=Recipe(1, 8), **common)

@@ -10,10 +10,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from downstream.data.labelled import LabelledImages
-from downstream.data.partition import partitions
+from downstream.data.partition import Rows, partitions
 from downstream.data.splits import draw_folds
 from downstream.encoders import Candidate, read_candidates
-from downstream.heads import Encoder, network_input
+from downstream.forward import Encoder, network_input
 from downstream.probe import principal_components, probe_scores, standardise
 from models_cxrmim import CXRMIM
 from util.errors import UserError
@@ -36,15 +36,7 @@ def folded_scores(images: LabelledImages, values: np.ndarray, n_folds: int = 5) 
     scores = np.full(len(images), np.nan)
     for rows in partitions(images, 1.0, seed=0, n_folds=n_folds, validate=False):
         scores[rows.test] = probe_scores(
-            standardise(values, rows.train),
-            images.labels[:, 0],
-            images.subjects,
-            rows.train,
-            rows.valid,
-            rows.test,
-            seed=0,
-            say=print,
-            name="l0",
+            standardise(values, rows.train), images.labels[:, 0], images.subjects, rows, seed=0, say=print, name="l0"
         )
     return scores
 
@@ -93,23 +85,13 @@ def test_unknown_labels_and_lone_classes(capsys):
     values = rng.normal(size=(40, 3))
     labels = (values[:, 0] > 0).astype(float)
     labels[::5] = np.nan
-    train, valid, test = np.arange(20), np.arange(20, 30), np.arange(30, 40)
-    args = (np.arange(40).astype(str), train, valid, test)
-    told = probe_scores(values, labels, *args, seed=0, say=print, name="ours, Mass")
-    same = probe_scores(
-        values,
-        labels,
-        args[0],
-        train[~np.isnan(labels[train])],
-        valid[~np.isnan(labels[valid])],
-        test,
-        seed=0,
-        say=print,
-        name="x",
-    )
-    assert np.array_equal(told, same) and len(told) == 10
-    labels[train] = 0
-    assert (probe_scores(values, labels, *args, seed=0, say=print, name="ours, Mass") == 0.5).all()
+    rows = Rows(np.arange(20), np.arange(20, 30), np.arange(30, 40))
+    known = Rows(*(part[~np.isnan(labels[part])] for part in (rows.train, rows.valid)), rows.test)
+    subjects, how = np.arange(40).astype(str), dict(seed=0, say=print, name="ours, Mass")
+    scores = probe_scores(values, labels, subjects, rows, **how)
+    assert np.array_equal(scores, probe_scores(values, labels, subjects, known, **how)) and len(scores) == 10
+    labels[rows.train] = 0
+    assert (probe_scores(values, labels, subjects, rows, **how) == 0.5).all()
     assert "ours, Mass: no image with it among 20 to train on" in capsys.readouterr().out
 
 

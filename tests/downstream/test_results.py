@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, recall_score
+from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 from downstream.results import MULTICLASS, Outcome, markdown_table, results_table
 
@@ -53,3 +53,14 @@ def test_a_draw_counts_by_the_labels_that_it_can_judge(positives, label, mean):
         assert row["low"] < row["auc"] < row["high"] if least else np.isnan(row["low"])
     (row,) = (line for line in markdown_table([outcome], []).splitlines() if line.startswith("| a"))
     assert (" to " in row) == (positives > 1)
+
+
+def test_the_auc_of_folds_is_the_mean_of_theirs():
+    """Scores of different models are not compared."""
+    rng, folds = np.random.default_rng(0), np.arange(60) % 3
+    true, names = rng.integers(0, 2, 60), [str(i) for i in range(60)]
+    scores = (rng.random(60) + folds).astype(np.float32) / 4
+    head = ["a", "x", "linear", 1.0, 43, "multilabel", ["y"], names, np.array(names)]
+    table = results_table([Outcome(*head, true[:, None].astype(np.float32), scores[:, None], folds=folds)])
+    expected = np.mean([roc_auc_score(true[folds == fold], scores[folds == fold]) for fold in range(3)])
+    assert table["auc"].tolist() == pytest.approx([expected] * 2)

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from downstream.encoders import Candidate
-from downstream.tuned import read_tuned, write_tuned
+from downstream.evaluate import read_tuned, write_tuned
 from util.errors import UserError
 from util.export import build_backbone, read_backbone
 
@@ -47,14 +47,6 @@ def test_a_model_that_this_timm_lacks_is_refused(state, tmp_path):
         read_tuned(path)
 
 
-@pytest.mark.parametrize("heads", ["0", "x", "-1", "5"])
-def test_heads_that_cannot_be_are_refused(state, tmp_path, heads):
-    assert read_backbone(save(state, tmp_path / "good.pth")).num_heads == 1
-    path = save(state, tmp_path / "odd.pth", num_heads=heads)
-    with pytest.raises(UserError, match=f"^{path}: says that its encoder has '?{heads}'? attention heads"):
-        read_backbone(path)
-
-
 def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
     """A tiny ViT with 6 heads, where timm's has 3."""
     torch.manual_seed(0)
@@ -68,9 +60,3 @@ def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
     img = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.forward_features(img), model.forward_features(img))
-
-
-def test_position_embedding_of_another_rank_is_refused(state, tmp_path):
-    path = save(state | {"pos_embed": torch.zeros(1, 1, 1, 2, 2)}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=f"^{path}: not a ViT"):
-        read_backbone(path, img_size=64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +56,7 @@ def tree(images_only, tmp_path):
 
 
 def fill(tree, predictor=PLAIN, **options):
-    return fill_tree(tree, predictor, **{"batch_size": 5, "workers": 1, **options})
+    return fill_tree(tree, predictor, **{"batch_size": 5, **options})
 
 
 def contents(tree: Path) -> dict[str, bytes]:
@@ -94,32 +97,58 @@ def test_shares_in_any_order_give_the_same_bytes(images_only, tmp_path):
     assert contents(parts) == contents(whole)
 
 
-def killed_at_the_third_batch(tree: Path, part) -> None:
-    calls = []
+def killed_at_call(number: int, *arguments, **options) -> None:
+    """Fill a tree, and die at a Python call: anywhere, in the middle of a commit too."""
+    calls = itertools.count()
 
-    def maps(images):
-        calls.append(1)
-        if len(calls) == 3:
+    def count(frame, event, argument):
+        if event == "call" and next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return brightness(images)
 
-    fill_tree(tree, Predictor(maps, 32, "plain"), batch_size=2, part=part)
+    sys.setprofile(count)
+    fill(*arguments, **options)
+    sys.setprofile(None)
 
 
-@pytest.mark.parametrize("part", [None, (0, 2)])
-def test_a_killed_run_goes_on(images_only, tmp_path, part):
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_anywhere_the_next_run_ends_with_the_same_bytes(images_only, tmp_path, seed):
     whole, killed = (shutil.copytree(images_only, tmp_path / name) for name in ("whole", "killed"))
+    calls = itertools.count()
+    sys.setprofile(lambda *_: next(calls))
     fill(whole, batch_size=2)
-    process = multiprocessing.get_context("fork").Process(target=killed_at_the_third_batch, args=(killed, part))
+    sys.setprofile(None)
+    rng = random.Random(seed)
+    for part in (None, (0, 2), None):
+        number = rng.randrange(next(calls) // 2)  # half of the events are returns
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=killed_at_call, args=(number, killed), kwargs={"batch_size": 2, "part": part})
+        process.start()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)  # 0: little was left to do
+        if not (killed / INDEX).exists():
+            with pytest.raises(UserError, match="has images but no heatmaps yet; scripts/predict_gaze.py"):
+                build_dataset(killed)
+    fill(killed, batch_size=2)
+    assert contents(killed) == contents(whole)
+
+
+def test_a_killed_run_keeps_what_it_placed(tree):
+    process = multiprocessing.get_context("fork").Process(target=killed_at_the_third_batch, args=(tree,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert not (killed / INDEX).exists()
-    with pytest.raises(UserError, match="has images but no heatmaps yet; scripts/predict_gaze.py"):
-        build_dataset(killed)
-    report = fill(killed, batch_size=2)
-    assert 0 < report.counts["made by this run"] < 12  # what was placed stays
-    assert contents(killed) == contents(whole)
+    assert 0 < fill(tree, batch_size=2).counts["made by this run"] < 12
+
+
+def killed_at_the_third_batch(tree: Path) -> None:
+    batches = itertools.count(1)
+
+    def maps(images):
+        if next(batches) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return brightness(images)
+
+    fill(tree, Predictor(maps, 32, "plain"), batch_size=2)
 
 
 def test_real_gaze_is_kept(tree, study, tmp_path):
@@ -149,13 +178,12 @@ def test_real_gaze_is_kept(tree, study, tmp_path):
     assert (tree / INDEX).exists()
 
 
-def test_an_unreadable_image_is_left_out_told_and_made_later(tree):
+def test_an_unreadable_image_is_left_out_and_made_later(tree):
     image = tree / "files" / json.loads((tree / "images.json").read_text())[4]["image_path"]
     whole = image.read_bytes()
     image.write_bytes(whole[: len(whole) // 2])
     report = fill(tree)
-    assert len(report.faults) == 1 and str(image) in report.faults[0].detail
-    assert report.counts["entries"] == 11
+    assert [str(image) in fault.detail for fault in report.faults] == [True] and report.counts["entries"] == 11
     image.write_bytes(whole)
     report = fill(tree)
     assert not report.faults and report.counts["entries"] == 12 and report.counts["made by this run"] == 1
@@ -174,75 +202,65 @@ def test_another_predictor_is_refused_or_replaces_all(tree):
     assert all(after[name] != before[name] for name in before if name.startswith("attention"))
 
 
-def test_a_changed_image_is_predicted_anew(study, tmp_path):
+@pytest.mark.parametrize("place", ["film", "tree"])
+def test_a_changed_image_is_predicted_anew(study, tmp_path, place):
     images, tree = shutil.copytree(study.images, tmp_path / "mimic"), tmp_path / "tree"
     prepare_mimic(images, None, tree, views=("all",), size=64)
     fill(tree)
-    changed = next(images.rglob("*.jpg"))
-    write_gray(changed, 255 - read_gray(changed))
-    prepare_mimic(images, None, tree, views=("all",), size=64)
-    report = fill(tree)
-    assert report.counts["made by this run"] == 1 and report.counts["entries"] == 12
-
-
-def test_an_image_of_the_tree_that_is_changed_in_place_is_predicted_anew(tree):
-    fill(tree)
-    changed = tree / "files" / json.loads((tree / "images.json").read_text())[4]["image_path"]
-    write_gray(changed, 255 - read_gray(changed))
+    entry = json.loads((tree / "images.json").read_text())[4]
+    changed = tree / "files" / entry["image_path"]
+    if place == "tree":
+        write_gray(changed, 255 - read_gray(changed))
+    else:
+        film = next(images.rglob(f"{entry['dicom_id']}.jpg"))
+        write_gray(film, 255 - read_gray(film))
+        prepare_mimic(images, None, tree, views=("all",), size=64)
     assert fill(tree).counts["made by this run"] == 1
     maps = resize_density(brightness(resize_whole(read_gray(changed), 32)[None]), read_gray(changed).shape)
     stored = read_gray(tree / "attention" / changed.relative_to(tree / "files").with_suffix(".png"))
     assert np.array_equal(stored, heatmap_to_uint8(maps[0].numpy()))
 
 
-def test_other_trees_are_refused(tree, study, tmp_path):
-    with pytest.raises(UserError, match="no images.json in it"):
-        fill(tmp_path)
-    reflacx = tmp_path / "reflacx"
-    prepare(raw=study.raw, images=study.images, out=reflacx, size=64)
-    with pytest.raises(UserError, match="no images.json in it"):
-        fill(reflacx)
-    heatmaps = tmp_path / "heatmaps"
-    rng = np.random.default_rng(0)
-    for entry in json.loads((tree / "images.json").read_text()):
-        heatmaps.mkdir(exist_ok=True)
-        write_gray(heatmaps / f"{entry['dicom_id']}.png", smooth(rng, 40, 30))
-    foreign = tmp_path / "foreign"
-    prepare_mimic(study.images, heatmaps, foreign, views=("all",), size=64)
-    before = contents(foreign)
-    with pytest.raises(UserError, match="has heatmaps of its own"):
-        fill(foreign)
-    assert contents(foreign) == before
+def test_trees_with_heatmaps_are_refused(study, tmp_path):
+    prepare(raw=study.raw, images=study.images, out=tmp_path / "reflacx", size=64)
+    predict_files(study.images, tmp_path / "loose", PLAIN)
+    report = prepare_mimic(study.images, tmp_path / "loose", tmp_path / "mimic", views=("all",), size=32)
+    assert report.counts["entries"] == len(study.truth) and not report.faults  # heatmaps of loose files make a tree
+    for root in (tmp_path / "reflacx", tmp_path / "mimic", tmp_path):
+        before = contents(root)
+        with pytest.raises(UserError, match="no images.json in it"):
+            fill(root)
+        assert contents(root) == before
 
 
-def test_loose_files(study, tmp_path):
+def test_loose_files(tmp_path):
     images, out = tmp_path / "films", tmp_path / "out"
     (images / "a b").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
     rng = np.random.default_rng(0)
     write_gray(images / "one.png", smooth(rng, 50, 70))
     write_gray(images / "a b" / "two.jpg", smooth(rng, 64, 33))
-    report = predict_files(images, out, PLAIN, workers=1)
-    assert report.counts["heatmaps"] == 2
+    assert predict_files(images, out, PLAIN).counts["entries"] == 2
     assert read_gray(out / "one.png").shape == (50, 70) and read_gray(out / "a b" / "two.png").shape == (64, 33)
     assert predict_files(images, out, PLAIN).counts["made by this run"] == 0
     write_gray(images / "one.jpg", smooth(rng, 50, 70))
+    write_gray(images / "a*b.png", smooth(rng, 50, 70))
     (images / "broken.png").write_bytes(b"no image")
+    before = read_gray(out / "one.png")
     report = predict_files(images, out, PLAIN)
-    assert sorted(fault.reason for fault in report.faults) == ["name taken", "unreadable"]
-    assert report.counts["heatmaps"] == 2
-    with pytest.raises(UserError, match="no such directory"):
-        predict_files(images / "none", out, PLAIN)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no .png"):
-        predict_files(tmp_path / "empty", tmp_path / "out2", PLAIN)
+    assert sorted(fault.reason for fault in report.faults) == ["name taken", "unreadable", "unusable name"]
+    assert report.counts["entries"] == 2
+    assert np.array_equal(read_gray(out / "one.png"), before) == (report.counts["made by this run"] == 0)
+    for name, message in (("none", "no such directory"), ("../empty", r"no .png")):
+        with pytest.raises(UserError, match=message):
+            predict_files(images / name, tmp_path / "out2", PLAIN)
 
 
 def test_the_contrast_of_loose_dicom_files_decides_their_heatmaps(tmp_path):
     dicom = make_study(tmp_path / "raw", n_images=1, size=64, image_format="dcm", shared_images=0).images
     made = {}
     for contrast in CONTRASTS:
-        report = predict_files(dicom, tmp_path / contrast, PLAIN, dicom_contrast=contrast)
-        assert report.counts["heatmaps"] == 1
+        predict_files(dicom, tmp_path / contrast, PLAIN, dicom_contrast=contrast)
         made[contrast] = next((tmp_path / contrast).rglob("*.png")).read_bytes()
     predict_files(dicom, tmp_path / "default", PLAIN)
     assert next((tmp_path / "default").rglob("*.png")).read_bytes() == made["mimic-cxr-jpg"] != made["window"]
@@ -250,12 +268,6 @@ def test_the_contrast_of_loose_dicom_files_decides_their_heatmaps(tmp_path):
     with pytest.raises(UserError, match="dicom_contrast window there, dicom_contrast minmax asked for"):
         predict_files(dicom, tmp_path / "window", PLAIN, dicom_contrast="minmax")
     assert contents(tmp_path / "window") == before
-
-
-def test_loose_heatmaps_make_a_tree(study, tmp_path):
-    predict_files(study.images, tmp_path / "loose", PLAIN)
-    report = prepare_mimic(study.images, tmp_path / "loose", tmp_path / "out", views=("all",), size=32)
-    assert report.counts["entries"] == len(study.truth) and not report.faults
 
 
 def test_predictions_are_not_taken_for_real_gaze(tree, images_only, tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from datasets.prepare.mimic import prepare_mimic
 from gaze.model import GazeNet
-from util.checkpoint import FORMAT, save_checkpoint
+from util.checkpoint import FORMAT, KEYS, save_checkpoint
 from util.errors import UserError
 from util.images import read_gray
 
@@ -28,19 +28,8 @@ def weights(tmp_path_factory):
     model = GazeNet("test_resnet", input_size=64, width=16)
     torch.nn.init.normal_(model.out.weight)
     path = tmp_path_factory.mktemp("gaze") / "best.pth"
-    state = {
-        "model": model.state_dict(),
-        "config": model.config,
-        "args": {},
-        "optimizer": {},
-        "scaler": {},
-        "epoch": 0,
-        "step": 0,
-        "meters": {},
-        "world_size": 1,
-        "dataset_size": 1,
-        "format": FORMAT,
-    }
+    about = {"config": model.config, "seen": [], "encoder_seen": [], "format": FORMAT}
+    state = {key: {} for key in KEYS} | {"model": model.state_dict()} | about
     save_checkpoint(state, path)
     return path
 
@@ -50,18 +39,16 @@ def run(*arguments) -> int:
 
 
 def test_shards_of_the_command_give_the_same_bytes(study, weights, tmp_path, capsys):
-    whole = tmp_path / "whole"
+    trees = whole, parts = tmp_path / "whole", tmp_path / "parts"
     prepare_mimic(study.images, None, whole, views=("all",), size=64)
-    parts = shutil.copytree(whole, tmp_path / "parts")
+    shutil.copytree(whole, parts)
     assert run("--weights", weights, "--tree", whole) == 0
     assert f"{whole} is ready" in capsys.readouterr().out
-    for number in (1, 0, 2):
-        assert run("--weights", weights, "--tree", parts, "--shard", f"{number}/3") == 0
-    assert run("--weights", weights, "--tree", parts) == 0
-    names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
-    assert len([name for name in names if name.parts[0] == "attention"]) == 12
-    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
-    assert len({(whole / name).read_bytes() for name in names if name.parts[0] == "attention"}) == 12
+    for shard in (["--shard", "1/2"], ["--shard", "0/2"], []):
+        assert run("--weights", weights, "--tree", parts, *shard) == 0
+    one, other = ({p.relative_to(t): p.read_bytes() for p in t.rglob("*") if p.is_file()} for t in trees)
+    assert one == other
+    assert len({content for name, content in one.items() if name.parts[0] == "attention"}) == 12
 
 
 def test_loose_dicom_files(study, weights, tmp_path):

@@ -11,7 +11,9 @@ from util.errors import UserError
 COLUMNS = ["weights", "dataset", "method", "fraction", "seed", "label", "auc", "low", "high", "n", "n_positive"]
 
 
-def results(path, dataset, fractions=(0.1, 1.0), measure="auc", names=("ours", "random"), study="a", published=False):
+def results(
+    path, dataset, fractions=(0.1, 1.0), measure="auc", names=("ours", "random"), study="a", published=False, note=""
+):
     rng = np.random.default_rng(len(dataset))
     rows = [
         [name, dataset, "linear", fraction, seed, label, rng.uniform(0.5, 0.9), 0.4, 0.95, 120, 30]
@@ -21,7 +23,7 @@ def results(path, dataset, fractions=(0.1, 1.0), measure="auc", names=("ours", "
         for label in ("Pneumonia", "mean")
     ]
     table = pd.DataFrame(rows, columns=COLUMNS).rename(columns={"auc": measure})
-    table = table.assign(study=study, as_published=published)
+    table = table.assign(study=study, as_published=published, note=note)
     path.mkdir(parents=True)
     table.to_csv(path / "results.csv", index=False)
     return path / "results.csv", table
@@ -46,12 +48,14 @@ def test_table_and_picture(tmp_path):
 
 
 def test_runs_of_other_images_parts_or_labels_have_columns_of_their_own(tmp_path):
+    note = "warning: 3 of 120 test subjects were in the pretraining of ours"
     files = [
-        results(tmp_path / name, "rsna", names=[weights], study=study)[0]
+        results(tmp_path / name, "rsna", names=[weights], study=study, note=note * (weights == "ours"))[0]
         for name, weights, study in (("a", "ours", "1"), ("b", "ours", "2"), ("c", "random", "1"))
     ]
     assert summarize_results.main([*map(str, files), "--out", str(tmp_path)]) == 0
     lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line for line in lines if note in line] == [f"Rsna linear, {file}: {note}." for file in files[:2]]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert head[2:] == [f"rsna linear, {file}" for file in files[:2]]
     assert [row[0] for row in rows if row[3]] == ["ours", "ours"] and all(row[2] for row in rows) and len(rows) == 4

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -118,46 +116,27 @@ def made_up_results(n: int, fractions: list[float]) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("fractions", [[0.01, 1.0], [1.0]], ids=["over fractions", "one fraction"])
-def test_many_encoders_are_named_from_the_best_on_and_no_name_hides_another(fractions):
+@pytest.mark.parametrize("summary", [False, True])
+def test_the_legend_names_each_of_many_encoders(fractions, summary):
     table = made_up_results(25, fractions)
-    figure = results_figure(table, ["title"])
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    (axes,) = figure.axes
-    texts = axes.texts if len(fractions) > 1 else axes.get_yticklabels()
-    final = table[(table["fraction"] == 1) & (table["label"] == MEAN)].groupby("weights")["auc"].mean()
-    wanted = final.sort_values(ascending=False).index
-    assert [text.get_text().replace("\n", " ").partition("_")[2] for text in texts] == [
-        name[1:].replace("$", r"\$") for name in wanted
-    ]
-    boxes = [Text.get_window_extent(text) for text in texts]  # without its line
-    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
-    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
-    styles = {(line.get_color(), line.get_linestyle()) for line in axes.lines if len(line.get_xdata()) > 1}
-    assert len(styles) >= (25 if len(fractions) > 1 else 1)
-
-
-def test_models_of_other_shares_of_labels_end_where_theirs_is():
-    """As --method evaluate judges them."""
-    table = made_up_results(2, [0.1, 1.0])
-    first, second = table["weights"].unique()
-    table = table[(table["weights"] == first) == (table["fraction"] == 1)]
-    (axes,) = results_figure(table, ["title"]).axes
-    for text in axes.texts:
-        (name,) = (name for name in (first, second) if name[9:13] in text.get_text())
-        own = table[(table["weights"] == name) & (table["label"] == MEAN)]
-        assert text.get_text().startswith(f"{own['auc'].mean():.3f}")
-        assert text.xy[0] == 100 * own["fraction"].iloc[0]
-    assert len(axes.texts) == 2
-
-
-def test_the_summary_of_many_encoders_names_each_and_tells_what_its_bars_are():
-    table = made_up_results(25, [0.1, 1.0])
     means = table[table["label"] == MEAN].assign(measure="auc", value=table["auc"], run="x linear")
-    figure = summary_figure(means)
+    figure = summary_figure(means) if summary else results_figure(table, ["title"])
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
-    assert len(legend.get_texts()) == 25
+    texts = [text.get_text().replace("\n", " ").partition("_")[2] for text in legend.get_texts()]
+    assert texts == [name[1:].replace("$", r"\$") for name in table["weights"].unique()]
     box = legend.get_window_extent()
     assert box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1
-    assert "bars: ± one standard deviation over seeds" in figure.axes[0].get_xlabel()
+    styles = {(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}
+    assert len(styles) == 25
+
+
+def test_the_mean_over_seeds_stands_at_its_share_of_labels():
+    table = made_up_results(2, [0.1, 1.0])
+    (axes,) = results_figure(table, ["title"]).axes
+    for name, bars in zip(table["weights"].unique(), axes.containers, strict=True):
+        own = table[(table["weights"] == name) & (table["label"] == MEAN)].groupby("fraction")["auc"]
+        np.testing.assert_allclose(bars.lines[0].get_ydata().astype(float), own.mean())
+        np.testing.assert_allclose(bars.lines[0].get_xdata().astype(float), [10, 100], rtol=0.1)
+        ends = np.array([segment[:, 1] for segment in bars.lines[2][0].get_segments()])
+        np.testing.assert_allclose(ends, np.stack([own.mean() - own.std(), own.mean() + own.std()], 1))

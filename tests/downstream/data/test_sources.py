@@ -13,8 +13,11 @@ import prepare_reflacx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phantom_chexpert import make_chexpert
 from sklearn.model_selection import train_test_split
 
+from datasets.phantom.labelled import Chests
+from datasets.phantom.reflacx import make_study
 from downstream.data import DATASETS, read_dataset
 from downstream.data.folder import Folder
 from downstream.data.labelled import (
@@ -23,14 +26,13 @@ from downstream.data.labelled import (
     TRAIN,
     VALID,
     LabelledImages,
-    check_classes,
+    check_labels,
     files_digest,
     sample_fraction,
     split_table,
     write_split,
 )
 from downstream.data.splits import split_by_subject
-from datasets.phantom.reflacx import make_study
 from util.errors import UserError
 
 
@@ -54,6 +56,15 @@ def refused(*args, **choices) -> str:
     return str(caught.value)
 
 
+def read(name: str, root: Path, **choices) -> LabelledImages:
+    return read_dataset(name, root, need_images=False, **choices)
+
+
+def from_csv(root: Path, *lines: str, **choices) -> LabelledImages:
+    write(root / "t.csv", *lines)
+    return read("csv", root, **choices)
+
+
 @pytest.fixture
 def rsna(tmp_path) -> Path:
     rows = [f"p{i:02d},,,,,{i % 2}" for i in range(40)] + ["p01,5,5,9,9,1"]
@@ -73,6 +84,11 @@ def nih(tmp_path) -> Path:
 
 
 @pytest.fixture
+def chexpert(tmp_path) -> Path:
+    return make_chexpert(tmp_path, Chests(n_images=48, size=(16, 16))).raw
+
+
+@pytest.fixture
 def table(tmp_path) -> Path:
     rows = [f"{i}.png,{i % 2},{'' if i % 5 == 4 else (i // 2) % 2},s{i // 2}" for i in range(40)]
     return write(tmp_path / "labels.csv", "path,A,B,subject_id", *rows)
@@ -81,12 +97,12 @@ def table(tmp_path) -> Path:
 # ---------------------------------------------------------------- where images are
 
 
-def test_ids_are_found_nested_flat_and_with_any_suffix(rsna):
+def test_ids_are_found_nested_flat_with_any_suffix_and_in_a_circle_of_links(rsna):
     touch(rsna, *(f"stage_2_train_images/p{i:02d}.dcm" for i in range(20)))
     touch(rsna, *(f"elsewhere/deeper/p{i:02d}.PNG" for i in range(20, 40)), ".cache/p00.dcm", "__MACOSX/p01.dcm")
+    (rsna / "elsewhere/again").symlink_to(rsna)
     images = read_dataset("rsna", rsna)
-    assert len(images) == 40 and all(file.is_file() for file in images.files)
-    assert all(file.stem == name for file, name in zip(images.files, images.ids, strict=True))
+    assert len(images) == 40 and [file.stem for file in images.files] == images.ids
 
 
 def test_chestxray14_in_its_twelve_folders_is_found(nih):
@@ -94,90 +110,60 @@ def test_chestxray14_in_its_twelve_folders_is_found(nih):
     touch(nih, *(f"images_{1 + i // 7:03d}/images/{name}" for i, name in enumerate(names)))
     images = read_dataset("nih", nih)
     assert [file.name for file in images.files] == images.ids
-    official = set((nih / "test_list.txt").read_text().split())
-    assert {images.ids[i] for i in images.indices(TEST)} == official
+    assert {images.ids[i] for i in images.indices(TEST)} == set((nih / "test_list.txt").read_text().split())
     assert len(set(images.subjects[images.indices(VALID)])) == 2  # an eighth of 16 patients
     assert images.strong_augmentation and not images.notes
 
 
-def chexpert(root: Path, prefix: str = "CheXpert-v1.0-small/") -> None:
-    header = (
-        "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,"
-        "Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,"
-        "Fracture,Support Devices"
-    )
-    cells = ["", "0.0", "1.0", "-1.0"]
-    for part, patients in (("train", range(1, 25)), ("valid", range(100, 104))):
-        rows = [
-            f"{prefix}{part}/patient{p:05d}/study{s}/view{v}_{'frontal' if v == 1 else 'lateral'}.jpg,F,50,"
-            f"{'Frontal' if v == 1 else 'Lateral'},AP," + ",".join(cells[(p + k) % 4] for k in range(14))
-            for p in patients
-            for s in (1, 2)
-            for v in (1, 2)
-        ]
-        write(root / f"{part}.csv", header, *rows)
-        touch(root, *(row.partition(",")[0].removeprefix(prefix) for row in rows))
-
-
-@pytest.mark.parametrize("prefix", ["CheXpert-v1.0-small/", "CheXpert-v1.0/", "", "a/b/c/"])
-def test_chexpert_is_found_whatever_the_root_is_called(tmp_path, prefix):
-    root = tmp_path / "my copy of it"
-    chexpert(root, prefix)
-    images = read_dataset("chexpert", root)
-    assert len(images) == 48 + 8
+@pytest.mark.parametrize("prefix", ["CheXpert-v1.0/", "", "a/b/c/"])
+def test_chexpert_is_found_whatever_the_root_is_called(chexpert, prefix):
+    for path in chexpert.glob("*.csv"):
+        path.write_text(path.read_text().replace("CheXpert-v1.0-small/", prefix))
+    images = read_dataset("chexpert", chexpert)
     for file, name, part in zip(images.files, images.ids, images.parts, strict=True):
-        assert file == root / name and name.endswith("view1_frontal.jpg")
+        assert file == chexpert / name and name.endswith("view1_frontal.jpg")
         assert name.startswith("valid/" if part == TEST else "train/")
-    assert len(set(images.ids)) == len(images)
 
 
-def test_uncertain_and_empty_cells_of_chexpert(tmp_path):
-    chexpert(tmp_path)
-    raw = pd.concat(pd.read_csv(tmp_path / f"{part}.csv") for part in ("train", "valid"))
-    raw = raw[raw["Frontal/Lateral"] == "Frontal"].set_index("Path")
-    rules = {
-        "published": ({"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1}, None),
-        "zeros": ({}, "zeros"),
-        "ones": (dict.fromkeys(raw, 1), "ignore"),
-        "ignore": (dict.fromkeys(raw, np.nan), None),
-    }
-    for uncertain, (value_of, empty) in rules.items():
-        images = read_dataset("chexpert", tmp_path, uncertain=uncertain, empty=empty)
-        for i, name in enumerate(images.ids):
-            row = raw.loc[f"CheXpert-v1.0-small/{name}"]
-            for k, label in enumerate(images.label_names):
-                expected = row[label]
-                if expected == -1:
-                    expected = value_of.get(label, 0)
-                elif np.isnan(expected):
-                    expected = np.nan if empty == "ignore" else 0
-                assert np.array_equal(images.labels[i, k], np.float32(expected), equal_nan=True)
+@pytest.mark.parametrize(
+    ("uncertain", "value_of", "empty"),
+    [
+        ("published", {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1}, None),
+        ("zeros", {}, "zeros"),
+        (
+            "ones",
+            dict.fromkeys(("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"), 1),
+            "ignore",
+        ),
+    ],
+)
+def test_uncertain_and_empty_cells_of_chexpert(chexpert, uncertain, value_of, empty):
+    raw = pd.concat(pd.read_csv(chexpert / f"{part}.csv") for part in ("train", "valid")).set_index("Path")
+    images = read("chexpert", chexpert, uncertain=uncertain, empty=empty)
+    for i, name in enumerate(images.ids):
+        for label, found in zip(images.label_names, images.labels[i], strict=True):
+            cell = raw.loc[f"CheXpert-v1.0-small/{name}", label]
+            expected = {-1: value_of.get(label, 0), 0: 0, 1: 1}.get(cell, np.nan if empty == "ignore" else 0)
+            assert np.array_equal(found, np.float32(expected), equal_nan=True)
 
 
-def test_the_published_draw_of_chexpert_says_that_patients_are_shared(tmp_path):
-    chexpert(tmp_path)
-    images = read_dataset("chexpert", tmp_path, split="published")
+def test_the_published_draw_of_chexpert_says_that_patients_are_shared(chexpert):
+    images = read("chexpert", chexpert, split="published")
     shared = set(images.subjects[images.indices(TRAIN)]) & set(images.subjects[images.indices(VALID)])
-    assert shared and any(f"{len(shared)} patients are in train and in valid" in note for note in images.notes)
-    assert not read_dataset("chexpert", tmp_path).shared_subjects
-    (tmp_path / "valid.csv").unlink()
-    assert "valid.csv" in refused("chexpert", tmp_path) and "--split subject" in refused("chexpert", tmp_path)
-    assert set(read_dataset("chexpert", tmp_path, split="subject").parts) == set(PARTS)
+    assert shared and any(f"{len(shared)} patients are in two parts" in note for note in images.notes)
+    assert not read("chexpert", chexpert).shared_subjects
+    (chexpert / "valid.csv").unlink()
+    assert "--split subject" in refused("chexpert", chexpert)
+    assert set(read("chexpert", chexpert, split="subject").parts) == set(PARTS)
 
 
 def test_an_image_that_could_be_two_files_is_asked_about(rsna):
-    touch(rsna, *(f"images/p{i:02d}.png" for i in range(40)))
+    touch(rsna, *(f"images/p{i:02d}.png" for i in range(40)), "dicom/p08.dcm")
     write(rsna / "masks/p07.png", "something longer")
     message = refused("rsna", rsna)
     assert "images/p07.png" in message and "masks/p07.png" in message and "--images" in message
     assert len(read_dataset("rsna", rsna, images=rsna / "images")) == 40
-    (rsna / "masks/p07.png").write_bytes((rsna / "images/p07.png").read_bytes())  # a copy is no question
-    same_size = bytearray((rsna / "images/p07.png").read_bytes())
-    same_size[0] ^= 1
-    (rsna / "masks/p07.png").write_bytes(same_size)
-    assert "masks/p07.png" in refused("rsna", rsna)
-    (rsna / "masks/p07.png").write_bytes((rsna / "images/p07.png").read_bytes())
-    touch(rsna, "dicom/p08.dcm")
+    shutil.copy(rsna / "images/p07.png", rsna / "masks/p07.png")  # a copy is no question
     images = read_dataset("rsna", rsna)
     assert images.files[images.ids.index("p08")].suffix == ".png"
     assert any("2 images are there more than once" in note for note in images.notes)
@@ -187,51 +173,67 @@ def test_missing_images_are_named_and_may_be_skipped(nih):
     names = list(pd.read_csv(nih / "Data_Entry_2017.csv")["Image Index"])
     touch(nih, *(f"images/{name}" for name in names[4:]))
     message = refused("nih", nih)
-    assert "4 of 40 images are not there" in message and "36 image files are below" in message
-    assert "--skip_missing" in message
-    whole = read_dataset("nih", nih, need_images=False)
-    images = read_dataset("nih", nih, skip_missing=True)
+    assert "4 of 40 images are missing" in message and "36 image files are below" in message
+    whole, images = read("nih", nih), read_dataset("nih", nih, skip_missing=True)
     # The split of the others is that of the whole.
-    assert dict(zip(images.ids, images.parts)) == {
-        name: part for name, part in zip(whole.ids, whole.parts) if name not in names[:4]
-    }
-    assert any("4 of 40 images are not there and left out" in note for note in images.notes)
+    parts = {name: part for name, part in zip(whole.ids, whole.parts) if name not in names[:4]}
+    assert dict(zip(images.ids, images.parts)) == parts
+    assert sum(images.tallies["missing images"].values()) == 4
     assert "no image" in refused("nih", nih, images=write(nih / "empty/a.txt", "").parent, skip_missing=True)
 
 
-def test_a_path_is_never_matched_by_its_name_alone(tmp_path):
-    rows = [f"{part}/{i}.png,{i % 2}" for part in ("train", "test") for i in range(5)]
-    path = write(tmp_path / "labels.csv", "path,labels", *rows)
-    touch(tmp_path, *(f"train/{i}.png" for i in range(5)), *(f"test/{i}.png" for i in range(1, 5)))
-    assert "1 of 10 images are not there, e.g. 'test/0.png'" in refused("csv", tmp_path, split="folds")
-    touch(tmp_path, "test/0.png")
-    images = read_dataset("csv", tmp_path, split="folds")
-    assert [file.relative_to(tmp_path).as_posix() for file in images.files] == images.ids
-    absolute = [f"{tmp_path}/{row}" for row in rows]
-    write(path, "path,labels", *absolute)
-    assert read_dataset("csv", tmp_path, split="folds").files == images.files
+@pytest.mark.parametrize(
+    ("names", "there", "missing"),
+    [
+        # another folder that the table never names, with the same folder in it or without
+        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/2.png"], ["images/2.png"]),
+        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/images/2.png"], ["images/2.png"]),
+        (["images/1.png", "images/2.png"], ["rejected/1.png", "rejected/2.png"], ["images/1.png", "images/2.png"]),
+        (["x/train/p1/1.png", "x/train/p2/1.png"], ["train/p1/1.png", "no/p2/1.png"], ["x/train/p2/1.png"]),
+        (["train/1.png", "test/2.png"], ["other/train/2.png"], ["train/1.png", "test/2.png"]),
+        (["root/a/1.png", "root/b/3.png"], ["a/1.png", "a/3.png"], ["root/b/3.png"]),
+        (["train/0.png", "test/0.png"], ["train/0.png"], ["test/0.png"]),
+        # the root may be the folder, or have another name than the paths begin with
+        (["images/1.png", "images/2.png"], ["1.png", "2.png"], []),
+        (["x/images/1.png", "x/images/2.png"], ["y/z/images/1.png", "y/z/images/2.png"], []),
+        # CheXpert as its site gives it: parts whose folders are in no path
+        (
+            ["x/train/p1/1.png", "x/train/p2/1.png", "x/valid/p3/1.png"],
+            ["a/p1/1.png", "b/p2/1.png", "valid/p3/1.png"],
+            [],
+        ),
+        # names that differ in their suffix alone are two images
+        (["1.png", "1.jpg", "b\\2.png", "./3.png"], ["x/1.png", "x/1.jpg", "b/2.png", "3.png"], []),
+    ],
+)
+def test_a_path_is_matched_by_the_folder_that_it_names_or_is_missing(tmp_path, names, there, missing):
+    touch(tmp_path, *there)
+    files = Folder(tmp_path).images(names, [])
+    assert [name for name, file in zip(names, files, strict=True) if file is None] == missing
+    found = {file for file in files if file}
+    assert len(found) == len(names) - len(missing)
+    assert all(file.name == Path(name.replace("\\", "/")).name for name, file in zip(names, files) if file)
+    absolute = [str(file) for file in found]
+    assert Folder(tmp_path).images([*absolute, f"{tmp_path}/none.png"], []) == [*map(Path, absolute), None]
 
 
-def test_names_that_differ_in_their_suffix_alone_are_two_images(tmp_path):
-    write(tmp_path / "labels.csv", "path,labels", "1.png,1", "1.jpg,0", "b\\2.png,1", "./3.png,0")
-    touch(tmp_path, "x/1.png", "x/1.jpg", "b/2.png", "3.png")
-    images = read_dataset("csv", tmp_path, split="folds")
-    found = [file.relative_to(tmp_path).as_posix() for file in images.files]
-    assert found == ["x/1.png", "x/1.jpg", "b/2.png", "3.png"]
-
-
-def test_a_circle_of_links_ends(rsna):
-    touch(rsna, *(f"images/p{i:02d}.png" for i in range(40)))
-    (rsna / "images/again").symlink_to(rsna)
-    assert len(read_dataset("rsna", rsna)) == 40
-    assert len([file for file in Folder(rsna).files if file.endswith("p00.png")]) <= 2
+@pytest.mark.parametrize("again", ["same", "./a.png", "symbolic link", "hard link"])
+def test_one_file_under_two_ids_is_refused(tmp_path, again):
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    name = {"same": f"{tmp_path}/a.png", "./a.png": again}.get(again, "d.png")
+    if again == "symbolic link":
+        (tmp_path / "d.png").symlink_to("a.png")
+    elif again == "hard link":
+        (tmp_path / "d.png").hardlink_to(tmp_path / "a.png")
+    write(tmp_path / "t.csv", "path,sick", "a.png,1", "b.png,0", f"{name},1", "c.png,1")
+    assert "are the same file" in refused("csv", tmp_path, label_columns=["sick"])
 
 
 # ---------------------------------------------------------------- splits
 
 
 def test_rsna_is_sorted_and_split_by_the_published_calls(rsna):
-    images = read_dataset("rsna", rsna, need_images=False)
+    images = read("rsna", rsna)
     frame = pd.DataFrame({"id": sorted(set(images.ids))})
     train, rest = train_test_split(frame, test_size=0.3, random_state=0)
     test, valid = train_test_split(rest, test_size=0.5, random_state=0)
@@ -239,9 +241,10 @@ def test_rsna_is_sorted_and_split_by_the_published_calls(rsna):
         assert [images.ids[i] for i in images.indices(part)] == list(expected["id"])
     fraction = train.sample(frac=0.5, random_state=42)["id"]
     assert [images.ids[i] for i in sample_fraction(images.indices(TRAIN), 0.5)] == list(fraction)
-    for bad in (0, -1, 1.5, 0.001, float("nan")):
-        with pytest.raises(UserError, match="--fractions"):
-            sample_fraction(images.indices(TRAIN), bad)
+    with pytest.raises(UserError, match="--fractions"):
+        sample_fraction(images.indices(TRAIN), 0.001)
+    for split, parts in (("folds", {""}), ("test", {TEST})):
+        assert set(read("rsna", rsna, split=split).parts) == parts
 
 
 @given(st.lists(st.integers(0, 30), min_size=6, max_size=80), st.integers(0, 99))
@@ -256,53 +259,37 @@ def test_a_split_by_subject_never_shares_one_and_ignores_the_order(numbers, seed
     assert set(parts) == set(PARTS)
     part_of = dict(zip(subjects, parts))
     assert all(part_of[s] == p for s, p in zip(subjects, parts))
-    again = split_by_subject("made up", subjects[::-1], seed)
-    assert np.array_equal(again, parts[::-1])
-
-
-def test_folds_and_test_give_no_parts_and_one(rsna):
-    assert set(read_dataset("rsna", rsna, need_images=False, split="folds").parts) == {""}
-    assert set(read_dataset("rsna", rsna, need_images=False, split="test").parts) == {TEST}
+    assert np.array_equal(split_by_subject("made up", subjects[::-1], seed), parts[::-1])
 
 
 def test_official_lists_must_be_whole_and_apart(nih):
-    lists = nih / "train_val_list.txt", nih / "test_list.txt"
-    name = lists[1].read_text().split()[0]
-    lists[0].write_text(lists[0].read_text() + name + "\n")
-    assert name in refused("nih", nih, need_images=False) and "train_val_list" in refused("nih", nih)
-    lists[0].unlink()
-    assert "train_val_list.txt is missing" in refused("nih", nih, need_images=False)
-    lists[1].unlink()
-    images = read_dataset("nih", nih, need_images=False)
-    assert any("warning" in note and "official split" in note for note in images.notes)
-    assert "--split published" in refused("nih", nih, need_images=False, split="published")
-
-
-def test_a_patient_in_two_official_lists_is_named(nih):
-    names = list(pd.read_csv(nih / "Data_Entry_2017.csv")["Image Index"])
-    write(nih / "train_val_list.txt", *names[:31])
-    write(nih / "test_list.txt", *names[31:])
-    message = refused("nih", nih, need_images=False)
-    assert "subject '15' has images in test and" in message and "--split subject" in message
+    train, test = nih / "train_val_list.txt", nih / "test_list.txt"
+    before, name = train.read_text(), test.read_text().split()[0]
+    train.write_text(f"{before}{name}\n")
+    assert name in (message := refused("nih", nih)) and "in the list of train too" in message
+    test.write_text(test.read_text().replace(f"{name}\n", ""))
+    assert "subject '16' has images in test and" in (message := refused("nih", nih, need_images=False)) and "--split subject" in message
+    train.unlink()
+    assert "train_val_list.txt is missing" in refused("nih", nih)
+    test.unlink()
+    assert any("warning" in note and "official split" in note for note in read("nih", nih).notes)
+    assert "--split published" in refused("nih", nih, split="published")
 
 
 def test_covidx_splits_patients_not_images_and_offers_the_published(tmp_path):
     rows = [f"{i // 3} file {i}.png {'COVID-19' if i % 2 else 'normal'} src" for i in range(60)]
     write(tmp_path / "train.txt", *rows)
     write(tmp_path / "test.txt", "900 a.png normal src", "901 b.jpg COVID-19 src", "0 c.jpg pneumonia other")
-    touch(tmp_path, *(f"train/file {i}.png" for i in range(60)), "test/a.png", "test/b.jpg", "test/c.jpg")
-    images = read_dataset("covidx", tmp_path)
+    images = read("covidx", tmp_path)
     assert images.task == "multiclass" and images.label_names == ["COVID-19", "normal", "pneumonia"]
     assert len(images.indices(VALID)) == 12
     assert images.files[images.ids.index("train/file 7.png")].name == "file 7.png"
-    published = read_dataset("covidx", tmp_path, split="published")
+    published = read("covidx", tmp_path, split="published")
     _, drawn = train_test_split(np.arange(60), test_size=0.2, random_state=0)
     assert [published.ids[i] for i in published.indices(VALID)] == [f"train/file {i}.png" for i in drawn]
     pairs = set(zip(published.subjects, published.parts, strict=True))
     assert any(f"{len(pairs) - 23} patients are in two parts" in note for note in published.notes)
-    assert len(read_dataset("covidx", tmp_path, where=["source=src"])) == 62
-    with pytest.raises(UserError, match="'pneumonia' is absent from every training image"):
-        check_classes(images)
+    assert len(read("covidx", tmp_path, where=["source=src"])) == 62
     write(tmp_path / "test.txt", "900 a.png normal")
     assert "line 1" in refused("covidx", tmp_path)
 
@@ -320,7 +307,7 @@ def test_covidx_validates_on_its_own_list(tmp_path, release):
     for name in ("train", "test"):
         shutil.copy(tmp_path / f"labels/{name}{release}.txt", tmp_path / f"labels/{name}_COVIDx9B.txt")
     assert "name the table by --csv" in refused("covidx", tmp_path)
-    other = read_dataset("covidx", tmp_path, csv=tmp_path / "labels/train_COVIDx9B.txt")
+    other = read("covidx", tmp_path, csv=tmp_path / "labels/train_COVIDx9B.txt")
     assert len(other) == 9 and len(other.indices(VALID)) == 1
     assert "expected the list that trains" in refused("covidx", tmp_path, csv=tmp_path / f"labels/test{release}.txt")
 
@@ -328,54 +315,29 @@ def test_covidx_validates_on_its_own_list(tmp_path, release):
 # ---------------------------------------------------------------- labels of a CSV
 
 
-def test_the_study_of_a_csv_is_what_the_user_says(table, tmp_path):
+def test_the_study_of_a_csv_is_what_the_user_says(table, rsna):
     """Patients 1 to N of two hospitals are different people."""
     for study, found in ((" NIH", "nih"), (None, "")):
-        options = {"need_images": False, "label_columns": ["A", "B"], "study": study}
-        assert read_dataset("csv", table.parent, **options).study == found
-    assert "--study has no effect" in refused("rsna", tmp_path, study="nih")
+        assert read("csv", rsna, csv=table, label_columns=["A", "B"], study=study).study == found
+    assert "--study has no effect" in refused("rsna", rsna, study="nih")
     # Another word for a known study would tell of no overlap with it.
-    assert "--study MIMIC-CXR: " in refused("csv", table.parent, study="MIMIC-CXR")
+    assert "--study MIMIC-CXR: " in refused("csv", rsna, study="MIMIC-CXR")
 
 
-def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"1")
-    (tmp_path / "b.png").write_bytes(b"2")
-    shutil.copystat(tmp_path / "a.png", tmp_path / "b.png")
-    part = np.array([""])
-    images = LabelledImages("x", ["a"], [tmp_path / "a.png"], np.array(["s"]), part, ["A"], np.ones((1, 1), np.float32))
-    before = files_digest(images)
-    assert files_digest(images) == before
-    (tmp_path / "b.png").replace(tmp_path / "a.png")
-    assert files_digest(images) != before
-
-
-def test_one_column_per_label_and_one_column_of_names(table):
-    images = read_dataset("csv", table.parent, need_images=False, label_columns=["A", "B"])
-    raw = pd.read_csv(table).set_index("path")
-    assert np.array_equal(images.labels, raw.loc[images.ids, ["A", "B"]].to_numpy(np.float32), equal_nan=True)
-    assert list(images.subjects) == list(raw.loc[images.ids, "subject_id"])
-    one = read_dataset("csv", table.parent, need_images=False, label_columns=["A"])
-    assert one.label_names == ["A"]  # and not "0" and "1"
-    zeros = read_dataset("csv", table.parent, need_images=False, label_columns=["A", "B"], empty="zeros")
+def test_one_column_per_label(table):
+    images = read("csv", table.parent, label_columns=["A", "B"])
+    raw = pd.read_csv(table).set_index("path").loc[images.ids]
+    assert np.array_equal(images.labels, raw[["A", "B"]].to_numpy(np.float32), equal_nan=True)
+    assert list(images.subjects) == list(raw["subject_id"])
+    zeros = read("csv", table.parent, label_columns=["A", "B"], empty="zeros")
     assert np.array_equal(zeros.labels, np.nan_to_num(images.labels))
-    joined = [f"{i}.png;{'Mass; Edema' if i % 2 else 'No Finding'};s{i}" for i in range(9)]
-    path = write(table.parent / "joined.csv", "path;labels;subject_id", *joined)
-    assert "labels.csv" in refused("csv", table.parent) and "joined.csv" in refused("csv", table.parent)
-    assert "cells" in refused("csv", table.parent, csv=path)
-    write(path, "path,labels", *(f"{i}.png,{'Mass|Edema' if i % 2 else 'No Finding'}" for i in range(9)))
-    images = read_dataset("csv", table.parent, csv=path, need_images=False)
-    assert images.label_names == ["Edema", "Mass"]
-    assert any("own subject" in note for note in images.notes)
-
-
-def test_subjects_and_headers_lose_their_blanks(table):
     lines = table.read_text().splitlines()
-    lines[0] = "path , A,B ,subject_id "
-    lines[2] += "  "
-    write(table, *lines)
-    images = read_dataset("csv", table.parent, need_images=False, label_columns=["A"])
-    assert len(set(images.subjects)) == 20
+    write(table, *lines, *lines[1:4])
+    again = read("csv", table.parent, label_columns=["A"])
+    assert again.label_names == ["A"] and len(again) == 40  # and not "0" and "1"
+    assert any("3 rows repeat" in note for note in again.notes)
+    write(table.parent / "other.csv", "path")
+    assert "labels.csv and other.csv" in refused("csv", table.parent)
 
 
 @pytest.mark.parametrize(
@@ -383,63 +345,89 @@ def test_subjects_and_headers_lose_their_blanks(table):
     [
         (7, "A", "2", "line 7, column 'A': '2' is no label"),
         (9, "A", "yes please", "line 9, column 'A': 'yes please' is no label"),
-        (5, "subject_id", "", "line 5, column 'subject_id': the cell is empty"),
-        (4, "path", "", "line 4, column 'path': the cell is empty"),
-        (3, "path", "0.png", "'0.png' stands in lines 2, 3 with different values of 'A'"),
+        (5, "subject_id", "", "line 5, column 'subject_id': '' names nothing"),
+        (5, "subject_id", "NaN", "line 5, column 'subject_id': 'NaN' names nothing"),
+        (4, "path", "", "line 4, column 'path': '' names nothing"),
+        (3, "path", "0.png", "'0.png' is in lines 2, 3 with different values of 'A'"),
     ],
 )
 def test_bad_cells_are_named_by_line_and_column(table, line, column, cell, said):
     lines = [text.split(",") for text in table.read_text().splitlines()]
     lines[line - 1][lines[0].index(column)] = cell
     write(table, *map(",".join, lines))
-    message = refused("csv", table.parent, need_images=False, label_columns=["A", "B"])
+    message = refused("csv", table.parent, label_columns=["A", "B"])
     assert said in message and str(table) in message
 
 
-def test_numbers_are_never_names_of_findings(table):
-    write(table, "path,labels", *(f"{i}.png,{['Mass', '1.0', '0'][i % 3]}" for i in range(9)))
-    message = refused("csv", table.parent, need_images=False)
-    assert "line 3, column 'labels': '1.0' is a number" in message
-    write(table, "path,labels", *(f"{i}.png,{[1.0, 0.0, -1.0, ''][i % 4]}" for i in range(9)))
-    images = read_dataset("csv", table.parent, need_images=False)
-    assert any("2 cells are uncertain (-1); rule: ignore" in note for note in images.notes)
-    assert images.label_names == ["labels"]
-    assert np.isnan(images.labels).sum() == 4
-    write(table, "path,labels", *(f"{i}.png," for i in range(9)))
-    assert np.isnan(read_dataset("csv", table.parent, need_images=False).labels).all()
+@pytest.mark.parametrize(
+    ("cells", "choices", "labels", "values", "note"),
+    [
+        (["Yes", "no", "1", "0"], {}, ["labels"], [[1], [0], [1], [0]], ""),
+        (["1.0", "0.0", "-1.0", ""], {}, ["labels"], [[1], [0], [9], [9]], "1 cells are uncertain (-1); rule: ignore"),
+        (
+            ["x|y", "", "y", "Normal"],
+            {},
+            ["x", "y"],
+            [[1, 1], [0, 0], [0, 1], [0, 0]],
+            "1 cells are empty; rule: zeros",
+        ),
+        (["x|y", "", "y", "Normal"], {"empty": "ignore"}, ["x", "y"], [[1, 1], [9, 9], [0, 1], [0, 0]], "rule: ignore"),
+        (["x;y", "X;Y", "y", "x"], {}, ["X;Y", "x", "x;y", "y"], None, "'X;Y' is taken for one finding"),
+        (["x; y", "X", "y", "x"], {"separator": ";"}, ["X", "x", "y"], None, "'X' and 'x' are taken for two"),
+    ],
+)
+def test_a_single_column_of_numbers_or_names(tmp_path, cells, choices, labels, values, note):
+    images = from_csv(tmp_path, "path,labels", *(f"{i}.png,{c}" for i, c in enumerate(cells)), split="folds", **choices)
+    assert images.label_names == labels and note in " ".join(images.notes) and "own subject" in " ".join(images.notes)
+    assert values is None or np.nan_to_num(images.labels, nan=9).tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "choices", "said"),
+    [
+        ("labels", ["Mass", "1.0", "0"], {}, "line 3, column 'labels': '1.0' is a number"),
+        ("labels", ["Mass", "", "x"], {"uncertain": "ones"}, "--uncertain: has no effect on column 'labels'"),
+        ("labels", ["Mass", "", "x"], {"empty": "ones"}, "--empty ones: has no effect on column 'labels'"),
+        ("labels", ["Mass", "", "x"], {"separator": ""}, "--separator"),
+        ("labels", ["Mass", "", "x"], {"labels": ["Cough"]}, "--labels Cough: has Mass, x"),
+        ("mean", ["1", "0", "1"], {"label_columns": ["mean"]}, "give the label another name"),
+        ("labels,split", ["x,train", "y,hold-out", "x,test"], {}, "line 3, column 'split': 'hold-out'"),
+    ],
+)
+def test_labels_and_splits_of_a_csv_that_can_not_be_are_refused(tmp_path, header, cells, choices, said):
+    write(tmp_path / "t.csv", f"path,{header}", *(f"{i}.png,{c}" for i, c in enumerate(cells)))
+    assert said in refused("csv", tmp_path, **choices)
 
 
 def test_where_keeps_rows_and_says_when_it_keeps_none(nih):
-    images = read_dataset("nih", nih, need_images=False, where=["View Position=PA"])
-    assert len(images) == 30
-    assert len(read_dataset("nih", nih, need_images=False, where=["Patient ID=3", "Patient ID=17.0"])) == 4
-    assert "keeps no row" in refused("nih", nih, need_images=False, where=["View Position=LL"])
-    assert "column 'Viewpoint' is missing" in refused("nih", nih, need_images=False, where=["Viewpoint=PA"])
-    assert "COLUMN=VALUE" in refused("nih", nih, need_images=False, where=["PA"])
+    assert len(read("nih", nih, where=["View Position=PA"])) == 30
+    assert len(read("nih", nih, where=["Patient ID=3", "Patient ID=17.0"])) == 4
+    assert "keeps no row" in refused("nih", nih, where=["View Position=LL"])
+    assert "column 'Viewpoint' is missing" in refused("nih", nih, where=["Viewpoint=PA"])
+    assert "COLUMN=VALUE" in refused("nih", nih, where=["PA"])
 
 
-def test_lists_beside_a_csv_and_a_bad_split_column_are_told(table):
+def test_a_split_column_is_used_and_a_list_beside_a_csv_is_not(table):
     write(table.parent / "test_list.txt", "0.png")
-    images = read_dataset("csv", table.parent, need_images=False, label_columns=["A"])
+    images = read("csv", table.parent, label_columns=["A"])
     assert any("test_list.txt" in note and "not used" in note for note in images.notes)
-    lines = table.read_text().splitlines()
+    head, *lines = table.read_text().splitlines()
     parts = ["train", "Val", "test"]
-    write(table, lines[0] + ",split", *(f"{text},{parts[i // 2 % 3]}" for i, text in enumerate(lines[1:])))
-    images = read_dataset("csv", table.parent, need_images=False, label_columns=["A"])
+    write(table, f"{head},split", *(f"{text},{parts[i // 2 % 3]}" for i, text in enumerate(lines)))
+    images = read("csv", table.parent, label_columns=["A"])
     assert [len(images.indices(part)) for part in PARTS] == [14, 14, 12] and not images.notes
-    write(table, lines[0] + ",split", *(f"{text},{parts[i % 3]}" for i, text in enumerate(lines[1:])))
-    assert "subject 's0' has images in train and valid" in refused(
-        "csv", table.parent, need_images=False, label_columns=["A"]
-    )
-    write(table, lines[0] + ",split", *(f"{text},hold-out" for text in lines[1:]))
-    assert "line 2, column 'split': 'hold-out'" in refused("csv", table.parent, label_columns=["A"])
+    write(table, f"{head},split", *(f"{text},{parts[i % 3]}" for i, text in enumerate(lines)))
+    assert "subject 's0' has images in train and valid" in refused("csv", table.parent, label_columns=["A"], need_images=False)
 
 
-def test_rows_that_repeat_an_image_count_once(table):
-    lines = table.read_text().splitlines()
-    write(table, *lines, *lines[1:4])
-    images = read_dataset("csv", table.parent, need_images=False, label_columns=["A"])
-    assert len(images) == 40 and any("3 rows repeat" in note for note in images.notes)
+def test_a_subject_under_two_spellings_is_one(tmp_path):
+    rows = [f"a{i}.png,{'P' if i % 2 else 'p'}{i // 2},x" for i in range(40)]
+    images = from_csv(tmp_path, "path,subject_id,labels", *rows)
+    assert len(set(images.subjects)) == 20
+    assert any("'p0' and 'P0', and 19 more such are taken for one" in note for note in images.notes)
+    rows = [f"a{i}.png,{i if i < 20 else f'{i - 20}.0'},{'train' if i < 20 else 'test'},x" for i in range(40)]
+    write(tmp_path / "t.csv", "path,subject_id,split,labels", *rows)
+    assert "subject '0' has images in test and train" in refused("csv", tmp_path, need_images=False)
 
 
 # ---------------------------------------------------------------- other tables
@@ -449,32 +437,27 @@ def test_vindr_with_and_without_its_test(tmp_path):
     names = ["No finding", "Mass", "Mass", "Edema", "Mass", "No finding"]
     rows = [f"i{i:02d},{names[(i + k) % 6]},R{k}" for i in range(24) for k in range(3)]
     write(tmp_path / "annotations_train.csv", "image_id,class_name,rad_id", *rows, rows[1])
-    images = read_dataset("vindr", tmp_path, need_images=False)
+    images = read("vindr", tmp_path)
     for i, image in enumerate(images.ids):
         own = [row.split(",")[1] for row in rows if row.startswith(image)]
         assert images.labels[i].tolist() == [own.count("Edema") >= 2, own.count("Mass") >= 2]
     write(tmp_path / "annotations_test.csv", "image_id,class_name", "t1,Mass", "t2,No finding", "t2,No finding")
-    images = read_dataset("vindr", tmp_path, need_images=False)
-    assert {images.ids[i] for i in images.indices(TEST)} == {"t1", "t2"}
+    images = read("vindr", tmp_path)
+    assert {images.ids[i] for i in images.indices(TEST)} == {"t1", "t2"} and len(images.indices(VALID)) == 3
     assert images.labels[images.ids.index("t1")].tolist() == [0, 1]
-    assert len(images.indices(VALID)) == 3
 
 
 def test_padchest_lists_are_read_as_python_and_nothing_else(tmp_path):
-    name = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
+    path = tmp_path / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
     header = "ImageID,PatientID,Projection,Labels"
-    rows = [
-        f"{i}.png,{i // 2},{'L' if i % 7 == 6 else 'PA'},\"['normal']\""
-        if i % 2
-        else f"{i}.png,{i // 2},PA,\"[' pleural effusion', 'cardiomegaly ']\""
-        for i in range(40)
-    ]
-    path = write(tmp_path / name, header, *rows, "90.png,90,PA,", "91.png,91,PA,nan")
-    images = read_dataset("padchest", tmp_path, need_images=False)
-    assert images.label_names == ["cardiomegaly", "pleural effusion"]
-    assert len(images) == 40 - 2 and "91.png" not in images.ids
+    sick = "\"[' pleural effusion', 'cardiomegaly ']\""
+    rows = [f"{i}.png,{i // 2},{'L' if i % 20 == 1 else 'PA'},{sick if i % 2 == 0 else '[]'}" for i in range(40)]
+    write(path, header, *rows, "90.png,90,PA,", "91.png,91,PA,nan")
+    images = read("padchest", tmp_path)
+    assert images.label_names == ["cardiomegaly", "pleural effusion"] and len(images) == 38
+    assert images.labels.sum() == 40 and "91.png" not in images.ids
     write(path, header, "0.png,0,PA,\"__import__('os')\"")
-    assert "line 2" in refused("padchest", tmp_path, need_images=False)
+    assert "line 2" in refused("padchest", tmp_path)
 
 
 def test_siim_header_has_a_blank_and_no_mask_is_minus_one(tmp_path):
@@ -482,52 +465,68 @@ def test_siim_header_has_a_blank_and_no_mask_is_minus_one(tmp_path):
     path = write(tmp_path / "train-rle.csv", "ImageId, EncodedPixels", *rows)
     touch(tmp_path, *(f"dicom/1.2.{i}/9.{i}/1.2.{i}.dcm" for i in range(30)))
     images = read_dataset("siim", tmp_path)
-    assert {name for name, label in zip(images.ids, images.labels[:, 0]) if label} == {
-        f"1.2.{i}" for i in range(0, 30, 3)
-    }
+    positive = {name for name, label in zip(images.ids, images.labels[:, 0]) if label}
+    assert positive == {f"1.2.{i}" for i in range(0, 30, 3)}
     assert all(file.name == f"{name}.dcm" for file, name in zip(images.files, images.ids))
     write(path, "ImageId,EncodedPixels", "1.2.3,none")
     assert "line 2, column 'EncodedPixels': 'none'" in refused("siim", tmp_path)
+
+
+def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
+    study, tree = make_study(tmp_path, 40, size=(64, 52), shared_images=4), tmp_path / "tree"
+    where = {"--raw": study.raw, "--images": study.images, "--out": tree}
+    assert prepare_reflacx.main([str(word) for pair in where.items() for word in pair]) == 0
+    images = read_dataset("tree", tree)
+    assert images.study == "mimic" and images.label_names[0] == "Any finding" and len(images) == 40
+    assert "is named twice" in refused("tree", [tree, tree / "reflacx.json"])
+    truth = {image.path.stem: image for image in study.truth}
+    shared = {image.path.stem for image in study.truth[:4]}
+    for file, subject, part, labels in zip(images.files, images.subjects, images.parts, images.labels, strict=True):
+        image = truth[file.stem]
+        assert subject == image.subject_id
+        assert part == {"train": TRAIN, "validate": VALID, "test": TEST}[image.split]
+        # one reader, always sure enough
+        assert file.stem in shared or bool(labels[0]) == bool(image.lesions)
+    folds = read_dataset("tree", [tree], split="folds", labels=["Any finding"])
+    assert set(folds.parts) == {""} and folds.label_names == ["Any finding"]
+    assert np.nansum(read_dataset("tree", tree, min_certainty=5).labels) < np.nansum(images.labels)
+    assert "--min_certainty 9" in refused("tree", tree, min_certainty=9)
+    assert "--csv has no effect" in refused("tree", tree, csv=tmp_path / "a.csv")
 
 
 # ---------------------------------------------------------------- every data set
 
 
 @pytest.mark.parametrize("name", sorted(DATASETS))
-def test_an_empty_folder_and_none_are_one_line(name, tmp_path):
+def test_an_empty_folder_and_a_damaged_table_are_one_line(name, tmp_path):
     assert str(tmp_path) in refused(name, tmp_path)
     assert "is not a directory" in refused(name, tmp_path / "nowhere")
-    if name != "tree":
-        assert "one folder" in refused(name, [tmp_path, tmp_path])
+    if name == "tree":
+        return
+    assert "one folder" in refused(name, [tmp_path, tmp_path])
+    if name != "covidx":
+        (tmp_path / "t.csv").write_bytes(b"\x00\xff\xfe broken")
+        assert "t.csv" in refused(name, tmp_path, csv=tmp_path / "t.csv")
+        write(tmp_path / "t.csv", "a,b", "1,2")
+        assert "is missing" in refused(name, tmp_path, csv=tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"covidx", "tree"}))
-def test_a_damaged_table_is_one_line(name, tmp_path):
-    (tmp_path / "t.csv").write_bytes(b"\x00\xff\xfe broken")
-    assert "t.csv" in refused(name, tmp_path, csv=tmp_path / "t.csv", need_images=False)
-    write(tmp_path / "t.csv", "a,b", "1,2")
-    assert "is missing" in refused(name, tmp_path, csv=tmp_path / "t.csv", need_images=False)
-
-
-def test_options_without_effect_are_refused(rsna):
-    assert "--image_column has no effect" in refused("rsna", rsna, image_column="patientId")
-    assert "--labels Mass: has Pneumonia" in refused("rsna", rsna, labels=["Mass"], need_images=False)
-    assert "--split_seed -1" in refused("rsna", rsna, split_seed=-1)
-    assert "--split halves" in refused("rsna", rsna, split="halves")
-    assert "--dataset mnist" in refused("mnist", rsna)
-    assert "--min_certainty 9" in refused("tree", rsna, min_certainty=9)
-
-
-def test_a_gzipped_table_is_found_too(rsna):
+def test_tables_may_be_zipped_and_are_never_guessed_between(rsna, chexpert):
     path = rsna / "stage_2_train_labels.csv"
     with gzip.open(f"{path}.gz", "wb") as file:
         file.write(path.read_bytes())
-    assert "stage_2_train_labels.csv, stage_2_train_labels.csv.gz" in refused("rsna", rsna)
+    assert "stage_2_train_labels.csv and stage_2_train_labels.csv.gz" in refused("rsna", rsna)
     path.unlink()
-    assert len(read_dataset("rsna", rsna, need_images=False)) == 40
+    assert len(read("rsna", rsna)) == 40
+    assert "2 images are too few" in refused("rsna", rsna, where=["patientId=p01", "patientId=p02"])
+    for name in "ab":
+        (chexpert / name).mkdir()
+        shutil.copy(chexpert / "valid.csv", chexpert / name)
+    (chexpert / "valid.csv").unlink()
+    assert "a/valid.csv and b/valid.csv; keep one of them" in refused("chexpert", chexpert)
 
 
-# ---------------------------------------------------------------- what is written
+# ---------------------------------------------------------------- what is written and what can't be judged
 
 
 def made_up(labels: list[list[float]], parts: str, task: str = "multilabel") -> LabelledImages:
@@ -537,11 +536,22 @@ def made_up(labels: list[list[float]], parts: str, task: str = "multilabel") -> 
         [f"{i}" for i in range(n)],
         [Path(f"{i}.png") for i in range(n)],
         np.array([f"s{i}" for i in range(n)]),
-        np.array([{"t": TRAIN, "v": VALID, "e": TEST}[letter] for letter in parts]),
+        np.array([{"t": TRAIN, "v": VALID, "e": TEST, "-": ""}[letter] for letter in parts]),
         [f"L{k}" for k in range(len(labels[0]))],
         np.array(labels, np.float32),
         task,
     )
+
+
+def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    (tmp_path / "b.png").write_bytes(b"2")
+    shutil.copystat(tmp_path / "a.png", tmp_path / "b.png")
+    images = replace(made_up([[1]], "t"), files=[tmp_path / "a.png"])
+    before = files_digest(images)
+    assert files_digest(images) == before
+    (tmp_path / "b.png").replace(tmp_path / "a.png")
+    assert files_digest(images) != before
 
 
 def test_split_csv_and_table_say_the_same(tmp_path):
@@ -557,198 +567,52 @@ def test_split_csv_and_table_say_the_same(tmp_path):
     assert rows[3][:3] == ["L0", "1", "1"] and rows[4][:4] == ["L1", "0", "(+1", "unknown)"]
 
 
-def test_classes_that_cannot_be_judged_are_told_or_refused():
-    assert check_classes(made_up([[1, 1], [0, 0], [1, 1], [0, 0], [1, 0], [0, 0]], "ttvvee")) == [
-        "made up: 'L1' has 0 images with and 2 without it in test; left out of the mean"
-    ]
-    for labels, parts, said in (
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("labels", "parts", "said"),
+    [
         ([[1], [0], [1], [0], [1], [1]], "ttvvee", "the test images are all of one kind"),
         ([[1], [0], [0], [0], [1], [0]], "ttvvee", "the validation images are all of one kind"),
         ([[0], [0], [1], [0], [1], [0]], "ttvvee", "'L0' is absent from every training image"),
         ([[1], [1], [1], [0], [1], [0]], "ttvvee", "'L0' is present in every training image"),
+        ([[1], [1], [1]], "---", "'L0' is present in every training image"),
         (
             [[1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 1]],
             "ttvvee",
             "'L0' is present in .*, and 1 more are such; name the labels to keep by --labels .there are L1, L3.$",
         ),
         ([[1], [0], [1], [0]], "ttee", "no image is in valid"),
-    ):
-        with pytest.raises(UserError, match=said):
-            check_classes(made_up(labels, parts))
-    assert check_classes(made_up([[1, 1], [0, 0], [1, 0], [0, 0], [1, 1], [0, 0]], "ttvvee")) == [
+        ([[1], [0], [NAN], [NAN], [1], [0]], "ttvvee", "no label of any validation image is known"),
+        ([*np.eye(2).tolist() * 2, [1, 0], [1, 0]], "ttvvee", "nothing can be judged"),
+    ],
+)
+def test_labels_that_teach_or_judge_nothing_are_refused(labels, parts, said):
+    with pytest.raises(UserError, match=said):
+        check_labels(made_up(labels, parts, "multiclass" if said.startswith("nothing") else "multilabel"))
+
+
+def test_labels_that_one_part_can_not_judge_are_named():
+    test = [[1, 1], [0, 0], [1, 1], [0, 0], [1, 0], [0, 0]]
+    line = "made up: 'L1' has 0 images with and 2 without it in test; left out of the mean"
+    assert check_labels(made_up(test, "ttvvee")) == [line]
+    with pytest.raises(UserError, match="--min_positives 2: no label has so many"):
+        check_labels(made_up(test, "ttvvee"), min_positives=2)
+    few = check_labels(made_up(test, "ttvvee"), fractions=[0.5])
+    assert few[1].endswith(
+        "keeps 1 training images, all of one kind by L0, L1; these are judged without having been learnt"
+    )
+    assert check_labels(made_up([[1, 1], [0, 0], [1, 0], [0, 0], [1, 1], [0, 0]], "ttvvee")) == [
         "made up: 'L1' has 0 images with and 2 without it in valid; its validation loss tells little"
     ]
     eye = np.eye(3).tolist()
-    notes = check_classes(made_up(eye + eye + eye[:2], "tttvvvee", "multiclass"))
+    notes = check_labels(made_up(eye + eye + eye[:2], "tttvvvee", "multiclass"))
     assert notes == ["made up: 'L2' has 0 images with and 2 without it in test; left out of the mean"]
-    with pytest.raises(UserError, match="nothing can be judged"):
-        check_classes(made_up(eye + eye + [eye[0]] * 2, "tttvvvee", "multiclass"))
 
 
-def test_labelled_images_refuse_what_no_reader_may_give():
+def test_labelled_images_refuse_none_and_an_id_twice():
     with pytest.raises(UserError, match="no image is left"):
         made_up([[1]], "t").take([])
-    images = made_up([[1], [0]], "te")
     with pytest.raises(UserError, match="is there twice"):
-        images.take([0, 0])
-    with pytest.raises(ValueError, match="0, 1 or NaN"):
-        made_up([[2]], "t")
-    with pytest.raises(ValueError, match="exactly one class"):
-        made_up([[1, 1]], "t", "multiclass")
-
-
-@pytest.mark.parametrize("cell", ["", "-1", "2", "x"])
-def test_rsna_takes_no_other_target(rsna, cell):
-    path = rsna / "stage_2_train_labels.csv"
-    path.write_text(path.read_text().replace("p03,,,,,1", f"p03,,,,,{cell}"))
-    assert f"line 5, column 'Target': {cell!r} is no label" in refused("rsna", rsna, need_images=False)
-
-
-def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
-    study = make_study(tmp_path, 40, size=(64, 52), shared_images=4)
-    where = {"--raw": study.raw, "--images": study.images, "--out": tmp_path / "tree"}
-    options = [str(word) for pair in where.items() for word in pair]
-    assert prepare_reflacx.main(options) == 0
-    images = read_dataset("tree", tmp_path / "tree")
-    assert images.study == "mimic"
-    assert "is named twice" in refused("tree", [tmp_path / "tree", tmp_path / "tree/reflacx.json"])
-    truth = {image.path.stem: image for image in study.truth}
-    assert images.label_names[0] == "Any finding" and len(images) == 40
-    for file, subject, part, labels in zip(images.files, images.subjects, images.parts, images.labels, strict=True):
-        image = truth[file.stem]
-        assert subject == image.subject_id
-        assert part == {"train": TRAIN, "validate": VALID, "test": TEST}[image.split]
-        if file.stem not in {other.path.stem for other in study.truth[:4]}:  # one reader, always sure enough
-            assert bool(labels[0]) == bool(image.lesions)
-    folds = read_dataset("tree", [tmp_path / "tree"], split="folds", labels=["Any finding"])
-    assert set(folds.parts) == {""} and folds.label_names == ["Any finding"]
-    strict = read_dataset("tree", tmp_path / "tree", min_certainty=5)
-    assert np.nansum(strict.labels) < np.nansum(images.labels)
-    assert "--labels Cough" in refused("tree", tmp_path / "tree", labels=["Cough"])
-    assert "--csv has no effect" in refused("tree", tmp_path / "tree", csv=tmp_path / "a.csv")
-
-
-def test_a_subject_under_two_spellings_is_one(tmp_path):
-    rows = [f"a{i}.png,{'P' if i % 2 else 'p'}{i // 2},{i % 2}" for i in range(40)]
-    write(tmp_path / "t.csv", "path,subject_id,sick", *rows)
-    images = read_dataset("csv", tmp_path, label_columns=["sick"], need_images=False)
-    assert len(set(images.subjects)) == 20
-    assert any("'p0' and 'P0', and 19 more such are taken for one" in note for note in images.notes)
-    rows = [f"a{i}.png,{i if i < 20 else f'{i - 20}.0'},{'train' if i < 20 else 'test'},1" for i in range(40)]
-    write(tmp_path / "t.csv", "path,subject_id,split,sick", *rows)
-    assert "subject '0' has images in test and train" in refused(
-        "csv", tmp_path, label_columns=["sick"], need_images=False
-    )
-
-
-def test_words_for_yes_and_no_are_labels_in_a_single_column_too(tmp_path):
-    write(tmp_path / "t.csv", "path,sick", *(f"a{i}.png,{'Yes' if i % 2 else 'no'}" for i in range(8)))
-    images = read_dataset("csv", tmp_path, label_columns=["sick"], need_images=False)
-    assert images.label_names == ["sick"] and sorted(images.labels[:, 0]) == [0] * 4 + [1] * 4
-
-
-@pytest.mark.parametrize("again", ["same", "./a.png", "symbolic link", "hard link"])
-def test_one_file_under_two_ids_is_refused(tmp_path, again):
-    touch(tmp_path, "a.png", "b.png", "c.png")
-    name = {"same": f"{tmp_path}/a.png", "./a.png": again}.get(again, "d.png")
-    if again == "symbolic link":
-        (tmp_path / "d.png").symlink_to("a.png")
-    elif again == "hard link":
-        (tmp_path / "d.png").hardlink_to(tmp_path / "a.png")
-    write(tmp_path / "t.csv", "path,sick", "a.png,1", "b.png,0", f"{name},1", "c.png,1")
-    assert "are the same file" in refused("csv", tmp_path, label_columns=["sick"])
-
-
-def test_a_label_may_not_be_called_as_the_mean(tmp_path):
-    write(tmp_path / "t.csv", "path,mean", "a.png,1", "b.png,0", "c.png,1")
-    assert "give the label another name" in refused("csv", tmp_path, label_columns=["mean"], need_images=False)
-
-
-def test_labels_that_teach_or_choose_nothing_are_refused():
-    nan = float("nan")
-    with pytest.raises(UserError, match="no label of any validation image is known"):
-        check_classes(made_up([[1], [0], [nan], [nan], [1], [0]], "ttvvee"))
-    folds = made_up([[1], [1], [1]], "ttt")
-    with pytest.raises(UserError, match="present in every"):
-        check_classes(replace(folds, parts=np.full(3, "", "<U5")))
-
-
-def test_an_image_that_lacks_is_not_another_folders_image_of_its_name(tmp_path):
-    write(tmp_path / "t.csv", "path,sick", "root/a/1.png,1", "root/a/2.png,0", "root/b/3.png,1", "root/b/4.png,0")
-    touch(tmp_path, "a/1.png", "a/2.png", "a/3.png", "b/4.png")  # b/3.png is not there
-    assert "1 of 4 images are not there, e.g. 'root/b/3.png'" in refused("csv", tmp_path, label_columns=["sick"])
-    touch(tmp_path, "b/3.png")
-    images = read_dataset("csv", tmp_path, label_columns=["sick"])
-    for image, file in zip(images.ids, images.files, strict=True):
-        assert file == tmp_path / image.removeprefix("root/")
-
-
-@pytest.mark.parametrize(
-    ("names", "there", "missing"),
-    [
-        # another folder that the table never names, with the same folder in it or without
-        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/2.png"], ["images/2.png"]),
-        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/images/2.png"], ["images/2.png"]),
-        (["images/1.png", "images/2.png"], ["rejected/1.png", "rejected/2.png"], ["images/1.png", "images/2.png"]),
-        (["x/train/p1/1.png", "x/train/p2/1.png"], ["train/p1/1.png", "no/p2/1.png"], ["x/train/p2/1.png"]),
-        (["train/1.png", "test/2.png"], ["other/train/2.png"], ["train/1.png", "test/2.png"]),
-        # the root may be the folder, or have another name than the paths begin with
-        (["images/1.png", "images/2.png"], ["1.png", "2.png"], []),
-        (["x/images/1.png", "x/images/2.png"], ["y/z/images/1.png", "y/z/images/2.png"], []),
-        # CheXpert as its site gives it: parts whose folders are in no path
-        (
-            ["x/train/p1/1.png", "x/train/p2/1.png", "x/valid/p3/1.png"],
-            ["a/p1/1.png", "b/p2/1.png", "valid/p3/1.png"],
-            [],
-        ),
-    ],
-)
-def test_a_path_is_matched_by_the_folder_that_it_names_or_is_missing(tmp_path, names, there, missing):
-    touch(tmp_path, *there)
-    files = Folder(tmp_path).images(names, [])
-    assert [name for name, file in zip(names, files, strict=True) if file is None] == missing
-    assert all(file.name == Path(name).name for name, file in zip(names, files, strict=True) if file)
-
-
-def test_an_empty_cell_in_a_column_of_names_heeds_its_rule(tmp_path):
-    write(tmp_path / "t.csv", "path,labels", "a.png,x|y", "b.png,", "c.png,y", "d.png,Normal")
-    plain = read_dataset("csv", tmp_path, need_images=False, split="folds")
-    assert plain.labels.tolist() == [[1, 1], [0, 0], [0, 1], [0, 0]]
-    assert "t.csv: 1 cells are empty; rule: zeros" in plain.notes
-    ignored = read_dataset("csv", tmp_path, need_images=False, split="folds", empty="ignore")
-    assert np.isnan(ignored.labels[1]).all() and np.isnan(ignored.labels).sum() == 2
-    for choice in ({"uncertain": "ones"}, {"empty": "ones"}):
-        assert "which holds names; leave it out" in refused("csv", tmp_path, need_images=False, **choice)
-
-
-def _csv(root: Path, cells: list[tuple[str, str, str]], **choices) -> LabelledImages:
-    pd.DataFrame(cells, columns=["path", "labels", "subject_id"]).to_csv(root / "t.csv", index=False)
-    return read_dataset("csv", root, need_images=False, **choices)
-
-
-def test_names_that_may_be_several_or_the_same_are_told(tmp_path):
-    cells = [(f"{i}.png", ["Edema;Mass", "edema", "Edema"][i % 3], f"s{i // 2}") for i in range(12)]
-    notes = " ".join(_csv(tmp_path, cells).notes)
-    assert "'Edema;Mass' is taken for one finding" in notes and "'Edema' and 'edema' are taken for two" in notes
-    notes = " ".join(_csv(tmp_path, cells, separator=";", labels=["Mass"]).notes)
-    assert "taken for one finding" not in notes
-    with pytest.raises(UserError, match="--separator"):
-        _csv(tmp_path, cells, separator="")
-
-
-def test_what_programs_write_for_no_subject_is_no_subject(tmp_path):
-    cells = [(f"{i}.png", "Edema", "NaN" if i > 8 else f"s{i}") for i in range(12)]
-    with pytest.raises(UserError, match="line 11, column 'subject_id': 'NaN' names nobody"):
-        _csv(tmp_path, cells)
-
-
-def test_rows_too_few_for_a_published_split_and_two_tests_are_one_line(tmp_path):
-    (tmp_path / "stage_2_train_labels.csv").write_text("patientId,Target\np1,0\np2,1\n")
-    with pytest.raises(UserError, match="2 images are too few"):
-        read_dataset("rsna", tmp_path, need_images=False)
-    row = "Path,Frontal/Lateral,Edema\ntrain/patient{}/study1/a.jpg,Frontal,1\n"
-    for i, name in enumerate(("train.csv", "a/valid.csv", "b/valid.csv")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(row.format(i))
-    with pytest.raises(UserError, match="a/valid.csv and b/valid.csv could both be meant"):
-        read_dataset("chexpert", tmp_path, need_images=False, labels=["Edema"])
+        made_up([[1], [0]], "te").take([0, 0])
