@@ -169,8 +169,6 @@ class Benchmark:
                 found[f"step: {name}, compiled"] = partial(self.step, name, True)
         return found
 
-    # ------------------------------------------------------------------ rows
-
     def timed(self, function: Callable[[], object]) -> float:
         began = time.perf_counter()
         function()
@@ -179,11 +177,8 @@ class Benchmark:
         return time.perf_counter() - began
 
     def compare(self, name: str, baseline: Callable, ours: Callable, note: str = "", calls: int = 1) -> float:
-        """Add a row of two functions called in turns, after one call each to warm up; returns the median of ours.
-
-        Args:
-            calls: how often `ours` does in one turn what `baseline` does once.
-        """
+        """Add a row of two functions called in turns, after one call each to warm up; returns the median of ours,
+        which does `calls` times in a turn what `baseline` does once."""
         turns = [[self.timed(function) for function in (baseline, ours)] for _ in range(self.repeats + 1)]
         return self.add_turns(name, np.array(turns[1:]) / [1, calls], note)
 
@@ -211,14 +206,9 @@ class Benchmark:
         cpu = platform.processor() or platform.machine()
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
             cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), cpu)
-        machine = {
-            "cpu": cpu,
-            "cores": available_cpus(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if self.gpu else None,
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, torchvision, Image)},
-        }
+        machine = {"cpu": cpu, "cores": available_cpus(), "threads": torch.get_num_threads()}
+        machine |= {"gpu": torch.cuda.get_device_name() if self.gpu else None, "python": platform.python_version()}
+        machine |= {module.__name__: module.__version__ for module in (torch, torchvision, Image)}
         settings = {"device": self.device, "quick": self.quick, "batch_size": self.batch_size, "repeats": self.repeats}
         report = {"machine": machine, "settings": settings, "rows": self.rows, "failures": self.failures}
         try:
@@ -233,8 +223,6 @@ class Benchmark:
             status = program.main([str(word) for word in words])
         if status:  # a signal ended it: of this program, too
             raise SystemExit(status)
-
-    # ------------------------------------------------------------------ pretraining
 
     @cached_property
     def tree(self) -> Path:
@@ -336,8 +324,7 @@ class Benchmark:
         rate = self.batch_size / seconds
         hours = REFLACX_IMAGES * PUBLISHED_EPOCHS / rate / 3600
         self.rows[-1]["note"] += f"; {rate:.4g} images/s, so {hours:.3g} h for the published 400 epochs"
-        if self.gpu:
-            self.rows[-1]["note"] += f"; at most {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB so far"
+        self.rows[-1]["note"] += f"; at most {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB so far" * self.gpu
         print(f"{'':44} {self.rows[-1]['note']}", flush=True)
 
     def training(self, workers: int) -> None:
@@ -357,8 +344,6 @@ class Benchmark:
         per_image = seconds / (len(records) - 1) / (n_images // batch_size * batch_size)
         note = f"{1 / per_image:.4g} images/s at batch {batch_size}, {workers} workers"
         self.add(f"real training, {workers} workers, per image", "s", per_image, note)
-
-    # ------------------------------------------------------------------ what comes after it
 
     def labelled(self, name: str, n: int, model: str) -> tuple[Path, list]:
         """Made-up labelled images, and the flags to judge an encoder with random weights on them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.cli import Parser
 from util.errors import UserError, run_cli
 from util.files import atomic_write
 
@@ -37,7 +39,12 @@ EXPECTED = {
 }
 
 
-def main() -> int:
+def get_args_parser() -> argparse.ArgumentParser:
+    return Parser(description=__doc__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    get_args_parser().parse_args(argv)
     given = dict(os.environ)
     check(given, Path(given["CALLED_FROM"]))
     runner = Runner(given["OUT"], given["PYTHON"], given["QUIET"] == "yes")
