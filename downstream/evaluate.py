@@ -97,7 +97,7 @@ def read_models(
     args: argparse.Namespace, images: LabelledImages
 ) -> tuple[dict[str, Tuned], list[str], dict[str, Reading]]:
     """Fine-tuned models by name, the labels to judge them by, and how each reads files. Raises `UserError`."""
-    tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
+    tuned = {name: read_tuned(path) for name, path, _ in named_files(args.weights)}
     readings = {name: reading_as_trained(args, model.reading, name) for name, model in tuned.items()}
     return tuned, shared_labels(tuned, images), readings
 

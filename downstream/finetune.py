@@ -22,7 +22,7 @@ from datasets.sampler import train_loader
 from downstream.data.images import Views, options_heeded
 from downstream.data.labelled import MULTICLASS, LabelledImages
 from downstream.data.partition import Rows, partitions
-from downstream.encoders import PIXELS, RANDOM, Candidate, digest_of
+from downstream.encoders import RANDOM, Candidate, digest_of
 from downstream.evaluate import predict
 from downstream.heads import (
     HeadOptions,
@@ -39,6 +39,7 @@ from downstream.tuned import BEST, write_tuned
 from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
+from util.export import classifiers
 from util.logging import RunLog
 from util.progress import Progress
 from util.stop import GO_ON, StopSignals
@@ -114,8 +115,12 @@ class TrainingViews(Dataset):
 def build(candidate: Candidate, recipe: Recipe, n_labels: int, seed: int) -> VisionTransformer:
     """The encoder with a new head, which starts as `new_head` of the seed."""
     options = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
-    model = candidate.build(n_labels, seed=seed, global_pool=recipe.pool, **options)
-    model.head.load_state_dict(new_head(model.embed_dim, n_labels, seed).state_dict())
+    if "cls_token" in candidate.encoder.state:  # others have one way to pool
+        options["global_pool"] = recipe.pool
+    model = candidate.build(n_labels, seed=seed, **options)
+    for name in classifiers(model):
+        head = model.get_submodule(name)
+        head.load_state_dict(new_head(head.in_features, n_labels, seed).state_dict())
     return model
 
 
@@ -349,8 +354,9 @@ def finetune_all(
         Stopped, UserError: as `finetune`.
     """
     images, ranks = tuning.images, tuning.ranks
-    if candidate.kind == PIXELS:
-        raise UserError("--weights pixels: there is no encoder to fine-tune; use --method linear or probe")
+    if candidate.encoder is None:
+        what = "transformers' encoders aren't fine-tuned" if candidate.folder else "there is no encoder to fine-tune"
+        raise UserError(f"--weights {candidate.name}: {what}; use --method linear or probe")
     weights = RANDOM if candidate.kind == RANDOM else digest_of(candidate.build())
     known = [
         weights,

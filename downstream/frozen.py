@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from downstream.data.images import CENTRE
 from downstream.data.labelled import LabelledImages
 from downstream.data.partition import Rows, partitions
-from downstream.encoders import PIXELS, Candidate, digest_of
+from downstream.encoders import PIXELS, Candidate, digest_of, feature_widths
 from downstream.features import SUFFIXES, FeatureFile
 from downstream.heads import Encoder, HeadOptions, Stopped, encode, probabilities, steps_per_epoch, train_heads
 from downstream.jobs import Jobs, digest
@@ -64,19 +64,20 @@ class Frozen:
 class Features:
     """The features of one candidate: a file per view, filled with what is asked for.
 
-    Each row has the cls token, and in the centre view also the mean of the patch tokens behind it; of
-    "pixels" the gray values.
+    Each row has the first feature of `pooled`, the cls token if there is one, and in the centre view also the others
+    behind it; of "pixels" the gray values.
     """
 
     def __init__(self, frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple):
         self.frozen, self.candidate = frozen, candidate
         self.is_pixels = candidate.kind == PIXELS
         if self.is_pixels:
-            self.encoder, weights, self.width = _pixels, PIXELS, PIXEL_SIDE**2
+            self.encoder, weights, self.widths = _pixels, PIXELS, {"": PIXEL_SIDE**2}
         else:
             model = candidate.build().eval().to(frozen.device)
             self.encoder = Encoder(model, mean, std, frozen.device, frozen.dtype)
-            weights, self.width = digest_of(model), model.embed_dim
+            weights, self.widths = digest_of(model), feature_widths(model)
+        self.width = next(iter(self.widths.values()))
         # Random numbers of the views come from their number alone, so more views leave the first as they are.
         content = [weights, candidate.architecture, frozen.files_key, frozen.views_key, mean, std, str(frozen.dtype)]
         self.key = digest(content)
@@ -85,8 +86,8 @@ class Features:
 
     def file(self, view: int) -> FeatureFile:
         if view not in self._files:
-            two = view == CENTRE and not self.is_pixels
-            self._files[view] = FeatureFile(self._path(view), len(self.frozen.images), self.width * (1 + two))
+            width = sum(self.widths.values()) if view == CENTRE else self.width
+            self._files[view] = FeatureFile(self._path(view), len(self.frozen.images), width)
         return self._files[view]
 
     def _path(self, view: int) -> Path:
@@ -136,7 +137,7 @@ class Features:
             )
 
     def cls(self, view: int, rows: np.ndarray) -> torch.Tensor:
-        """Cls tokens, or pixels, of some images in a view, on the device: [len(rows), D]."""
+        """First features, or pixels, of some images in a view, on the device: [len(rows), D]."""
         return torch.from_numpy(self.file(view).read(rows, self.width)).to(self.frozen.device)
 
 
@@ -224,7 +225,7 @@ def linear(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dic
 def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict:
     """Scores of logistic regression: {(feature, fraction, seed): (test rows, scores [n, C])}.
 
-    The features are "cls" and "mean of patches" ("pixels": principal components). Only folds depend on the
+    The features are those of `pooled`, "cls" and "mean of patches" ("pixels": principal components). Only folds depend on the
     seed: with the data's own parts the first seed stands for all.
     """
     images, folds_differ = frozen.images, bool((frozen.images.parts == "").all())
@@ -232,11 +233,7 @@ def probe(frozen: Frozen, candidate: Candidate, mean: tuple, std: tuple) -> dict
     if len(seeds) < len(frozen.seeds):
         frozen.say(f"{candidate.name}: nothing in a probe is drawn, so seed {seeds[0]} stands for all")
     features = Features(frozen, candidate, mean, std)
-    kinds = (
-        {"": slice(None)}
-        if features.is_pixels
-        else {"cls": slice(0, features.width), "mean of patches": slice(features.width, None)}
-    )
+    kinds = {kind: slice(k * features.width, (k + 1) * features.width) for k, kind in enumerate(features.widths)}
     places = [(kind, fraction, seed) for kind in kinds for fraction in frozen.fractions for seed in seeds]
     plans = {(f, s): frozen.partitions(f, s, False) for f in frozen.fractions for s in seeds}
     keys = {place: digest(["probe", features.key, frozen.study_key, frozen.n_folds, *place]) for place in places}

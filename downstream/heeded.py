@@ -26,7 +26,7 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     """Flags that differ from their defaults and that nothing heeds, with the reason where it is not the method."""
     given = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
     found = [f"--{name}" for name in given if args.method not in HEEDED_BY.get(name, METHODS)]
-    files = any(text not in (RANDOM, IMAGENET, PIXELS) for text in args.weights)
+    files = any(text.partition("@")[0] not in (RANDOM, IMAGENET, PIXELS) for text in args.weights)
     needs = {
         "folds": (args.split == "folds", "--split folds"),
         "imagenet": (IMAGENET in args.weights, "imagenet in --weights"),

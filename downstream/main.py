@@ -14,15 +14,7 @@ import torch
 
 from downstream.data import add_arguments, read_from_args
 from downstream.data.choices import AUTO, PUBLISHED
-from downstream.data.images import (
-    Reading,
-    Views,
-    add_image_arguments,
-    deep_note,
-    normalisation,
-    open_squares,
-    reading_from_args,
-)
+from downstream.data.images import Reading, Views, add_image_arguments, deep_note, open_squares, reading_from_args
 from downstream.data.labelled import (
     TEST,
     LabelledImages,
@@ -36,7 +28,7 @@ from downstream.data.labelled import (
 )
 from downstream.data.partition import folds_of, in_folds, partitions
 from downstream.data.tree import ANY_FINDING
-from downstream.encoders import DEFAULT_MODEL, IMAGENET, Candidate, describe, read_candidates
+from downstream.encoders import DEFAULT_MODEL, Candidate, describe, read_candidates
 from downstream.evaluate import evaluate, read_models
 from downstream.figure import results_figure
 from downstream.finetune import RECIPES, Tuning, finetune_all
@@ -58,11 +50,11 @@ from util import distributed
 from util.bootstrap import MIN_DRAWS
 from util.cli import Parser, check_least, check_positive, finite_float, seed_number
 from util.errors import UserError
+from util.export import stored_weights
 from util.figures import save_figure
 from util.files import replace_together
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
-from util.pretrained import weights_name
 from util.stop import StopSignals, exit_status
 from util.subjects import overlap_note
 
@@ -102,10 +94,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("encoders").add_argument
     add("--weights", nargs="+", default=[], metavar="NAME=FILE",
-        help="encoders to compare: NAME=FILE, imagenet, random, or pixels (no encoder)")
-    add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
-    add("--random_model",
-        help=f"timm's name of the random weights' ViT (default: as the first file, or {DEFAULT_MODEL})")
+        help="encoders to compare: NAME=FILE of a plain ViT, NAME=FILE@TIMM_MODEL, NAME=FOLDER of transformers, imagenet, "
+             f"random (as the first file, or {DEFAULT_MODEL}), random@TIMM_MODEL, or pixels (no encoder)")
+    add("--imagenet", default=f"preTrain/{stored_weights(DEFAULT_MODEL).name}", help="file of the imagenet weights")
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
     add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
@@ -262,12 +253,7 @@ def _holds_other_results(output_dir: Path, images: LabelledImages) -> bool:
 def candidates_of(args: argparse.Namespace) -> list[Candidate]:
     """The encoders of --weights, read. Raises `UserError`."""
     return read_candidates(
-        args.weights,
-        imagenet=args.imagenet,
-        random_model=args.random_model,
-        tap=args.tap,
-        img_size=args.img_size,
-        num_heads=args.num_heads,
+        args.weights, imagenet=args.imagenet, tap=args.tap, img_size=args.img_size, num_heads=args.num_heads
     )
 
 
@@ -283,7 +269,7 @@ def look_ahead(args: argparse.Namespace, images: LabelledImages) -> list[str]:
                         steps_per_epoch(len(rows.train), args.batch_size)
     if args.method == "evaluate":
         return [f"{name}: {', '.join(model.labels)}" for name, model in read_models(args, images)[0].items()]
-    return list(map(describe, candidates_of(args)))
+    return [describe(candidate, args.normalisation) for candidate in candidates_of(args)]
 
 
 def judge(
@@ -316,7 +302,7 @@ def judge(
         ]
     with signals.exit_at_signal():
         candidates = candidates_of(args)
-        ranks.say("\n".join(map(describe, candidates)))
+        ranks.say("\n".join(describe(candidate, args.normalisation) for candidate in candidates))
         views = open_views(args, images, ranks, reading_from_args(args))
     jobs = Jobs(output_dir / "jobs")
     views_key = [asdict(views.reading), images.strong_augmentation]
@@ -324,8 +310,7 @@ def judge(
     settings = {name: getattr(args, name) for name in RECIPE_HELP}
     outcomes = []
     for candidate in candidates:
-        # timm's configuration of the ImageNet weights says 0.5, whatever ours were pretrained with.
-        mean, std = normalisation("half" if candidate.kind == IMAGENET else args.normalisation)
+        mean, std = candidate.normalisation(args.normalisation)
         if args.method == "finetune":
             tuning = Tuning(
                 images=images,

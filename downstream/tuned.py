@@ -17,6 +17,7 @@ from torch import Tensor
 
 from downstream.encoders import Candidate
 from util.errors import UserError
+from util.export import attention_heads_of
 from util.files import atomic_write
 from util.weights import read_state_dict
 
@@ -64,11 +65,16 @@ def write_tuned(
         facts: the other fields of `Tuned`, and more to be kept.
     """
     name, arguments = candidate.model
-    arguments = arguments | {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
+    arguments = arguments | {"num_classes": len(labels)}
+    if "cls_token" in candidate.encoder.state:
+        arguments["global_pool"] = pool
+    if candidate.encoder.block is not None:
+        arguments["depth"] = len(model.blocks)
+    heads = attention_heads_of(model)
     metadata = {
         "timm_model": name,
         "timm_args": json.dumps(arguments),
-        "num_heads": str(model.blocks[0].attn.num_heads),
+        **({} if heads is None else {"num_heads": str(heads)}),
         "labels": json.dumps(list(labels)),
         "weights": candidate.name,
     } | {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

@@ -24,16 +24,14 @@ from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError
-from util.export import read_backbone
-from util.foreign_weights import PLAIN_VIT, is_unknown
+from util.export import read_encoder, split_model, stored_weights
 from util.loading import SampleLoader
 from util.lr_sched import parameter_groups
 from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
 from util.precision import set_tf32
-from util.pretrained import stored_weights
 from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
 from util.training import Training
-from util.weights import read_state_dict
+from util.weights import is_plain_vit, read_state_dict
 
 BEST = "best.pth"
 
@@ -52,8 +50,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--backbone", default="resnet50", help="timm's name of the encoder")
     add("--weights", default=None, metavar="PATH|none",
-        help="weights of the encoder: of timm's --backbone, or a checkpoint or export of pretraining, which is then "
-             "the encoder (None: those in preTrain/, if they are there)")
+        help="weights of the encoder: of timm's --backbone, or FILE@TIMM_MODEL, or a plain ViT such as a checkpoint or "
+             "export of pretraining, which is then the encoder (None: those in preTrain/, if they are there)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=16, help="images per rank and step")
@@ -90,7 +88,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     for name in ("weights", "resume", "judge"):
-        setattr(args, name, local_file(getattr(args, name)))
+        file, model = split_model(getattr(args, name) or "")
+        setattr(args, name, f"{local_file(file)}@{model}" if model else local_file(getattr(args, name)))
     check_args(args)
     with StopSignals(args.max_minutes) as signals:
         return run(args, signals)
@@ -299,15 +298,18 @@ def build_model(args: argparse.Namespace, *, fresh: bool) -> tuple[GazeNet, str]
     elif weights.lower() == "none":
         weights, told = None, "encoder weights random (--weights none)"
     if weights is not None:
-        state, _ = read_state_dict(weights)
-        if PLAIN_VIT in state and not any(map(is_unknown, state)):
-            own = read_backbone(weights, img_size=args.input_size)
-            state, backbone, seen = own.state, own.timm_name, sorted(own.source.seen)
+        weights, named = split_model(str(weights))
+        backbone = named or backbone
+        state, info = read_state_dict(weights)
+        seen = sorted(info.seen)
+        if not named and is_plain_vit(state):
+            own = read_encoder(weights, img_size=args.input_size)
+            state, backbone = own.state, own.timm_name
             backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
     model = GazeNet(backbone, args.input_size, backbone_args=backbone_args)
     model.encoder_seen = seen
     if weights is not None:
-        told = load_encoder(model.encoder, state, weights) if fresh else f"encoder of {weights}"
+        told = load_encoder(model, state, weights) if fresh else f"encoder of {weights}"
     return model, told
 
 

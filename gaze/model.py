@@ -10,11 +10,9 @@ departs from it (the centre bias of saliency models; Kümmerer et al., "DeepGaze
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,8 +20,8 @@ from torch import Tensor, nn
 
 from util.checkpoint import CheckpointError, load_checkpoint, restoring
 from util.errors import UserError
-from util.foreign_weights import PLAIN_VIT, is_unknown
-from util.weights import resample_pos_embed, summarize_keys
+from util.export import MISFITS, create_timm, load_timm
+from util.weights import summarize_keys
 
 STRIDE = 4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
 PRIOR_FLOOR = 1e-3  # share of a flat map in the prior, so that its logarithm is finite
@@ -67,7 +65,7 @@ class GazeNet(nn.Module):
         self.encoder_seen: list[str] = []
         self.input_size = input_size
         self.map_size = input_size // STRIDE
-        self.encoder = build_encoder(backbone, input_size, args)
+        self.encoder, _ = create_timm(backbone, **encoder_options(backbone, input_size, args))
         strides, channels = self.encoder.feature_info.reduction(), self.encoder.feature_info.channels()
         self.used = [i for i, stride in enumerate(strides) if stride >= STRIDE][::-1]  # coarsest first
         self.lateral = nn.ModuleList(nn.Conv2d(channels[i], width, 1) for i in self.used)
@@ -109,77 +107,36 @@ class GazeNet(nn.Module):
         return logits.flatten(1).log_softmax(1).view_as(logits)
 
 
-def build_encoder(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn.Module:
-    """timm's features-only model with random weights; of a plain ViT four blocks are taken, evenly spaced.
+def encoder_options(backbone: str, input_size: int, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `create_timm` for the features-only model; of a plain ViT four blocks are taken, evenly spaced.
 
     Raises:
         UserError: timm has none of this name, or can't give its feature maps.
     """
+    options = {**args, "img_size": input_size, "features_only": True}
     try:
-        probe = _features_only(backbone, {**args, "img_size": input_size, "out_indices": (0,)})
-        strides = [info["reduction"] for info in probe.feature_info.info]
-        options = {**args, "img_size": input_size}
-        if len(set(strides)) == 1:
-            last, step = len(strides) - 1, max(1, len(strides) // 4)
-            options["out_indices"] = [last - k * step for k in range(min(4, len(strides)))][::-1]
-        return _features_only(backbone, options)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        probe, _ = create_timm(backbone, **options, out_indices=(0,))
+    except MISFITS as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {backbone}: timm can't make feature maps of it: {message}") from None
+    strides = [info["reduction"] for info in probe.feature_info.info]
+    if len(set(strides)) == 1:
+        last, step = len(strides) - 1, max(1, len(strides) // 4)
+        options["out_indices"] = [last - k * step for k in range(min(4, len(strides)))][::-1]
+    return options
 
 
-def _features_only(backbone: str, options: dict[str, Any]) -> nn.Module:
-    try:
-        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
-    except TypeError:  # a convolutional network takes any size, and no img_size
-        del options["img_size"]
-        return timm.create_model(backbone, pretrained=False, features_only=True, **options)
-
-
-def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) -> str:
-    """Put an encoder's weights, under timm's names, into a features-only model; returns a line about it.
-
-    timm gives the same tensors other names there ("model." before a ViT's, "stages_0" for "stages.0"). Every
-    tensor of the model must be in the file; what the file has beyond that (the head) is named. A ViT's position
-    embedding is resampled to the input's size.
+def load_encoder(model: GazeNet, state: Mapping[str, Tensor], path: object) -> str:
+    """Put a file's tensors into the encoder; returns a line about it.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or has no place inside the encoder: weights of another model.
+        UserError: these are not the weights of this backbone, whole and without more (`load_timm`).
     """
-    own = encoder.state_dict()
-    places = {}
-    for name in state:
-        names = (name, f"model.{name}", re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name))
-        if place := next((name for name in names if name in own), None):
-            places[name] = place
-    ignored = [name for name in state if name not in places]
-    parts = set(map(_part, places))
-    if more := [name for name in ignored if _part(name) in parts or (PLAIN_VIT in state and is_unknown(name))]:
-        raise UserError(f"{path}: not the weights of this backbone, which has no {more[0]}; name theirs by --backbone")
-    found = {}
-    for name, place in places.items():
-        tensor = state[name]
-        if name == "pos_embed" and tensor.shape != own[place].shape:
-            side = round((own[place].shape[1] - 1) ** 0.5)
-            try:
-                tensor = resample_pos_embed(tensor, (side, side))
-            except ValueError as error:
-                raise UserError(f"{path}: pos_embed can't be resampled for this --input_size ({error})") from None
-        if tensor.shape != own[place].shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensor.shape)}, the backbone needs {list(own[place].shape)}; "
-                "these are weights of another model"
-            )
-        found[place] = tensor
-    missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"{path}: not the weights of this backbone: it lacks {len(missing)} of {len(own)} tensors "
-            f"({summarize_keys(missing)[:80]})"
-        )
-    encoder.load_state_dict(found, strict=False)
+    name, size, args = (model.config[key] for key in ("backbone", "input_size", "backbone_args"))
+    encoder, _, ignored = load_timm(name, state, path, num_classes=0, **encoder_options(name, size, args))
+    model.encoder = encoder.train(model.training)
     rest = f", not used: {summarize_keys(ignored)[:80]}" if ignored else ""
-    return f"encoder weights from {path}: {len(found)} tensors{rest}"
+    return f"encoder weights from {path}: {len(state) - len(ignored)} tensors{rest}"
 
 
 def load_gaze_net(path: str | os.PathLike) -> GazeNet:
@@ -203,11 +160,6 @@ def load_gaze_net(path: str | os.PathLike) -> GazeNet:
     except UserError as error:  # of a backbone that timm doesn't have
         raise UserError(f"{path}: {error}") from None
     return model.eval()
-
-
-def _part(name: str) -> str:
-    """The part of a network that a tensor is in, such as layer1.0."""
-    return ".".join(name.split(".")[:2])
 
 
 def _mix(width: int) -> nn.Module:

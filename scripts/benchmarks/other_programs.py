@@ -33,7 +33,7 @@ from gaze.model import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate, timed
 from scripts.predict_gaze import as_predictor
 from util.cpus import available_cpus
-from util.export import read_backbone
+from util.export import read_encoder
 from util.stop import StopSignals
 
 FRACTIONS, SEEDS, VIEWS = (0.3, 0.6, 1.0), (43, 44, 45), 10
@@ -120,7 +120,7 @@ def measure_heads(report: Report, root: Path, settings: Settings) -> None:
     torch.save(
         {"state_dict": tiny_vit(width).state_dict(), "metadata": {"num_heads": str(width // 64)}}, root / "x.pth"
     )
-    candidate = Candidate("x", "file", read_backbone(root / "x.pth"))
+    candidate = Candidate("x", "file", read_encoder(root / "x.pth"))
     encoder = Encoder(candidate.build().eval().to(device), *normalisation("half"), device)
     options = HeadOptions(epochs, batch_size, patience=epochs)
     plain = 0.0

@@ -342,7 +342,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
     for options, reason in [
         ([], "--weights: name at least one"),
         (["--weights", "a=none.pth"], "none.pth: no such weights file"),
-        (["--weights", f"a={decoder}"], "half.pth: no complete ViT encoder"),
+        (["--weights", f"a={decoder}"], "half.pth: no whole plain ViT"),
         (["--weights", f"a={encoder}", f"a={encoder}"], "a is named twice"),
         (["--weights", "=x"], "--weights =x: expected NAME=FILE"),
         (["--weights", "imagenet", "--imagenet", tmp_path / "no.pth"], "--weights imagenet: .*no.pth is not there"),

@@ -11,7 +11,7 @@ import torch
 from downstream.encoders import Candidate
 from downstream.tuned import read_tuned, write_tuned
 from util.errors import UserError
-from util.export import build_backbone, read_backbone
+from util.export import build_encoder, read_encoder
 
 FACTS = {
     "timm_model": "vit_base_patch16_224",
@@ -49,10 +49,10 @@ def test_a_model_that_this_timm_lacks_is_refused(state, tmp_path):
 
 @pytest.mark.parametrize("heads", ["0", "x", "-1", "5"])
 def test_heads_that_cannot_be_are_refused(state, tmp_path, heads):
-    assert read_backbone(save(state, tmp_path / "good.pth")).num_heads == 1
+    assert read_encoder(save(state, tmp_path / "good.pth")).num_heads == 1
     path = save(state, tmp_path / "odd.pth", num_heads=heads)
-    with pytest.raises(UserError, match=f"^{path}: says that its encoder has '?{heads}'? attention heads"):
-        read_backbone(path)
+    with pytest.raises(UserError, match=f"^{path}: '?{heads}'? attention heads"):
+        read_encoder(path)
 
 
 def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
@@ -61,10 +61,10 @@ def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
     options = {"img_size": 32, "num_heads": 6}
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
     torch.save({"state_dict": encoder.state_dict(), "metadata": {"num_heads": "6"}}, tmp_path / "encoder.pth")
-    candidate = Candidate("x", "file", read_backbone(tmp_path / "encoder.pth"))
+    candidate = Candidate("x", "file", read_encoder(tmp_path / "encoder.pth"))
     model = candidate.build(2).eval()
     write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, pool="token", labels=["a", "b"])
-    again = build_backbone(read_backbone(tmp_path / "best.pth")).eval()
+    again = build_encoder(read_encoder(tmp_path / "best.pth")).eval()
     img = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.forward_features(img), model.forward_features(img))
@@ -72,5 +72,5 @@ def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
 
 def test_position_embedding_of_another_rank_is_refused(state, tmp_path):
     path = save(state | {"pos_embed": torch.zeros(1, 1, 1, 2, 2)}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=f"^{path}: not a ViT"):
-        read_backbone(path, img_size=64)
+    with pytest.raises(UserError, match=f"^{path}: no whole plain ViT"):
+        read_encoder(path, img_size=64)
