@@ -50,7 +50,9 @@ class Candidate:
     @property
     def architecture(self) -> list:
         """What the weights' own numbers don't show of the model, such as how many heads share them: plain content."""
-        return [self.folder.config] if self.folder else [*self.model, self.encoder.block]
+        if self.folder:
+            return [self.folder.config]
+        return [*self.model, self.encoder.block] if self.encoder else []
 
     def normalisation(self, name: str | None) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and std of the input, by --normalisation or, without it, as the encoder's configuration says."""

@@ -11,10 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.options import add_raw_options
 from datasets.prepare.readings import prepare
-from util.cli import Parser, add_accept_damaged
-from util.contrast import add_dicom_contrast
-from util.cpus import available_cpus
+from util.cli import Parser, add_accept_damaged, available_cpus
 from util.errors import run_cli
+from util.radiograph import add_dicom_contrast
 
 
 def get_args_parser() -> argparse.ArgumentParser:

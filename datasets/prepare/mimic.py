@@ -30,12 +30,12 @@ from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
 from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, make_units
+from datasets.raw.ids import match_ids
 from datasets.raw.image_index import METADATA_NAMES, find_images, find_metadata
 from datasets.raw.readings import Exclusion
 from datasets.raw.walk import resolved
-from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
-from util.ids import match_ids
+from util.radiograph import MIMIC_CXR_JPG
 from util.tables import check_id, read_table
 
 # As datasets.mimic and datasets.build have them, which import torch.
@@ -50,7 +50,7 @@ _PLACE = re.compile(r"/p(?P<subject>\d+)/s(?P<study>\d+)/[^/]+$")
 class MimicOptions:
     """What decides the pixels and names in the tree. `size`: short side of the images, px, 0 = native;
     never enlarged. `views`: of the images taken, or all. `exclude`: digest of the ids left out. `heatmaps`: whether the
-    tree has those of others. `dicom_contrast`: one of `util.contrast.CONTRASTS`."""
+    tree has those of others. `dicom_contrast`: one of `util.radiograph.CONTRASTS`."""
 
     source: str = "mimic"
     size: int = 512

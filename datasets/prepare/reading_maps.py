@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from datasets.fixations import fixation_heatmap, inside_image, merge_heatmaps
 from datasets.prepare.entries import entry_id, stored_image
 from datasets.prepare.work import Made
 from datasets.raw.readings import Exclusion, Fixations, Reading
 from util.errors import UserError
-from util.gaze import fixation_heatmap, inside_image, merge_heatmaps
 
 
 @dataclass(frozen=True)

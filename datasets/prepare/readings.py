@@ -32,8 +32,8 @@ from datasets.raw.image_index import FoundImages, find_images, find_metadata
 from datasets.raw.readings import Exclusion, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
 from datasets.raw.walk import resolved
-from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
+from util.radiograph import MIMIC_CXR_JPG
 
 INDEX, FIXATIONS = "reflacx.json", "fixations.csv"
 
@@ -50,7 +50,7 @@ class Options:
 
     `size`: short side of the stored images, px, 0 = native; never enlarged. `readings`: one (the
     first usable by id), each, or merge. `split`: of the readings taken, or all. `sigma`: EGD-CXR's Gaussian, px of
-    the original image (REFLACX brings its own). `dicom_contrast`: one of `util.contrast.CONTRASTS`.
+    the original image (REFLACX brings its own). `dicom_contrast`: one of `util.radiograph.CONTRASTS`.
     `screen_filter`: without fixations on the
     screen beside the image.
     """

@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from datasets.fixations import FIXATION_COLUMNS
+from datasets.raw.ids import IdMatch, match_ids
 from datasets.raw.image_index import read_sizes
 from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, only_root, usable_fixations
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS
-from util.ids import IdMatch, match_ids
 from util.tables import bad_cells, check_id, check_relative_path, parse_bool, read_table, table_file, to_numbers
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own

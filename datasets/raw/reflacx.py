@@ -9,6 +9,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from datasets.fixations import (
+    REFLACX_COLUMNS,
+    REFLACX_SCREEN_COLUMNS,
+    REFLACX_TIMES,
+    fixation_columns,
+    off_the_image_shown,
+    on_the_button,
+)
 from datasets.raw.readings import (
     ELLIPSE_COLUMNS,
     Exclusion,
@@ -19,14 +27,6 @@ from datasets.raw.readings import (
     usable_fixations,
 )
 from util.errors import UserError
-from util.gaze import (
-    REFLACX_COLUMNS,
-    REFLACX_SCREEN_COLUMNS,
-    REFLACX_TIMES,
-    fixation_columns,
-    off_the_image_shown,
-    on_the_button,
-)
 from util.tables import (
     bad_cells,
     check_id,

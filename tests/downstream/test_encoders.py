@@ -59,8 +59,9 @@ def open_clip(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def cls(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model that ends in its class token gives by itself."""
-    return {"cls": model(x)}
+    """What a model that ends in its class token gives by itself; its patches' tokens are the last of all."""
+    n_patches = (x.shape[-1] // model.patch_embed.patch_size[0]) ** 2
+    return {"cls": model(x), "mean of patches": model.forward_features(x)[:, -n_patches:].mean(1)}
 
 
 def mean(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from phantom_faults import FAULTS, plant_faults
 from PIL import Image
 from pydicom.data import get_testdata_file
 
+from datasets.fixations import fixation_heatmap, heatmap_to_uint8
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.layout import LOCK
 from datasets.prepare.pixels import count_significant, scaled_size
@@ -27,11 +28,10 @@ from datasets.raw.image_index import find_images
 from datasets.raw.readings import Fixations, RawReadings, Reading
 from datasets.raw.reflacx import read_reflacx
 from scripts.prepare_reflacx import main
-from util.dicom import read_dicom
 from util.errors import UserError
-from util.gaze import fixation_heatmap, heatmap_to_uint8
+from util.files import file_lock
 from util.images import read_gray
-from util.locks import file_lock
+from util.radiograph import read_dicom
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_reflacx.py"
 
@@ -455,7 +455,7 @@ def test_other_options_do_not_mix(each, mixed, tmp_path, other):
 
 
 def test_two_runs_at_once_are_refused(each, mixed, monkeypatch):
-    monkeypatch.setattr("util.locks.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("util.files.PATIENCE_SECONDS", 0.0)
     out, _ = each
     with file_lock(out / LOCK, what="the tree"):
         for options in ({"size": 120, "readings": "each"}, {"size": 64}, {"overwrite": True}):

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 from phantom_egd import make_egd
 
+from datasets.fixations import FIXATION_COLUMNS, off_the_image_shown, on_the_button
 from datasets.phantom.reflacx import make_study
 from datasets.raw.egd import read_egd
 from datasets.raw.readings import usable_fixations
 from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS, off_the_image_shown, on_the_button
 
 
 @pytest.fixture
