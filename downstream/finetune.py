@@ -39,7 +39,7 @@ from downstream.tuned import BEST, write_tuned
 from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
-from util.export import classifiers
+from util.export import config_names
 from util.output import Progress, RunLog
 from util.stop import GO_ON, StopSignals
 from util.subjects import subject_marks
@@ -117,7 +117,7 @@ def build(candidate: Candidate, recipe: Recipe, n_labels: int, seed: int) -> Vis
     if "cls_token" in candidate.encoder.state:  # others have one way to pool
         options["global_pool"] = recipe.pool
     model = candidate.build(n_labels, seed=seed, **options)
-    for name in classifiers(model):
+    for name in config_names(model, "classifier"):
         head = model.get_submodule(name)
         head.load_state_dict(new_head(head.in_features, n_labels, seed).state_dict())
     return model

@@ -191,7 +191,6 @@ def load_timm(
     that could belong to the encoder.
 
     Returns what `create_timm` returns of `name` and `options`, and the names in the file that are no part of the model.
-
     Raises `UserError` if timm has no such model, or these are not its weights.
     """
     if not timm.is_model(name.partition(".")[0]):
@@ -200,9 +199,10 @@ def load_timm(
     load_state_dict = nn.Module.load_state_dict
 
     def load(model: nn.Module, found: Mapping[str, Tensor], strict: bool = True) -> Any:
-        first = model.get_parameter(f"{model.pretrained_cfg['first_conv']}.weight")
-        if not any(tensor.numel() == first.numel() for tensor in state.values()):  # timm would resample it
-            raise ValueError(f"no tensor has the size of the first convolution, {list(first.shape)}")
+        for first in config_names(model, "first_conv"):
+            wanted = dict(model.named_parameters()).get(f"{first}.weight")  # timm would resample one of another size
+            if wanted is not None and not any(tensor.numel() == wanted.numel() for tensor in state.values()):
+                raise ValueError(f"no tensor has the size of {first}.weight, {list(wanted.shape)}")
         result = load_state_dict(model, found, strict=False)
         model.pretrained_cfg.pop("state_dict")  # else the model would keep the file's tensors
         seen.update(own=model.state_dict().keys(), missing=result.missing_keys, left=result.unexpected_keys)
@@ -250,7 +250,7 @@ def build_encoder(encoder: Encoder, num_classes: int = 0, *, trained: bool = Tru
         for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):  # by whether the head takes the mean of the tokens
             if f"{new}.weight" in own and f"{new}.weight" not in state:
                 state |= {f"{new}.{part}": state.pop(f"{old}.{part}") for part in ("weight", "bias")}
-        heads = tuple(f"{head}." for head in classifiers(model))
+        heads = tuple(f"{head}." for head in config_names(model, "classifier"))
         model.load_state_dict(state | {name: tensor for name, tensor in own.items() if name.startswith(heads)})
     except MISFITS as error:
         message = " ".join(str(error).split())[:300]
@@ -264,9 +264,9 @@ def attention_heads_of(model: nn.Module) -> int | None:
     return next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
 
 
-def classifiers(model: nn.Module) -> tuple[str, ...]:
-    """Names of a timm model's linear heads."""
-    found = model.pretrained_cfg["classifier"]
+def config_names(model: nn.Module, key: str) -> tuple[str, ...]:
+    """Names of modules in the configuration of a timm model: under "classifier" its linear heads."""
+    found = model.pretrained_cfg.get(key) or ()
     return (found,) if isinstance(found, str) else tuple(found)
 
 

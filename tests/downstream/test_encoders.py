@@ -167,7 +167,7 @@ def test_without_its_models_name_it_is_refused_in_one_line(kind, made):
         ("DINOv2", "nothing", "timm has no model nothing"),
         ("DINOv2 with registers", DINO, "not the weights of timm's small_vit"),
         ("DINOv2", REGISTERS, "not the weights of timm's small_vit"),
-        ("DINOv2", PLAIN, "first convolution"),  # timm would resample the patches
+        ("DINOv2", PLAIN, "no tensor has the size of patch_embed.proj.weight"),  # timm would resample the patches
         ("timm's ResNet", "resnet18", "not the weights of timm's resnet18"),
         ("ViT with fc_norm", "vit_tiny_patch16_224", "not the weights of timm's vit_tiny"),
     ],

@@ -207,7 +207,9 @@ def test_published_names_and_namespace(small, tmp_path):
     assert theirs.block == 2
 
 
-@pytest.mark.parametrize("change", [{"num_heads": 4}, {"embed_dim": 192, "depth": 12, "num_heads": 6, "img_size": 32}])
+@pytest.mark.parametrize(
+    "change", [{"num_heads": 4}, {"embed_dim": 192, "depth": 12, "num_heads": 6, "img_size": 32, "id_list": (0, 11)}]
+)
 def test_heads_that_no_shape_shows_are_exported_and_read_again(change, tmp_path):
     """The checkpoint says them, then the export, and an export of that; the second is a named size with other heads."""
     model = shake(CXRMIM(**SMALL | change))
