@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from downstream.data.choices import AUTO, PUBLISHED
-from downstream.data.images import Reading, Views, deep_note, normalisation, open_squares, reading_from_args
+from downstream.data.images import Reading, Views, deep_note, open_squares, reading_from_args
 from downstream.data.labelled import TEST, LabelledImages, files_digest, study_digest
 from downstream.data.partition import Rows, folds_of, in_folds, partitions
 from downstream.data.tree import ANY_FINDING
-from downstream.encoders import IMAGENET, Candidate
+from downstream.encoders import Candidate
 from downstream.forward import FORWARD_BATCH
 from downstream.heads import RECIPES, Recipe
 from downstream.jobs import digest, load_array, save_array
@@ -73,8 +73,7 @@ class Work:
 
     def input_scale(self, candidate: Candidate) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std of an encoder's input."""
-        # timm's configuration of the ImageNet weights says 0.5, whatever ours were pretrained with.
-        return normalisation("half" if candidate.kind == IMAGENET else self.args.normalisation)
+        return candidate.normalisation(self.args.normalisation)
 
     @cached_property
     def views(self) -> Views:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
+from downstream.data.images import normalisation
+from downstream.hugging_face import FolderEncoder, is_transformers_folder
 from util.download import address_name, local_file
 from util.errors import UserError
-from util.export import Backbone, build_backbone, read_backbone
-from util.weights import summarize_keys
+from util.export import MISFITS, Encoder, build_encoder, create_timm, named_encoder, read_encoder, split_model
+from util.weights import key_report
 
 RANDOM, IMAGENET, PIXELS = "random", "imagenet", "pixels"
 RANDOM_SEED = 0  # of random weights that stay frozen: the same for all seeds of the heads
@@ -28,123 +28,158 @@ class Candidate:
 
     Attributes:
         kind: "file", or one of the three words.
-        backbone: what is loaded; for "random" the architecture that it copies, or None; None for "pixels".
-        timm_name: for "random" weights that copy none.
+        encoder: what is loaded; for "random" whose architecture it has; None for "pixels" and for a folder.
+        folder: the model of a folder of transformers.
     """
 
     name: str
     kind: str
-    backbone: Backbone | None = None
-    timm_name: str = DEFAULT_MODEL
+    encoder: Encoder | None = None
+    folder: FolderEncoder | None = None
 
     @property
     def seen(self) -> frozenset[str]:
         """`subject_marks` of the subjects whose images trained it, as far as its file says."""
-        return frozenset() if self.backbone is None or self.kind == RANDOM else self.backbone.source.seen
+        return frozenset() if self.encoder is None or self.kind == RANDOM else self.encoder.source.seen
 
     @property
     def model(self) -> tuple[str, dict]:
         """Name and arguments of `timm.create_model`."""
-        return (self.timm_name, {}) if self.backbone is None else (self.backbone.timm_name, self.backbone.timm_args)
+        return self.encoder.timm_name, self.encoder.timm_args
 
     @property
     def architecture(self) -> list:
-        """What the weights' own numbers don't tell of the model, such as how many heads share them: plain content."""
-        return [self.timm_name] if self.backbone is None else [*self.model, self.backbone.block]
+        """What the weights' own numbers don't show of the model, such as how many heads share them: plain content."""
+        if self.folder:
+            return [self.folder.config]
+        return [*self.model, self.encoder.block] if self.encoder else []
 
-    def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> VisionTransformer:
-        """timm's model; of an inner tap with the blocks up to that tap only, as its norm was trained.
+    def normalisation(self, name: str | None) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and std of the input, by --normalisation or, without it, as the encoder's configuration says."""
+        if self.kind == IMAGENET:  # timm's configuration says 0.5, whatever ours were pretrained with
+            return normalisation("half")
+        own = self.folder.scaling if self.folder else self.encoder and self.encoder.scaling
+        return own if own and name is None else normalisation(name or "half")
+
+    def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> nn.Module:
+        """The model; of an inner tap with the blocks up to that tap only, as its norm was trained.
 
         Args:
             n_outputs: of a linear head; 0: none.
             seed: of "random" weights. (A head is the caller's to start.)
             options: of `timm.create_model`.
         """
+        if self.folder:
+            return self.folder
         if self.kind != RANDOM:
-            model = build_backbone(self.backbone, n_outputs, **options)
+            model = build_encoder(self.encoder, n_outputs, **options)
         else:
-            name, args = self.model
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = timm.create_model(name, num_classes=n_outputs, **args, **options)
-        if self.backbone is not None and self.backbone.block is not None:
-            model.blocks = model.blocks[: self.backbone.block + 1]
+                model = build_encoder(self.encoder, n_outputs, trained=False, **options)
+        if self.encoder.block is not None:
+            model.blocks = model.blocks[: self.encoder.block + 1]
         return model
 
 
-def named_files(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, path) of NAME=FILE, or of FILE, which then gives the name; addresses are downloaded (`local_file`).
+def named_files(texts: Sequence[str]) -> list[tuple[str, str, str | None]]:
+    """(name, path, timm's model or None) of NAME=FILE or NAME=FILE@TIMM_MODEL, or without NAME, which is then the
+    file's; addresses are downloaded (`local_file`).
 
     Raises `UserError` for a name twice, before anything is downloaded.
     """
-    found = []
+    found = {}
     for text in texts:
-        alone = address_name(text)  # an address may have an equals sign in it
-        name, equals, path = ("", "", "") if alone else text.partition("=")
+        file, model = split_model(text)
+        alone = address_name(file)  # an address may have an equals sign in it
+        name, equals, path = ("", "", "") if alone else file.partition("=")
         if equals and not (name and path):
-            raise UserError(f"--weights {text}: expected NAME=FILE, imagenet, random or pixels")
+            raise UserError(f"--weights {text}: expected NAME=FILE, NAME=FILE@TIMM_MODEL, imagenet, random or pixels")
         if not equals:
-            name, path = Path(alone or text).stem, text
+            name, path = text if file == RANDOM else Path(alone or file).stem, file
         if not name.isprintable() or name != name.strip():
             raise UserError(f"--weights {name!r}: a name of printable characters without blanks around it")
-        if name in (other for other, _ in found):
+        if name in found:
             raise UserError(f"--weights: {name} is named twice; give each NAME=FILE a name of its own")
-        found.append((name, path))
-    return [(name, local_file(path)) for name, path in found]
+        found[name] = path, model
+    return [(name, local_file(path), model) for name, (path, model) in found.items()]
 
 
 def read_candidates(
     texts: Sequence[str],
     *,
     imagenet: str | Path,
-    random_model: str | None = None,
     tap: str = "last",
     img_size: int | None = None,
     num_heads: int | None = None,
 ) -> list[Candidate]:
-    """What `--weights` names, each NAME=FILE, FILE, imagenet, random or pixels; read, and reported in print.
+    """What `--weights` names: each NAME=FILE, FILE, FILE@TIMM_MODEL, a folder of transformers, imagenet, random,
+    random@TIMM_MODEL or pixels.
 
-    `random` copies the architecture of the first file, cut off at its tap likewise, unless `random_model` names one
-    of timm's.
+    `random` copies the architecture of the first file, cut off at its tap likewise.
 
     Raises:
-        UserError: a name twice, a file that can't be read, less than a whole encoder in it, or a model that is no ViT
-            of timm's.
+        UserError: a name twice, a file that can't be read, or less than a whole encoder in it.
     """
-    if random_model is not None:
-        _check_model(random_model, texts)
     candidates = []
-    for text, (name, path) in zip(texts, named_files(texts), strict=True):
-        kind = text if text in (RANDOM, IMAGENET, PIXELS) else "file"
-        backbone = None
-        if kind == IMAGENET:
-            imagenet = local_file(imagenet)
-            if not Path(imagenet).exists():
+    for text, (name, path, model) in zip(texts, named_files(texts), strict=True):
+        if path == RANDOM and model:
+            candidates.append(Candidate(name, RANDOM, _untrained(model, img_size)))
+        elif text in (RANDOM, PIXELS):
+            candidates.append(Candidate(name, text))
+        elif text == IMAGENET:
+            path = local_file(imagenet)
+            if not Path(path).exists():
                 raise UserError(
-                    f"--weights imagenet: {imagenet} is not there; scripts/fetch_weights.py makes it, or name it "
-                    "by --imagenet"
+                    f"--weights imagenet: {path} is not there; scripts/fetch_weights.py makes it, or name it by --imagenet"
                 )
-            backbone = read_backbone(imagenet, img_size=img_size)
-        elif kind == "file":
-            backbone = read_backbone(path, tap=tap, img_size=img_size, num_heads=num_heads)
-        candidates.append(Candidate(name, kind, backbone))
-    if random_model is not None:
-        return [replace(c, timm_name=random_model) if c.kind == RANDOM else c for c in candidates]
-    templates = [c.backbone for kind in ("file", IMAGENET) for c in candidates if c.kind == kind]
-    template = templates[0] if templates else None
-    return [replace(c, backbone=template) if c.kind == RANDOM else c for c in candidates]
+            candidates.append(Candidate(name, IMAGENET, read_encoder(path, img_size=img_size)))
+        elif is_transformers_folder(path):
+            candidates.append(Candidate(name, "file", folder=FolderEncoder(path, img_size)))
+        else:
+            encoder = read_encoder(path, model, tap=tap, img_size=img_size, num_heads=num_heads)
+            candidates.append(Candidate(name, "file", encoder))
+    read = sorted((c for c in candidates if c.encoder and c.kind != RANDOM), key=lambda c: c.kind == IMAGENET)
+    template = read[0] if read else Candidate("", RANDOM, replace(_untrained(DEFAULT_MODEL, img_size), scaling=None))
+    return [
+        replace(template, name=c.name, kind=RANDOM) if c.kind == RANDOM and c.encoder is None else c for c in candidates
+    ]
 
 
-def _check_model(name: str, texts: Sequence[str]) -> None:
-    """`UserError` for a --random_model that names no ViT, or that no `random` among --weights asks for."""
-    if RANDOM not in texts:
-        raise UserError(f"--random_model {name}: has no effect without random among --weights; leave it out")
-    if name not in timm.list_models(module="vision_transformer"):
-        raise UserError(f"--random_model {name}: no such ViT in timm; e.g. {DEFAULT_MODEL}")
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
-    if type(model) is not VisionTransformer or model.cls_token is None or model.num_prefix_tokens != 1:
-        raise UserError(f"--random_model {name}: has no cls token before its patches; e.g. {DEFAULT_MODEL}")
+def _untrained(timm_model: str, img_size: int | None) -> Encoder:
+    try:
+        model, args = create_timm(timm_model, img_size=img_size, num_classes=0)
+    except MISFITS as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"--weights random@{timm_model}: timm can't make it: {message}; e.g. {DEFAULT_MODEL}") from None
+    return named_encoder(timm_model, model, args)
+
+
+def input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width that a model takes."""
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return tuple(fixed or model.pretrained_cfg["input_size"][-2:])
+
+
+def pooled(model: nn.Module, found: Tensor) -> dict[str, Tensor]:
+    """The features [B, D] that a head may see, by name, of what a model's `forward_features` gives.
+
+    They are the class token, if there is one, and the mean of the patches' tokens, without registers and the like; and
+    of a model without tokens, such as a ResNet, its own pooling.
+    """
+    n_before = getattr(model, "num_prefix_tokens", None)
+    if n_before is None or found.ndim != 3:
+        return {"pooled": model.forward_head(found, pre_logits=True)}
+    features = {"cls": found[:, 0]} if getattr(model, "cls_token", None) is not None else {}
+    features["mean of patches"] = found[:, n_before:].mean(1)
+    return {name: model.fc_norm(feature) for name, feature in features.items()}
+
+
+@torch.no_grad()
+def feature_widths(model: nn.Module) -> dict[str, int]:
+    """The names of the features that `pooled` gives, with their widths; the model in eval mode, on the CPU or a GPU."""
+    images = torch.zeros(1, 3, *input_size(model), device=next(model.parameters()).device)
+    return {name: feature.shape[1] for name, feature in pooled(model, model.forward_features(images)).items()}
 
 
 def digest_of(model: nn.Module) -> str:
@@ -156,18 +191,21 @@ def digest_of(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def describe(candidate: Candidate) -> str:
+def describe(candidate: Candidate, normalisation: str | None = None) -> str:
     """What was found in a file, or what stands in for one."""
-    backbone = candidate.backbone
+    encoder = candidate.encoder
     if candidate.kind == PIXELS:
         return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in candidate.normalisation(normalisation))
+    scaled = f"mean {mean}, std {std}"
+    if candidate.folder:
+        size = input_size(candidate.folder)[0]
+        return f"{candidate.name}: {candidate.folder.path}, of transformers; input {size} px, {scaled}"
+    told = f", input {input_size(candidate.build())[0]} px, {scaled}" if encoder.scaling else ""
     if candidate.kind == RANDOM:
-        depth = "" if backbone is None else f" of {backbone.depth} blocks"
-        return f"{candidate.name}: random weights, {candidate.model[0]}{depth}"
-    lines = [
-        f"{candidate.name}: {backbone.source.path}, {backbone.timm_name}, {backbone.num_heads} heads ({backbone.heads_from})"
-        + (f", prefix {backbone.prefix}" if backbone.prefix else "")
-    ]
-    for title, names in (("matched", list(backbone.state)), ("missing", []), ("ignored", list(backbone.ignored))):
-        lines.append(f"  {title:8s}{len(names):4d}  {summarize_keys(names)[:160]}".rstrip())
-    return "\n".join(lines)
+        depth = f" of {encoder.depth} blocks" if encoder.depth else ""
+        return f"{candidate.name}: random weights, {encoder.timm_name}{depth}{told}"
+    heads = f", {encoder.num_heads} heads ({encoder.heads_from})" if encoder.num_heads else ""
+    prefix = f", prefix {encoder.prefix}" if encoder.prefix else ""
+    keys = key_report(matched=list(encoder.state), missing=[], ignored=encoder.ignored)
+    return f"{candidate.name}: {encoder.source.path}, {encoder.timm_name}{heads}{prefix}{told}\n{keys}"

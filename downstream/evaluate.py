@@ -24,6 +24,7 @@ from downstream.encoders import Candidate, digest_of, named_files
 from downstream.forward import predict
 from downstream.heads import probabilities
 from util.errors import UserError
+from util.export import attention_heads_of
 from util.files import atomic_write
 from util.output import Progress
 from util.weights import read_state_dict
@@ -72,11 +73,16 @@ def write_tuned(
         facts: the other fields of `Tuned`, and more to be kept.
     """
     name, arguments = candidate.model
-    arguments = arguments | {"num_classes": len(labels), "global_pool": pool, "depth": len(model.blocks)}
+    arguments = arguments | {"num_classes": len(labels)}
+    if "cls_token" in candidate.encoder.state:
+        arguments["global_pool"] = pool
+    if candidate.encoder.block is not None:
+        arguments["depth"] = len(model.blocks)
+    heads = attention_heads_of(model)
     metadata = {
         "timm_model": name,
         "timm_args": json.dumps(arguments),
-        "num_heads": str(model.blocks[0].attn.num_heads),
+        **({} if heads is None else {"num_heads": str(heads)}),
         "labels": json.dumps(list(labels)),
         "weights": candidate.name,
     } | {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
@@ -161,7 +167,7 @@ def read_models(work: Work) -> list[tuple[str, Tuned, list[str]]]:
     args, images = work.args, work.images
     if not args.weights:  # --dry_run
         return []
-    tuned = {name: read_tuned(path) for name, path in named_files(args.weights)}
+    tuned = {name: read_tuned(path) for name, path, _ in named_files(args.weights)}
     for name, model in tuned.items():
         reading_as_trained(args, model.reading, name)
     rows = images.indices(TEST)

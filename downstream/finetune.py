@@ -30,6 +30,7 @@ from downstream.heads import Recipe, known_loss, new_head, probabilities, schedu
 from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
+from util.export import config_names
 from util.output import Progress, RunLog
 from util.stop import GO_ON
 from util.subjects import subject_marks
@@ -58,8 +59,12 @@ class TrainingViews(Dataset):
 def build(candidate: Candidate, recipe: Recipe, n_labels: int, seed: int) -> VisionTransformer:
     """The encoder with a new head, which starts as `new_head` of the seed."""
     options = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
-    model = candidate.build(n_labels, seed=seed, global_pool=recipe.pool, **options)
-    model.head.load_state_dict(new_head(model.embed_dim, n_labels, seed).state_dict())
+    if "cls_token" in candidate.encoder.state:  # others have one way to pool
+        options["global_pool"] = recipe.pool
+    model = candidate.build(n_labels, seed=seed, **options)
+    for name in config_names(model, "classifier"):
+        head = model.get_submodule(name)
+        head.load_state_dict(new_head(head.in_features, n_labels, seed).state_dict())
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from downstream.data.images import CENTRE, normalise
+from downstream.encoders import input_size, pooled
 from util.distributed import Ranks
 from util.loading import SampleLoader, ignore_stop_signals
 from util.output import Progress
@@ -32,7 +33,7 @@ class Encoder:
     """A frozen encoder and how its input is scaled.
 
     Attributes:
-        model: timm ViT without head; `forward_features` gives tokens [B, 1 + L, D] after the final norm.
+        model: of timm, or `FolderEncoder`, without head.
         mean, std: of the input's three channels.
         dtype: of autocast; float32 for none.
     """
@@ -45,16 +46,15 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, gray: Tensor) -> Tensor:
-        """Cls token and mean of the patch tokens, [B, 2 D], of gray images uint8 [B, 1, H, W]."""
+        """What `pooled` gives, side by side, [B, 2 D] or [B, D], of gray images uint8 [B, 1, H, W]."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = self.model.forward_features(network_input(gray, self.model, self.mean, self.std))
-        tokens = tokens.float()
-        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+            found = self.model.forward_features(network_input(gray, self.model, self.mean, self.std))
+        return torch.cat(list(pooled(self.model, found.float()).values()), 1)
 
 
 def network_input(gray: Tensor, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, 1, H, W] -> float [B, 3, S, S], normalised; S is the side that a timm ViT was built for."""
-    size = tuple(model.patch_embed.img_size)
+    """uint8 [B, 1, H, W] -> float [B, 3, S, S], normalised; S is the side that the model was built for."""
+    size = input_size(model)
     if tuple(gray.shape[-2:]) != size:
         gray = F.interpolate(gray.float(), size, mode="bilinear", antialias=True)
     return normalise(gray, mean, std)

@@ -13,7 +13,7 @@ import torch
 from downstream.data.images import CENTRE
 from downstream.data.partition import Rows, in_folds
 from downstream.driver import Method, Work
-from downstream.encoders import PIXELS, Candidate, digest_of
+from downstream.encoders import PIXELS, Candidate, digest_of, feature_widths
 from downstream.features import FeatureFile, fill
 from downstream.forward import Encoder, Stopped
 from downstream.heads import probabilities, train_heads
@@ -24,19 +24,20 @@ PIXEL_SIDE = 56  # of the baseline without a network: a quarter of 224
 
 
 class Features:
-    """The features of one candidate: the cls token in every view, in the centre view also the mean of the patch tokens
-    behind it; of "pixels" the gray values."""
+    """The features of one candidate: the first of `pooled`, the cls token if there is one, in every view, in the centre
+    view also the others behind it; of "pixels" the gray values."""
 
     def __init__(self, work: Work, candidate: Candidate):
         self.work, self.name = work, candidate.name
         self.is_pixels = candidate.kind == PIXELS
         mean, std = work.input_scale(candidate)
         if self.is_pixels:
-            self.encoder, weights, self.width = _pixels, PIXELS, PIXEL_SIDE**2
+            self.encoder, weights, self.widths = _pixels, PIXELS, {"": PIXEL_SIDE**2}
         else:
             model = candidate.build().eval().to(work.ranks.device)
             self.encoder = Encoder(model, mean, std, work.ranks.device, work.dtype)
-            weights, self.width = digest_of(model), model.embed_dim
+            weights, self.widths = digest_of(model), feature_widths(model)
+        self.width = next(iter(self.widths.values()))
         # Random numbers of the views come from their number alone, so more views leave the first as they are.
         self.key = digest([weights, candidate.architecture, work.files, mean, std, str(work.dtype)])
         self.folder = Path(work.args.features_dir or Path(work.args.output_dir) / "features") / self.key
@@ -47,7 +48,7 @@ class Features:
         for view in wanted:
             if view not in self.files:
                 name = "centre.npy" if view == CENTRE else f"view-{view:03d}.npy"
-                width = self.width * (1 + (view == CENTRE and not self.is_pixels))
+                width = sum(self.widths.values()) if view == CENTRE else self.width
                 self.files[view] = FeatureFile(self.folder / name, len(self.work.images), width)
         work = self.work
         done = fill(self.folder, self.files, wanted, self.encoder, work.views, **work.forward_options, what=self.name)
@@ -56,7 +57,7 @@ class Features:
             work.ranks.say(f"{self.name}: {done} images encoded, {there} were there already ({self.folder})")
 
     def cls(self, view: int, rows: np.ndarray) -> torch.Tensor:
-        """Cls tokens, or pixels, of some images in a view, on the device: [len(rows), D]."""
+        """First features, or pixels, of some images in a view, on the device: [len(rows), D]."""
         return torch.from_numpy(self.files[view].read(rows, self.width)).to(self.work.ranks.device)
 
 
@@ -113,8 +114,7 @@ class Probe(Method):
         super().__init__(work, candidate)
         self.features = Features(work, candidate)
         self.key = [self.features.key]
-        if not self.features.is_pixels:
-            self.kinds = ("cls", "mean of patches")
+        self.kinds = tuple(self.features.widths)
         if not in_folds(work.images) and len(self.seeds) > 1:
             self.seeds = self.seeds[:1]
             print(f"{self.name}: nothing in a probe is drawn, so seed {self.seeds[0]} stands for all", flush=True)

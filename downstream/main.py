@@ -14,7 +14,7 @@ from downstream.data.images import add_image_arguments, leave_out_damaged, readi
 from downstream.data.labelled import LabelledImages, check_labels, split_table, write_split
 from downstream.data.partition import in_folds, partitions
 from downstream.driver import Method, Work, judge
-from downstream.encoders import DEFAULT_MODEL, PIXELS, describe, read_candidates
+from downstream.encoders import DEFAULT_MODEL, describe, read_candidates
 from downstream.evaluate import Evaluate, read_models
 from downstream.figure import results_figure
 from downstream.finetune import FineTune
@@ -26,10 +26,10 @@ from util import distributed
 from util.bootstrap import MIN_DRAWS
 from util.cli import Parser, check_least, check_positive, finite_float, seed_number
 from util.errors import UserError
+from util.export import stored_weights
 from util.figures import save_figure
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
-from util.pretrained import weights_name
 from util.stop import StopSignals, exit_status
 
 METHODS: dict[str, type[Method]] = {"linear": Linear, "probe": Probe, "finetune": FineTune, "evaluate": Evaluate}
@@ -78,10 +78,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("encoders").add_argument
     add("--weights", nargs="+", default=[], metavar="NAME=FILE",
-        help="encoders to compare: NAME=FILE, imagenet, random, or pixels (no encoder)")
-    add("--imagenet", default=f"preTrain/{weights_name('base')}", help="file of the imagenet weights")
-    add("--random_model",
-        help=f"timm's name of the random weights' ViT (default: as the first file, or {DEFAULT_MODEL})")
+        help="encoders to compare: NAME=FILE of a plain ViT, NAME=FILE@TIMM_MODEL, NAME=FOLDER of transformers, imagenet, "
+             f"random (as the first file, or {DEFAULT_MODEL}), random@TIMM_MODEL, or pixels (no encoder)")
+    add("--imagenet", default=f"preTrain/{stored_weights(DEFAULT_MODEL).name}", help="file of the imagenet weights")
     add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0")
 
     add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
@@ -190,12 +189,15 @@ def read_weights(work: Work) -> list[Callable[[], Method]]:
             f"--batch_size {work.recipe.batch_size}: {work.ranks.world_size} processes can't share it; it is the whole "
             "step's"
         )
-    names = ("imagenet", "random_model", "tap", "img_size", "num_heads")
+    names = ("imagenet", "tap", "img_size", "num_heads")
     candidates = read_candidates(args.weights, **{name: getattr(args, name) for name in names})
-    if args.method == "finetune" and any(candidate.kind == PIXELS for candidate in candidates):
-        raise UserError("--weights pixels: there is no encoder to fine-tune; use --method linear or probe")
     for candidate in candidates:
-        work.ranks.say(describe(candidate))
+        if args.method == "finetune" and candidate.encoder is None:
+            what = (
+                "transformers' encoders aren't fine-tuned" if candidate.folder else "there is no encoder to fine-tune"
+            )
+            raise UserError(f"--weights {candidate.name}: {what}; use --method linear or probe")
+        work.ranks.say(describe(candidate, args.normalisation))
     return [partial(METHODS[args.method], work, candidate) for candidate in candidates]
 
 

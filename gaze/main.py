@@ -24,16 +24,14 @@ from util.checkpoint import announce_resume, find_checkpoint, load_checkpoint, s
 from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError
-from util.export import read_backbone
-from util.foreign_weights import PLAIN_VIT, is_unknown
+from util.export import load_timm, read_encoder, split_model, stored_weights
 from util.loading import SampleLoader, ignore_stop_signals
 from util.lr_sched import parameter_groups
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
-from util.pretrained import stored_weights
 from util.stop import GO_ON, StopSignals, exit_status
 from util.training import Training
-from util.weights import read_state_dict
+from util.weights import is_plain_vit, read_state_dict
 
 BEST = "best.pth"
 CACHE_SIZE = 512  # short side, px, as in pretraining, which can share the cache
@@ -52,8 +50,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--backbone", default="resnet50", help="timm's name of the encoder")
     add("--weights", default=None, metavar="PATH|none",
-        help="weights of the encoder: of timm's --backbone, or a checkpoint or export of pretraining, which is then "
-             "the encoder (None: those in preTrain/, if they are there)")
+        help="weights of the encoder: of timm's --backbone, or FILE@TIMM_MODEL, or a plain ViT such as a checkpoint or "
+             "export of pretraining, which is then the encoder (None: those in preTrain/, if they are there)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=16, help="images per rank and step")
@@ -85,7 +83,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     for name in ("weights", "resume", "judge"):
-        setattr(args, name, local_file(getattr(args, name)))
+        file, model = split_model(getattr(args, name) or "")
+        setattr(args, name, f"{local_file(file)}@{model}" if model else local_file(getattr(args, name)))
     check_least(args, 1, "batch_size", "epochs", "patience")
     check_least(args, 0, *"num_workers warmup_epochs weight_decay lr skip_nonfinite max_minutes".split())
     for flag in ("resume", "judge"):
@@ -270,14 +269,18 @@ def build_model(args: argparse.Namespace) -> tuple[GazeNet, str]:
     if str(path).lower() == "none":
         why = "--weights none" if args.weights else f"{stored} is missing; scripts/fetch_weights.py makes it"
         return GazeNet(args.backbone, args.input_size), f"encoder weights random ({why})"
-    state, _ = read_state_dict(path)
-    backbone, backbone_args, seen = args.backbone, {}, []
-    if PLAIN_VIT in state and not any(map(is_unknown, state)):
-        own = read_backbone(path, img_size=args.input_size)
-        state, backbone, seen = own.state, own.timm_name, sorted(own.source.seen)
+    path, named = split_model(str(path))
+    state, info = read_state_dict(path)
+    backbone, backbone_args = args.backbone, {}
+    if named:
+        plain, _, _ = load_timm(named, state, path, img_size=args.input_size, num_classes=0)
+        backbone, state = named, plain.state_dict()
+    elif is_plain_vit(state):
+        own = read_encoder(path, img_size=args.input_size)
+        backbone, state = own.timm_name, own.state
         backbone_args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
     model = GazeNet(backbone, args.input_size, backbone_args=backbone_args)
-    model.encoder_seen = seen
+    model.encoder_seen = sorted(info.seen)
     return model, load_encoder(model.encoder, state, path)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from util.checkpoint import load_checkpoint, restoring
 from util.errors import UserError
-from util.foreign_weights import PLAIN_VIT, is_unknown
-from util.weights import resample_pos_embed, summarize_keys
+from util.export import MISFITS
+from util.weights import is_behind, resample_pos_embed, summarize_keys
 
 STRIDE = 4  # pixels of the input for one of the map: a degree of visual angle is about 2 of the map's at 224 px
 PRIOR_FLOOR = 1e-3  # share of a flat map in the prior, so that its logarithm is finite
@@ -130,7 +130,7 @@ def build_encoder(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn
             return create(**size)
         last, step = len(strides) - 1, max(1, len(strides) // 4)
         return create(**size, out_indices=[last - k * step for k in range(min(4, len(strides)))][::-1])
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError) as error:
+    except MISFITS as error:
         message = " ".join(str(error).split())[:200]
         raise UserError(f"--backbone {backbone}: timm can't make feature maps of it: {message}") from None
 
@@ -147,7 +147,8 @@ def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) 
     own = encoder.model.state_dict()
     parts = {name.split(".")[0] for name in own}
     unused = [name for name in state if name not in own]
-    if more := [name for name in unused if name.split(".")[0] in parts or (PLAIN_VIT in state and is_unknown(name))]:
+    attends = any("attn" in name for name in own)  # a transformer computes with tokens and tables of any name
+    if more := [name for name in unused if name.split(".")[0] in parts or (attends and not is_behind(name))]:
         raise UserError(f"{path}: not the weights of this backbone, which has no {more[0]}; name theirs by --backbone")
     found = {name: state[name] for name in own if name in state}
     try:

@@ -23,10 +23,10 @@ from datasets.shown import chosen_samples, training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
 from scripts.figures.reconstruction import contact_sheet, mean_targets, reconstruction_figure
-from util.architecture import build_model
 from util.cli import Parser, check_device, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
+from util.export import build_model
 from util.figures import check_picture_path, page_path, save_figure
 from util.masking import MASKINGS
 from util.pictures import reconstruct
@@ -125,21 +125,28 @@ def main(argv: list[str] | None = None) -> int:
         replay = args.epoch is not None
         dataset = training_dataset(options, args.data_path, model.img_size, augment=replay)
         if replay:
-            if info.samples not in (None, dataset.identity()):
+            if info.entries.get("samples") not in (None, dataset.identity()):
                 raise UserError(
                     "--data_path: holds other images or heatmaps than the run trained on, in another order, or cached "
                     "otherwise, so its steps can't be shown; leave out --epoch and --step"
                 )
-            if (args.epoch, args.step) < info.unchanged_since:
+            since = tuple(info.entries.get("unchanged_since", (0, 0)))
+            if (args.epoch, args.step) < since:
                 raise UserError(
                     f"--epoch {args.epoch} --step {args.step}: the run went on with other options or data from epoch "
-                    "{} step {} on; earlier steps need a checkpoint from before that".format(*info.unchanged_since)
+                    "{} step {} on; earlier steps need a checkpoint from before that".format(*since)
                 )
-            if info.device not in (None, args.device):
+            drawn_on = "cuda" if info.entries.get("threads", 1) is None else "cpu"
+            if "threads" in info.entries and drawn_on != args.device:
                 raise UserError(
-                    f"--device {args.device}: the run drew its masks on {info.device}; pass --device {info.device}"
+                    f"--device {args.device}: the run drew its masks on {drawn_on}; pass --device {drawn_on}"
                 )
-            place = {"epoch": args.epoch, "step": args.step, "rank": args.rank, "world_size": info.world_size}
+            place = {
+                "epoch": args.epoch,
+                "step": args.step,
+                "rank": args.rank,
+                "world_size": info.entries.get("world_size", 1),
+            }
             shown = training_batch(model, dataset, options, **place)
             if args.index:
                 shown = shown.take(args.index)

@@ -22,9 +22,8 @@ from datasets.tree import GazeTree
 from models_cxrmim import CXRMIM, ENCODERS
 from models_decoder import SCALES
 from scripts import export_backbone, visualize
-from util.architecture import build_model
 from util.errors import UserError
-from util.export import build_backbone, read_backbone
+from util.export import build_encoder, build_model, read_encoder
 from util.masking import MASKINGS, MaskRequest, draw_mask, mask_generator, random_mask
 from util.weights import read_state_dict
 
@@ -75,7 +74,7 @@ def exercise(
     assert export_backbone.main([str(checkpoint), str(out / "backbone.pth")]) == 0
     img = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        found = build_backbone(read_backbone(out / "backbone.pth")).eval().forward_features(img)
+        found = build_encoder(read_encoder(out / "backbone.pth")).eval().forward_features(img)
         expected = model.forward_encoder(img, torch.zeros(1, model.num_patches))[-1]
     assert (found - expected).abs().max() < 1e-5
 

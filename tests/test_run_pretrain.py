@@ -187,7 +187,7 @@ def test_starts_from_timm_weights_and_reports(tree, tmp_path, capsys):
     torch.save({"state_dict": vit.state_dict(), "metadata": {"num_heads": "3"}}, tmp_path / "vit.pth")
     train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'vit.pth'} --lr 1e-12")
     printed = capsys.readouterr().out
-    assert "blocks.0-11" in printed and "head" in printed
+    assert "blocks (144)" in printed and "head" in printed
     state = load_checkpoint(tmp_path / "out" / "checkpoint-0.pth")["model"]
     torch.testing.assert_close(state["blocks.3.attn.qkv.weight"], vit.state_dict()["blocks.3.attn.qkv.weight"])
     torch.testing.assert_close(state["pos_embed"], vit.state_dict()["pos_embed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from http.client import HTTPException
 from pathlib import Path
@@ -12,7 +13,6 @@ from urllib.request import Request, urlopen
 import torch
 
 from util.errors import UserError
-from util.files import file_lock
 
 # The beginning of the SHA-256 in a name, as torch.hub's names have it: resnet18-5c106cde.pth. Shorter
 # digits are numbers: checkpoint-399.pth.
@@ -44,29 +44,21 @@ def local_file(name: str | None) -> str | None:
         return name
     if not file_name:
         raise UserError(f"{name}: ends in no file name")
-    folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(name.encode()).hexdigest()[:12])
-    path = folder / file_name
+    path = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(name.encode()).hexdigest()[:12], file_name)
+    if path.exists():
+        return str(path)
+    part, digest = path.with_name(f"{file_name}.{os.getpid()}.part"), _HASH.search(file_name)
+    print(f"downloading {name} to {path}", flush=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(folder.with_suffix(".lock"), what=f"the download of {name}", wait=True):
-            if not path.exists():
-                _download(name, path)
-    except RuntimeError as error:  # torch.hub's word for another SHA-256
-        raise UserError(f"{name}: is damaged or another file: {error}") from None
-    except (OSError, HTTPException, ValueError) as error:
-        raise UserError(f"{name}: can't be downloaded into {folder} ({error})") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urlopen(Request(name, headers={"User-Agent": "torch.hub"})) as answer:
+            length = answer.length
+        torch.hub.download_url_to_file(name, str(part), digest and digest.group(1))
+        got = part.stat().st_size
+        if length not in (None, got):  # torch.hub takes a broken connection for the end of the file
+            raise OSError(f"it broke off after {got} of {length} bytes; start again")
+        part.rename(path)
+    except (OSError, HTTPException, ValueError, RuntimeError) as error:  # torch.hub's for another SHA-256
+        part.unlink(missing_ok=True)
+        raise UserError(f"{name}: can't be downloaded to {path}: {error}") from None
     return str(path)
-
-
-def _download(address: str, path: Path) -> None:
-    """Download whole or not at all: torch.hub takes a broken connection for the end of the file."""
-    with urlopen(Request(address, headers={"User-Agent": "torch.hub"})) as answer:
-        length = answer.length
-    digest = _HASH.search(path.name)
-    print(f"downloading {address} to {path}", flush=True)
-    part = path.with_name(f"{path.name}.part")
-    torch.hub.download_url_to_file(address, str(part), digest and digest.group(1))
-    got = part.stat().st_size
-    if length not in (None, got):
-        raise UserError(f"{address}: broke off after {got} of {length} bytes; start again")
-    part.rename(path)

@@ -1,184 +1,347 @@
-"""The trained encoder as a timm Vision Transformer: in memory, and as files that other programs load."""
+"""Models out of weights files, timm's and CXRMIM, and the trained encoder as files that other programs load."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.errors import UserError
-from util.files import atomic_write, replace_together
-from util.foreign_weights import find_encoder
+from util.files import atomic_write, check_file_place, check_folder_place, replace_together
 from util.weights import (
-    ENCODER_PREFIXES,
+    ENCODER,
+    FREE_CONFIG,
+    OTHER_MODEL,
+    PATCHES,
     VIT_SIZES,
     WeightsInfo,
     attention_heads,
+    find_vit,
+    is_behind,
     numbers,
     read_state_dict,
     resample_pos_embed,
     summarize_keys,
+    unknown_names,
 )
 
 FORMATS = ("timm", "safetensors", "cxr-eval", "hf")
 CXR_EVAL_NAMES = ("MAE", "LocalMIM", "GazeMIM")
+FOLDER = Path(__file__).resolve().parents[1] / "preTrain"
+# What timm, in building and loading a model, raises for names, sizes and tensors that don't fit it.
+MISFITS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError)
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """An encoder under timm's names.
+class Encoder:
+    """An encoder of timm's, as a file has it.
 
     Attributes:
-        state: cls_token, pos_embed, patch_embed.*, blocks.*, norm.*: what a timm ViT without head has.
+        state: all tensors of timm's model without a head, under its names.
         timm_name, timm_args: what `timm.create_model` needs to make its model, beside num_classes.
-        num_heads, patch_size: of the encoder, whether or not `timm_name` implies them.
-        heads_from: where `num_heads` is known from.
+        source: the file it comes from; None for random weights.
+        ignored: names in it that are no part of the encoder.
+        num_heads, heads_from: attention heads of a plain ViT, and where they are known from.
         tap: which tap's LayerNorm `norm` is, None if the file had a single norm.
         block: the 0-based block which that tap reads, None if unknown.
-        source: the file it comes from.
-        prefix: what stood before the encoder's names in it.
-        ignored: names in it that are no part of the encoder.
+        prefix: what stood before the encoder's names in the file.
+        scaling: mean and std of the input by timm's configuration, if the user named the model.
     """
 
     state: dict[str, Tensor]
     timm_name: str
-    timm_args: dict[str, int | float]
-    num_heads: int
-    patch_size: int
-    heads_from: str
-    tap: int | None
-    block: int | None
-    source: WeightsInfo
-    prefix: str = ""
+    timm_args: dict[str, Any]
+    source: WeightsInfo | None = None
     ignored: Sequence[str] = ()
+    num_heads: int | None = None
+    heads_from: str = ""
+    tap: int | None = None
+    block: int | None = None
+    prefix: str = ""
+    scaling: tuple[Sequence[float], Sequence[float]] | None = None
 
     @property
     def depth(self) -> int:
         return len(numbers(self.state, "blocks"))
 
 
-def read_backbone(
-    path: str | os.PathLike, *, tap: str | int = "last", img_size: int | None = None, num_heads: int | None = None
-) -> Backbone:
+def read_encoder(
+    path: str | os.PathLike,
+    timm_model: str | None = None,
+    *,
+    tap: str | int = "last",
+    img_size: int | None = None,
+    num_heads: int | None = None,
+) -> Encoder:
     """The encoder of any file that `read_state_dict` takes.
 
-    A CXR-MIM checkpoint has one LayerNorm for each tap; `norm` becomes that of the chosen one, by
-    default the last. pos_embed is resampled for another `img_size`.
+    A CXR-MIM checkpoint has one LayerNorm for each tap; `norm` becomes that of the chosen one.
 
     Args:
-        tap: "last" or its place in --id_list, from 0.
-        img_size: side of the input in pixels, a multiple of the patch size; None: as trained.
-        num_heads: attention heads, for a file that doesn't say how many its encoder has.
+        timm_model: timm's name of the file's model; None: a plain ViT, whose size the file tells.
+        tap: "last" or its place in --id_list, from 0; of a plain ViT.
+        img_size: side of the input in pixels, for which pos_embed is resampled; None: as trained.
+        num_heads: attention heads, for a plain ViT whose file doesn't say how many it has.
 
-    Raises:
-        UserError: the file has no complete ViT encoder, no such tap, or its heads can't be known.
+    Raises `UserError` for a file without a whole encoder of this kind, such a tap, or a known number of heads.
     """
-    state, info = read_state_dict(path)
-    try:
-        state, prefix, ignored = find_encoder(state, info.path)
-        encoder = {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_PREFIXES)}
-        width, _, patch_size, _ = encoder["patch_embed.proj.weight"].shape
-        mlp_width = encoder["blocks.0.mlp.fc1.weight"].shape[0]
-        encoder["cls_token"]
-        if img_size is not None:
-            if img_size < patch_size or img_size % patch_size:
-                raise UserError(f"--img_size {img_size}: must be a multiple of the patch size {patch_size}")
-            grid = img_size // patch_size
-            encoder["pos_embed"] = resample_pos_embed(encoder["pos_embed"], (grid, grid))
-        side = math.isqrt(encoder["pos_embed"].shape[1] - 1) * patch_size
-        norm, index, block = _find_tap(state, info, tap)
-        for part in ("weight", "bias"):
-            encoder[f"norm.{part}"] = state[f"{norm}.{part}"]
-    except KeyError as error:
-        raise UserError(
-            f"{info.path}: no complete ViT encoder in it, {error} is missing; it has {summarize_keys(state)[:100]}"
-        ) from None
-    except (ValueError, IndexError) as error:  # tensors of other ranks, or no square grid of patches
-        raise UserError(f"{info.path}: not a ViT that takes square images ({error})") from None
-    heads, heads_from = attention_heads(state, info, num_heads)
-    depth = len(numbers(encoder, "blocks"))
-    size, usual_heads, usual_patch = VIT_SIZES.get((width, depth), ("base", None, 16))
-    args: dict[str, int | float] = {} if side == 224 else {"img_size": side}
-    if usual_heads is None:
-        args |= {"embed_dim": width, "depth": depth}
-    if heads != usual_heads:
-        args["num_heads"] = heads
-    if patch_size != usual_patch:
-        args["patch_size"] = patch_size
-    if mlp_width != 4 * width:
-        args["mlp_ratio"] = mlp_width / width
+    whole, info = read_state_dict(path)
+    if timm_model is not None:
+        # Some programs take the mean of the patches' tokens, and norm it.
+        pool = {"global_pool": "avg"} if "fc_norm.weight" in whole and "norm.weight" not in whole else {}
+        model, args, ignored = load_timm(timm_model, whole, info.path, img_size=img_size, num_classes=0, **pool)
+        heads = attention_heads_of(model)
+        stored = info.metadata.get("num_heads", str(heads))
+        if stored != str(heads):
+            raise UserError(f"{info.path}: has {stored} attention heads, timm's {timm_model} {heads}")
+        return replace(named_encoder(timm_model, model, args | pool), source=info, ignored=ignored)
+    state, prefix, ignored = find_vit(whole, info.path)
+    norm, index, block = _find_tap(state, info, tap)
+    if not {f"{norm}.weight", f"{norm}.bias"} <= state.keys():
+        raise UserError(f"{info.path}: no whole plain ViT in it, {norm} is missing ({OTHER_MODEL})")
+    encoder = {name: tensor for name, tensor in state.items() if ENCODER.fullmatch(name) and name[:5] != "norm."}
+    encoder |= {f"norm.{part}": state[f"{norm}.{part}"] for part in ("weight", "bias")}
+    found = vit_sizes(state)
+    if img_size is not None:
+        if img_size < found["patch_size"] or img_size % found["patch_size"]:
+            raise UserError(f"--img_size {img_size}: must be a multiple of the patch size {found['patch_size']}")
+        found["img_size"] = img_size
+    grid = found["img_size"] // found["patch_size"]
+    encoder["pos_embed"] = resample_pos_embed(state["pos_embed"], (grid, grid), info.path)
+    found["num_heads"], heads_from = attention_heads(state, info, num_heads)
+    named = {name: found[name] for name in ("embed_dim", "depth")}
+    size, usual_heads, usual_patch = VIT_SIZES.get(tuple(named.values()), ("base", None, 16))
+    usual = {"img_size": 224, "num_heads": usual_heads, "patch_size": usual_patch, "mlp_ratio": 4}
+    usual |= named if usual_heads else {}
+    order = ("img_size", "embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio")
+    args = {name: found[name] for name in order if found[name] != usual.get(name)}
     name = f"vit_{size}_patch{usual_patch}_224"
-    return Backbone(encoder, name, args, heads, patch_size, heads_from, index, block, info, prefix, ignored)
+    return Encoder(encoder, name, args, info, ignored, found["num_heads"], heads_from, index, block, prefix)
+
+
+def named_encoder(name: str, model: nn.Module, args: dict[str, Any]) -> Encoder:
+    """A model of timm's that was made by its name."""
+    return Encoder(model.state_dict(), name, args, scaling=(model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
+
+
+def vit_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a plain ViT's constructor, timm's or CXRMIM, that its tensors' shapes show."""
+    width, _, patch_size, _ = state[PATCHES].shape
+    return {
+        "img_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": width,
+        "depth": len(numbers(state, "blocks")),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+    }
 
 
 def _find_tap(state: Mapping[str, Tensor], info: WeightsInfo, tap: str | int) -> tuple[str, int | None, int | None]:
-    """Name of the tap's norm, number of the tap, and its block; None for what the file doesn't have or say."""
-    if "norm.weight" in state:
-        if tap != "last":
-            raise UserError(f"--tap {tap}: {info.path} has a single norm, not one for each tap; use last")
+    """Name of the tap's norm, its number and its block; None for what the file doesn't have or say."""
+    taps = [str(number) for number in sorted(numbers(state, "norm"))]
+    if tap == "last" and not taps:
         block = info.metadata.get("block")  # of an export
         return "norm", None, None if block is None else int(block)
-    count = len(numbers(state, "norm"))
-    if count == 0:
-        raise KeyError("norm.weight")
-    if tap == "last":
-        tap = count - 1
-    if not str(tap).isdigit() or int(tap) >= count:
-        raise UserError(f"--tap {tap}: {info.path} has taps 0 to {count - 1}, or last")
+    chosen = taps[-1] if tap == "last" else str(tap)
+    if chosen not in taps:
+        has = f"taps {', '.join(taps)}" if taps else "a single norm, not one for each tap"
+        raise UserError(f"--tap {tap}: {info.path} has {has}; use last")
     id_list = info.config.get("id_list", info.args.get("id_list", ()))
-    return f"norm.{int(tap)}", int(tap), int(id_list[int(tap)]) if len(id_list) == count else None
+    return f"norm.{chosen}", int(chosen), int(id_list[int(chosen)]) if len(id_list) == len(taps) else None
 
 
-def build_backbone(backbone: Backbone, num_classes: int = 0, **options) -> VisionTransformer:
-    """timm's model with the backbone's weights, loaded strictly (a new head stays at its random start).
+# ---------------------------------------------------------------- timm's models
+
+
+def create_timm(name: str, *, img_size: int | None = None, **options) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's model, for inputs of a side of `img_size` (None: its own), and the arguments that say so."""
+    args: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    try:
+        return timm.create_model(name, **args, **options), args
+    except TypeError:  # a convolutional network takes any size, and no img_size
+        if not args:
+            raise
+    overlay = {"input_size": [3, img_size, img_size]}
+    options["pretrained_cfg_overlay"] = options.get("pretrained_cfg_overlay", {}) | overlay
+    return timm.create_model(name, **options), {"pretrained_cfg_overlay": overlay}
+
+
+def load_timm(
+    name: str, state: Mapping[str, Tensor], path: object, **options
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """timm's model with a file's tensors, which the model's own filter of timm converts.
+
+    timm by itself loads what fits. Here every tensor of the model must come from the file, and nothing may be left over
+    that could belong to the encoder.
+
+    Returns what `create_timm` returns of `name` and `options`, and the names in the file that are no part of the model.
+    Raises `UserError` if timm has no such model, or these are not its weights.
+    """
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"{path}: timm has no model {name}; timm.list_models() lists its names")
+    seen: dict[str, Any] = {}
+    load_state_dict = nn.Module.load_state_dict
+
+    def load(model: nn.Module, found: Mapping[str, Tensor], strict: bool = True) -> Any:
+        for first in config_names(model, "first_conv"):
+            wanted = dict(model.named_parameters()).get(f"{first}.weight")  # timm would resample one of another size
+            if wanted is not None and not any(tensor.numel() == wanted.numel() for tensor in state.values()):
+                raise ValueError(f"no tensor has the size of {first}.weight, {list(wanted.shape)}")
+        result = load_state_dict(model, found, strict=False)
+        model.pretrained_cfg.pop("state_dict")  # else the model would keep the file's tensors
+        seen.update(own=model.state_dict().keys(), missing=result.missing_keys, left=result.unexpected_keys)
+        return result
+
+    try:
+        overlay = {"state_dict": dict(state), "custom_load": False}
+        with torch.random.fork_rng(devices=[]), mock.patch.object(nn.Module, "load_state_dict", load):
+            model, args = create_timm(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except MISFITS as error:
+        raise UserError(f"{path}: not the weights of timm's {name}: {' '.join(str(error).split())[:200]}") from None
+    if missing := [key for key in seen["missing"] if not key.endswith("num_batches_tracked")]:
+        raise UserError(
+            f"{path}: not the weights of timm's {name}: it lacks {len(missing)} of {len(seen['own'])} tensors "
+            f"({summarize_keys(missing)[:80]}); name the model that they are of"
+        )
+    parts = {tuple(key.split(".")[:2]) for key in seen["own"]}  # such as layer1.0
+    attends = any("attn" in key for key in seen["own"])  # a transformer computes with tokens and tables of any name
+    if unknown := [
+        key for key in seen["left"] if tuple(key.split(".")[:2]) in parts or (attends and not is_behind(key))
+    ]:
+        raise unknown_names(path, unknown, f"timm's {name}")
+    heads = [key for key in state if is_behind(key) and key not in seen["own"]]
+    return model, args, list(dict.fromkeys([*seen["left"], *heads]))
+
+
+def build_encoder(encoder: Encoder, num_classes: int = 0, *, trained: bool = True, **options) -> nn.Module:
+    """timm's model with the encoder's weights, loaded strictly (a new head stays at its random start).
 
     Args:
         num_classes: outputs of a new linear head; 0: no head.
+        trained: whether to load the weights; else all are random.
         options: further arguments of `timm.create_model`, e.g. drop_path_rate, global_pool.
-
-    Raises:
-        UserError: the encoder is not one that timm's ViT computes.
+    Raises `UserError` for an encoder that this model of timm's does not compute, or without these options.
     """
-    if num_classes == 0:
-        options["weight_init"] = "skip"  # every tensor comes from the file
+    args = encoder.timm_args | options
+    if encoder.heads_from:  # a plain ViT: inputs are prepared as in pretraining, where timm's configuration has 0.5
+        scaling = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0}
+        args |= {"pretrained_cfg_overlay": scaling} | ({"weight_init": "skip"} if trained and not num_classes else {})
     try:
-        model = timm.create_model(
-            backbone.timm_name,
-            num_classes=num_classes,
-            # As pretraining prepares images; timm's own weights of these names use 0.5 and crop_pct 0.9.
-            pretrained_cfg_overlay={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0},
-            **backbone.timm_args,
-            **options,
-        )
-    except (AssertionError, ValueError, RuntimeError) as error:  # sizes or heads that no ViT has
-        raise UserError(
-            f"{backbone.source.path}: not an encoder of timm's ViT: {' '.join(str(error).split())}"
-        ) from None
-    own = model.state_dict()
-    state = dict(backbone.state)
-    if "fc_norm.weight" in own and "norm.weight" not in own:  # where the head takes the mean of the tokens
-        state |= {f"fc_norm.{part}": state.pop(f"norm.{part}") for part in ("weight", "bias")}
-    state |= {name: own[name] for name in own if name.startswith("head.")}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model = timm.create_model(encoder.timm_name, num_classes=num_classes, **args)
+        if not trained:
+            return model
+        own, state = model.state_dict(), dict(encoder.state)
+        for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):  # by whether the head takes the mean of the tokens
+            if f"{new}.weight" in own and f"{new}.weight" not in state:
+                state |= {f"{new}.{part}": state.pop(f"{old}.{part}") for part in ("weight", "bias")}
+        heads = tuple(f"{head}." for head in config_names(model, "classifier"))
+        model.load_state_dict(state | {name: tensor for name, tensor in own.items() if name.startswith(heads)})
+    except MISFITS as error:
         message = " ".join(str(error).split())[:300]
-        raise UserError(f"{backbone.source.path}: not an encoder that timm's ViT computes: {message}") from None
+        path = encoder.source.path if trained else "random weights"
+        raise UserError(f"{path}: not an encoder of timm's {encoder.timm_name}: {message}") from None
     return model
+
+
+def attention_heads_of(model: nn.Module) -> int | None:
+    """Attention heads of a model's first block; None for one without."""
+    return next((module.num_heads for module in model.modules() if hasattr(module, "num_heads")), None)
+
+
+def config_names(model: nn.Module, key: str) -> tuple[str, ...]:
+    """Names of modules in the configuration of a timm model: under "classifier" its linear heads."""
+    found = model.pretrained_cfg.get(key) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def split_model(text: str) -> tuple[str, str | None]:
+    """The file and timm's name of its model in FILE@TIMM_MODEL; of FILE alone None for the model."""
+    file, _, model = text.rpartition("@")
+    return (file, model) if file and model and "/" not in model and not Path(text).exists() else (text, None)
+
+
+def stored_weights(timm_name: str) -> Path:
+    """Where the pretrained weights of a timm model are kept, or would be."""
+    for size, _, patch in VIT_SIZES.values():
+        if timm_name == f"vit_{size}_patch{patch}_224":
+            return FOLDER / f"vit_{size}_p{patch}_224_timm.pth"  # as pretraining's --pretrained has it
+    return FOLDER / f"{timm_name}_timm.pth"
+
+
+# ---------------------------------------------------------------- CXRMIM
+
+
+def build_model(
+    constructor: Callable[..., nn.Module],
+    state: Mapping[str, Tensor],
+    info: WeightsInfo,
+    args: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build the CXRMIM that a CXR-MIM checkpoint was trained as, and load all its weights.
+
+    The constructor's arguments are those stored in the file. For published checkpoints, which have none, sizes are
+    read off the tensors, and what tensors don't show (id_list, scale_list, attention heads) comes from the stored
+    command line.
+
+    Args:
+        constructor: `models_cxrmim.CXRMIM`, or whatever takes its arguments.
+        state, info: as `read_state_dict` returns them.
+        args: command-line options that go before the stored ones.
+
+    Returns the model on the CPU in eval mode. Raises `UserError` for a checkpoint that is not a whole one of CXR-MIM,
+    that with `args` does not say all that is needed, or whose arguments and tensors disagree.
+    """
+    if info.kind != "cxr-mim" or not numbers(state, "decoder"):
+        raise UserError(
+            f"{info.path}: not a CXR-MIM checkpoint with decoders (its keys: "
+            f"{summarize_keys(state)[:100]}); pass a checkpoint-*.pth of pretraining"
+        )
+    args = {**info.args, **(args or {})}
+    free = {name: args[name] for name in FREE_CONFIG if args.get(name) is not None}
+    try:
+        model = constructor(**(info.config or _published_config(state, info, args)) | free)
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"{info.path}: its tensors and arguments don't fit together: {message}") from None
+    return model.eval()
+
+
+def _published_config(state: Mapping[str, Tensor], info: WeightsInfo, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of a published checkpoint, which has no "model_config", from shapes and options."""
+    options = ("id_list", "scale_list", "decoder_num_heads")
+    if lacking := [name for name in options if args.get(name) is None]:
+        raise UserError(
+            f"{info.path}: the file does not say with which {lacking[0]} it was trained; pass --{lacking[0]}"
+        )
+    last = max(numbers(state, "decoder.0.pred"))
+    decoder = {
+        "in_chans": state[PATCHES].shape[1],
+        "num_heads": attention_heads(state, info, args.get("num_heads"))[0],
+        "decoder_embed_dim": state["decoder.0.mask_token"].shape[-1],
+        "decoder_depth": len(numbers(state, "decoder.0.blocks")),
+        "hog_nbins": state[f"decoder.0.pred.{last}.weight"].shape[0] // 3,
+    }
+    return {name: args[name] for name in options} | vit_sizes(state) | decoder
+
+
+# ---------------------------------------------------------------- files for other programs
 
 
 def export_backbone(
@@ -189,76 +352,71 @@ def export_backbone(
     tap: str | int = "last",
     img_size: int | None = None,
     num_heads: int | None = None,
-) -> Backbone:
+) -> Encoder:
     """Write the encoder of a checkpoint for other programs; whole or not at all.
 
     Formats: "timm" is a torch file with the tensors under "state_dict", which
     `timm.create_model(name, num_classes=0, checkpoint_path=...)` loads strictly; "safetensors" is the
     same for safetensors; "cxr-eval" has them under "model", as that client reads them; "hf" makes the
-    folder that `timm.create_model("local-dir:OUT")` and `push_to_hf_hub` work with. All carry metadata: the
-    source's name, SHA-256, epoch and arguments, heads and patch size, the tap, and the normalisation of
-    the input.
-
-    Raises:
-        UserError: bad checkpoint, tap or size, or the place can't be written to.
+    folder that `timm.create_model("local-dir:OUT")` and `push_to_hf_hub` work with. All carry what `describe` gives.
+    Raises `UserError` for a bad checkpoint, tap or size, or a place that can't be written to.
     """
     out = Path(out)
     if out.exists() and Path(checkpoint).exists() and out.samefile(checkpoint):
         raise UserError(f"{out}: is the checkpoint itself, which would be lost; choose another file to write")
-    backbone = read_backbone(checkpoint, tap=tap, img_size=img_size, num_heads=num_heads)
-    model = build_backbone(backbone)  # proves that timm loads it
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder to write {out.name} into")
-    if (fmt == "hf") != out.is_dir() and out.exists():
-        raise UserError(f"{out}: is a {'folder' if out.is_dir() else 'file'}; format {fmt} writes the other")
-    if fmt == "safetensors" and out.suffix != ".safetensors":
-        raise UserError(f"{out}: timm knows this format by its name; choose one that ends in .safetensors")
-    if fmt != "safetensors" and out.suffix == ".safetensors":
-        raise UserError(f"{out}: ends in .safetensors, but --format is {fmt}")
-    metadata = describe(backbone)
+    (check_folder_place if fmt == "hf" else check_file_place)(out, "OUT")
+    if (fmt == "safetensors") != (out.suffix == ".safetensors"):
+        raise UserError(f"{out}: timm knows safetensors by the end of its name; --format {fmt} needs another name")
+    encoder = read_encoder(checkpoint, tap=tap, img_size=img_size, num_heads=num_heads)
+    model = build_encoder(encoder)  # proves that timm loads it
+    metadata = describe(encoder)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if fmt == "hf":
-        config = _hf_config(model, backbone, metadata)
-        out.mkdir(exist_ok=True)
-        with replace_together(out, first="config.json") as fresh:
-            _write(fresh / "config.json", config)
-            _write(fresh / "model.safetensors", safetensors.torch.save(state, {"format": "pt"} | metadata))
-    elif fmt == "safetensors":
-        _write(out, safetensors.torch.save(state, {"format": "pt"} | metadata))
+    buffer = io.BytesIO()
+    if fmt in ("hf", "safetensors"):
+        buffer.write(safetensors.torch.save(state, {"format": "pt"} | metadata))
     else:
-        buffer = io.BytesIO()
         torch.save({"model" if fmt == "cxr-eval" else "state_dict": state, "metadata": metadata}, buffer)
-        _write(out, buffer.getvalue())
-    return backbone
+    files = {out: buffer.getvalue()}
+    with contextlib.ExitStack() as stack:
+        if fmt == "hf":
+            out.mkdir(exist_ok=True)
+            fresh = stack.enter_context(replace_together(out, first="config.json"))
+            files = {
+                fresh / "config.json": _hf_config(model, encoder, metadata),
+                fresh / "model.safetensors": files[out],
+            }
+        for path, content in files.items():
+            with atomic_write(path) as file:
+                file.write(content)
+    return encoder
 
 
-def describe(backbone: Backbone) -> dict[str, str]:
-    """Metadata of an export, as text (all that safetensors can hold)."""
-    info = backbone.source
+def describe(encoder: Encoder) -> dict[str, str]:
+    """Metadata of a plain ViT's export, as text (all that safetensors can hold)."""
+    info = encoder.source
     described = {
         "source": info.path.name,
         "source_sha256": hashlib.sha256(info.path.read_bytes()).hexdigest(),
         "source_kind": info.kind,
-        "timm_model": backbone.timm_name,
-        "timm_args": json.dumps(backbone.timm_args),
-        "num_heads": str(backbone.num_heads),
-        "patch_size": str(backbone.patch_size),
+        "timm_model": encoder.timm_name,
+        "timm_args": json.dumps(encoder.timm_args),
+        "num_heads": encoder.num_heads,
+        "patch_size": encoder.state[PATCHES].shape[-1],
         "mean": json.dumps(IMAGENET_DEFAULT_MEAN),
         "std": json.dumps(IMAGENET_DEFAULT_STD),
         "args": json.dumps(info.args, default=str),
+        "seen": json.dumps(sorted(info.seen)) if info.seen else None,
+        "epoch": info.epoch,
+        "tap": encoder.tap,
+        "block": encoder.block,
     }
-    if info.seen:
-        described["seen"] = json.dumps(sorted(info.seen))
-    for name, value in (("epoch", info.epoch), ("tap", backbone.tap), ("block", backbone.block)):
-        if value is not None:
-            described[name] = str(value)
-    return described
+    return {name: str(value) for name, value in described.items() if value is not None}
 
 
-def _hf_config(model: VisionTransformer, backbone: Backbone, metadata: Mapping[str, str]) -> bytes:
+def _hf_config(model: nn.Module, encoder: Encoder, metadata: Mapping[str, str]) -> bytes:
     """config.json as timm writes it, with where the weights come from added."""
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder, model_args=dict(backbone.timm_args), safe_serialization=True)
+        save_for_hf(model, folder, model_args=dict(encoder.timm_args), safe_serialization=True)
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"].update(tag="cxr_mim", custom_load=False)
     for key in ("origin_url", "paper_ids", "license", "notes"):  # those of timm's own weights
@@ -267,32 +425,26 @@ def _hf_config(model: VisionTransformer, backbone: Backbone, metadata: Mapping[s
     return json.dumps(config, indent=2).encode()
 
 
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
-
-
-def usage(backbone: Backbone, out: str | os.PathLike, fmt: str) -> str:
+def usage(encoder: Encoder, out: str | os.PathLike, fmt: str) -> str:
     """Lines for the user: what was written, and how to load it."""
-    extra = "".join(f", {name}={value}" for name, value in backbone.timm_args.items())
-    call = f'timm.create_model("{backbone.timm_name}", num_classes=0{extra}, checkpoint_path="{out}")'
+    extra = "".join(f", {name}={value}" for name, value in encoder.timm_args.items())
+    call = f'timm.create_model("{encoder.timm_name}", num_classes=0{extra}, checkpoint_path="{out}")'
     if fmt == "hf":
         call = f'timm.create_model("local-dir:{out}", pretrained=True)'
     lines = [
-        f"wrote {out}: {len(backbone.state)} tensors, {summarize_keys(backbone.state)}",
-        f"attention heads: {backbone.num_heads} ({backbone.heads_from})",
+        f"wrote {out}: {len(encoder.state)} tensors, {summarize_keys(encoder.state)}",
+        f"attention heads: {encoder.num_heads} ({encoder.heads_from})",
     ]
     if fmt == "cxr-eval":
-        lines.append(
-            f"cxr-eval reads it where its path contains {', '.join(CXR_EVAL_NAMES[:-1])} or {CXR_EVAL_NAMES[-1]}"
-        )
+        names = f"{', '.join(CXR_EVAL_NAMES[:-1])} or {CXR_EVAL_NAMES[-1]}"
+        lines.append(f"cxr-eval reads it where its path contains {names}")
         if not any(name in str(Path(out).resolve()) for name in CXR_EVAL_NAMES):
             lines.append(f"WARNING: {out} contains none of these names: cxr-eval would silently load nothing from it")
     else:
         lines.append(f"load it with {call}")
-    if backbone.block is not None and backbone.block != backbone.depth - 1:
+    if encoder.block is not None and encoder.block != encoder.depth - 1:
         lines.append(
-            f"note: norm belongs to the output of block {backbone.block}, not of the last; its features are\n"
-            f"model.forward_intermediates(x, indices=[{backbone.block}], norm=True, intermediates_only=True)"
+            f"note: norm belongs to the output of block {encoder.block}, not of the last; its features are\n"
+            f"model.forward_intermediates(x, indices=[{encoder.block}], norm=True, intermediates_only=True)"
         )
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """Reading weights of several origins safely, and starting a model from them.
 
-A weights file may be a plain timm ViT state dict, an MAE checkpoint, a CXR-MIM checkpoint of the
-published code or of this one, a `.safetensors` file, or a Hugging Face-style folder. None of them is
-ever allowed to run code: files are opened with `weights_only=True`, and beside tensors and plain types
-only `argparse.Namespace` and NumPy scalars are accepted, which MAE-style programs store under "args".
-Nothing is guessed where the shapes of tensors don't tell: it is an error that names the option which says it.
+A weights file may be a ViT's state dict under timm's or mmpretrain's names and any prefix (MAE, SimMIM, DINO, Lightning),
+a CXR-MIM checkpoint of the published code or of this one, a `.safetensors` file, or a Hugging Face-style folder. None of
+them is ever allowed to run code: files are opened with `weights_only=True`, and beside tensors and plain types only
+`argparse.Namespace` and NumPy scalars are accepted, which MAE-style programs store under "args". What is in a file
+decides, never its name; where shapes leave something open, the error names the option that says it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,32 @@ from util.errors import UserError
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 WRAPPER_KEYS = ("model", "state_dict", "teacher", "student")  # where checkpoints keep the tensors
-ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+PATCHES = "patch_embed.proj.weight"
 ENCODER = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|(fc_)?norm\.(\d+\.)?(weight|bias)|"
+    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(\d+\.)?(weight|bias)|"
     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 )
-# What stands behind an encoder in training, by the first part of its name. Of any other name nobody knows whether the
-# encoder computes with it, as with register_tokens, norm_pre or a table of relative positions.
+# Without these, of these ranks, there is no plain ViT.
+RANKS = {"cls_token": 3, "pos_embed": 3, PATCHES: 4, "blocks.0.mlp.fc1.weight": 2}
+# What stands behind an encoder in training, by the first part of its name. Any other name may be something that the
+# encoder computes with, such as register_tokens, norm_pre or a table of relative positions.
 BEHIND = re.compile(
     r"(head|decoder|pred|projec|classifier|criterion|loss|queue|text|bert|hog_enc|mask_token|masked_embed|pre_logits|fc$)"
     r"|.*_(head|decoder|predictor|projector|classifier|loss|queue)$"
 )
+OTHER_MODEL = "of a model that timm has: run_downstream.py and run_gaze.py take FILE@TIMM_MODEL"
+MMPRETRAIN = (
+    (r"\bpatch_embed\.projection\.", "patch_embed.proj."),
+    (r"\blayers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"\blayers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"\blayers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+    (r"\blayers\.(\d+)\.", r"blocks.\1."),
+    (r"\bln1\.", "norm."),
+)
+# Of twin encoders the ones that nobody uses afterwards: DINO's student, MoCo's key encoder, moving averages.
+LESSER_TWINS = ("student", "encoder_k", "target", "momentum", "ema")
 # (width, depth) -> (size, attention heads, patch size of timm's model), as timm and the ViT and MAE papers define the
-# sizes. Heads are not in the shapes of any tensor, so theirs are for files that don't say how many they have.
+# sizes. No tensor's shape gives the heads, so these are for files that don't say how many they have.
 VIT_SIZES = {
     (192, 12): ("tiny", 3, 16),
     (384, 12): ("small", 6, 16),
@@ -72,73 +85,49 @@ SAFE_GLOBALS = [
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a weights file says about itself, beside its tensors.
+    """What a weights file says about itself.
 
     Attributes:
         path: the file read (inside the folder, where a folder was named).
         kind: "cxr-mim" (one norm per tap), "mae", "vit" (timm names, one norm) or "unknown".
-        args: the training arguments stored in it, as a plain dict.
-        epoch: last finished epoch stored in it, or None.
-        world_size: number of processes it was trained with.
+        entries: what it holds beside the tensors, such as epoch and samples, as it is.
+        args: the training arguments stored in it.
         config: arguments of the model's constructor (`CXRMIM.config`), {} for a file of another program.
         metadata: further text entries, as exports of this program carry them.
-        samples: digest of the samples that it was trained on (`GazeTree.identity`), or None.
-        unchanged_since: see `util.resume.unchanged_since`.
-        device: "cuda" or "cpu", where its masks were drawn, or None.
-        seen: `subject_marks` of the subjects whose images trained it, as far as the file says.
     """
 
     path: Path
     kind: str
-    args: dict[str, Any] = field(default_factory=dict)
-    epoch: int | None = None
-    world_size: int = 1
-    config: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
-    samples: str | None = None
-    unchanged_since: tuple[int, int] = (0, 0)
-    device: str | None = None
-    seen: frozenset[str] = frozenset()
+    entries: Mapping[str, Any]
+    args: dict[str, Any]
+    config: dict[str, Any]
+    metadata: dict[str, str]
 
+    @property
+    def epoch(self) -> int | None:
+        """Last finished epoch, from 0."""
+        epoch = self.entries.get("epoch")
+        return epoch if isinstance(epoch, (int, np.integer)) else None
 
-@dataclass(frozen=True)
-class LoadReport:
-    """Which keys of a file went into a model. `str()` gives the few lines that are printed.
-
-    Attributes:
-        path: the weights file.
-        matched: names copied from the file into the model.
-        missing: names of the model that the file lacks: they keep their values.
-        ignored: names of the file that the model has no place for.
-        notes: lines on what else was done or should be known.
-    """
-
-    path: Path
-    matched: list[str]
-    missing: list[str]
-    ignored: list[str]
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"Initial weights from {self.path}:"]
-        for title in ("matched", "missing", "ignored"):
-            keys = getattr(self, title)
-            lines.append(f"  {title:8s}{len(keys):4d}  {summarize_keys(keys)}".rstrip())
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
+    @property
+    def seen(self) -> frozenset[str]:
+        """`subject_marks` of the subjects whose images trained it, as far as the file says."""
+        seen = self.entries.get("seen")
+        return frozenset(seen if isinstance(seen, list) else json.loads(self.metadata.get("seen", "[]")))
 
 
 def summarize_keys(keys: Iterable[str]) -> str:
-    """Group state-dict names into a short text: "cls_token, patch_embed, blocks.0-11, norm.0-3"."""
-    groups: dict[str, set[int]] = {}
-    for key in keys:
-        head, number, *_ = f"{key}..".split(".")
-        groups.setdefault(head, set()).update([int(number)] if number.isdigit() else [])
-    texts = []
-    for head, numbers in groups.items():
-        runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
-        spans = ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
-        texts.append(f"{head}.{spans}" if spans else head)
-    return ", ".join(texts)
+    """State-dict names by their first part, with their number: "cls_token, patch_embed (2), blocks (144)"."""
+    parts = Counter(key.partition(".")[0] for key in keys)
+    return ", ".join(f"{part} ({count})" if count > 1 else part for part, count in parts.items())
+
+
+def key_report(**keys: Sequence[str]) -> str:
+    """A line for each group of names, such as matched, missing and ignored, with their number."""
+    return "\n".join(f"  {title:8s}{len(names):4d}  {summarize_keys(names)}".rstrip() for title, names in keys.items())
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsInfo]:
@@ -152,54 +141,32 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         Names without wrapper prefixes -> tensors, and what the file says about itself.
 
     Raises:
-        UserError: the file is missing, cut short, damaged as far as its checksums tell, of another kind, holds no
+        UserError: the file is missing, cut short, damaged as far as its checksums show, of another kind, holds no
             tensors by name, weights that are no finite numbers, or Python objects that could run code.
     """
     path = Path(path)
-    if path.is_dir():
-        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-        if not files:
-            raise UserError(f"{path}: a folder without {' or '.join(FOLDER_FILES)}; name a weights file")
-        path = files[0]
+    path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
+        raise UserError(f"{path}: no such weights file, nor a folder with {' or '.join(FOLDER_FILES)}")
     content = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    wrapper = next((key for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
-    more = content if wrapper else {}
-    state = {
-        re.sub(_WRAPPED, "", str(name)): value for name, value in (content[wrapper] if wrapper else content).items()
-    }
-    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if other or not state:
-        what = f"{other[0]!r} is no tensor" if other else "it is empty"
-        raise UserError(
-            f"{path}: no state dict in it ({what}); expected name -> tensor, plain or under "
-            f"{' or '.join(map(repr, WRAPPER_KEYS))}"
-        )
+    entries = content if isinstance(content, Mapping) else {}
+    wrapper = next((key for key in WRAPPER_KEYS if isinstance(entries.get(key), Mapping)), None)
+    tensors = entries[wrapper] if wrapper else entries
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        expected = f"expected name -> tensor, plain or under {' or '.join(map(repr, WRAPPER_KEYS))}"
+        raise UserError(f"{path}: no state dict in it; {expected}")
+    state = {_WRAPPED.sub("", str(name)): value for name, value in tensors.items()}
     check_weights(path, state)
 
-    def entry(name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+    def mapping(name: str) -> dict:
         """What the file has under a name; another program's may be anything."""
-        return more[name] if isinstance(more.get(name), kind) else default
+        found = entries.get(name)
+        found = vars(found) if isinstance(found, argparse.Namespace) else found
+        return dict(found) if wrapper and isinstance(found, Mapping) else {}
 
-    args = entry("args", (Mapping, argparse.Namespace), {})
-    epoch = entry("epoch", (int, np.integer), None)
-    metadata = {str(key): str(value) for key, value in entry("metadata", Mapping, {}).items()}
-    return state, WeightsInfo(
-        path=path,
-        kind=_kind(state),
-        args=dict(vars(args) if isinstance(args, argparse.Namespace) else args),
-        epoch=None if epoch is None else int(epoch),
-        world_size=entry("world_size", int, 1),
-        config=dict(entry("model_config", Mapping, {})),
-        metadata=metadata,
-        samples=entry("samples", str, None),
-        unchanged_since=tuple(entry("unchanged_since", list, (0, 0))),
-        device=("cuda" if more["threads"] is None else "cpu") if "threads" in more else None,
-        seen=frozenset(entry("seen", list, None) or json.loads(metadata.get("seen", "[]"))),
-    )
+    metadata = {str(key): str(value) for key, value in mapping("metadata").items()}
+    more = {name: value for name, value in entries.items() if wrapper and name != wrapper}
+    return state, WeightsInfo(path, _kind(state), more, mapping("args"), mapping("model_config"), metadata)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -231,55 +198,137 @@ def _read_torch(path: Path) -> Any:
 
 
 def _kind(state: Mapping[str, Tensor]) -> str:
-    if not any(name.startswith("blocks.") for name in state):
+    if not numbers(state, "blocks"):
         return "unknown"
-    if any(re.fullmatch(r"norm\.\d+\.weight", name) for name in state):
+    if numbers(state, "norm"):
         return "cxr-mim"
     return "mae" if any(name.startswith("decoder_") for name in state) else "vit"
 
 
 def numbers(state: Iterable[str], group: str) -> set[int]:
     """The N of all names `group.N.*`."""
-    matches = (re.match(rf"{re.escape(group)}\.(\d+)\.", name) for name in state)
-    return {int(match.group(1)) for match in matches if match}
+    return {int(name[len(group) :].split(".")[1]) for name in state if re.match(rf"{group}\.\d+\.", name)}
 
 
-def refusal(path: object, unknown: list[str]) -> UserError:
-    """Why a file with these unknown names is not read."""
+# ---------------------------------------------------------------- the plain ViT in a file
+
+
+def find_vit(state: Mapping[str, Tensor], path: object) -> tuple[dict[str, Tensor], str, list[str]]:
+    """The plain Vision Transformer in a state dict, whatever stands before its names.
+
+    Returns:
+        All tensors behind the prefix, under timm's names; the prefix, "" or e.g. "backbone."; and the names that are
+        no part of the encoder.
+
+    Raises:
+        UserError: no whole ViT, several, or tensors that may be part of the encoder and that a plain ViT does not have;
+            it names the file at `path`.
+    """
+    if any(name.endswith("patch_embed.projection.weight") for name in state):
+        for theirs, timms in MMPRETRAIN:
+            state = {re.sub(theirs, timms, name): tensor for name, tensor in state.items()}
+    prefixes = [name.removesuffix(PATCHES) for name in state if f".{name}".endswith(f".{PATCHES}")] or [""]
+    better = [prefix for prefix in prefixes if not any(word in prefix for word in LESSER_TWINS)] or prefixes
+    prefix = "" if "" in prefixes else better[0]
+    if prefix and better[1:]:
+        raise UserError(f"{path}: encoders under {' and '.join(sorted(better))}; save the state dict of one")
+    twins = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
+    found = {
+        name[len(prefix) :]: tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix) and not name.startswith(twins)
+    }
+    for name, rank in RANKS.items():
+        if name not in found or found[name].ndim != rank:
+            raise UserError(
+                f"{path}: no whole plain ViT in it, {name} is missing or has another rank; it has "
+                f"{summarize_keys(state)[:100]} ({OTHER_MODEL})"
+            )
+    if unknown := [name for name in found if not ENCODER.fullmatch(name) and not is_behind(name)]:
+        raise unknown_names(path, [prefix + name for name in unknown], "a plain ViT")
+    inside = {prefix + name for name in found if ENCODER.fullmatch(name)}
+    return found, prefix, [name for name in state if name not in inside]
+
+
+def is_plain_vit(state: Mapping[str, Tensor]) -> bool:
+    """Whether a file's tensors are those of a plain ViT under timm's names, and what may stand behind it."""
+    return PATCHES in state and all(ENCODER.fullmatch(name) or is_behind(name) for name in state)
+
+
+def is_behind(name: str) -> bool:
+    """Whether a tensor is known to stand behind an encoder, in a head or decoder, by its name."""
+    return bool(BEHIND.match(name.partition(".")[0]))
+
+
+def unknown_names(path: object, unknown: Sequence[str], what: str) -> UserError:
+    """Why a file with tensors of these unknown names is not read."""
     more = f" and {len(unknown) - 1} more names" if unknown[1:] else ""
     return UserError(
-        f"{path}: {unknown[0]}{more} may belong to an encoder that is no plain ViT, which this program would compute "
-        "wrongly; if not, save the encoder's state dict without them"
+        f"{path}: {unknown[0]}{more} may belong to an encoder that is not {what}, whose features would be wrong; if "
+        f"not, save the encoder's state dict without them ({OTHER_MODEL})"
     )
 
 
-def is_unknown(name: str) -> bool:
-    """Whether a name, in timm's layout, is neither an encoder's nor known to stand behind one."""
-    return not (ENCODER.fullmatch(name) or BEHIND.match(name.partition(".")[0]))
-
-
-def resample_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+def resample_pos_embed(pos_embed: Tensor, grid: tuple[int, int], path: object = "") -> Tensor:
     """Resample a position embedding with one class row [1, 1+N, D] (square grid) to [1, 1+h*w, D].
 
     Bicubic with antialiasing (timm.layers.resample_abs_pos_embed); the same tensor where sizes agree.
 
     Raises:
-        ValueError: N is not a square number, or another shape.
+        UserError: N is not a square number; it names the file at `path`.
     """
-    if pos_embed.ndim != 3 or pos_embed.shape[0] != 1 or pos_embed.shape[1] < 2:
-        raise ValueError(f"a position embedding of shape {list(pos_embed.shape)}")
     count = pos_embed.shape[1] - 1
     if count == grid[0] * grid[1]:
         return pos_embed
-    if math.isqrt(count) ** 2 != count:
-        raise ValueError(f"{count} patches are no square grid")
+    if count < 1 or math.isqrt(count) ** 2 != count:
+        raise UserError(f"{path}: not a ViT that takes square images: pos_embed is {list(pos_embed.shape)}")
     return resample_abs_pos_embed(pos_embed, new_size=list(grid), num_prefix_tokens=1)
 
 
-def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadReport:
-    """Copy the weights in `path` into a CXRMIM model, in place, and report every key.
+def attention_heads(state: Mapping[str, Tensor], info: WeightsInfo, num_heads: int | None = None) -> tuple[int, str]:
+    """Attention heads of a file's ViT, which no tensor's shape gives, and where they are known from.
 
-    The encoder (cls_token, pos_embed, patch_embed, blocks) comes from any kind of file. A timm or MAE
+    They are guessed only for the sizes of which one number is in use.
+
+    Args:
+        state: the ViT under timm's names.
+        num_heads: what the user says, for files that don't.
+
+    Raises:
+        UserError: neither file nor user says, and there is nothing to guess from; or `num_heads` contradicts the file;
+            or the number does not divide the width.
+    """
+    width, depth = state[PATCHES].shape[0], len(numbers(state, "blocks"))
+    size, usual, _ = VIT_SIZES.get((width, depth), ("none", 0, 0))
+    name = str(info.args.get("model") or f"vit_{size}")  # of its class, as MAE and this program store it
+    ours = f"cxrmim_vit_{size}" in name
+    stored = info.config.get("num_heads", info.metadata.get("num_heads"))
+    if stored is not None:
+        heads, source = stored, "stored in the file"
+    elif num_heads is not None:
+        heads, source = num_heads, "--num_heads"
+    elif usual and f"vit_{size}" in name and (ours or size not in SEVERAL_HEADS):
+        heads, source = usual, f"of {name}" if ours else f"of every ViT-{size}; the file does not say"
+    else:
+        raise UserError(
+            f"{info.path}: the file does not say how many attention heads its encoder has (width {width}, "
+            f"{depth} blocks{', ' + name if 'model' in info.args else ''}); say it with --num_heads "
+            "(visualize.py, export_backbone.py, run_downstream.py; the other programs read the export)"
+        )
+    if not (str(heads).isdecimal() and int(heads) and width % int(heads) == 0):
+        raise UserError(f"{info.path}: {heads!r} attention heads ({source}) don't divide its width {width}")
+    if num_heads not in (None, int(heads)):
+        raise UserError(f"--num_heads {num_heads}: {info.path} says that it has {heads}")
+    return int(heads), source
+
+
+# ---------------------------------------------------------------- initial weights of pretraining
+
+
+def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> str:
+    """Copy the weights in `path` into a CXRMIM model, in place.
+
+    The encoder (cls_token, pos_embed, patch_embed, blocks) comes from any file that `find_vit` takes. A timm or MAE
     file's single `norm` and its head are ignored, since the model has one norm for each tap (as
     published); MAE's decoder is ignored; a CXR-MIM checkpoint fills the decoders and norms too, less
     its fixed filters `hog_enc.*`. At another input size pos_embed is resampled, and the decoders' own
@@ -289,63 +338,50 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike) -> LoadRepor
         model: unwrapped CXRMIM.
         path: whatever `read_state_dict` takes.
 
+    Returns:
+        Lines that say which keys matched, which the file lacks (they keep their values), and which are ignored.
+
     Raises:
         UserError: a tensor has another shape than the model's, the encoder was trained with another
-            number of heads or an unknown one, the file lacks a part of the model's encoder, or has tensors that may
-            belong to another kind of encoder.
+            number of heads or an unknown one, the file lacks a part of the model's encoder, or as `find_vit`.
     """
     state, info = read_state_dict(path)
-    own = model.state_dict()
-    if not any(name.startswith("blocks.") and name in own for name in state):
-        raise UserError(
-            f"{info.path}: matches no transformer block of the model (its keys: "
-            f"{summarize_keys(state)[:100]}); expected timm ViT names such as blocks.0.norm1.weight"
-        )
-    if unknown := [name for name in state if name not in own and is_unknown(name)]:
-        raise refusal(info.path, unknown)
-    notes: list[str] = []
-    taken: dict[str, Tensor] = {}
-    for name in filter(state.__contains__, own):
-        tensor, wanted = state[name], own[name].shape
-        if name.startswith("decoder.") and name.endswith("pos_embed") and tensor.shape != wanted:
-            continue
-        if name == "pos_embed" and tensor.shape != wanted and tensor.shape[-1] == wanted[-1]:
-            try:
-                tensor = resample_pos_embed(tensor, model.grid_size)
-            except ValueError as error:
-                raise UserError(f"{info.path}: pos_embed cannot be resampled: {error}") from None
-            height, width = model.grid_size
-            notes.append(f"pos_embed resampled from {state[name].shape[1] - 1} patches to {height} x {width} (bicubic)")
-        if tensor.shape != wanted:
-            found, needed = ("x".join(map(str, shape)) or "scalar" for shape in (tensor.shape, wanted))
-            flags = "--hog_nbins, --scale_list or decoder" if name.startswith("decoder.") else "--model"
-            raise UserError(
-                f"{info.path}: {name} has shape {found}, the model needs {needed}; choose the {flags} it was trained with"
-            )
-        taken[name] = tensor
-    lacking = [name for name in own if name.startswith(ENCODER_PREFIXES) and name not in taken]
-    if lacking:
+    found, prefix, _ = find_vit(state, info.path)
+    own, notes = model.state_dict(), []
+    pos_embed = found["pos_embed"]
+    found["pos_embed"] = resample_pos_embed(pos_embed, model.grid_size, info.path)
+    if found["pos_embed"] is not pos_embed:
+        height, width = model.grid_size
+        notes.append(f"  pos_embed resampled from {pos_embed.shape[1] - 1} patches to {height} x {width} (bicubic)")
+    taken = {
+        name: tensor
+        for name, tensor in found.items()
+        if name in own and not (re.fullmatch(r"decoder\..*pos_embed", name) and tensor.shape != own[name].shape)
+    }
+    try:
+        missing = model.load_state_dict(taken, strict=False).missing_keys
+    except RuntimeError as error:  # of a shape, on the second line
+        reason = str(error).splitlines()[1].strip()
+        flags = "--model, or of a decoder's tensor the --hog_nbins, --scale_list or decoder,"
+        raise UserError(f"{info.path}: {reason} Choose the {flags} it was trained with") from None
+    if lacking := [name for name in missing if not name.startswith(("decoder.", "norm."))]:
         raise UserError(
             f"{info.path}: lacks {summarize_keys(lacking)} of the model (first: {lacking[0]}); "
             "likely a file of another model size: choose the --model it was trained with"
         )
-    heads, _ = attention_heads(state, info)
+    heads, _ = attention_heads(found, info)
     if heads != model.config["num_heads"]:
         raise UserError(
             f"{info.path}: its encoder has {heads} attention heads, the model {model.config['num_heads']}; "
             "choose the --model it was trained with"
         )
-    if info.kind == "cxr-mim":
-        names = ("decoder_num_heads", "id_list", "scale_list")
-        for name, theirs, ours in _differences({**info.args, **info.config}, model.config, names):
-            notes.append(f"note: the file was trained with {name} {theirs}, this model has {ours}")
-
-    with torch.no_grad():
-        for name, tensor in taken.items():
-            own[name].copy_(tensor)
+    names = ("decoder_num_heads", "id_list", "scale_list") if info.kind == "cxr-mim" else ()
+    for name, theirs, ours in _differences({**info.args, **info.config}, model.config, names):
+        notes.append(f"  note: the file was trained with {name} {theirs}, this model has {ours}")
     model.seen = sorted(info.seen)
-    matched, ignored = ([name for name in state if (name in taken) == wanted] for wanted in (True, False))
-    return LoadReport(info.path, matched, [name for name in own if name not in taken], ignored, tuple(notes))
+    ignored = [name for name in state if name.removeprefix(prefix) not in taken]
+    keys = key_report(matched=list(taken), missing=missing, ignored=ignored)
+    return "\n".join([f"Initial weights from {info.path}:", keys, *notes])
 
 
 def check_same_model(config: Mapping[str, Any], own: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -354,55 +390,16 @@ def check_same_model(config: Mapping[str, Any], own: Mapping[str, Any], path: st
     Raises:
         UserError: they differ in more than `FREE_CONFIG`, though shapes may agree. {} passes.
     """
-    differs = [
-        f"{name} {theirs} there, {ours} here"
-        for name, theirs, ours in _differences(config, own, [name for name in own if name not in FREE_CONFIG])
-    ]
-    if differs:
+    names = [name for name in own if name not in FREE_CONFIG]
+    if differs := [f"{name} {theirs} there, {ours} here" for name, theirs, ours in _differences(config, own, names)]:
         raise UserError(f"{path}: of another model ({'; '.join(differs)}); choose the --model it was made with")
 
 
 def _differences(config: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, str, str]]:
     """(name, theirs, ours) of what differs, as text; a list and a tuple of the same values don't."""
-    texts = [
-        (name, *(" ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in (config[name], own[name])))
-        for name in names
-        if name in config
-    ]
+
+    def text(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    texts = [(name, text(config[name]), text(own[name])) for name in names if name in config]
     return [(name, theirs, ours) for name, theirs, ours in texts if theirs != ours]
-
-
-def attention_heads(state: Mapping[str, Tensor], info: WeightsInfo, num_heads: int | None = None) -> tuple[int, str]:
-    """Attention heads of a file's encoder, which no tensor's shape tells, and where they are known from.
-
-    Args:
-        num_heads: what the user says, for files that don't.
-
-    Raises:
-        UserError: the file doesn't say, and its size is none of `VIT_SIZES`, or one of `SEVERAL_HEADS`, or what the
-            file says of its own size is another; or `num_heads` contradicts the file or does not divide the width.
-    """
-    width, depth = state["patch_embed.proj.weight"].shape[0], len(numbers(state, "blocks"))
-    stored = info.config.get("num_heads", info.metadata.get("num_heads"))
-    if stored is not None:
-        if not (str(stored).isdecimal() and int(stored) and width % int(stored) == 0):
-            raise UserError(
-                f"{info.path}: says that its encoder has {stored!r} attention heads, which don't divide its width {width}"
-            )
-        if num_heads not in (None, int(stored)):
-            raise UserError(f"--num_heads {num_heads}: {info.path} says that it has {stored}")
-        return int(stored), "stored in the file"
-    if num_heads is not None:
-        if num_heads < 1 or width % num_heads:
-            raise UserError(f"--num_heads {num_heads}: does not divide the width {width} of {info.path}")
-        return num_heads, "--num_heads"
-    size, heads, _ = VIT_SIZES.get((width, depth), ("", 0, 0))
-    name = str(info.args.get("model") or f"vit_{size}")  # of its class, as MAE and this program store it
-    ours = f"cxrmim_vit_{size}" in name
-    if not size or f"vit_{size}" not in name or (size in SEVERAL_HEADS and not ours):
-        raise UserError(
-            f"{info.path}: the file does not say how many attention heads its encoder has (width {width}, "
-            f"{depth} blocks{', ' + name if 'model' in info.args else ''}); say it with --num_heads "
-            "(visualize.py, export_backbone.py, run_downstream.py; the other programs read the export)"
-        )
-    return heads, f"of {name}" if ours else f"of every ViT-{size}; the file does not say"

@@ -300,7 +300,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     add("--intensity_max", type=finite_float, help=helped)
     helped = "half: mean and std 0.5 (published); imagenet: as the encoder was pretrained"
-    add("--normalisation", choices=NORMALISATIONS, default="half", help=helped)
+    add("--normalisation", choices=NORMALISATIONS, help=helped)
     # fmt: on
 
 

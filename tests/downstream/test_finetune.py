@@ -25,7 +25,7 @@ from downstream.finetune import build, build_optimizer
 from downstream.heads import RECIPES, Recipe
 from downstream.main import main
 from util.errors import UserError
-from util.export import read_backbone
+from util.export import read_encoder
 
 
 def tune(root: Path, out: Path, weights: object, *options: object) -> list[str]:
@@ -208,7 +208,7 @@ def test_published_recipe_is_adam_with_one_rate(encoder):  # noqa: F811
 
 
 def test_layer_decay_moves_early_layers_less(backbone):
-    candidate = Candidate("x", "file", read_backbone(backbone))
+    candidate = Candidate("x", "file", read_encoder(backbone))
     recipe = RECIPES["layer_decay"]
     model = build(candidate, recipe, 2, seed=0)
     scale = {id(p): group["lr_scale"] for group in build_optimizer(model, recipe).param_groups for p in group["params"]}

@@ -150,10 +150,7 @@ def test_names_are_checked(backbone):
     with pytest.raises(UserError, match="named twice"):
         read_candidates(["random", "random"], imagenet="")
     assert read_candidates(["pixels"], imagenet="")[0] == Candidate("pixels", "pixels")
-    (random,) = read_candidates(["random"], imagenet="", random_model="test_vit")
-    assert random.build().embed_dim == 64 and random.architecture == ["test_vit"]
-    for name in ("no_vit", "vit_base_patch16_siglip_224", "vit_base_patch16_224.mae"):  # the second has no cls token
-        with pytest.raises(UserError, match=f"--random_model {name}: (no such ViT|has no cls token)"):
-            read_candidates(["random"], imagenet="", random_model=name)
-    with pytest.raises(UserError, match="no effect without random"):
-        read_candidates(["pixels"], imagenet="", random_model="test_vit")
+    (random,) = read_candidates(["random@test_vit"], imagenet="")
+    assert random.build().embed_dim == 64 and random.name == "random@test_vit"
+    with pytest.raises(UserError, match="--weights random@no_vit: timm can't make it"):
+        read_candidates(["random@no_vit"], imagenet="")

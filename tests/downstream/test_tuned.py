@@ -11,7 +11,7 @@ import torch
 from downstream.encoders import Candidate
 from downstream.evaluate import read_tuned, write_tuned
 from util.errors import UserError
-from util.export import build_backbone, read_backbone
+from util.export import build_encoder, read_encoder
 
 FACTS = {
     "timm_model": "vit_base_patch16_224",
@@ -53,10 +53,10 @@ def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
     options = {"img_size": 32, "num_heads": 6}
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
     torch.save({"state_dict": encoder.state_dict(), "metadata": {"num_heads": "6"}}, tmp_path / "encoder.pth")
-    candidate = Candidate("x", "file", read_backbone(tmp_path / "encoder.pth"))
+    candidate = Candidate("x", "file", read_encoder(tmp_path / "encoder.pth"))
     model = candidate.build(2).eval()
     write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, pool="token", labels=["a", "b"])
-    again = build_backbone(read_backbone(tmp_path / "best.pth")).eval()
+    again = build_encoder(read_encoder(tmp_path / "best.pth")).eval()
     img = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.forward_features(img), model.forward_features(img))

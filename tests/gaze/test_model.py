@@ -8,7 +8,7 @@ import torch
 
 from gaze.model import PRIOR_FLOOR, GazeNet, load_encoder
 from util.errors import UserError
-from util.export import read_backbone
+from util.export import read_encoder
 
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 1}
 
@@ -56,7 +56,7 @@ def test_encoder_weights_are_timms():
 
 
 def test_own_backbone_is_the_encoder(backbone):
-    own = read_backbone(backbone, img_size=64)  # trained at 32 px
+    own = read_encoder(backbone, img_size=64)  # trained at 32 px
     args = {name: value for name, value in own.timm_args.items() if name != "img_size"}
     model = GazeNet(own.timm_name, input_size=64, backbone_args=args)
     load_encoder(model.encoder, own.state, backbone)
@@ -64,7 +64,7 @@ def test_own_backbone_is_the_encoder(backbone):
     assert torch.equal(loaded["model.blocks.1.mlp.fc1.weight"], own.state["blocks.1.mlp.fc1.weight"])
     assert loaded["model.pos_embed"].shape == (1, 17, 64)
     fresh = GazeNet(own.timm_name, input_size=64, backbone_args=args)
-    load_encoder(fresh.encoder, read_backbone(backbone).state, backbone)  # resampled on the way
+    load_encoder(fresh.encoder, read_encoder(backbone).state, backbone)  # resampled on the way
     assert torch.allclose(fresh.encoder.state_dict()["model.pos_embed"], loaded["model.pos_embed"], atol=1e-6)
 
 

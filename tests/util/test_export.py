@@ -17,7 +17,7 @@ import models_cxrmim
 from models_cxrmim import CXRMIM
 from scripts.export_backbone import main
 from util.errors import UserError
-from util.export import build_backbone, read_backbone
+from util.export import build_encoder, read_encoder
 from util.subjects import subject_marks
 from util.weights import read_state_dict, resample_pos_embed
 
@@ -73,9 +73,9 @@ def test_timm_features_equal_the_encoder(size, img_size, tmp_path):
             parameter.add_(1)
     checkpoint = save(model, tmp_path / "c.pth")
     if size == "large":  # 1.2 GB: not written a second time
-        backbone = read_backbone(checkpoint)
+        backbone = read_encoder(checkpoint)
         assert backbone.timm_name == "vit_large_patch16_224" and backbone.timm_args == {"img_size": img_size}
-        timm_model = build_backbone(backbone).eval()
+        timm_model = build_encoder(backbone).eval()
     else:
         main([str(checkpoint), str(tmp_path / "b.pth")])
         arguments = dict(num_classes=0, checkpoint_path=str(tmp_path / "b.pth"), weight_init="skip")
@@ -88,32 +88,33 @@ def test_timm_features_equal_the_encoder(size, img_size, tmp_path):
     assert (found - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("fmt", ["timm", "safetensors", "hf"])
-def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, tmp_path, capsys):
+@pytest.mark.parametrize("fmt, name", [("timm", "b.pth"), ("safetensors", "b.safetensors"), ("hf", "folder")])
+@pytest.mark.parametrize("size", [[], ["--img_size", "96"]])
+def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, name, size, tmp_path, capsys):
     model, checkpoint = small
     content = torch.load(checkpoint, weights_only=False) | {"seen": subject_marks(["1", "2"], "mimic")}
-    checkpoint = tmp_path / "checkpoint-7.pth"
+    checkpoint, out = tmp_path / "checkpoint-7.pth", tmp_path / name
     torch.save(content, checkpoint)
-    out = tmp_path / {"timm": "b.pth", "safetensors": "b.safetensors", "hf": "folder"}[fmt]
-    assert main([str(checkpoint), str(out), "--format", fmt]) == 0
+    assert main([str(checkpoint), str(out), "--format", fmt, *size]) == 0
+    call = capsys.readouterr().out.partition("load it with ")[2].splitlines()[0]
+    loaded = eval(call, {"timm": timm}).eval()  # the printed call gives the model
     if fmt == "hf":
-        loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
-        assert "local-dir:" in capsys.readouterr().out
-        config = loaded.pretrained_cfg
-        assert config["mean"] == pytest.approx((0.485, 0.456, 0.406)) and config["num_classes"] == 0
-        metadata = json.loads((out / "config.json").read_text())["cxr_mim"]
+        config = json.loads((out / "config.json").read_text())
+        metadata, scaling = config["cxr_mim"], config["pretrained_cfg"]
+        assert scaling["mean"] == pytest.approx((0.485, 0.456, 0.406)) and scaling["num_classes"] == 0
         assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     else:
-        name, arguments = SMALL_TIMM
-        loaded = timm.create_model(name, checkpoint_path=str(out), **arguments)
         metadata = read_state_dict(out)[1].metadata
-    img = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.allclose(loaded.eval().forward_features(img), encode(model, img)[-1], atol=1e-5)
+    side = loaded.patch_embed.img_size[0]
+    assert side == (96 if size else 64)
+    if not size:
+        img = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            assert torch.allclose(loaded.forward_features(img), encode(model, img)[-1], atol=1e-5)
     assert metadata["source"] == "checkpoint-7.pth" and metadata["epoch"] == "7" and metadata["tap"] == "1"
     assert metadata["source_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert json.loads(metadata["args"]) == {"id_list": [0, 2]}
-    again = read_backbone(out)  # an export is itself a backbone that the other scripts read
+    again = read_encoder(out)  # an export is itself a file that the other scripts read
     assert sorted(again.source.seen) == content["seen"]
     assert all(torch.equal(again.state[name], tensor) for name, tensor in loaded.state_dict().items())
 
@@ -136,17 +137,7 @@ def test_a_killed_export_leaves_no_weights_beside_the_config_of_others(small, tm
             main([str(checkpoint), str(out), "--format", "hf", "--img_size", "96"])
         if (out / "config.json").exists() and (out / "model.safetensors").exists():
             side = json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"][-1]
-            assert read_backbone(out).state["pos_embed"].shape[1] == (side // 16) ** 2 + 1
-
-
-def test_every_format_says_how_to_load_it(small, tmp_path, capsys):
-    """The printed call, evaluated, gives the model."""
-    _, checkpoint = small
-    for fmt, name in (("timm", "b.pth"), ("safetensors", "b.safetensors"), ("hf", "folder")):
-        main([str(checkpoint), str(tmp_path / name), "--format", fmt, "--img_size", "96"])
-        call = capsys.readouterr().out.partition("load it with ")[2].splitlines()[0]
-        model = eval(call, {"timm": timm})
-        assert model.pos_embed.shape == (1, 37, 64)
+            assert read_encoder(out).state["pos_embed"].shape[1] == (side // 16) ** 2 + 1
 
 
 def test_other_input_size_resamples_pos_embed(small, tmp_path):
@@ -160,7 +151,7 @@ def test_other_input_size_resamples_pos_embed(small, tmp_path):
     larger.load_state_dict(weights | {"pos_embed": state["pos_embed"]}, strict=False)
     img = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
-        found = build_backbone(read_backbone(out)).eval().forward_features(img)
+        found = build_encoder(read_encoder(out)).eval().forward_features(img)
     assert torch.allclose(found, encode(larger, img)[-1], atol=1e-5)
 
 
@@ -211,47 +202,26 @@ def test_published_names_and_namespace(small, tmp_path):
     state = model.state_dict() | {f"hog_enc.{k}.conv.weight": torch.zeros(2, 1, 3, 3) for k in range(2)}
     args = argparse.Namespace(id_list=[0, 2], hog_bias=True, output_dir=None)
     torch.save({"model": state, "args": args, "epoch": 399, "scaler": {}}, tmp_path / "published.pth")
-    ours, theirs = read_backbone(checkpoint), read_backbone(tmp_path / "published.pth", num_heads=1)
+    ours, theirs = read_encoder(checkpoint), read_encoder(tmp_path / "published.pth", num_heads=1)
     assert all(torch.equal(ours.state[name], theirs.state[name]) for name in ours.state)
     assert theirs.block == 2
 
 
-def test_mae_file_exports(small, tmp_path):
-    model, _ = small
-    backbone = read_backbone(small[1])
-    mae = backbone.state | {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 64)}
-    torch.save({"model": mae}, tmp_path / "mae.pth")
-    again = read_backbone(tmp_path / "mae.pth", num_heads=1)
-    assert again.state.keys() == backbone.state.keys() and again.tap is None
-    with pytest.raises(UserError, match="--tap 0.*single norm"):
-        read_backbone(tmp_path / "mae.pth", tap="0")
-
-
-@pytest.mark.parametrize("heads", [1, 4, 16])
-def test_heads_that_are_not_64_wide_are_exported_and_read_again(heads, tmp_path):
-    """No tensor's shape tells the heads: the checkpoint does, then the export, and an export of that."""
-    model = shake(CXRMIM(**SMALL | {"num_heads": heads}))
+@pytest.mark.parametrize(
+    "change", [{"num_heads": 4}, {"embed_dim": 192, "depth": 12, "num_heads": 6, "img_size": 32, "id_list": (0, 11)}]
+)
+def test_heads_that_no_shape_shows_are_exported_and_read_again(change, tmp_path):
+    """The checkpoint says them, then the export, and an export of that; the second is a named size with other heads."""
+    model = shake(CXRMIM(**SMALL | change))
     names = [save(model, tmp_path / "checkpoint-7.pth"), tmp_path / "b.pth", tmp_path / "c.safetensors"]
     for source, out in itertools.pairwise(names):
         main([str(source), str(out), *(["--format", "safetensors"] if out.suffix != ".pth" else [])])
-    img = torch.randn(1, 3, 64, 64)
+    img = torch.randn(1, 3, model.config["img_size"], model.config["img_size"])
     for name in names:
-        backbone = read_backbone(name)
-        assert (backbone.num_heads, backbone.patch_size) == (heads, 16)
+        encoder = read_encoder(name)
+        assert encoder.num_heads == change["num_heads"] == encoder.timm_args["num_heads"]
         with torch.no_grad():
-            found = build_backbone(backbone).eval().forward_features(img)
-        assert (found - encode(model, img)[-1]).abs().max() < 1e-5
-
-
-def test_a_named_size_with_other_heads_keeps_them(tmp_path):
-    """timm's name alone would say 3 heads."""
-    model = shake(CXRMIM(img_size=32, embed_dim=192, depth=12, num_heads=6, id_list=(11,), scale_list=(0.5,)))
-    save(model, tmp_path / "c.pth")
-    backbone = read_backbone(tmp_path / "c.pth")
-    assert backbone.timm_args == {"img_size": 32, "num_heads": 6}
-    img = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        assert (build_backbone(backbone).eval().forward_features(img) - encode(model, img)[-1]).abs().max() < 1e-5
+            assert (build_encoder(encoder).eval().forward_features(img) - encode(model, img)[-1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -269,53 +239,40 @@ def test_heads_are_taken_for_granted_only_where_one_number_is_in_use(width, name
     torch.save({"model": model.state_dict(), "args": {"model": name}}, tmp_path / "c.pth")
     if heads is None:
         with pytest.raises(UserError, match=f"does not say.*{name}.*--num_heads"):
-            read_backbone(tmp_path / "c.pth")
+            read_encoder(tmp_path / "c.pth")
     else:
-        assert read_backbone(tmp_path / "c.pth").num_heads == heads
-    assert read_backbone(tmp_path / "c.pth", num_heads=heads or 4).num_heads == (heads or 4)
+        assert read_encoder(tmp_path / "c.pth").num_heads == heads
+    assert read_encoder(tmp_path / "c.pth", num_heads=heads or 4).num_heads == (heads or 4)
 
 
 def test_mean_pooling_head_takes_the_norm(small):
-    model = build_backbone(read_backbone(small[1]), 5, global_pool="avg")
+    model = build_encoder(read_encoder(small[1]), 5, global_pool="avg")
     assert torch.equal(model.fc_norm.weight, small[0].norm[-1].weight) and model.head.out_features == 5
 
 
 def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
-    model, checkpoint = small
+    _, checkpoint = small
+    state = read_encoder(checkpoint).state
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
-    scaled = read_backbone(checkpoint).state | {"blocks.0.ls1.gamma": torch.ones(64)}
-    torch.save({"model": scaled, "metadata": {"num_heads": "1"}}, tmp_path / "scaled.pth")
-    torch.save(read_backbone(checkpoint).state, tmp_path / "mute.pth")
-    flat = read_backbone(checkpoint).state | {"patch_embed.proj.weight": torch.zeros(64, 768)}
-    torch.save(flat, tmp_path / "flat.pth")
-    pooled = {
-        name.replace("norm.", "fc_norm.") if name[:5] == "norm." else name: tensor
-        for name, tensor in read_backbone(checkpoint).state.items()
-    }
-    torch.save(pooled, tmp_path / "pooled.pth")
-    two = read_backbone(checkpoint).state
-    two["pos_embed"] = torch.cat([two["pos_embed"], two["pos_embed"][:, :1]], 1)  # two class tokens
-    torch.save(two, tmp_path / "two.pth")
+    torch.save(state, tmp_path / "mute.pth")
     (tmp_path / "a_folder").mkdir()
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    for argv, reason in [
-        ([str(tmp_path / "resnet.pth"), "x.pth"], "resnet.pth: no complete ViT"),
-        ([str(tmp_path / "mute.pth"), "x.pth"], r"mute.pth.*heads.*width 64, 3 blocks.*--num_heads"),
-        ([str(tmp_path / "mute.pth"), "x.pth", "--num_heads", "3"], "--num_heads 3.*does not divide.*64"),
-        ([str(checkpoint), "x.pth", "--num_heads", "2"], r"--num_heads 2.*checkpoint-7.pth says that it has 1"),
-        ([str(tmp_path / "scaled.pth"), "x.pth"], "scaled.pth: blocks.0.ls1.gamma may belong"),
-        ([str(tmp_path / "pooled.pth"), "x.pth"], "pooled.pth: no complete ViT.*'norm.weight' is missing"),
-        ([str(tmp_path / "flat.pth"), "x.pth"], "flat.pth: not a ViT"),
-        ([str(tmp_path / "two.pth"), "x.pth", "--img_size", "128"], "two.pth: not a ViT.*no square grid"),
-        ([str(checkpoint), "x.pth", "--tap", "2"], "--tap 2.*0 to 1"),
-        ([str(checkpoint), "x.pth", "--tap", "-1"], "--tap -1"),
-        ([str(checkpoint), "x.pth", "--img_size", "100"], "--img_size 100"),
-        ([str(checkpoint), "no/x.pth"], "no: no such folder"),
-        ([str(checkpoint), "a_folder"], "a_folder: is a folder"),
-        ([str(checkpoint), "x.pth", "--format", "safetensors"], "x.pth.*safetensors"),
-        ([str(checkpoint), "x.safetensors"], "x.safetensors.*--format"),
-        ([str(tmp_path / "scaled.pth"), "resnet.pth", "--format", "hf"], "scaled.pth"),
+    for source, out, options, reason in [
+        ("resnet.pth", "x.pth", "", "resnet.pth: no whole plain ViT"),
+        ("mute.pth", "x.pth", "", r"mute.pth.*heads.*width 64, 3 blocks.*--num_heads"),
+        ("mute.pth", "x.pth", "--num_heads 3", "3 attention heads .--num_heads. don't divide its width 64"),
+        ("mute.pth", "x.pth", "--num_heads 1 --tap 0", "--tap 0.*single norm"),
+        (checkpoint, "x.pth", "--num_heads 2", r"--num_heads 2.*checkpoint-7.pth says that it has 1"),
+        (checkpoint, "x.pth", "--tap 2", "--tap 2.*0, 1"),
+        (checkpoint, "x.pth", "--tap -1", "--tap -1"),
+        (checkpoint, "x.pth", "--img_size 100", "--img_size 100"),
+        (checkpoint, "no/x.pth", "", "no/x.pth: no such directory"),
+        (checkpoint, "a_folder", "", "a_folder: is a directory"),
+        (checkpoint, "x.pth", "--format safetensors", "x.pth.*safetensors"),
+        (checkpoint, "x.safetensors", "", "x.safetensors.*--format"),
+        (checkpoint, "resnet.pth", "--format hf", "resnet.pth: .* is no directory"),
+        ("mute.pth", "mute.pth", "", "mute.pth: is the checkpoint itself"),
     ]:
         with pytest.raises(UserError, match=reason):
-            main([argv[0], str(tmp_path / argv[1]), *argv[2:]])
+            main([str(tmp_path / source), str(tmp_path / out), *options.split()])
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
