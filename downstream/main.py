@@ -155,6 +155,8 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
             return 0
         set_tf32(False)
         folder = Path(args.output_dir)
+        if args.method != "evaluate":  # whose models may read images otherwise
+            _ = work.views  # decodes: damaged images end the run before it is kept as a study of them all
         distributed.on_main(ranks, lambda: write_text(json.dumps(study_of(work)), folder / "study.json"))
         try:
             outcomes = [outcome for make in makers for outcome in judge(work, make())]
