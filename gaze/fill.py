@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.build import IMAGES_INDEX, detect_tree
+from datasets.files_by_id import FileIndex
 from datasets.mimic import Mimic
 from datasets.prepare.heatmaps import LOOSE_INDEX
 from datasets.prepare.layout import Unit, finished_lines, origin_of, read_record, stamp
@@ -33,7 +34,6 @@ from datasets.prepare.making import TreeMaking
 from datasets.prepare.pixels import attention_maps, count_significant, write_image
 from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, versions
 from datasets.raw.readings import Exclusion
-from datasets.raw.walk import Sources, resolved
 from datasets.tree import read_index
 from gaze.data import resize_whole
 from gaze.metrics import resize_density
@@ -100,7 +100,7 @@ def fill_tree(
     Raises:
         UserError: not such a tree, or one that another predictor has filled.
     """
-    root = resolved(root)
+    root = root.resolve()
     if not (root / IMAGES_INDEX).is_file():
         if read_record(root) and (root / Mimic.index_file).is_file():
             raise UserError(f"{root}: has heatmaps of its own; predictions go into a tree of images alone")
@@ -114,7 +114,7 @@ def fill_tree(
     with TreeMaking(root, options, index=Mimic.index_file, layer=LAYER, part=part, overwrite=overwrite) as making:
         entries = {os.path.splitext(entry["image_path"])[0]: entry for entry in read_index(root / IMAGES_INDEX)}
         units = list(_tree_units(root, entries, _real_readings(real)))
-        found = Found(units, {"images": len(units)}, record={"real": [str(resolved(path)) for path in real]})
+        found = Found(units, {"images": len(units)}, record={"real": [str(path.resolve()) for path in real]})
         _make(making, found, predictor, root, read_gray, batch_size, workers)
         if part is not None:
             return _part_report(making, found)
@@ -140,11 +140,11 @@ def predict_files(
 ) -> PrepareReport:
     """A heatmap of its size for each radiograph (PNG, JPG, DICOM) below `images`: 8-bit gray PNG under the same name
     below `out`; see `fill_tree`. `dicom_contrast`: one of `util.contrast.CONTRASTS`."""
-    images, out = resolved(images), resolved(out)
+    images, out = images.resolve(), out.resolve()
     if not images.is_dir():
         raise UserError(f"--images {images}: no such directory")
     options = {"source": "predict_gaze", "predictor": predictor.digest, "dicom_contrast": dicom_contrast}
-    sources = Sources(images, [out])
+    sources = FileIndex(images, [out])
     with TreeMaking(out, options, index=LOOSE_INDEX, part=part, overwrite=overwrite) as making:
         exclusions: list[Exclusion] = []
         units = list(_loose_units(images, sources, exclusions))
@@ -155,7 +155,6 @@ def predict_files(
         _make(making, found, predictor, images, read, batch_size, workers)
         if part is not None:
             return _part_report(making, found)
-        found.notes += sources.notes()
         return finish_tree(
             making,
             found,
@@ -196,25 +195,22 @@ def _real_readings(trees: Sequence[Path]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(paths) for name, paths in found.items()}
 
 
-def _loose_units(images: Path, sources: Sources, exclusions: list[Exclusion]) -> Iterator[Unit]:
+def _loose_units(images: Path, sources: FileIndex, exclusions: list[Exclusion]) -> Iterator[Unit]:
     taken: dict[str, str] = {}
-    for directory, names in sources.walk():
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in RADIOGRAPHS:
-                continue
-            image = os.path.relpath(f"{directory}/{name}", images)
-            key = os.path.relpath(f"{directory}/{stem}", images)
-            if "*" in key:
-                exclusions.append(Exclusion(image, "unusable name", "has * in it", is_fault=True))
-            elif key in taken:
-                detail = f"{taken[key]} would have the same heatmap"
-                exclusions.append(Exclusion(image, "name taken", detail, is_fault=True))
-            else:
-                taken[key] = image
-                source = f"{directory}/{name}"
-                own = stamp(source)
-                yield Unit(key, origin_of(image, own), Task(image, f"{key}.png", None), (source,), (own,))
+    for image in sources.files():
+        key, suffix = os.path.splitext(image)
+        if suffix.lower() not in RADIOGRAPHS:
+            continue
+        if "*" in key:
+            exclusions.append(Exclusion(image, "unusable name", "has * in it", is_fault=True))
+        elif key in taken:
+            detail = f"{taken[key]} would have the same heatmap"
+            exclusions.append(Exclusion(image, "name taken", detail, is_fault=True))
+        else:
+            taken[key] = image
+            source = f"{images}/{image}"
+            own = stamp(source)
+            yield Unit(key, origin_of(image, own), Task(image, f"{key}.png", None), (source,), (own,))
 
 
 class _Images(Dataset):

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.analysis.measure import analyze
-from datasets.prepare.options import add_raw_options
+from datasets.prepare.readings import add_raw_options
 from util.cli import Parser, finite_float, seed_number
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus

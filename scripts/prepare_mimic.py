@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
-from util.cli import Parser, add_accept_damaged
+from util.cli import Parser, add_accept_damaged, check_least
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
@@ -46,9 +46,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(get_args_parser().parse_args(argv))
+    parsed = get_args_parser().parse_args(argv)
+    check_least(parsed, 0, "size")
+    args = vars(parsed)
     accepted = args.pop("accept_damaged")
-    args["views"] = tuple(args["views"])
     report = prepare_mimic(**args)
     print(report)
     if report.faults:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.prepare.options import add_raw_options
-from datasets.prepare.readings import prepare
-from util.cli import Parser, add_accept_damaged
+from datasets.prepare.readings import add_raw_options, prepare
+from util.cli import Parser, add_accept_damaged, check_least
 from util.contrast import add_dicom_contrast
 from util.cpus import available_cpus
 from util.errors import run_cli
@@ -49,7 +48,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(get_args_parser().parse_args(argv))
+    parsed = get_args_parser().parse_args(argv)
+    check_least(parsed, 0, "size")
+    args = vars(parsed)
     source, accepted = args.pop("source"), args.pop("accept_damaged")
     report = prepare(**args, source=None if source == "auto" else source)
     print(report)

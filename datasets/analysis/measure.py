@@ -24,11 +24,10 @@ import pandas as pd
 from datasets.analysis.figure import analysis_figure
 from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box, density_ratio, ellipse_mask, size_class
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
-from datasets.prepare.reading_maps import reading_gaze
-from datasets.prepare.readings import SOURCES, detect_source, egd_options, without_image
+from datasets.prepare.readings import SOURCES, detect_source, egd_options, reading_gaze, without_image
 from datasets.prepare.work import run_tasks
 from datasets.raw.findings import COMMON_FINDING
-from datasets.raw.image_index import find_images
+from datasets.raw.mimic_cxr import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
 from util.bootstrap import MIN_DRAWS, bootstrap_means, interval
 from util.contrast import MIMIC_CXR_JPG
@@ -185,7 +184,6 @@ def analyze(
     if images is not None:
         place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
         paths = place.paths
-        found.notes.extend(place.notes)
         needed = [r for r in readings if r.image_size is None or r.image_id in place.ambiguous]
         lost = list(without_image(needed, place, images))
         found.exclusions.extend(lost)

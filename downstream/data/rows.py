@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from datasets.files_by_id import identity
 from downstream.data.choices import IGNORE, ONES, PUBLISHED, ZEROS, Choices
 from downstream.data.folder import Folder, missing_message
 from downstream.data.labelled import MULTICLASS, MULTILABEL, PARTS, LabelledImages
-from datasets.raw.walk import identity
 from util.errors import UserError
 from util.subjects import same_subjects
 from util.tables import read_table

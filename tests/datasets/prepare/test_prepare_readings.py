@@ -23,7 +23,7 @@ from datasets.prepare.layout import LOCK
 from datasets.prepare.pixels import count_significant, scaled_size
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import read_egd
-from datasets.raw.image_index import find_images
+from datasets.raw.mimic_cxr import find_images
 from datasets.raw.readings import Fixations, RawReadings, Reading
 from datasets.raw.reflacx import read_reflacx
 from scripts.prepare_reflacx import main
@@ -141,9 +141,9 @@ def test_bad_fixations_are_left_out_counted_and_listed(tmp_path, capsys):
     table.to_csv(reading.fixations_path, index=False)
     flags = ["--raw", str(study.raw), "--images", str(study.images), "--size", "0", "--out"]
     assert main([*flags, str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     bad = f"{reading.id}: line 3, column 'x_position': '?' is not a finite number"
-    assert f"2 bad fixations were left out: {bad}; the other 1 are listed in prepare.json" in told
+    assert f"2 bad fixations were left out, listed in prepare.json, such as {bad}" in printed
     record = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert record["bad_fixations"] == [bad, f"{reading.id}: line 4, negative duration"]
     assert record["counts"]["fixations left out: not a finite number"] == 1
@@ -270,7 +270,7 @@ def test_significant_patches_of_known_maps():
 
 REASONS = {
     "missing_image": ("image missing", False),
-    "truncated_image": ("image unreadable", True),
+    "truncated_image": ("image unusable", True),
     "image_size": ("image size differs", True),
     "missing_fixations_file": ("unusable fixations", True),
     "missing_column": ("unusable fixations", True),
@@ -279,8 +279,8 @@ REASONS = {
     "zero_duration": ("no fixations", False),
     "all_outside": ("all fixations outside", False),
     "discarded": ("eye tracking discarded", False),
-    "path_traversal": ("unusable metadata row", True),
-    "id_traversal": ("unusable metadata row", True),
+    "path_traversal": ("unusable row", True),
+    "id_traversal": ("unusable row", True),
 }
 
 
@@ -327,7 +327,7 @@ def test_damage_past_the_header_is_found_while_decoding(tmp_path):
     path = study.truth[1].path
     path.write_bytes(path.read_bytes()[:-1000])
     report = prepare(study.raw, study.images, tmp_path / "out")
-    assert [(f.id, f.reason) for f in report.faults] == [(study.truth[1].reading_ids[0], "image unreadable")]
+    assert [(f.id, f.reason) for f in report.faults] == [(study.truth[1].reading_ids[0], "image unusable")]
     assert len(entries_of(tmp_path / "out")) == 1
 
 
@@ -337,7 +337,7 @@ def test_unusable_arguments(mixed, tmp_path):
     with pytest.raises(UserError, match="holds none of the 17 readings' images"):
         prepare(mixed.raw, tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="--size -1"):
-        prepare(mixed.raw, mixed.images, tmp_path / "out", size=-1)
+        main(["--raw", "x", "--images", "x", "--out", "x", "--size", "-1"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(UserError, match="not made by this script"):
