@@ -116,17 +116,6 @@ def test_an_unfinished_tree_may_lose(sources, tmp_path):
     check_fresh(sources, out)
 
 
-def test_other_options_are_refused_by_name(sources, tmp_path):
-    out = tmp_path / "out"
-    run(sources, out)
-    before = snapshot(out)
-    with pytest.raises(UserError, match=r"other options: suffix ! there, suffix \? asked for"):
-        run(sources, out, "?")
-    assert snapshot(out) == before
-    run(sources, out, "?", overwrite=True)
-    check_fresh(sources, out, suffix="?")
-
-
 def test_overwrite_keeps_the_old_tree_until_the_new_one_is_whole(sources, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(sources, out)
@@ -244,33 +233,6 @@ def test_the_layer_above_is_made_from_a_finished_tree_of_images(sources, tmp_pat
     check = tmp_path / "check"
     run(sources, check, "?")
     assert contents(out) == contents(check)
-
-
-def test_what_cannot_be_replaced_is_an_error(sources, tmp_path):
-    out = tmp_path / "out"
-    run(sources, out)
-    (out / "copies/a/a.txt").unlink()
-    (out / "copies/a/a.txt/inner").mkdir(parents=True)  # a directory in the place of a file
-    for _ in range(2):
-        with pytest.raises(UserError, match="a.txt: can't be read or written"):
-            run(sources, out, overwrite=True)
-        assert not (out / "index.json").exists()
-    (out / "copies/a/a.txt/inner").rmdir()
-    (out / "copies/a/a.txt").rmdir()
-    run(sources, out)
-    check_fresh(sources, out)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_damaged_list_of_origins_is_refused(sources, tmp_path, overwrite):
-    out = tmp_path / "out"
-    run(sources, out)
-    lines = (out / "prepare.origins").read_text().splitlines(keepends=True)
-    (out / "prepare.origins").write_text("".join([*lines[:2], "rubbish\n", *lines[3:]]))
-    before = contents(out)
-    with pytest.raises(UserError, match="prepare.origins: is missing, damaged or changed"):
-        run(sources, out, overwrite=overwrite)
-    assert {name: data for name, data in contents(out).items() if not name.startswith(".making")} == before
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(sources, tmp_path):

@@ -12,7 +12,7 @@ from trees import add_metadata_and_heatmaps
 
 from datasets.analysis.measure import analyze
 from datasets.phantom.reflacx import make_study
-from datasets.prepare.layout import Unit, finished_lines, key_of, read_line, write_line
+from datasets.prepare.layout import Unit, finished_lines
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import detect_source, prepare
@@ -74,20 +74,6 @@ def test_a_finished_tree_needs_its_list_of_origins(root, damage):
     with pytest.raises(UserError, match="prepare.origins: is missing, damaged or changed"):
         mimic(root, overwrite=True)
     assert contents(root / "out") == before
-
-
-@pytest.mark.parametrize("key", ['a"b', "a\\b", "a\tb", "ä", "a b"])
-def test_any_key_is_read_back(key, tmp_path):
-    line = write_line(key, "0", {f"x/{key}.png": 1}, None)
-    assert key_of(line) == key and read_line(line)[0] == key
-    for _ in range(2):
-        with TreeMaking(tmp_path / "out", {}, index="index.json") as making:
-            todo = making.begin([Unit(key, "0")])
-            for unit in todo:
-                (making.staging / f"{key}.txt").write_text("x")
-                making.place(unit, [f"{key}.txt"])
-            making.finish([{"key": key}], {}, {})
-    assert todo == [] and list(finished_lines(tmp_path / "out", "prepare")) == [key]
 
 
 def test_what_is_left_out_in_part_costs_the_tree_no_moment_without_index(tmp_path):

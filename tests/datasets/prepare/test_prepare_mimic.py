@@ -108,25 +108,6 @@ def test_views_and_size_are_options(source, tmp_path):
         prepare_mimic(study.images, heatmaps, tmp_path / "none", views=("SWIMMERS",))
 
 
-def test_a_second_run_changes_nothing_and_an_interrupted_one_is_finished(source, tmp_path):
-    study, heatmaps = source
-    out = tmp_path / "out"
-    prepare_mimic(study.images, heatmaps, out)
-    first = snapshot(out)
-    again = prepare_mimic(study.images, heatmaps, out)
-    assert snapshot(out) == first and again.counts["made by this run"] == 0
-    # The index and a map lack.
-    (out / INDEX).unlink()
-    maps = sorted((out / "attention").rglob("*.png"))
-    maps[1].unlink()
-    assert prepare_mimic(study.images, heatmaps, out).counts["made by this run"] == 1
-    assert {name: data for name, (data, _) in snapshot(out).items()} == {name: d for name, (d, _) in first.items()}
-    with pytest.raises(UserError, match="other options"):
-        prepare_mimic(study.images, heatmaps, out, size=64)
-    prepare_mimic(study.images, heatmaps, out, size=64, overwrite=True)
-    assert {read_gray(path).shape for path in out.rglob("*.png")} == {(78, 64)}
-
-
 def test_images_alone(source, tmp_path):
     study, heatmaps = source
     assert (INDEX, IMAGES_INDEX) == (Mimic.index_file, datasets.build.IMAGES_INDEX)
@@ -201,12 +182,6 @@ def test_excluded_ids_that_are_damaged_are_no_absence(source, tmp_path):
     listed.write_text(first.dicom_id[:-5])
     with pytest.raises(UserError, match="but the beginning of one's dicom_id: is it cut off"):
         run()
-
-
-def test_dry_run_writes_nothing(source, tmp_path):
-    study, heatmaps = source
-    report = prepare_mimic(study.images, heatmaps, tmp_path / "out", dry_run=True)
-    assert report.counts["entries"] == 5 and not (tmp_path / "out").exists()
 
 
 def test_damaged_files_are_left_out_by_name(source, tmp_path, capsys):

@@ -19,8 +19,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from datasets.phantom.reflacx import make_study
-from datasets.prepare.layout import LOCK
-from datasets.prepare.pixels import count_significant, scaled_size
+from datasets.prepare.pixels import count_significant
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.egd import read_egd
 from datasets.raw.mimic_cxr import find_images
@@ -31,7 +30,6 @@ from util.dicom import read_dicom
 from util.errors import UserError
 from util.gaze import fixation_heatmap, heatmap_to_uint8
 from util.images import read_gray
-from util.locks import file_lock
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_reflacx.py"
 
@@ -153,27 +151,6 @@ def test_bad_fixations_are_left_out_counted_and_listed(tmp_path, capsys):
     np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
 
 
-@pytest.mark.parametrize("flags", [["--dicom_contrast", "window"], ["--screen_filter"]])
-def test_options_that_decide_pixels_do_not_mix(each, mixed, flags):
-    out, _ = each
-    with pytest.raises(UserError, match=f"other options.*{flags[0].removeprefix('--')}"):
-        main(
-            [
-                "--raw",
-                str(mixed.raw),
-                "--images",
-                str(mixed.images),
-                "--out",
-                str(out),
-                "--size",
-                "150",
-                "--readings",
-                "each",
-                *flags,
-            ]
-        )
-
-
 def test_real_radiograph_from_dicom(tmp_path):
     """The whole way for a real film: a copy of RG1_UNCR.dcm stands in for one of the phantom's images."""
     study = make_study(tmp_path, n_images=2, size=(1955, 1841), shared_images=0, image_format="dcm")
@@ -193,15 +170,6 @@ def test_one_takes_the_first_usable_reading_by_id(mixed, tmp_path):
     expected = sorted(min(set(image.reading_ids) & usable) for image in mixed.truth)
     assert [entry["reflacx_id"] for entry in entries] == expected
     assert report.counts["- further readings of an image, not needed"] == 5
-
-
-def test_one_goes_on_to_the_next_where_the_first_is_unusable(tmp_path):
-    study = make_study(tmp_path, n_images=1, shared_images=1, size=(120, 96))
-    first, second = sorted(reading.id for reading in read_reflacx(study.raw).readings)
-    (study.raw / "main_data" / first / "fixations.csv").unlink()
-    report = prepare(study.raw, study.images, tmp_path / "out")
-    assert [entry["reflacx_id"] for entry in entries_of(tmp_path / "out")] == [second]
-    assert [fault.id for fault in report.faults] == [first]
 
 
 @pytest.mark.parametrize("readings", ["one", "merge"])
@@ -242,20 +210,6 @@ def test_split(mixed, tmp_path):
     assert report.counts["- of another split"] == sum(
         reading.split != "train" for reading in read_reflacx(mixed.raw).readings
     )
-
-
-@pytest.mark.parametrize(
-    "size, short, expected",
-    [
-        ((3056, 2544), 512, (615, 512)),
-        ((2544, 3056), 512, (512, 615)),
-        ((400, 300), 512, (400, 300)),
-        ((400, 300), 300, (400, 300)),
-        ((400, 300), 0, (400, 300)),
-    ],
-)
-def test_scaled_size(size, short, expected):
-    assert scaled_size(size, short) == expected
 
 
 def test_significant_patches_of_known_maps():
@@ -322,15 +276,6 @@ def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):
     assert maps_of(tmp_path / "out", entry)[0].shape == image.shape
 
 
-def test_damage_past_the_header_is_found_while_decoding(tmp_path):
-    study = make_study(tmp_path, n_images=2, shared_images=0, size=(120, 96), image_format="dcm")
-    path = study.truth[1].path
-    path.write_bytes(path.read_bytes()[:-1000])
-    report = prepare(study.raw, study.images, tmp_path / "out")
-    assert [(f.id, f.reason) for f in report.faults] == [(study.truth[1].reading_ids[0], "image unusable")]
-    assert len(entries_of(tmp_path / "out")) == 1
-
-
 def test_unusable_arguments(mixed, tmp_path):
     with pytest.raises(UserError, match="no such directory; --images"):
         prepare(mixed.raw, tmp_path / "none", tmp_path / "out")
@@ -361,37 +306,6 @@ def test_a_second_run_changes_nothing(each, mixed, monkeypatch):
     assert snapshot(out) == before
     assert again.counts["made by this run"] == 0
     assert again.counts["mean significant patches of 196"] == report.counts["mean significant patches of 196"]
-
-
-def test_what_is_missing_is_made_again_the_same(each, mixed, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(each[0], out)
-    before = contents(out)
-    entry = entries_of(out)[3]
-    maps = out.glob(f"*/{entry['study_id']}/{entry['reflacx_id']}.png")
-    gone = [out / entry["image_path"], *maps, out / "reflacx.json"]
-    for path in gone:
-        path.unlink()
-    (out / ".making" / "prepare").mkdir(parents=True)
-    (out / ".making" / "prepare" / ".tmp-left-over").touch()
-    assert len(gone) == 4
-    prepare(mixed.raw, mixed.images, out, size=120, readings="each")
-    assert contents(out) == before
-
-
-def test_killed_and_gone_on(each, mixed, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, SCRIPT, "--raw", mixed.raw, "--images", mixed.images, "--out", out]
-    command += ["--size", "120", "--readings", "each", "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(out.rglob("*.png"))) < 5 and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if process.returncode == -signal.SIGKILL:  # else it was done before the signal came
-        assert not (out / "reflacx.json").exists()
-    prepare(mixed.raw, mixed.images, out, size=120, readings="each")
-    assert contents(out) == contents(each[0])
 
 
 def test_workers_end_with_a_killed_program():
@@ -436,33 +350,6 @@ def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
     assert (one.counts, one.exclusions) == (two.counts, two.exclusions) and len(one.faults) == 1
 
 
-@pytest.mark.parametrize("other", [{"size": 100}, {"readings": "one"}, {"readings": "merge"}, {"split": "train"}])
-def test_other_options_do_not_mix(each, mixed, tmp_path, other):
-    out = tmp_path / "out"
-    shutil.copytree(each[0], out)
-    options = {"size": 120, "readings": "each"} | other
-    ((name, value),) = other.items()
-    was = f"{name} {dict(size=120, readings='each', split='all')[name]}"
-    asked = f"{name} {value}"
-    before = snapshot(out)
-    with pytest.raises(UserError, match=f"other options: {was} there, {asked} asked for.*--overwrite"):
-        prepare(mixed.raw, mixed.images, out, **options)
-    assert snapshot(out) == before
-    prepare(mixed.raw, mixed.images, out, **options, overwrite=True)
-    fresh = tmp_path / "fresh"
-    prepare(mixed.raw, mixed.images, fresh, **options)
-    assert contents(out) == contents(fresh)
-
-
-def test_two_runs_at_once_are_refused(each, mixed, monkeypatch):
-    monkeypatch.setattr("util.locks.PATIENCE_SECONDS", 0.0)
-    out, _ = each
-    with file_lock(out / LOCK, what="the tree"):
-        for options in ({"size": 120, "readings": "each"}, {"size": 64}, {"overwrite": True}):
-            with pytest.raises(UserError, match="is in use by process"):
-                prepare(mixed.raw, mixed.images, out, **options)
-
-
 # --- finding images --------------------------------------------------------------------------------
 
 
@@ -493,15 +380,6 @@ def test_which_of_several_images_wins(tmp_path):
     assert set(found.paths) == {"b"} and set(found.ambiguous) == {"a"}
     for name in ("a/a.jpg", "a/a.dcm", "b/a.jpg", "b/a.dcm", "b/a.png"):
         assert str(tmp_path / name) in found.ambiguous["a"]
-
-
-def test_links_to_directories_are_followed_and_circles_end(tmp_path):
-    place(tmp_path, "store/deep/a.jpg")
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "link").symlink_to(tmp_path / "store")
-    (tmp_path / "store" / "circle").symlink_to(tmp_path / "root")
-    found = find_images(tmp_path / "root", {"a": "", "nowhere": ""}).paths
-    assert Path(found["a"]).samefile(tmp_path / "store/deep/a.jpg")
 
 
 # --- EGD-CXR ---------------------------------------------------------------------------------------
@@ -597,22 +475,6 @@ def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
     attention, _ = maps_of(tmp_path / "out", entry)
     assert report.counts["entries"] == 1 and entry["labels"] == {"Lung nodule or mass": 3}
     assert np.unravel_index(attention.argmax(), attention.shape) == (100, 40)
-
-
-def test_reading_is_an_interface():
-    with pytest.raises(TypeError, match="load_fixations"):
-        Reading(
-            id="a",
-            study_id="s",
-            subject_id="p",
-            image_id="i",
-            image_size=None,
-            labels={},
-            split=None,
-            phase=None,
-            source="x",
-            fixations_path=Path("x"),
-        )
 
 
 def test_made_up_gaze_says_so_in_every_entry(study, tmp_path):

@@ -98,22 +98,6 @@ def test_one_path_has_many_spellings(small, tmp_path, monkeypatch):
         assert (out / "prepare.json").read_bytes() == record
 
 
-def test_a_corrected_table_or_heatmap_changes_its_maps_alone(small, tmp_path):
-    raw = tmp_path / "raw"
-    shutil.copytree(small.raw, raw)
-    out = tmp_path / "out"
-    prepare(raw, small.images, out)
-    path = raw / "main_data" / small.truth[0].reading_ids[0] / "fixations.csv"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-3]))
-    report = prepare(raw, small.images, out)
-    assert report.counts["made by this run"] == report.counts["- of these anew, as they had changed"] == 1
-    prepare(raw, small.images, tmp_path / "fresh")
-    for file in (tmp_path / "fresh").rglob("*"):
-        if file.is_file():
-            assert (out / file.relative_to(tmp_path / "fresh")).read_bytes() == file.read_bytes()
-
-
 def test_fixations_are_kept(small, tmp_path):
     out = tmp_path / "out"
     prepare(small.raw, small.images, out)
@@ -134,17 +118,6 @@ def test_another_kind_of_tree_leaves_nothing_of_the_first(small, images, tmp_pat
     prepare_mimic(images, maps, out, views=("all",), metadata=table(small, tmp_path), overwrite=True)
     assert not (out / "reflacx.json").exists() and not (out / "fixations.csv").exists()
     assert not (out / "images").exists() and (out / "mimic-cxr-jpg-cleanv4.json").exists()
-
-
-def test_a_cache_being_built_in_the_tree_is_left_alone(small, tmp_path):
-    out = tmp_path / "out"
-    prepare(small.raw, small.images, out)
-    building = out / ".cache" / "reflacx" / ".tmp-gray"
-    building.parent.mkdir(parents=True)
-    building.touch()
-    prepare(small.raw, small.images, out)
-    prepare(small.raw, small.images, out, size=0, overwrite=True)
-    assert building.exists()
 
 
 # --- looking for heatmaps ----------------------------------------------------------------------------

@@ -107,13 +107,6 @@ def test_egd_image_without_any_fixation_is_a_fault(egd):
     assert fault.is_fault and fault.reason == "no fixations"
 
 
-def test_what_became_of_all_readings_is_told_where_none_is_left(egd):
-    change_ids(egd, lambda name: f"{name}.dcm", slice(None))
-    told = read_egd(egd.raw).none_of("all")
-    assert told.startswith("no usable reading of split 'all' (6 in all); ")
-    assert told.count("no fixations") == 3 and "of no image of the master sheet" in told and "\n" not in told
-
-
 def test_egd_path_of_another_image(egd):
     path = egd.raw / "master_sheet.csv"
     master = pd.read_csv(path, dtype=str)

@@ -94,15 +94,6 @@ def test_a_phase_that_is_not_there_is_noted(own_study):
     assert {reading.phase for reading in raw.readings} == {1, 3}
 
 
-def test_extra_columns_are_tolerated(own_study):
-    before = read_reflacx(own_study.raw)
-    for phase in (1, 2, 3):
-        table = pd.read_csv(metadata(own_study, phase))
-        table.insert(0, "extra", "x")
-        table.to_csv(metadata(own_study, phase), index=False)
-    assert read_reflacx(own_study.raw).readings == before.readings
-
-
 @pytest.mark.parametrize(
     "column, value, words",
     [
@@ -164,15 +155,6 @@ def test_bad_fixations_are_named(own_study, damage, words):
     with pytest.raises(UserError) as error:
         reading.load_fixations()
     assert str(reading.fixations_path) in str(error.value) and words in str(error.value)
-
-
-def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match="metadata_phase"):
-        read_reflacx(tmp_path)
-    with pytest.raises(UserError, match="neither REFLACX .* nor EGD-CXR"):
-        detect_source(tmp_path)
-    with pytest.raises(UserError, match="no such directory"):
-        detect_source(tmp_path / "none")
 
 
 # --- EGD-CXR ---------------------------------------------------------------------------------------
