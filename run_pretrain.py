@@ -17,13 +17,13 @@ from datasets.sampler import train_loader
 from datasets.tree import entry_subject
 from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
 from util import distributed
-from util.checkpoint import load_checkpoint, restoring
+from util.checkpoint import announce_resume, find_checkpoint, is_due, load_checkpoint, restoring, save_and_prune
 from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
-from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune
+from util.output import hold_output
 from util.precision import set_tf32
 from util.resume import unchanged_since
 from util.stop import GO_ON, StopSignals, exit_status

@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from datasets.tree import in_threads
 from util.errors import UserError
-from util.files import TEMPORARY_PREFIX, atomic_write
-from util.locks import file_lock
+from util.files import TEMPORARY_PREFIX, atomic_write, file_lock
 
 # To be raised with every change of what a cached picture holds, or of how.
 PREPROCESSING_VERSION = 2

@@ -8,8 +8,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from util.distributed import Ranks
 from util.errors import UserError
-from util.loading import SampleLoader
-from util.stop import ignore_stop_signals
+from util.loading import SampleLoader, ignore_stop_signals
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):

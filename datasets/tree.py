@@ -31,7 +31,7 @@ from datasets.transforms import (
     sample_rng,
     scale_box,
 )
-from util.cpus import available_cpus
+from util.cli import available_cpus
 from util.errors import UserError
 from util.images import read_gray, read_map
 from util.masking import otsu_foreground

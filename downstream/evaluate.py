@@ -20,9 +20,9 @@ from downstream.results import Outcome
 from downstream.tuned import Tuned, read_tuned
 from util.distributed import Ranks
 from util.errors import UserError
-from util.loading import SampleLoader
-from util.progress import Progress
-from util.stop import StopSignals, ignore_stop_signals
+from util.loading import SampleLoader, ignore_stop_signals
+from util.output import Progress
+from util.stop import StopSignals
 from util.subjects import overlap_note
 
 

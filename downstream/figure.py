@@ -14,8 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from downstream.results import MEAN
-from util.curves import COLORS, LINE_STYLES
-from util.figures import LETTER_PER_POINT, fit_lines, plain
+from util.figures import COLORS, LETTER_PER_POINT, LINE_STYLES, fit_lines, plain
 
 MARKERS = "os^vDPX<>"
 MEASURE_WORDS = {"auc": "area under the ROC curve, mean over labels", "accuracy": "accuracy"}

@@ -39,8 +39,7 @@ from downstream.tuned import BEST, write_tuned
 from util.checkpoint import load_checkpoint, restoring, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
-from util.logging import RunLog
-from util.progress import Progress
+from util.output import Progress, RunLog
 from util.stop import GO_ON, StopSignals
 from util.subjects import subject_marks
 from util.training import Training

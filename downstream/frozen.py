@@ -20,7 +20,7 @@ from downstream.heads import Encoder, HeadOptions, Stopped, encode, probabilitie
 from downstream.jobs import Jobs, digest
 from downstream.probe import principal_components, probe_scores, standardise
 from util.errors import UserError
-from util.locks import file_lock
+from util.files import file_lock
 from util.stop import StopSignals
 
 PIXEL_SIDE = 56  # of the baseline without a network: a quarter of 224

@@ -18,10 +18,10 @@ from downstream.data.images import normalise
 from downstream.data.labelled import MULTICLASS, MULTILABEL
 from downstream.features import FeatureFile
 from util.errors import UserError
-from util.loading import SampleLoader
+from util.loading import SampleLoader, ignore_stop_signals
 from util.lr_sched import learning_rate
-from util.progress import Progress
-from util.stop import StopSignals, ignore_stop_signals
+from util.output import Progress
+from util.stop import StopSignals
 
 # Features are brought to disk after so many images, or so many seconds: what a killed run loses.
 WRITE_IMAGES, WRITE_SECONDS = 512, 10.0

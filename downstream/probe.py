@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from downstream.data.splits import draw_folds
-from util.roc import auc
+from util.bootstrap import auc
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, chosen on training images
 STRENGTH_FOLDS = 3

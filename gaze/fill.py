@@ -37,13 +37,11 @@ from datasets.raw.readings import Exclusion
 from datasets.tree import read_index
 from gaze.data import resize_whole
 from gaze.metrics import resize_density
-from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.images import read_gray, read_map
-from util.loading import SampleLoader
-from util.progress import Progress
-from util.radiograph import read_radiograph
-from util.stop import ignore_stop_signals
+from util.loading import SampleLoader, ignore_stop_signals
+from util.output import Progress
+from util.radiograph import MIMIC_CXR_JPG, read_radiograph
 
 LAYER = "gaze"
 RADIOGRAPHS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
@@ -139,7 +137,7 @@ def predict_files(
     overwrite: bool = False,
 ) -> PrepareReport:
     """A heatmap of its size for each radiograph (PNG, JPG, DICOM) below `images`: 8-bit gray PNG under the same name
-    below `out`; see `fill_tree`. `dicom_contrast`: one of `util.contrast.CONTRASTS`."""
+    below `out`; see `fill_tree`. `dicom_contrast`: one of `util.radiograph.CONTRASTS`."""
     images, out = images.resolve(), out.resolve()
     if not images.is_dir():
         raise UserError(f"--images {images}: no such directory")

@@ -20,18 +20,26 @@ from gaze.data import TRAIN, VALIDATE, GazeSamples, GazeStudy
 from gaze.judge import write_judgement
 from gaze.model import GazeNet, load_encoder, load_gaze_net
 from util import distributed
-from util.checkpoint import load_checkpoint, restoring, save_checkpoint
+from util.checkpoint import (
+    announce_resume,
+    find_checkpoint,
+    is_due,
+    load_checkpoint,
+    restoring,
+    save_and_prune,
+    save_checkpoint,
+)
 from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError
 from util.export import read_backbone
 from util.foreign_weights import PLAIN_VIT, is_unknown
-from util.loading import SampleLoader
+from util.loading import SampleLoader, ignore_stop_signals
 from util.lr_sched import parameter_groups
-from util.output import announce_resume, find_checkpoint, hold_output, is_due, save_and_prune, writing_results
+from util.output import hold_output, writing_results
 from util.precision import set_tf32
 from util.pretrained import stored_weights
-from util.stop import GO_ON, StopSignals, exit_status, ignore_stop_signals
+from util.stop import GO_ON, StopSignals, exit_status
 from util.training import Training
 from util.weights import read_state_dict
 

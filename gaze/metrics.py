@@ -108,7 +108,7 @@ def gaze_patches(values: Map, patch_size: int) -> Tensor:
 def to_levels(maps: Tensor) -> Tensor:
     """Maps >= 0 as trees store them: value / maximum * 255 to the nearest level (half up), uint8 [..., H, W].
 
-    The tensor form of `util.gaze.heatmap_to_uint8`; a map of zeros stays one.
+    The tensor form of `datasets.fixations.heatmap_to_uint8`; a map of zeros stays one.
     """
     peak = maps.amax((-2, -1), keepdim=True)
     scaled = maps * (255.0 / torch.where(peak > 0, peak, 1.0))

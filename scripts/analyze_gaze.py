@@ -12,11 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import add_raw_options
-from util.cli import Parser, finite_float, seed_number
-from util.contrast import add_dicom_contrast
-from util.cpus import available_cpus
+from util.cli import Parser, available_cpus, finite_float, seed_number
 from util.errors import run_cli
 from util.files import check_folder_place
+from util.radiograph import add_dicom_contrast
 
 
 def get_args_parser() -> argparse.ArgumentParser:

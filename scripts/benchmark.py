@@ -36,8 +36,7 @@ from datasets.prepare.readings import prepare
 from scripts.benchmarks.other_programs import measure_encoding, measure_heads, measure_prediction
 from scripts.benchmarks.pretraining import Steps, measure_hog, measure_samples, measure_training
 from scripts.benchmarks.timing import Report, Settings
-from util.cli import Parser, finite_float
-from util.cpus import available_cpus
+from util.cli import Parser, available_cpus, finite_float
 from util.errors import UserError, run_cli
 from util.files import check_file_place
 from util.precision import set_tf32

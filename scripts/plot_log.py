@@ -3,15 +3,131 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli import Parser
-from util.curves import loss_figure, read_log, run_names
 from util.errors import UserError, run_cli
-from util.figures import check_picture_path, save_figure
+from util.figures import COLORS, LINE_STYLES, check_picture_path, fit_lines, plain, save_figure
+
+SCALE_PREFIX = "train_loss_scale_"
+FEW_EPOCHS = 12  # with markers below this
+
+
+def read_log(run: str | os.PathLike) -> list[dict[str, float]]:
+    """Entries of a run's log, ordered by epoch.
+
+    Where a resumed run logged an epoch again, the later entry counts.
+
+    Args:
+        run: the log file, or the run's folder with log.txt in it.
+
+    Raises:
+        UserError: no log there, no entry in it, or a line that is not a JSON object with a number for
+            `epoch` and for `train_loss`.
+    """
+    path = Path(run)
+    path = path / "log.txt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such log; name a run's output_dir or its log.txt")
+    entries = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            epoch, _ = float(entry["epoch"]), float(entry["train_loss"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{path}, line {number}: not a log entry (JSON with epoch and train_loss): {line[:60]!r}"
+            ) from None
+        entries[epoch] = entry
+    if not entries:
+        raise UserError(f"{path}: no epoch logged yet")
+    return [entries[epoch] for epoch in sorted(entries)]
+
+
+def run_names(runs: Sequence[str | os.PathLike]) -> list[str]:
+    """A short name for each run: the last part of its path, or as many as it takes to tell them apart."""
+    paths = [Path(run).resolve() for run in runs]
+    parts = [(path.parent if path.name == "log.txt" else path).parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{runs[0]}: a run is named twice")
+
+
+def _by_scale(key: str) -> tuple[float, str]:
+    """Fine scales first; a name is "4.0", or "4.0_block_3" where a scale comes twice."""
+    scale = key.removeprefix(SCALE_PREFIX).partition("_")[0]
+    return -float(scale), key
+
+
+def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss curves of several runs side by side: a panel for the whole loss, and one for each scale.
+
+    The panels of the scales share their axis, so that they can be compared; it is linear.
+
+    Args:
+        runs: name -> entries of `read_log`.
+    """
+    keys = {key for log in runs.values() for entry in log for key in entry if key.startswith(SCALE_PREFIX)}
+    panels = ["train_loss", *sorted(keys, key=_by_scale)]
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.5), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place, key in zip(axes, panels, strict=False):
+        for i, (name, log) in enumerate(runs.items()):
+            points = [(entry["epoch"], entry[key]) for entry in log if key in entry]
+            place.plot(
+                [epoch for epoch, _ in points],
+                [loss for _, loss in points],
+                label=plain(name),
+                color=COLORS[i % len(COLORS)],
+                ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
+                lw=1.3,
+                marker="o" if len(points) < FEW_EPOCHS else None,
+                ms=3,
+            )
+        scale = key.removeprefix(SCALE_PREFIX)
+        place.set_title(
+            "loss, sum of the scales" if key == "train_loss" else f"loss at scale {scale.replace('_', ' ')}", fontsize=9
+        )
+        place.set_xlabel("epoch", fontsize=8)
+        place.tick_params(labelsize=7)
+        place.grid(alpha=0.25, lw=0.5)
+        place.xaxis.get_major_locator().set_params(integer=True)
+        place.spines[["top", "right"]].set_visible(False)
+    if parts := [place for place, key in zip(axes, panels, strict=False) if key != "train_loss"]:
+        logged = (entry[key] for log in runs.values() for entry in log for key in keys if key in entry)
+        losses = [loss for loss in logged if math.isfinite(loss)] or [0.0]  # NaN: all steps of an epoch were left out
+        margin = 0.05 * (max(losses) - min(losses)) or 0.05 * abs(max(losses)) or 1.0
+        for place in parts:
+            place.set_ylim(min(losses) - margin, max(losses) + margin)
+    counts = {len(log) for log in runs.values()}
+    epochs = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    title = (
+        f"Training loss of {', '.join(runs)}: {epochs} epochs. Linear axes; the scales share theirs, so that heights "
+        "compare. Runs that agree hide one another."
+    )
+    figure.suptitle("\n".join(fit_lines(title, figure.get_figwidth(), 9)), fontsize=9)
+    for place in axes[len(panels) :]:
+        place.set_axis_off()
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=min(3, len(runs)), frameon=False)
+    return figure
 
 
 def get_args_parser() -> argparse.ArgumentParser:

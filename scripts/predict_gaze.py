@@ -15,12 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from downstream.encoders import digest_of
 from gaze.fill import Predictor, fill_tree, predict_files
 from gaze.model import GazeNet, load_gaze_net
-from util.cli import Parser, check_device, check_least
-from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
-from util.cpus import available_cpus
+from util.cli import Parser, available_cpus, check_device, check_least
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.precision import set_tf32
+from util.radiograph import MIMIC_CXR_JPG, add_dicom_contrast
 
 
 def get_args_parser() -> argparse.ArgumentParser:

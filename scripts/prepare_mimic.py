@@ -10,10 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
-from util.cli import Parser, add_accept_damaged, check_least
-from util.contrast import add_dicom_contrast
-from util.cpus import available_cpus
+from util.cli import Parser, add_accept_damaged, available_cpus, check_least
 from util.errors import run_cli
+from util.radiograph import add_dicom_contrast
 
 
 def get_args_parser() -> argparse.ArgumentParser:

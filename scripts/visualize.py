@@ -14,16 +14,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.replay import chosen_samples, single_image, training_batch, training_dataset
+from datasets.replay import chosen_samples, training_batch, training_dataset
+from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
 from util.architecture import build_model
 from util.cli import Parser, check_device, finite_float, seed_number
-from util.contrast import MIMIC_CXR_JPG, add_dicom_contrast
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.figures import check_picture_path, page_path, save_figure
 from util.masking import MASKINGS
 from util.pictures import contact_sheet, reconstruction_figure
+from util.radiograph import MIMIC_CXR_JPG, add_dicom_contrast
 from util.weights import read_state_dict
 
 # Options whose default is what the checkpoint stores.

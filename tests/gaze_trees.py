@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from trees import save
 
-from util.gaze import heatmap_to_uint8
+from datasets.fixations import heatmap_to_uint8
 
 SPLITS = ("train", "train", "train", "validate", "test", "train")
 

@@ -1,4 +1,4 @@
-"""The house: which room may import which, and how long a file may be (docs/structure.md)."""
+"""The house: which room may import which, how long a file may be, and how many stand side by side (docs/structure.md)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 450
+MAX_UTIL_FILES = 29
 # What each room may import, beside its own: arrows run down only.
 BELOW = {
     "scripts": {"scripts", "run", "gaze", "downstream", "engine", "models", "datasets", "util"},
@@ -67,6 +68,11 @@ def test_imports_run_down_only(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_files_are_short(name):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_util_is_small():
+    """Ground only: what only one room uses stands in that room."""
+    assert len(list((ROOT / "util").glob("*.py"))) <= MAX_UTIL_FILES
 
 
 PLANTED = "def f():\n    from datasets.tree import GazeTree\n    import models_cxrmim\n    import gaze.data, downstream.results\n"

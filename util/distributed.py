@@ -6,7 +6,7 @@ import inspect
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -195,3 +195,46 @@ def stop() -> None:
         # give back the tensor of the last exchange: for ever. This thread asleep, it gets the lock.
         time.sleep(0.1)
         dist.destroy_process_group()
+
+
+class Agreement:
+    """Ranks agree on the largest of their values, one optimiser step late and without waiting.
+
+    Every rank calls `exchange` at the same steps. A step's values travel in the background (on CPU tensors
+    through gloo, so the GPU is never waited for) and are read at the next step, so all ranks act
+    on the same values at the same step.
+
+    Args:
+        group: gloo process group; None in a single process, which agrees with itself at once.
+        size: how many values travel together.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, size: int):
+        self.group = group
+        self._size = size
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def exchange(self, values: Sequence[int]) -> list[int]:
+        """Give this rank's values; returns all ranks' largest of the exchange before, zeros at first."""
+        if self.group is None:
+            return list(values)
+        agreed = self.collect()
+        tensor = torch.tensor(values, dtype=torch.int64)
+        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True), tensor
+        return agreed
+
+    def settle(self, values: Sequence[int]) -> list[int]:
+        """Give this rank's values and wait for those of the others; returns the largest."""
+        if self.group is None:
+            return list(values)
+        self.exchange(values)
+        return self.collect()
+
+    def collect(self) -> list[int]:
+        """Wait for the values under way and return the largest; zeros where there are none."""
+        if self._pending is None:
+            return [0] * self._size
+        work, tensor = self._pending
+        self._pending = None
+        work.wait()
+        return tensor.tolist()

@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from util.errors import UserError
-from util.locks import file_lock
+from util.files import file_lock
 
 # The beginning of the SHA-256 in a name, as torch.hub's names have it: resnet18-5c106cde.pth. Shorter
 # digits are numbers: checkpoint-399.pth.

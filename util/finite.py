@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from util.distributed import Agreement
 from util.errors import UserError
-from util.stop import GO_ON, Agreement, StopSignals
+from util.stop import GO_ON, StopSignals
 
 # What became of a step; where ranks differ, the largest counts.
 _UNKNOWN, _FINE, _OVERFLOW, _BROKEN = range(4)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from util.errors import UserError
+from util.stop import REQUESTS, signal_on_parent_death
 
 
 class SampleLoader(DataLoader):
@@ -19,7 +23,7 @@ class SampleLoader(DataLoader):
     a line was meant. Here workers hand the error over in the place of its batch.
 
     On Linux workers are forked whatever Python's default is (forkserver from 3.14 on): they share the data set's memory
-    with this process, and end with it (`util.stop.ignore_stop_signals`); those of a fork server end with that.
+    with this process, and end with it (`util.loading.ignore_stop_signals`); those of a fork server end with that.
     """
 
     def __init__(self, dataset: Dataset, *args: Any, collate_fn: Callable[[list], Any] | None = None, **options: Any):
@@ -55,3 +59,26 @@ def _raising(batches: Iterator[Any]) -> Iterator[Any]:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def ignore_stop_signals(worker_id: int = 0) -> None:
+    """`worker_init_fn` of a DataLoader: the main process alone decides when its workers end.
+
+    Signals to a process group reach workers too and would end them in the middle of the step after which
+    the main process wants to save. SIGTERM from the main process itself, which is how a failing one gets rid
+    of its workers, still ends them, and so does its death.
+    """
+    for signum in REQUESTS:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    signal_on_parent_death(signal.SIGKILL)
+
+
+def _obey_parent(parent: int) -> None:
+    """End this process at a SIGTERM of its parent; take no notice of any other."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,30 +1,34 @@
-"""The output directory of a run: held by one run at a time, its checkpoints named, listed, kept and pruned.
-
-Names: `checkpoint-{epoch}.pth` at the end of an epoch, `checkpoint-{epoch+1}-step{step}.pth` inside one.
-Nothing here knows what is trained: a task holds its directory with `hold_output`, finds where to go on with
-`find_checkpoint`, and calls `save_and_prune` when `is_due`.
-"""
+"""The output directory of a run, held by one run at a time, and what the run leaves there to read: log.txt, args.json,
+TensorBoard events, and lines of progress."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
-import re
-import warnings
-from collections.abc import Iterator, Mapping
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
-from util.checkpoint import CheckpointError, is_checkpoint, load_options, save_checkpoint, verify_checkpoint
+import numpy
+import timm
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
 from util.distributed import Ranks, on_main
 from util.errors import UserError
-from util.files import TEMPORARY_PREFIX, fsync_directory
-from util.locks import file_lock
+from util.files import TEMPORARY_PREFIX, atomic_write, file_lock
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".run"  # in a log_dir: the output_dir of the run whose events it holds
-_NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 
 
 @contextlib.contextmanager
@@ -90,153 +94,249 @@ def _remove_leftovers(output_dir: str | os.PathLike) -> None:
                 path.unlink()
 
 
-def find_checkpoint(output_dir: str | os.PathLike, *, resume: str = "", auto_resume: bool = True) -> Path | None:
-    """The checkpoint to go on from; None for a fresh start. For rank 0, which holds `output_dir`.
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class RunLog:
+    """Records of one run in `output_dir`, written by rank 0 and silent elsewhere.
+
+    - log.txt: one JSON line per finished epoch. A resumed run drops half a line and the lines of
+      epochs that it does again.
+    - args.json: one entry per start, with arguments, versions and the git commit.
+    - TensorBoard events in `log_dir`, x-axis epoch * 1000; what a resumed run does again is purged.
+
+    A place that can't be written is an error at the start. Later, a disk that runs full for instance, it is a
+    warning: training matters more. Lines of log.txt then wait for the next epoch; points are lost.
 
     Args:
-        resume: a file to go on from, whatever is in `output_dir`.
-        auto_resume: go on from the newest there; without it there must be none.
+        output_dir: made if missing.
+        log_dir: of the TensorBoard events; None for output_dir.
+        start_epoch: fractional epoch at which this start goes on.
+        enabled: false on all ranks but one.
+
+    Raises:
+        UserError: a directory or a file in it can't be read or written.
     """
-    if resume:
-        return Path(resume)
-    if auto_resume:
-        return newest_checkpoint(output_dir)
-    if older := list_checkpoints(output_dir):
-        raise UserError(f"--no_auto_resume: {output_dir} already holds {older[0].name}; choose another --output_dir")
-    return None
 
-
-def save_and_prune(
-    state: Mapping[str, Any], output_dir: str | os.PathLike, *, save_every: int, keep: int | None
-) -> None:
-    """Save a checkpoint under its name, then delete those that it supersedes (`prune`)."""
-    save_checkpoint(state, checkpoint_path(output_dir, state["epoch"], state["step"]))
-    prune(output_dir, save_every=save_every, keep=keep)
-
-
-def checkpoint_path(output_dir: str | os.PathLike, epoch: int, step: int) -> Path:
-    """The file's path for a run that finished `epoch` and then `step` micro-steps of the next one."""
-    name = f"checkpoint-{epoch + 1}-step{step}.pth" if step else f"checkpoint-{epoch}.pth"
-    return Path(output_dir) / name
-
-
-def is_due(epoch: int, *, save_every: int, epochs: int) -> bool:
-    """Whether the end of `epoch` is saved: every `save_every` epochs and after the last one."""
-    return (epoch + 1) % save_every == 0 or epoch + 1 == epochs
-
-
-def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The files in `output_dir` that are named as checkpoints, the furthest in training first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*.pth") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_progress, reverse=True)
-
-
-def newest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The whole checkpoint that is furthest in training; None where there is no checkpoint at all.
-
-    Each damaged or foreign file that would have come first is named in a warning. Raises UserError when
-    there are checkpoints and none is whole: starting anew silently could cost days.
-    """
-    faults = []
-    for path in list_checkpoints(output_dir):
+    def __init__(
+        self, output_dir: str | os.PathLike, log_dir: str | os.PathLike | None, start_epoch: float, enabled: bool = True
+    ):
+        self.path = Path(output_dir) / "log.txt"
+        self.log_dir = Path(log_dir or output_dir)
+        self.enabled = enabled
+        self.writer = None
+        self._unwritten: list[str] = []  # lines of log.txt
+        self._warned: set[Path] = set()  # about what fails now
+        if not enabled:
+            return
         try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            faults.append(str(error))
-            continue
-        for fault in faults:
-            warnings.warn(f"{fault} (going on from {path.name})", stacklevel=2)
-        return path
-    if faults:
-        raise UserError(
-            f"no checkpoint in {output_dir} can be used: {' | '.join(faults)}; move them away to start anew"
-        )
-    return None
-
-
-def announce_resume(
-    path: Path, state: Mapping[str, Any], output_dir: str | os.PathLike, ranks: Ranks, *, named: bool
-) -> None:
-    """Say where a run goes on; where --resume named the checkpoint, set aside those that are further."""
-    ranks.say(f"resumed from {path}: epoch {state['epoch'] + 2}, step {state['step']}")
-    if ranks.is_main and named:
-        for aside in set_aside_newer(output_dir, epoch=state["epoch"], step=state["step"]):
-            ranks.say(f"warning: set aside as {aside}, since it is further than --resume {path}")
-
-
-def set_aside_newer(output_dir: str | os.PathLike, *, epoch: int, step: int) -> list[Path]:
-    """Rename checkpoints further than (`epoch`, `step`) to `superseded-*`: for an explicit `--resume`.
-
-    A run that goes back to an earlier point would else be continued from the abandoned later one, or have
-    its own new files pruned as the oldest. Nothing is deleted or overwritten. Returns the new paths.
-    """
-    moved = []
-    for path in list_checkpoints(output_dir):
-        if _progress(path) > (epoch, step):
-            aside, number = path.with_name(f"superseded-{path.name}"), 1
-            while os.path.lexists(aside):
-                number += 1
-                aside = path.with_name(f"superseded-{number}-{path.name}")
-            moved.append(path.replace(aside))
-    if moved:
-        fsync_directory(output_dir)
-    return moved
-
-
-def prune(output_dir: str | os.PathLike, *, save_every: int, keep: int | None = None) -> list[Path]:
-    """Delete superseded checkpoints, after a new one was saved. Returns what was deleted.
-
-    keep: None keeps the end of every `save_every`-th epoch for good and the last 2 of any kind; N keeps
-    the last N and nothing else that was made under it. What was kept for good by the options that it was
-    made with stays, whatever these are now. Only whole files count as kept, each is read and checked before
-    an older one goes, and only files with this program's mark inside are ever deleted: a foreign file, a
-    link or a damaged file stays for its owner to look at.
-    """
-    wanted = 2 if keep is None else keep
-    if wanted < 1:
-        raise UserError(f"--keep {keep}: at least 1 checkpoint has to stay")
-    ours = [path for path in list_checkpoints(output_dir) if not path.is_symlink() and is_checkpoint(path)]
-    milestones = {path for path in ours if keep is None and _is_milestone(path, save_every)}
-    older = [path for path in ours[wanted:] if path not in milestones]
-    milestones.update(path for path in older if _was_kept_for_good(path))
-    if milestones.issuperset(older):
-        return []  # nothing to delete, so no need to read gigabytes
-    candidates, kept = [], 0
-    for path in ours:
-        if kept < wanted:
-            with contextlib.suppress(CheckpointError):
-                verify_checkpoint(path)
-                kept += 1
-        elif path not in milestones:
-            candidates.append(path)
-    deleted = []
-    for path in candidates:
-        try:
-            path.unlink()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._drop_lines_from(int(start_epoch))
+            with open(self.path, "a"):
+                pass
+            # The points at start_epoch itself were written before the checkpoint and are not done again.
+            self._open_writer(purge_step=epoch_1000x(start_epoch) + 1)
         except OSError as error:
-            print(f"warning: {path}: superseded, but can't be deleted: {error.strerror}", flush=True)
+            raise UserError(f"{error.filename or self.log_dir}: can't be written: {error.strerror or error}") from None
+
+    def _drop_lines_from(self, epoch: int) -> None:
+        """Keep the whole lines of epochs before `epoch`."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["epoch"] < epoch:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                print(f"warning: {self.path}: dropped the unreadable line {line[:60]!r}", flush=True)
+        with atomic_write(self.path, "w") as file:
+            file.writelines(kept)
+
+    def _open_writer(self, purge_step: int | None = None) -> None:
+        threading.excepthook = _no_traceback_of_tensorboard
+        self.writer = SummaryWriter(self.log_dir, purge_step=purge_step)
+        self.writer.flush()
+
+    def start(self, args: dict, world_size: int) -> None:
+        """Add this start to args.json. Raises UserError where that can't be read or written."""
+        if not self.enabled:
+            return
+        path = self.path.parent / "args.json"
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            if not isinstance(starts, list):
+                raise ValueError("not a list")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: can't be read as the list of a run's starts ({error}); move it away") from None
+        starts.append(
+            {
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "command": sys.argv,
+                "args": args,
+                "world_size": world_size,
+                "versions": versions(),
+                "git": git_commit(),
+            }
+        )
+        try:
+            with atomic_write(path, "w") as file:
+                json.dump(starts, file, indent=2)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+    def epoch(self, record: dict) -> None:
+        """Append an epoch's record to log.txt, durably."""
+        if not self.enabled:
+            return
+        self._unwritten.append(json.dumps(record) + "\n")
+        self._write_lines()
+        if self.writer is None:
+            self._to_tensorboard(self._open_writer)
+
+    def _write_lines(self) -> None:
+        size = None
+        try:
+            with open(self.path, "ab") as file:
+                size = file.tell()
+                file.write("".join(self._unwritten).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)  # no half line
+            self._warn(self.path, error, f"the lines of {len(self._unwritten)} epoch(s) wait")
         else:
-            deleted.append(path)
-    if deleted:
-        fsync_directory(output_dir)
-    return deleted
+            self._unwritten.clear()
+            self._warned.discard(self.path)
+
+    def _to_tensorboard(self, write: Callable[[], None]) -> None:
+        """Do what writes events. Where it fails the writer is given up, for a new one at the next epoch."""
+        try:
+            write()
+        except Exception as error:  # whatever TensorBoard's own thread met, in its words
+            broken, self.writer = self.writer, None
+            with contextlib.suppress(Exception):
+                broken.close()
+            self._warn(self.log_dir, error, "points are missing in TensorBoard from here on")
+        else:
+            self._warned.discard(self.log_dir)
+
+    def _warn(self, path: Path, error: Exception, consequence: str) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
+            reason = getattr(error, "strerror", None) or error
+            print(f"warning: {path}: can't be written: {reason}; training goes on, {consequence}", flush=True)
+
+    def flush(self) -> None:
+        """Bring what was recorded so far to disk, so that no checkpoint is ahead of it."""
+        if self._unwritten:
+            self._write_lines()
+        if self.writer:
+            self._to_tensorboard(self.writer.flush)
+
+    def scalars(self, values: dict[str, float], epoch: float) -> None:
+        """Write values to TensorBoard at a fractional epoch."""
+
+        def write() -> None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch_1000x(epoch))
+
+        if self.writer:
+            self._to_tensorboard(write)
+
+    def figure(self, name: str, figure, epoch: float) -> None:
+        """Write a matplotlib figure to TensorBoard."""
+        if self.writer:
+            self._to_tensorboard(lambda: self.writer.add_figure(name, figure, epoch_1000x(epoch)))
+
+    def close(self) -> None:
+        """Write what is left; says which epochs log.txt will lack."""
+        self.flush()
+        if self.writer:
+            self._to_tensorboard(self.writer.close)
+        if self._unwritten:
+            epochs = ", ".join(str(json.loads(line)["epoch"]) for line in self._unwritten)
+            print(f"warning: {self.path}: lacks the lines of the epochs {epochs}", flush=True)
 
 
-def _was_kept_for_good(path: Path) -> bool:
-    """Whether a checkpoint's own options keep it for good; also for one whose options can't be read."""
+def _no_traceback_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """`threading.excepthook`: the error of TensorBoard's writer comes up again in the main thread."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
+
+
+def epoch_1000x(epoch: float) -> int:
+    """TensorBoard's x-axis: runs with different epoch lengths line up."""
+    return int(epoch * 1000)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, torchvision, timm, numpy)},
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this program, "-dirty" when tracked files are changed; None without git or outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        args = load_options(path)
-    except CheckpointError:
-        return True
-    return args.get("keep") is None and "save_every" in args and _is_milestone(path, args["save_every"])
+        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
 
 
-def _progress(path: Path) -> tuple[int, int]:
-    """(last finished epoch, micro-steps done in the next) from a checkpoint's name."""
-    first, step = _NAME.fullmatch(path.name).groups()
-    return (int(first), 0) if step is None else (int(first) - 1, int(step))
+SECONDS_BETWEEN_LINES = 20.0
 
 
-def _is_milestone(path: Path, save_every: int) -> bool:
-    epoch, step = _progress(path)
-    return step == 0 and (epoch + 1) % save_every == 0
+class Progress:
+    """Counts what is done of `total`; a context manager. Silent unless `enabled`.
+
+    Args:
+        what: what is being done, e.g. "encoding".
+        unit: what is counted, e.g. "images".
+        done: of an earlier start.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, enabled: bool = True):
+        self.what, self.total, self.unit, self.done, self.enabled = what, total, unit, done, enabled
+        self._began = self._shown = time.monotonic()
+        self._first = done
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def add(self, count: int, note: str = "") -> None:
+        """So many more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            self._bar.set_postfix_str(note, refresh=False)
+        elif time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
+            rate = (self.done - self._first) / (time.monotonic() - self._began)
+            self.show(f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s", note)
+
+    def show(self, text: str, note: str = "") -> None:
+        """Show this text now, with the time left."""
+        self._shown = time.monotonic()
+        seconds = (self._shown - self._began) / max(self.done - self._first, 1)
+        left = timedelta(seconds=round((self.total - self.done) * seconds))
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=True)
+        elif self.enabled:
+            print(f"{text}, left {left}  {note}".rstrip(), flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

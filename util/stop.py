@@ -16,20 +16,16 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from util.console import write_now
+from util.errors import write_now
 
 # What a rank asks for; where ranks differ, the largest wins.
 GO_ON, PAUSE, HANG_UP, TERMINATE, INTERRUPT = range(5)
 _EXIT_STATUS = {GO_ON: 0, PAUSE: 75, HANG_UP: 129, TERMINATE: 143, INTERRUPT: 130}
-_REQUESTS = {
+REQUESTS = {
     signal.SIGTERM: TERMINATE,
     signal.SIGINT: INTERRUPT,
     signal.SIGUSR1: PAUSE,
@@ -66,7 +62,7 @@ class StopSignals:
         self._exits_at_signal = False
         self._earlier = {
             signum: signal.signal(signum, self._note)
-            for signum in _REQUESTS
+            for signum in REQUESTS
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
         }
 
@@ -118,7 +114,7 @@ class StopSignals:
         now = time.monotonic()
         name = signal.Signals(signum).name
         if self._request == GO_ON:
-            self._request, self._noted_at = _REQUESTS[signal.Signals(signum)], now
+            self._request, self._noted_at = REQUESTS[signal.Signals(signum)], now
             if self._exits_at_signal:
                 write_now(f"{name}: stopping; there is nothing to save yet\n")
                 raise SystemExit(exit_status(self._request))
@@ -126,72 +122,6 @@ class StopSignals:
         elif now - self._noted_at >= _SAME_REQUEST_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-
-
-class Agreement:
-    """Ranks agree on the largest of their values, one optimiser step late and without waiting.
-
-    Every rank calls `exchange` at the same steps. A step's values travel in the background (on CPU tensors
-    through gloo, so the GPU is never waited for) and are read at the next step, so all ranks act
-    on the same values at the same step.
-
-    Args:
-        group: gloo process group; None in a single process, which agrees with itself at once.
-        size: how many values travel together.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, size: int):
-        self.group = group
-        self._size = size
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-
-    def exchange(self, values: Sequence[int]) -> list[int]:
-        """Give this rank's values; returns all ranks' largest of the exchange before, zeros at first."""
-        if self.group is None:
-            return list(values)
-        agreed = self.collect()
-        tensor = torch.tensor(values, dtype=torch.int64)
-        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True), tensor
-        return agreed
-
-    def settle(self, values: Sequence[int]) -> list[int]:
-        """Give this rank's values and wait for those of the others; returns the largest."""
-        if self.group is None:
-            return list(values)
-        self.exchange(values)
-        return self.collect()
-
-    def collect(self) -> list[int]:
-        """Wait for the values under way and return the largest; zeros where there are none."""
-        if self._pending is None:
-            return [0] * self._size
-        work, tensor = self._pending
-        self._pending = None
-        work.wait()
-        return tensor.tolist()
-
-
-def ignore_stop_signals(worker_id: int = 0) -> None:
-    """`worker_init_fn` of a DataLoader: the main process alone decides when its workers end.
-
-    Signals to a process group reach workers too and would end them in the middle of the step after which
-    the main process wants to save. SIGTERM from the main process itself, which is how a failing one gets rid
-    of its workers, still ends them, and so does its death.
-    """
-    for signum in _REQUESTS:
-        if signum != signal.SIGTERM:
-            signal.signal(signum, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-    signal_on_parent_death(signal.SIGKILL)
-
-
-def _obey_parent(parent: int) -> None:
-    """End this process at a SIGTERM of its parent; take no notice of any other."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 def signal_on_parent_death(signum: signal.Signals) -> None:

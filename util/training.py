@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from util import distributed
 from util.checkpoint import FORMAT, restoring
 from util.finite import REMEDY, FiniteWatch, make_scaler, nan_gradient_unless_finite, update_was_skipped
-from util.logging import RunLog
 from util.lr_sched import learning_rate
-from util.progress import Progress
+from util.output import Progress, RunLog
 from util.resume import describe_mismatch
 from util.stop import GO_ON, StopSignals
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from datasets.fixations import pixel_middles
 from datasets.prepare.pixels import PATCH_GRID
-from util.gaze import pixel_middles
 
 Box = tuple[float, float, float, float]
 

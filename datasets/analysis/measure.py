@@ -23,6 +23,7 @@ import pandas as pd
 
 from datasets.analysis.figure import analysis_figure
 from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box, density_ratio, ellipse_mask, size_class
+from datasets.fixations import pixel_middles
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
 from datasets.prepare.readings import SOURCES, detect_source, egd_options, reading_gaze, without_image
 from datasets.prepare.work import run_tasks
@@ -30,12 +31,10 @@ from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.mimic_cxr import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, Reading, is_simulated
 from util.bootstrap import MIN_DRAWS, bootstrap_means, interval
-from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
 from util.figures import save_figure
 from util.files import atomic_write
-from util.gaze import pixel_middles
-from util.radiograph import radiograph_size, read_radiograph
+from util.radiograph import MIMIC_CXR_JPG, radiograph_size, read_radiograph
 
 NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellipse no abnormality
 
@@ -163,7 +162,7 @@ def analyze(
         min_certainty: ellipses below this certainty (1-5) are not used.
         n_examples: images to show, evenly spread over the density ratios.
         sigma, metadata: of EGD-CXR, see `read_egd`; an error for other data sets.
-        dicom_contrast: of the examples, one of `util.contrast.CONTRASTS`.
+        dicom_contrast: of the examples, one of `util.radiograph.CONTRASTS`.
 
     A damaged reading is left out and listed. Raises `UserError` where nothing can be analysed.
     """

@@ -1,7 +1,7 @@
 """Simulated fixations: a survey of the chest plus dwell on the abnormalities.
 
 How much dwell: as much as makes the gaze density inside the reading's abnormal ellipses `dwell_ratio` times that
-outside of them, by the same heatmap (`util.gaze.fixation_heatmap`) and ratio (`datasets.analysis.gaze_density.density_ratio`)
+outside of them, by the same heatmap (`datasets.fixations.fixation_heatmap`) and ratio (`datasets.analysis.gaze_density.density_ratio`)
 that the analysis uses, so that it must find the ratio again.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from datasets.analysis.gaze_density import ellipse_mask
+from datasets.fixations import fixation_heatmap
 from datasets.phantom.chest import CHEST_REGIONS, Frame
-from util.gaze import fixation_heatmap
 
 FIXATION_FILE_COLUMNS = (
     "timestamp_start_fixation",

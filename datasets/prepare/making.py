@@ -50,8 +50,7 @@ from datasets.prepare.layout import (
     write_line,
 )
 from util.errors import UserError
-from util.files import atomic_write
-from util.locks import file_lock
+from util.files import atomic_write, file_lock
 
 NAMED = 5  # how many files a message names
 

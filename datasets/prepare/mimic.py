@@ -29,11 +29,11 @@ from datasets.prepare.heatmaps import find_heatmaps, heatmap_id, read_heatmap
 from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, make_units
+from datasets.raw.ids import match_ids
 from datasets.raw.mimic_cxr import METADATA_NAME, find_images, find_metadata, why_none
 from datasets.raw.readings import Exclusion, first_of
-from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
-from util.ids import match_ids
+from util.radiograph import MIMIC_CXR_JPG
 from util.tables import check_id, read_table
 
 # As datasets.mimic and datasets.build have them, which import torch.
@@ -48,7 +48,7 @@ _PLACE = re.compile(r"/p(\d+)/s(\d+)/[^/]+$")
 class MimicOptions:
     """What decides the pixels and names in the tree. `size`: short side of the images, px, 0 = native;
     never enlarged. `views`: of the images taken, or all. `exclude`: digest of the ids left out. `heatmaps`: whether the
-    tree has those of others. `dicom_contrast`: one of `util.contrast.CONTRASTS`."""
+    tree has those of others. `dicom_contrast`: one of `util.radiograph.CONTRASTS`."""
 
     source: str = "mimic"
     size: int = 512

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datasets.fixations import heatmap_to_uint8
 from datasets.prepare.work import Made
 from datasets.raw.readings import Exclusion
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
-from util.gaze import heatmap_to_uint8
 from util.images import write_gray
 from util.masking import otsu_foreground, significant_patches
 from util.radiograph import radiograph_size, read_radiograph

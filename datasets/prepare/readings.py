@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 
 from datasets.files_by_id import FoundFiles
+from datasets.fixations import fixation_heatmap, inside_image, merge_heatmaps
 from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, make_units
@@ -37,9 +38,8 @@ from datasets.raw.mimic_cxr import find_images, find_metadata, why_none
 from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, first_of, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
 from util.cli import finite_float
-from util.contrast import MIMIC_CXR_JPG
 from util.errors import UserError
-from util.gaze import fixation_heatmap, inside_image, merge_heatmaps
+from util.radiograph import MIMIC_CXR_JPG
 
 INDEX, FIXATIONS = "reflacx.json", "fixations.csv"
 Mapped = tuple[Reading, Fixations, np.ndarray]  # a reading, what is used of it, and its map
@@ -72,7 +72,7 @@ class Options:
 
     `size`: short side of the stored images, px, 0 = native; never enlarged. `readings`: one (the
     first usable by id), each, or merge. `split`: of the readings taken, or all. `sigma`: EGD-CXR's Gaussian, px of
-    the original image (REFLACX brings its own). `dicom_contrast`: one of `util.contrast.CONTRASTS`.
+    the original image (REFLACX brings its own). `dicom_contrast`: one of `util.radiograph.CONTRASTS`.
     `screen_filter`: without fixations on the screen beside the image.
     """
 

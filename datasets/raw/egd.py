@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from datasets.raw.ids import match_ids
 from datasets.raw.mimic_cxr import read_sizes
 from datasets.raw.readings import (
     Cells,
@@ -22,7 +23,6 @@ from datasets.raw.readings import (
     usable_fixations,
 )
 from util.errors import UserError
-from util.ids import match_ids
 from util.tables import check_id, check_relative_path, read_table, table_file, to_numbers
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from datasets.fixations import FIXATION_COLUMNS, RECTANGLE
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS, RECTANGLE
 from util.tables import bad_cells, parse_bool
 
 Parsed = TypeVar("Parsed")
@@ -32,7 +32,7 @@ MAX_BAD = 0.1  # of a reading's fixations; more of them bad, and the reading is 
 class Fixations:
     """The usable fixations of one reading.
 
-    `table`: one row each, the columns of `util.gaze.FIXATION_COLUMNS` (float64), finite but for the
+    `table`: one row each, the columns of `datasets.fixations.FIXATION_COLUMNS` (float64), finite but for the
     rectangle, sigmas and durations positive; its index is their lines in the file. `left_out`: how
     many rows are not in it, by reason. `bad`: of these the damaged ones, as texts that name line and
     column; the others were left out by a rule.

@@ -9,6 +9,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from datasets.fixations import (
+    REFLACX_COLUMNS,
+    REFLACX_SCREEN_COLUMNS,
+    REFLACX_TIMES,
+    fixation_columns,
+    off_the_image_shown,
+    on_the_button,
+)
 from datasets.raw.findings import phase_labels
 from datasets.raw.readings import (
     ELLIPSE_COLUMNS,
@@ -22,14 +30,6 @@ from datasets.raw.readings import (
     usable_fixations,
 )
 from util.errors import UserError
-from util.gaze import (
-    REFLACX_COLUMNS,
-    REFLACX_SCREEN_COLUMNS,
-    REFLACX_TIMES,
-    fixation_columns,
-    off_the_image_shown,
-    on_the_button,
-)
 from util.tables import check_id, check_relative_path, numeric_columns, parse_bool, read_table, table_file, to_numbers
 
 PHASES = (1, 2, 3)

@@ -25,8 +25,8 @@ from downstream.data.labelled import LabelledImages
 from datasets.plane import Plane, PlaneKind, open_plane
 from datasets.tree import SampleError
 from util.cli import finite_float
-from util.contrast import CONTRASTS, add_dicom_contrast
-from util.dicom import dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
+from util.radiograph import CONTRASTS, add_dicom_contrast
+from util.radiograph import dicom_size, is_dicom, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
 from util.images import image_size, read_intensities
 
@@ -48,7 +48,7 @@ class Reading:
     """How files become 8-bit gray.
 
     Attributes:
-        dicom_contrast: maximum (published: stored values by their maximum), or one of `util.contrast`'s: window,
+        dicom_contrast: maximum (published: stored values by their maximum), or one of `util.radiograph`'s: window,
             minmax, mimic-cxr-jpg (equalised).
         intensity_max: what becomes 255 in 16-bit PNGs, 0 staying 0; None = each file's own range.
     """

@@ -32,7 +32,7 @@ from gaze.fill import fill_tree
 from gaze.model import GazeNet
 from scripts.benchmarks.timing import Report, Settings, alternate, timed
 from scripts.predict_gaze import as_predictor
-from util.cpus import available_cpus
+from util.cli import available_cpus
 from util.export import read_backbone
 from util.stop import StopSignals
 

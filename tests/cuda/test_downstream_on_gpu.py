@@ -18,9 +18,8 @@ from downstream.data.labelled import MULTICLASS, MULTILABEL
 from downstream.finetune import RECIPES, Tuning, make_training
 from downstream.heads import Encoder, FeatureFile, HeadOptions, encode, train_heads
 from util import distributed
-from util.logging import RunLog
+from util.output import Progress, RunLog
 from util.precision import set_tf32
-from util.progress import Progress
 from util.stop import GO_ON, StopSignals
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)

@@ -15,9 +15,8 @@ import gaze.main
 from gaze.main import batch_losses
 from gaze.model import GazeNet
 from util import distributed
-from util.logging import RunLog
+from util.output import Progress, RunLog
 from util.precision import set_tf32
-from util.progress import Progress
 from util.stop import GO_ON, StopSignals
 from util.training import Training
 

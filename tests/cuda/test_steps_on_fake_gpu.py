@@ -25,7 +25,7 @@ from util.distributed import Ranks
 from util.finite import FiniteWatch
 from util.lr_sched import parameter_groups
 from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
-from util.progress import Progress
+from util.output import Progress
 from util.stop import GO_ON, PAUSE
 from util.training import Training
 

@@ -24,7 +24,6 @@ import run_pretrain
 from engine_pretrain import batch_losses, name_means
 from util import distributed
 from util.finite import make_scaler, update_was_skipped
-from util.logging import RunLog
 from util.lr_sched import parameter_groups
 from util.masking import (
     MASKINGS,
@@ -35,7 +34,7 @@ from util.masking import (
     otsu_foreground,
     significant_patches,
 )
-from util.progress import Progress
+from util.output import Progress, RunLog
 from util.stop import StopSignals
 from util.training import Sums, Training
 

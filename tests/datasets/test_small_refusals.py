@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import run_pretrain
-from datasets.replay import read_fixations
+from datasets.fixations import check_rectangles
+from datasets.single_image import read_fixations
 from util.errors import UserError
 from util.export import export_backbone
-from util.gaze import check_rectangles
 
 
 def test_cache_size_below_input_size():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from trees import smooth
 
 from datasets.build import build_dataset
+from datasets.fixations import heatmap_to_uint8
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.pixels import attention_maps
@@ -23,10 +24,9 @@ from datasets.prepare.readings import prepare
 from gaze.data import resize_whole
 from gaze.fill import Predictor, fill_tree, predict_files
 from gaze.metrics import resize_density
-from util.contrast import CONTRASTS
 from util.errors import UserError
-from util.gaze import heatmap_to_uint8
 from util.images import read_gray, write_gray
+from util.radiograph import CONTRASTS
 
 INDEX = "mimic-cxr-jpg-cleanv4.json"
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets.fixations import heatmap_to_uint8
 from gaze import metrics as saliency
-from util.gaze import heatmap_to_uint8
 
 
 def random_maps(seed: int, height: int = 12, width: int = 9) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 import engine_pretrain
 import run_pretrain
 from datasets import cache
-from util import checkpoint, console, output
+from util import checkpoint, errors
 from util.errors import run_cli
 from util.images import write_gray
 
@@ -328,7 +328,7 @@ def kill_in_save(boundary: str, name: str) -> None:
             die()
 
     Path.unlink = patched_unlink
-    save, prune = output.save_checkpoint, output.prune
+    save, prune = checkpoint.save_checkpoint, checkpoint.prune
 
     def patched_save(state, path):
         active["save"] = Path(path).name == name
@@ -342,7 +342,7 @@ def kill_in_save(boundary: str, name: str) -> None:
         if active["prune"] and boundary == "after prune":
             die()
 
-    output.save_checkpoint, output.prune = patched_save, patched_prune
+    checkpoint.save_checkpoint, checkpoint.prune = patched_save, patched_prune
 
 
 def loss_at(epoch: int, step: int, value: float) -> None:
@@ -427,7 +427,7 @@ def full_output() -> None:
 
 def unread_output() -> None:
     """What is printed goes to a pipe that is full and that nobody reads, as under a stopped pager."""
-    console.PATIENCE_SECONDS = 0.5
+    errors.PATIENCE_SECONDS = 0.5
     _, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
@@ -523,9 +523,9 @@ def tensorboard_points(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_same_run(output_dir: Path, reference: Path) -> None:
     """The disturbed run left what the undisturbed one did: every checkpoint, the log, the curves."""
-    names = {path.name for path in output.list_checkpoints(reference)}
-    shared = [path for path in output.list_checkpoints(output_dir) if path.name in names]
-    assert shared and shared[0].name == output.list_checkpoints(reference)[0].name
+    names = {path.name for path in checkpoint.list_checkpoints(reference)}
+    shared = [path for path in checkpoint.list_checkpoints(output_dir) if path.name in names]
+    assert shared and shared[0].name == checkpoint.list_checkpoints(reference)[0].name
     for path in shared:
         assert differences(load(path), load(reference / path.name)) == []
     assert log_lines(output_dir) == log_lines(reference)

@@ -16,7 +16,7 @@ def fail_log_writes(epoch: int, step: int, until: int | None = None) -> None:
     """From a step on, to another epoch's if there is one, log.txt and TensorBoard's events meet a full disk."""
     from tensorboard.compat.tensorflow_stub.io import gfile
 
-    import util.logging
+    import util.output
 
     full = []
     at_step(epoch, step, partial(full.append, True))
@@ -38,7 +38,7 @@ def fail_log_writes(epoch: int, step: int, until: int | None = None) -> None:
 
     for name in ("write", "append"):
         setattr(gfile.LocalFileSystem, name, unless_full(getattr(gfile.LocalFileSystem, name)))
-    util.logging.open = open_file
+    util.output.open = open_file
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -22,9 +22,8 @@ from reliability_runs import (
     wait_until_gone,
 )
 
-from util.checkpoint import verify_checkpoint
+from util.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
 from util.errors import UserError
-from util.output import list_checkpoints, newest_checkpoint
 
 # (boundary, whether the new file is there afterwards, whether a temporary file is left)
 BOUNDARIES = [

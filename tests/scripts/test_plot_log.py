@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts.plot_log import main
-from util.curves import loss_figure, read_log, run_names
+from scripts.plot_log import loss_figure, main, read_log, run_names
 from util.errors import UserError
 
 

@@ -18,13 +18,13 @@ import datasets
 import run_pretrain
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
-from datasets.replay import single_image, training_batch, training_dataset
+from datasets.replay import training_batch, training_dataset
 from datasets.sampler import TrainBatches
+from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
 from scripts import visualize
 from scripts.visualize import main
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.contrast import CONTRASTS
 from util.errors import UserError
 from util.figures import save_figure
 from util.masking import mask_generator
@@ -37,7 +37,7 @@ from util.pictures import (
     reconstruct,
     reconstruction_figure,
 )
-from util.radiograph import read_radiograph
+from util.radiograph import CONTRASTS, read_radiograph
 
 SMALL = dict(
     img_size=64, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, id_list=(0, 1), scale_list=(2.0, 0.5)

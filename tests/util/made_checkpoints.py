@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from util.checkpoint import save_checkpoint
-from util.output import checkpoint_path
+from util.checkpoint import checkpoint_path, save_checkpoint
 
 ARGS = {
     "model": "cxrmim_vit_tiny_patch16",

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from util import bootstrap
-from util.bootstrap import bootstrap_aucs, bootstrap_means, interval, subject_draws
-from util.roc import SortedScores, auc
+from util.bootstrap import SortedScores, auc, bootstrap_aucs, bootstrap_means, interval, subject_draws
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -143,7 +143,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from made_checkpoints import make_state
 from util.checkpoint import save_checkpoint
-from util.output import checkpoint_path
+from util.checkpoint import checkpoint_path
 from util.errors import run_cli
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))

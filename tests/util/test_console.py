@@ -10,12 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-from util import console
-console.PATIENCE_SECONDS = 0.2
-console.make_output_unfailing()
+from util import errors
+errors.PATIENCE_SECONDS = 0.2
+errors.make_output_unfailing()
 for _ in range(300):
     print("x" * 997)
-    console.write_now("y" * 100)
+    errors.write_now("y" * 100)
 """
 
 

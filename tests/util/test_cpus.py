@@ -1,10 +1,10 @@
-"""util/cpus.py: as many processors as the process may use."""
+"""util/cli.py: as many processors as the process may use."""
 
 import os
 
 import pytest
 
-from util.cpus import available_cpus
+from util.cli import available_cpus
 
 
 @pytest.mark.parametrize(

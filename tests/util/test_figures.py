@@ -16,7 +16,7 @@ from downstream.figure import results_figure, summary_figure
 from downstream.results import MEAN
 from gaze.pictures import Example, examples_figure, metrics_figure
 from models_cxrmim import CXRMIM
-from util.curves import loss_figure
+from scripts.plot_log import loss_figure
 from util.pictures import contact_sheet, reconstruction_figure
 
 # One "$" pair is a formula to matplotlib, and a broken one an error; a label with "_" first is left out.

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from util import locks
+from util import files as locks
 from util.errors import UserError
-from util.locks import file_lock
+from util.files import file_lock
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from util.locks import file_lock
+from util.files import file_lock
 with file_lock(sys.argv[2], what="the tree"):
     if sys.argv[3] == "fork" and os.fork() == 0:
         time.sleep(float(sys.argv[4]))

@@ -11,18 +11,18 @@ import pytest
 import torch
 from made_checkpoints import write
 
-from util.checkpoint import load_checkpoint
-from util.distributed import Ranks
-from util.errors import UserError
-from util.output import (
+from util.checkpoint import (
     checkpoint_path,
-    hold_output,
     is_due,
     list_checkpoints,
+    load_checkpoint,
     newest_checkpoint,
     prune,
     set_aside_newer,
 )
+from util.distributed import Ranks
+from util.errors import UserError
+from util.output import hold_output
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), None)
 

@@ -14,7 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from util import distributed
-from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, Agreement, StopSignals, exit_status
+from util.distributed import Agreement
+from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, StopSignals, exit_status
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,7 +143,7 @@ import os, signal, time
 import torch
 import multiprocessing
 from util.loading import SampleLoader
-from util.stop import ignore_stop_signals
+from util.loading import ignore_stop_signals
 multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
 class Slow(torch.utils.data.Dataset):
     def __len__(self): return 10**6

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phantom_egd import make_egd
 
 from datasets.analysis.measure import density_ratio, ellipse_mask
+from datasets.fixations import fixation_heatmap
 from datasets.phantom.chest import LESION_KINDS, Frame, Lesion, draw_lesion, render_chest
 from datasets.phantom.gaze import simulate_fixations
 from datasets.phantom.real import add_real_radiograph
@@ -19,7 +20,6 @@ from datasets.phantom.reflacx import LABEL_OF_KIND, make_study
 from datasets.raw.egd import read_egd
 from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
-from util.gaze import fixation_heatmap
 from util.images import read_gray
 from util.radiograph import read_radiograph
 

@@ -44,7 +44,7 @@ def snapshot(root):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("util.locks.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("util.files.PATIENCE_SECONDS", 0.0)
 
 
 @pytest.fixture

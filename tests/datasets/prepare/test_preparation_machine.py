@@ -261,7 +261,7 @@ class Preparation(RuleBasedStateMachine):
 
 
 def check(monkeypatch, **options):
-    monkeypatch.setattr("util.locks.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("util.files.PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody cuts the power here
     every = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     run_state_machine_as_test(Preparation, settings=settings(**every, **options))

@@ -11,12 +11,12 @@ import pytest
 
 import datasets.build
 from datasets import build_dataset, check_data
+from datasets.fixations import heatmap_to_uint8
 from datasets.mimic import Mimic
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
 from datasets.prepare.mimic import IMAGES_INDEX, INDEX, prepare_mimic
 from util.errors import UserError
-from util.gaze import heatmap_to_uint8
 from util.images import read_gray, write_gray
 from util.radiograph import read_radiograph
 

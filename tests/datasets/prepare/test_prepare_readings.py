@@ -18,6 +18,7 @@ from phantom_faults import FAULTS, plant_faults
 from PIL import Image
 from pydicom.data import get_testdata_file
 
+from datasets.fixations import fixation_heatmap, heatmap_to_uint8
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.pixels import count_significant
 from datasets.prepare.readings import SOURCES, prepare
@@ -26,10 +27,9 @@ from datasets.raw.mimic_cxr import find_images
 from datasets.raw.readings import Fixations, RawReadings, Reading
 from datasets.raw.reflacx import read_reflacx
 from scripts.prepare_reflacx import main
-from util.dicom import read_dicom
 from util.errors import UserError
-from util.gaze import fixation_heatmap, heatmap_to_uint8
 from util.images import read_gray
+from util.radiograph import read_dicom
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare_reflacx.py"
 

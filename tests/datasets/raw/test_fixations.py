@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from phantom_egd import make_egd
 
+from datasets.fixations import off_the_image_shown, on_the_button
 from datasets.phantom.reflacx import make_study
 from datasets.raw.egd import read_egd
 from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
-from util.gaze import off_the_image_shown, on_the_button
 
 
 @pytest.fixture

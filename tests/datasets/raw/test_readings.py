@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 from phantom_egd import make_egd
 
+from datasets.fixations import FIXATION_COLUMNS
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import detect_source
 from datasets.raw.egd import find_egd_root, read_egd
 from datasets.raw.reflacx import find_root, read_reflacx
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS
 from util.tables import check_id, check_relative_path, numeric_columns, read_table
 
 # --- REFLACX ---------------------------------------------------------------------------------------

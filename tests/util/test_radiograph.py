@@ -1,4 +1,4 @@
-"""util/dicom.py against the formulas of DICOM PS3.3 written out here, and a real radiograph."""
+"""util/radiograph.py against the formulas of DICOM PS3.3 written out here, and a real radiograph."""
 
 import functools
 import io
@@ -19,10 +19,16 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
-from util.contrast import CONTRASTS
-from util.dicom import dicom_size, equalize_histogram, read_dicom, read_dicom_by_maximum
 from util.errors import UserError
-from util.radiograph import radiograph_size, read_radiograph
+from util.radiograph import (
+    CONTRASTS,
+    dicom_size,
+    equalize_histogram,
+    radiograph_size,
+    read_dicom,
+    read_dicom_by_maximum,
+    read_radiograph,
+)
 
 
 def example(name):

@@ -1,9 +1,9 @@
-"""util/ids.py against a plain search through all known identifiers."""
+"""datasets/raw/ids.py against a plain search through all known identifiers."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from util.ids import match_ids
+from datasets.raw.ids import match_ids
 
 NAMES = st.text("aAbB1-", min_size=0, max_size=4)
 

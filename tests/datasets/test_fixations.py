@@ -1,4 +1,4 @@
-"""util/gaze.py: the matrix product against a plain slow version, and the rules of its edges."""
+"""datasets/fixations.py: the matrix product against a plain slow version, and the rules of its edges."""
 
 import numpy as np
 import pandas as pd
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets.fixations import FIXATION_COLUMNS, fixation_heatmap, heatmap_to_uint8, inside_image, merge_heatmaps
 from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
-from util.gaze import FIXATION_COLUMNS, fixation_heatmap, heatmap_to_uint8, inside_image, merge_heatmaps
 
 
 def fixation(x=50.0, y=40.0, duration=1.0, sigma_x=9.0, sigma_y=11.0, box=(0, 0, 120, 90)):
