@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.fixations import inside_image
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare
+from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
 from util.images import image_size, read_gray, write_gray
 
@@ -106,6 +108,12 @@ def test_fixations_are_kept(small, tmp_path):
     assert lines[0] == "reflacx_id,x,y,duration"
     assert list(dict.fromkeys(row[0] for row in rows)) == [entry["reflacx_id"] for entry in entries_of(out)]
     assert all(0 <= float(x) <= 1 and 0 <= float(y) <= 1 and float(d) > 0 for _, x, y, d in rows)
+    reading = read_reflacx(small.raw).readings[0]
+    height, width = reading.image_size
+    own = reading.load_fixations().table
+    own = own[inside_image(own, (height, width))]
+    stored = np.array([row[1:3] for row in rows if row[0] == reading.id], float)
+    np.testing.assert_allclose(stored, np.stack([(own["x"] + 0.5) / width, (own["y"] + 0.5) / height], 1), atol=1e-6)
 
 
 def test_another_kind_of_tree_leaves_nothing_of_the_first(small, images, tmp_path):
