@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.build import IMAGES_INDEX, detect_tree
+from datasets.files_by_id import FileIndex
 from datasets.mimic import Mimic
 from datasets.prepare.heatmaps import LOOSE_INDEX
 from datasets.prepare.layout import Unit, finished_lines, origin_of, stamp
@@ -33,7 +34,6 @@ from datasets.prepare.making import TreeMaking
 from datasets.prepare.pixels import attention_maps, count_significant, write_image
 from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, versions
 from datasets.raw.readings import Exclusion
-from datasets.raw.walk import Sources, resolved
 from datasets.tree import read_index
 from gaze.data import resize_whole
 from gaze.metrics import density, resize_density
@@ -103,7 +103,7 @@ def fill_tree(root: Path, predictor: Predictor, *, real: Sequence[Path] = (), **
     Raises:
         UserError: not such a tree, or one that another predictor has filled.
     """
-    root, how = resolved(root), How(**how)
+    root, how = root.resolve(), How(**how)
     if not (root / IMAGES_INDEX).is_file():
         raise UserError(
             f"{root}: no {IMAGES_INDEX} in it, so it is no tree of images alone; `python scripts/prepare_mimic.py "
@@ -117,7 +117,7 @@ def fill_tree(root: Path, predictor: Predictor, *, real: Sequence[Path] = (), **
     ) as making:
         entries = {os.path.splitext(entry["image_path"])[0]: entry for entry in read_index(root / IMAGES_INDEX)}
         units = list(_tree_units(root, entries, _real_readings(real)))
-        found = Found(units, {"images": len(units)}, record={"real": [str(resolved(path)) for path in real]})
+        found = Found(units, {"images": len(units)}, record={"real": [str(path.resolve()) for path in real]})
         return _make(
             making, found, predictor, how, root, read_gray, lambda unit, kind: {**entries[unit.key], "gaze": kind}
         )
@@ -128,7 +128,7 @@ def predict_files(
 ) -> PrepareReport:
     """A heatmap of its size for each radiograph (PNG, JPG, DICOM) below `images`: 8-bit gray PNG under the same name
     below `out`; see `fill_tree`. `dicom_contrast`: one of `util.radiograph.CONTRASTS`."""
-    images, out, how = resolved(images), resolved(out), How(**how)
+    images, out, how = images.resolve(), out.resolve(), How(**how)
     if not images.is_dir():
         raise UserError(f"--images {images}: no such directory")
     options = {"source": "predict_gaze", "predictor": predictor.digest, "dicom_contrast": dicom_contrast}
@@ -176,27 +176,24 @@ def _real_readings(trees: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def _loose_units(images: Path, out: Path) -> Found:
-    sources = Sources(images, [out])
     units: dict[str, Unit] = {}
     exclusions = []
-    for directory, names in sources.walk():
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in RADIOGRAPHS:
-                continue
-            source = f"{directory}/{name}"
-            image, key = os.path.relpath(source, images), os.path.relpath(f"{directory}/{stem}", images)
-            if "*" in key:
-                exclusions.append(Exclusion(image, "unusable name", "has * in it", is_fault=True))
-            elif key in units:
-                detail = f"{units[key].task.image} would have the same heatmap"
-                exclusions.append(Exclusion(image, "name taken", detail, is_fault=True))
-            else:
-                own = stamp(source)
-                units[key] = Unit(key, origin_of(image, own), Task(image, f"{key}.png", None), (source,), (own,))
+    for image in FileIndex(images, [out]).files():
+        key, suffix = os.path.splitext(image)
+        if suffix.lower() not in RADIOGRAPHS:
+            continue
+        if "*" in key:
+            exclusions.append(Exclusion(image, "unusable name", "has * in it", is_fault=True))
+        elif key in units:
+            detail = f"{units[key].task.image} would have the same heatmap"
+            exclusions.append(Exclusion(image, "name taken", detail, is_fault=True))
+        else:
+            source = f"{images}/{image}"
+            own = stamp(source)
+            units[key] = Unit(key, origin_of(image, own), Task(image, f"{key}.png", None), (source,), (own,))
     if not units:
         raise UserError(f"--images {images}: no {', '.join(RADIOGRAPHS)} is in it or below")
-    return Found([*units.values()], {"images": len(units)}, exclusions, sources.notes(), {"images": str(images)})
+    return Found([*units.values()], {"images": len(units)}, exclusions, record={"images": str(images)})
 
 
 class _Sample(NamedTuple):

@@ -349,8 +349,8 @@ class Benchmark:
         """Made-up labelled images, and the flags to judge an encoder with random weights on them."""
         made = ("--layout", "rsna", "--format", "jpg", "--height", 192, "--width", 160, "--normal_fraction", 0.5)
         self.run(make_phantom, "--out", self.root / name, "--n_images", n, "--lesion_kinds", "consolidation", *made)
-        flags = ["--dataset", "rsna", "--data_path", self.root / name / "rsna", "--weights", "random"]
-        return self.root / name / "rsna", [*flags, "--random_model", model, "--device", self.device]
+        flags = ["--dataset", "rsna", "--data_path", self.root / name / "rsna", "--weights", f"random@{model}"]
+        return self.root / name / "rsna", [*flags, "--device", self.device]
 
     def encoder(self, model: str) -> torch.nn.Module:
         return timm.create_model(model, num_classes=0).eval().to(self.device)

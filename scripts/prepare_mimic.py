@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
-from util.cli import Parser, add_accept_damaged, available_cpus
+from util.cli import Parser, add_accept_damaged, available_cpus, check_least
 from util.errors import run_cli
 from util.radiograph import add_dicom_contrast
 
@@ -45,9 +45,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(get_args_parser().parse_args(argv))
+    parsed = get_args_parser().parse_args(argv)
+    check_least(parsed, 0, "size")
+    args = vars(parsed)
     accepted = args.pop("accept_damaged")
-    args["views"] = tuple(args["views"])
     report = prepare_mimic(**args)
     print(report)
     if report.faults:

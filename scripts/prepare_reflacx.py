@@ -9,9 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.prepare.options import add_raw_options
-from datasets.prepare.readings import prepare
-from util.cli import Parser, add_accept_damaged, available_cpus
+from datasets.prepare.readings import add_raw_options, prepare
+from util.cli import Parser, add_accept_damaged, available_cpus, check_least
 from util.errors import run_cli
 from util.radiograph import add_dicom_contrast
 
@@ -48,7 +47,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(get_args_parser().parse_args(argv))
+    parsed = get_args_parser().parse_args(argv)
+    check_least(parsed, 0, "size")
+    args = vars(parsed)
     source, accepted = args.pop("source"), args.pop("accept_damaged")
     report = prepare(**args, source=None if source == "auto" else source)
     print(report)

@@ -25,11 +25,10 @@ import pandas as pd
 from datasets.analysis.figure import Example, analysis_figure
 from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box, box_mask, density_ratio, ellipse_mask, size_class
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
-from datasets.prepare.reading_maps import reading_gaze
-from datasets.prepare.readings import SOURCES, detect_source, egd_options, without_image
+from datasets.prepare.readings import SOURCES, detect_source, egd_options, reading_gaze, without_image
 from datasets.prepare.work import run_tasks
 from datasets.raw.findings import COMMON_FINDING
-from datasets.raw.image_index import find_images
+from datasets.raw.mimic_cxr import find_images
 from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, RawReadings, Reading, is_simulated
 from util.bootstrap import MIN_DRAWS, bootstrap_means, interval
 from util.errors import UserError
@@ -193,7 +192,6 @@ def _find_images(found: RawReadings, root: Path, split: str, images: Path | None
     if images is not None:
         place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
         paths = place.paths
-        found.notes += place.notes
         needed = [r for r in readings if r.image_size is None or r.image_id in place.ambiguous]
         lost = {exclusion.id: exclusion for exclusion in without_image(needed, place, images)}
         found.exclusions += lost.values()

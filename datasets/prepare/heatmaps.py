@@ -4,56 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from datasets.raw.image_index import DICOM_ID
-from datasets.raw.readings import Exclusion
-from datasets.raw.walk import Sources, refuse_inside_tree, same_content
+from datasets.files_by_id import FileIndex, FoundFiles, check_originals
+from datasets.raw.mimic_cxr import DICOM_ID
 from util.errors import UserError
 from util.images import read_map
 
-SUFFIXES = (".png", ".npy")
 LOOSE_INDEX = "heatmaps.json"  # of the heatmaps that scripts/predict_gaze.py makes for loose images
 
 
-@dataclass
-class FoundHeatmaps:
-    """`paths` by dicom_id, sorted; images with several heatmaps; notes on what was passed over."""
-
-    paths: dict[str, str]
-    exclusions: list[Exclusion] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+def heatmap_id(stem: str) -> str:
+    """The dicom_id in a heatmap's name, wherever it is; a name without one is taken whole."""
+    match = DICOM_ID.search(stem)
+    return match.group().lower() if match else stem
 
 
-def find_heatmaps(root: Path, *, without: Iterable[Path] = ()) -> FoundHeatmaps:
-    """Heatmap files (.png, .npy) below `root` by dicom_id, which is in the file's name, wherever it is:
-    `<dicom_id>.png`, `pred_<dicom_id>_gaze.npy`, ...; a name without one is taken whole. Of different files for
-    one image none is used; they are reported."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such directory; --heatmaps holds one PNG or NPY per image")
-    refuse_inside_tree(root, "--heatmaps are what a predictor wrote", but=LOOSE_INDEX)
-    sources = Sources(root, without, but=LOOSE_INDEX)
-    found: dict[str, list[str]] = {}
-    for directory, names in sources.walk():
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES:
-                match = DICOM_ID.search(stem)
-                found.setdefault(match.group().lower() if match else stem, []).append(f"{directory}/{name}")
-    notes = sources.notes()
-    if not found:
-        raise UserError(f"{root}: no .png or .npy file is in it or below{''.join(f'; {n}' for n in notes)}")
-    result = FoundHeatmaps({}, [], notes)
-    for name, paths in sorted(found.items()):
-        if len(paths) == 1 or same_content(paths):
-            result.paths[name] = min(paths)
-        else:
-            result.exclusions.append(Exclusion(name, "several heatmaps", ", ".join(sorted(paths)), is_fault=True))
-    return result
+def find_heatmaps(root: Path, *, without: Iterable[Path] = ()) -> FoundFiles:
+    """Heatmap files (.png, .npy) below `root` by dicom_id (`heatmap_id`) in small letters: `<dicom_id>.png`,
+    `pred_<dicom_id>_gaze.npy`, ..."""
+    check_originals(root, "--heatmaps holds one PNG or NPY per image, as a predictor wrote them", but=LOOSE_INDEX)
+    found = FileIndex(root, without, but=LOOSE_INDEX).search(lambda stem: heatmap_id(stem).casefold(), (".npy", ".png"))
+    if not (found.paths or found.ambiguous):
+        raise UserError(f"{root}: no .png or .npy file is in it or below")
+    return found
 
 
 def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:

@@ -15,8 +15,8 @@ A tree may have two layers, each with its own options, record and index: `prepar
     <layer>.origins     a line for each unit, sorted: [key, origin, {file: size}, note]; in names `*` stands for the key
     <layer>.json        the record: options, counts, what was left out
     tables, the index   the index comes last: a tree that has it is whole
-    .making/<layer>/    while a run is at work: `begun` (its options), `tree/` (what it has made), `units` (a line for
-                        each unit in it, written after the unit's files), and `commit`, once everything is there
+    .making/<layer>/    while a run is at work: `tree/` (what it has made), `units` (its options, then a line for each
+                        unit in it, written after the unit's files), and `commit`, once everything is there
 
 Until `commit` exists the tree is what it was. From then on the next run, whichever it is, first finishes moving.
 """
@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,14 @@ from datasets.prepare.layout import (
     LOCK,
     STAGING,
     Unit,
-    differing_options,
     digest_of,
     files_of,
     finished_lines,
-    held_files,
-    index_lines,
     key_of,
-    read_json,
     read_line,
     read_record,
-    refuse_foreign,
-    remove_file,
-    remove_folder,
-    same_file,
     stamp,
     write_line,
-    write_parts,
 )
 from util.errors import UserError
 from util.files import atomic_write, file_lock
@@ -78,7 +70,7 @@ class TreeMaking:
 
     Raises (each method):
         UserError: the tree is in use, has other options, or is not ours; a finished tree would lose a file;
-            nothing is there to make; or a file can't be written or removed.
+            nothing is there to make; or a file can't be read, written or removed.
     """
 
     def __init__(
@@ -100,39 +92,47 @@ class TreeMaking:
         self.n_made = self.n_anew = 0  # units made; of them those that the tree had otherwise
         self._folder = self.out / STAGING / layer
         self.staging = self._folder / "tree"  # where a unit's files are written, each by its path in the tree
-        self._old: dict[str, str] = {}  # lines of the finished tree, by key
-        self._now: dict[str, str] = {}  # of the tree to be
+        self._journal = self._folder / ("units" if part is None else "units-{}-of-{}".format(*part))
+        self._above = LAYERS[LAYERS.index(layer) + 1 :]
+        self._now: dict[str, str] = {}  # lines of the tree to be, by key
         self._staged: set[str] = set()  # keys of those whose files are staged
-        self._made_with: list[Any] = []  # versions of all programs that made what is there
-        self._units: dict[str, Unit] = {}
         self._locks = contextlib.ExitStack()
-        self._holds_lock = False
 
     # --- lock and check ----------------------------------------------------------------------------
 
     def __enter__(self) -> TreeMaking:
         try:
-            self._is_new = not self.out.exists()
             refuse_foreign(self.out, self.layer)
-            if not self.dry_run:
+            if self.dry_run:
+                if any((self.out / STAGING / layer / "commit").exists() for layer in LAYERS):
+                    raise UserError(f"{self.out}: a run was cut off at its end; finish it first, without --dry_run")
+            else:
                 self.out.mkdir(parents=True, exist_ok=True)
                 whole = self._lock()
                 for layer in LAYERS:
                     finish_commit(self.out, layer)
-            elif any((self.out / STAGING / layer / "commit").exists() for layer in LAYERS):
-                raise UserError(f"{self.out}: a run was cut off at its end; finish it first, without --dry_run")
             record = read_record(self.out, self.layer)
-            was = (record or read_json(self._folder / "begun") or {}).get("options")
+            self._begun = next((json.loads(line) for line in self._journal_lines() if line.startswith("{")), None)
+            was = record.get("options") or self._begun
+            if self.part is not None and self._begun:  # other parts may be at work
+                was = self._begun
             if was and was != self.options and not self.overwrite:
                 raise UserError(
                     f"{self.out}: was prepared with other options: {differing_options(was, self.options)}; choose "
                     "another --out, or --overwrite to replace it"
                 )
+            # Lines of the finished tree, by key, and the versions of all programs that made what is there; with
+            # `overwrite` all files that earlier runs made, in the layers above too.
+            self._old, self._replaced = {}, set()
             if not self.overwrite:
                 self._old = finished_lines(self.out, self.layer)
-                self._made_with = record.get("made_with", [])
+            for layer in (self.layer, *self._above) if self.overwrite else ():
+                self._replaced |= {f"{layer}.origins", f"{layer}.json"}
+                self._replaced.update(read_record(self.out, layer).get("root_files", []))
+                for line in finished_lines(self.out, layer).values():
+                    self._replaced.update(files_of(line))
+            self._made_with = record.get("made_with", []) if self._old else []
             if self.part is not None:
-                self._start()
                 whole.close()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -140,12 +140,12 @@ class TreeMaking:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        with self._locks:
-            if error is not None and self._holds_lock and self.part is None:
-                with contextlib.suppress(OSError, UserError):
-                    self._leave_nothing_empty()
+        if error is not None and not self.dry_run and self.part is None:
+            with contextlib.suppress(OSError):  # there is something in it
+                os.removedirs(self.staging)
+        self._locks.close()
         if isinstance(error, OSError):
-            name = error.filename or self.out
+            name = error.filename2 or error.filename or self.out
             raise UserError(f"{name}: can't be read or written ({error.strerror or error})") from error
 
     def _lock(self) -> contextlib.ExitStack:
@@ -159,25 +159,13 @@ class TreeMaking:
                 whole.enter_context(file_lock(path, **told))
         if self.part is not None:
             self._locks.enter_context(file_lock(self.out / "{}-{}-of-{}".format(LOCK, *self.part), **told))
-        self._holds_lock = True
         return whole
 
-    def _start(self) -> None:
-        """Say what is being made; drop what was staged for something else."""
-        begun, mine = read_json(self._folder / "begun"), {"options": self.options, "overwrite": self.overwrite}
-        if begun != mine and (self.overwrite or read_record(self.out, self.layer)):
-            remove_folder(self._folder)
-        self.staging.mkdir(parents=True, exist_ok=True)
-        write_parts(self._folder / "begun", [json.dumps(mine)])
-
-    def _leave_nothing_empty(self) -> None:
-        """After an error before anything was staged: nothing of ours stays."""
-        if any(self._folder.glob("units*")) or (self._folder / "commit").exists():
-            return
-        _remove_staging(self.out, self.layer)
-        if self._is_new and os.listdir(self.out) == [LOCK]:
-            (self.out / LOCK).unlink()
-            self.out.rmdir()
+    def _journal_lines(self) -> Iterator[str]:
+        """Of this run and those before it; a kill may have cut one off."""
+        for path in sorted(self._folder.glob("units*")):
+            with open(path, encoding="utf-8", errors="replace") as lines:
+                yield from (line.rstrip("\n") for line in lines)
 
     # --- work --------------------------------------------------------------------------------------
 
@@ -191,8 +179,6 @@ class TreeMaking:
         self._versions = versions
         self._refuse_loss(sorted(self._old.keys() - self._units.keys()), "their sources are missing or left out now")
         if not self.dry_run:
-            if self.part is None:
-                self._start()
             self._take_staged()
         for key, line in self._old.items():
             if key not in self._now and self._holds(line, self.out):
@@ -202,7 +188,7 @@ class TreeMaking:
         return [unit for unit in mine if unit.key not in self._now]
 
     def _holds(self, line: str, folder: Path) -> bool:
-        """Whether a line tells of a unit that is made from what is there now, its files whole in `folder`."""
+        """Whether a line is of a unit that is made from what is there now, its files whole in `folder`."""
         key, origin, sizes, _ = read_line(line)
         if key not in self._units or self._units[key].origin != origin:
             return False
@@ -210,23 +196,20 @@ class TreeMaking:
 
     def _take_staged(self) -> None:
         """Go on from what earlier runs staged, if it holds. Drop the other lines: they must not hold again, later."""
-        journals = sorted(self._folder.glob("units*"))
-        for path in journals:
-            with open(path, encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    with contextlib.suppress(ValueError):  # a kill cut it off
-                        if line.startswith("{"):
-                            versions = json.loads(line)["versions"]
-                            self._made_with += [versions] if versions not in self._made_with else []
-                        elif self._holds(line, self.staging):
-                            self._now[key_of(line)] = line.rstrip("\n")
+        if self._begun not in (None, self.options):
+            remove_staging(self.out, self.layer)
+        for line in self._journal_lines():
+            with contextlib.suppress(ValueError):  # not a whole line of a unit
+                if self._holds(line, self.staging):
+                    self._now[key_of(line)] = line
         self._staged = set(self._now)
-        if self.part is None and journals:
-            head = [json.dumps({"versions": versions}) for versions in self._made_with]
-            write_parts(self._folder / "units", (f"{line}\n" for line in (*head, *self._now.values())))
+        self.staging.mkdir(parents=True, exist_ok=True)
+        if self.part is None:
+            journals = [path for path in self._folder.glob("units*") if path != self._journal or not self._now]
+            if self._now:
+                write_lines(self._journal, (json.dumps(self.options), *self._now.values()))
             for path in journals:
-                if path.name != "units":
-                    path.unlink()
+                path.unlink()
 
     def place(self, unit: Unit, files: Sequence[str], note: Any = None, *, settled: bool = True) -> None:
         """Take a unit that has been made; each unit of `begin` must come here.
@@ -247,16 +230,12 @@ class TreeMaking:
         self.n_anew += unit.key in self._old
         sizes = {name: 0 if self.dry_run else os.stat(self.staging / name).st_size for name in files}
         line = self._now[unit.key] = write_line(unit.key, unit.origin if settled else "", sizes, note)
-        same = line == self._old.get(unit.key) and all(
-            same_file(self.staging / name, self.out / name) for name in files
-        )
+        same = line == self._old.get(unit.key) and all(same_file(self.staging / n, self.out / n) for n in files)
         if self.dry_run or same:
             return
-        name = "units" if self.part is None else "units-{}-of-{}".format(*self.part)
-        with open(self._folder / name, "a", encoding="utf-8") as journal:
-            if self._versions not in self._made_with:
-                self._made_with.append(self._versions)
-                journal.write(json.dumps({"versions": self._versions}) + "\n")
+        if not self._journal.exists():
+            write_lines(self._journal, [json.dumps(self.options)])
+        with open(self._journal, "a", encoding="utf-8") as journal:
             journal.write(line + "\n")
         self._staged.add(unit.key)
 
@@ -269,61 +248,54 @@ class TreeMaking:
     # --- finish ------------------------------------------------------------------------------------
 
     def finish(
-        self,
-        entries: Callable[[], Iterable[Mapping[str, Any]]],
-        record: Mapping[str, Any],
-        tables: Mapping[str, Callable[[], Iterable[str]]] | None = None,
+        self, entries: Iterable[Mapping[str, Any]], record: Mapping[str, Any], tables: Mapping[str, Iterable[str]]
     ) -> None:
         """Check that the tree loses nothing, then replace what differs in it.
 
         Args:
-            entries: gives the entries of the index in their order.
+            entries: the entries of the index, in their order.
             record: what the record holds beside options and versions.
-            tables: by name, what gives the lines (with their ends) of further files at the root.
+            tables: by name, the lines of further files at the root.
         """
         if not self._now:
             raise UserError(f"{self.out}: not one entry is left for the tree")
-        above = LAYERS[LAYERS.index(self.layer) + 1 :]
-        tables = tables or {}
         root = [f"{self.layer}.origins", *tables, f"{self.layer}.json", self.index]
-        gone = self._gone(above) - {*root}
+        gone = self._gone() - {*root}
         if not self.overwrite:
             self._refuse_loss(sorted(gone), "what they are made from can't be used now")
         if self.dry_run:
             return
-        origins = self.staging / root[0]
-        write_parts(origins, (f"{self._now[key]}\n" for key in sorted(self._now)))
-        own = {"options": self.options, "root_files": [self.index, *tables], "origins": digest_of(origins)}
-        content = {**own, **record, "made_with": self._made_with or [self._versions]}
-        for name, make in tables.items():
-            write_parts(self.staging / name, make())
-        write_parts(self.staging / f"{self.layer}.json", [json.dumps(content, indent=1, ensure_ascii=False), "\n"])
-        write_parts(self.staging / self.index, index_lines(entries()))
+        if self._versions not in self._made_with and (self.n_made or not self._made_with):
+            self._made_with.append(self._versions)
+        write_lines(self.staging / root[0], (self._now[key] for key in sorted(self._now)))
+        for name, lines in tables.items():
+            write_lines(self.staging / name, lines)
+        origins = digest_of((self.staging / root[0]).read_bytes())
+        own = {"options": self.options, "root_files": [self.index, *tables], "origins": origins}
+        content = {**own, **record, "made_with": self._made_with}
+        write_lines(self.staging / root[-2], [json.dumps(content, indent=1, ensure_ascii=False)])
+        lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+        write_lines(self.staging / self.index, ["[", lines, "]"])
         changed = [name for name in root if not same_file(self.staging / name, self.out / name)]
-        if changed == [f"{self.layer}.json"] and not gone and not self._staged:  # nothing that others are made from
-            os.replace(self.staging / changed[0], self.out / changed[0])
-        elif changed or gone or self._staged:
-            indexes = [self.index]
-            for layer in (self.layer, *above):
+        indexes = []
+        if (
+            gone or self._staged or changed not in ([], [root[-2]])
+        ):  # the record alone is nothing that others are made of
+            indexes.append(self.index)
+            for layer in (self.layer, *self._above):
                 indexes += read_record(self.out, layer).get("root_files", [])[:1]
-                if self.overwrite and layer != self.layer:
-                    remove_folder(self.out / STAGING / layer)
-            todo = {"indexes": indexes, "remove": sorted(gone), "root": root}
-            lines = (self._now[key] for key in self._staged)
-            write_parts(self._folder / "commit", (f"{line}\n" for line in (json.dumps(todo), *lines)))
-            finish_commit(self.out, self.layer)
-        _remove_staging(self.out, self.layer)
+        for layer in self._above if self.overwrite else ():
+            remove_staging(self.out, layer)
+        todo = {"indexes": indexes, "remove": sorted(gone), "root": root}
+        write_lines(self._folder / "commit", (json.dumps(todo), *(self._now[key] for key in self._staged)))
+        finish_commit(self.out, self.layer)
         for path in self.out.glob(f"{LOCK}-*"):
             path.unlink()
 
-    def _gone(self, above: Sequence[str]) -> set[str]:
-        """Files of the tree that no unit has any more; with `overwrite` of all that earlier runs made, in the layers
-        above too."""
+    def _gone(self) -> set[str]:
+        """Files of the tree that no unit has any more."""
         changed = (line for key, line in self._old.items() if self._now.get(key) != line)
-        gone = {name for line in changed for name in files_of(line)}
-        if self.overwrite:
-            for layer in (self.layer, *above):
-                gone.update(held_files(self.out, layer))
+        gone = self._replaced.union(name for line in changed for name in files_of(line))
         for line in self._now.values() if gone else ():
             gone.difference_update(files_of(line))
         return gone
@@ -337,6 +309,21 @@ class TreeMaking:
             )
 
 
+def refuse_foreign(root: Path, layer: str) -> None:
+    """UserError unless a layer can be made here: in a tree of ours, or in nothing."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: is not a directory; choose another --out")
+    record = read_record(root)
+    if layer != LAYERS[0] and not (root / record.get("root_files", ["prepare.json"])[0]).exists():
+        raise UserError(f"{root}: holds no finished tree of images")
+    if record or not root.exists() or (root / STAGING / LAYERS[0] / "commit").exists():
+        return
+    if strangers := sorted(name for name in os.listdir(root) if not name.startswith((LOCK, STAGING))):
+        raise UserError(
+            f"{root}: not empty and not made by this script (no prepare.json, but {strangers[0]}); choose another --out"
+        )
+
+
 def finish_commit(root: Path, layer: str) -> None:
     """Move what is staged into the tree, if all of it is there. May be cut off and called again at any moment."""
     folder = root / STAGING / layer
@@ -347,27 +334,21 @@ def finish_commit(root: Path, layer: str) -> None:
         todo = json.loads(next(lines))
         if (staged / todo["root"][-1]).exists():  # the last one to move
             for name in todo["indexes"]:
-                remove_file(root / name)
+                (root / name).unlink(missing_ok=True)
         for line in lines:
             for name in files_of(line):
-                _settle(staged / name, root / name)
+                settle(staged / name, root / name)
     for name in todo["remove"]:
-        remove_file(root / name)
+        (root / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty
             os.removedirs((root / name).parent)
     for name in todo["root"]:
-        _settle(staged / name, root / name)
+        settle(staged / name, root / name)
     (folder / "commit").unlink()
-    _remove_staging(root, layer)
+    remove_staging(root, layer)
 
 
-def _remove_staging(root: Path, layer: str) -> None:
-    remove_folder(root / STAGING / layer)
-    with contextlib.suppress(OSError):  # the other layer is unfinished
-        (root / STAGING).rmdir()
-
-
-def _settle(staged: Path, target: Path) -> None:
+def settle(staged: Path, target: Path) -> None:
     """Move a file to its place, unless it was, or the same is there."""
     if not staged.exists() or same_file(staged, target):
         return
@@ -376,7 +357,29 @@ def _settle(staged: Path, target: Path) -> None:
         os.replace(staged, target)
     except OSError as error:
         if error.errno != errno.EXDEV:  # a folder of the tree is a link to another disk
-            raise UserError(f"{target}: can't be replaced ({error.strerror})") from error
-        with open(staged, "rb") as whole, atomic_write(target) as copy:
-            shutil.copyfileobj(whole, copy)
+            raise
+        shutil.copyfile(staged, target)
         staged.unlink()
+
+
+def remove_staging(root: Path, layer: str) -> None:
+    if (root / STAGING / layer).exists():
+        shutil.rmtree(root / STAGING / layer)
+    with contextlib.suppress(OSError):  # the other layer is unfinished
+        (root / STAGING).rmdir()
+
+
+def same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    with atomic_write(path) as file:
+        file.writelines(f"{line}\n".encode() for line in lines)
+
+
+def differing_options(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """ "size 512 there, size 64 asked for", of the options that are not the same."""
+    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    there, asked = (", ".join(f"{key} {options.get(key)}" for key in keys) for options in (was, now))
+    return f"{there} there, {asked} asked for"

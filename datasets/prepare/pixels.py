@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasets.fixations import heatmap_to_uint8
 from datasets.prepare.work import Made
+from datasets.raw.readings import Exclusion
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
 from util.images import write_gray
@@ -23,9 +24,9 @@ PATCH_GRID = 14  # patches per side at 224 px
 def make_image(task: Any, *, out: Path | None, options: Any) -> Made:
     """Write one image and its maps below `out`; with None, check all but the image's pixels.
 
-    `task` is a `datasets.prepare.mimic.MimicTask` or a `datasets.prepare.reading_maps.ReadingsTask`: `image` is the
-    radiograph, `stored` its path in the tree, `heatmaps` gives (name, heatmap) of each entry, None if nothing is left to
-    store, and `left_out` the exclusions if the image can't be read. `options` are those of the tree.
+    `task` is a `datasets.prepare.mimic.MimicTask` or a `datasets.prepare.readings.ReadingsTask`: `image` is the
+    radiograph, `stored` its path in the tree, `ids` what is left out if it can't be used, and `heatmaps` gives
+    (name, heatmap) of each entry, None if nothing is left to store. `options` are those of the tree.
     """
     made = Made()
     try:
@@ -36,7 +37,10 @@ def make_image(task: Any, *, out: Path | None, options: Any) -> Made:
             return made
         gray = read_radiograph(task.image, options.dicom_contrast) if out is not None else None
     except UserError as error:
-        made.exclusions += task.left_out(error, made)
+        named = {exclusion.id for exclusion in made.exclusions}
+        made.exclusions += [
+            Exclusion(i, "image unusable", str(error), is_fault=True) for i in task.ids if i not in named
+        ]
         return made
     made.files.append(task.stored)
     if out is not None:

@@ -1,7 +1,7 @@
 """From a raw gaze data set and MIMIC-CXR's images to the processed tree that pretraining reads.
 
 The tree (`out`), beside what `datasets.prepare.making` keeps in it:
-- reflacx.json: list of entries, see `datasets.prepare.entries`; written last, so that a tree with it is complete;
+- reflacx.json: list of entries, see `entry`; written last, so that a tree with it is complete;
 - images/<study_id>/<dicom_id>.png, attention/ and foreground/<study_id>/<reflacx_id>.png, 8-bit gray,
   all three of the same size (PNG for the images too: JPG of quality 95 takes two fifths of the room, but
   moves the finest HOG target of a real film by 10% of its energy);
@@ -15,33 +15,55 @@ the same file. Nothing depends on the number of processes or on where an earlier
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets.prepare.entries import entry, entry_id, stored_image
+import numpy as np
+import pandas as pd
+
+from datasets.files_by_id import FoundFiles
+from datasets.fixations import fixation_heatmap, inside_image, merge_heatmaps
 from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
-from datasets.prepare.reading_maps import ReadingsTask
-from datasets.prepare.work import Found, PrepareReport, finish_tree, make_units
+from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, make_units
 from datasets.raw.egd import DEFAULT_SIGMA, find_egd_root, read_egd
-from datasets.raw.image_index import FoundImages, find_images, find_metadata
-from datasets.raw.readings import Exclusion, RawReadings, Reading, is_simulated
+from datasets.raw.findings import merge_findings, unify
+from datasets.raw.mimic_cxr import find_images, find_metadata, why_none
+from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, first_of, is_simulated
 from datasets.raw.reflacx import find_root, read_reflacx
-from datasets.raw.walk import resolved
+from util.cli import finite_float
 from util.errors import UserError
 from util.radiograph import MIMIC_CXR_JPG
 
 INDEX, FIXATIONS = "reflacx.json", "fixations.csv"
+Mapped = tuple[Reading, Fixations, np.ndarray]  # a reading, what is used of it, and its map
 
-# Data set -> (whether a directory holds it, its reader). A further data set is one more line here.
+# Data set -> (where a directory holds it, its reader). A further data set is one more line here.
 SOURCES: dict[str, tuple[Callable[[Path], Path | None], Callable[..., RawReadings]]] = {
     "reflacx": (find_root, read_reflacx),
     "egd": (find_egd_root, read_egd),
 }
+
+
+def add_raw_options(parser: argparse.ArgumentParser) -> None:
+    """--raw, --source, --sigma and --metadata: which data set, and how its fixations become heatmaps."""
+    # fmt: off
+    parser.add_argument("--raw", type=Path, required=True,
+        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above")
+    parser.add_argument("--source", choices=["auto", *SOURCES], default="auto", help="which data set --raw holds")
+    parser.add_argument("--sigma", type=finite_float, default=None,
+        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; "
+             f"{DEFAULT_SIGMA:g} where none is given")
+    parser.add_argument("--metadata", type=Path, default=None,
+        help="EGD-CXR only: MIMIC-CXR's table of metadata, which has the sizes of the original images that fixations "
+             "are in pixels of (default: the one in --images)")
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -51,8 +73,7 @@ class Options:
     `size`: short side of the stored images, px, 0 = native; never enlarged. `readings`: one (the
     first usable by id), each, or merge. `split`: of the readings taken, or all. `sigma`: EGD-CXR's Gaussian, px of
     the original image (REFLACX brings its own). `dicom_contrast`: one of `util.radiograph.CONTRASTS`.
-    `screen_filter`: without fixations on the
-    screen beside the image.
+    `screen_filter`: without fixations on the screen beside the image.
     """
 
     source: str
@@ -69,14 +90,27 @@ def detect_source(raw: Path) -> str:
     if not raw.is_dir():
         raise UserError(f"{raw}: no such directory; --raw is the root of the gaze data set")
     names = [name for name, (find, _) in SOURCES.items() if find(raw) is not None]
-    if len(names) > 1:
-        raise UserError(f"{raw}: holds {' and '.join(names)}; give the root of one of them as --raw")
-    if names:
+    if len(names) == 1:
         return names[0]
     raise UserError(
-        f"{raw}: neither REFLACX (main_data/metadata_phase_*.csv) nor EGD-CXR (master_sheet.csv) is here "
+        f"{raw}: holds {' and '.join(names)}; give the root of one of them as --raw"
+        if names
+        else f"{raw}: neither REFLACX (main_data/metadata_phase_*.csv) nor EGD-CXR (master_sheet.csv) is here "
         "or one directory below"
     )
+
+
+def egd_options(source: str, sigma: float | None, metadata: Path | None, images: Path | None) -> dict[str, Any]:
+    """What `read_egd` is given; UserError for options that another data set has no need of."""
+    if source == "egd":
+        return {
+            "sigma": DEFAULT_SIGMA if sigma is None else sigma,
+            "metadata": metadata or (images and find_metadata(images)),
+        }
+    for option, value in (("--sigma", sigma), ("--metadata", metadata)):
+        if value is not None:
+            raise UserError(f"{option} {value}: is for EGD-CXR; {source} records the sizes itself")
+    return {}
 
 
 def prepare(
@@ -85,45 +119,33 @@ def prepare(
     out: Path,
     *,
     source: str | None = None,
-    size: int = 512,
-    readings: str = "one",
-    split: str = "all",
     sigma: float | None = None,
     metadata: Path | None = None,
-    dicom_contrast: str = MIMIC_CXR_JPG,
-    screen_filter: bool = False,
     workers: int = 1,
     overwrite: bool = False,
     dry_run: bool = False,
+    **options: Any,
 ) -> PrepareReport:
-    """Build the processed tree in `out`, or finish or check the one that is there.
+    """Build the processed tree in `out`, or finish or check the one that is there; `options` are those of `Options`.
 
     Raises `UserError` where nothing sensible can be done; a single bad file or reading is reported.
     """
     # The record is the same from wherever it is run and however a path is spelt.
-    raw, images, out = resolved(raw), resolved(images), resolved(out)
-    metadata = metadata and resolved(metadata)
+    raw, images, out = raw.resolve(), images.resolve(), out.resolve()
     source = source or detect_source(raw)
-    if size < 0:
-        raise UserError(f"--size {size} is negative; 0 keeps the native size")
-    if screen_filter and source != "reflacx":
+    read_options = egd_options(source, sigma, metadata and metadata.resolve(), images)
+    chosen_options = Options(source, sigma=read_options.get("sigma"), **options)
+    if chosen_options.screen_filter and source != "reflacx":
         raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
-    reader_options = egd_options(source, sigma, metadata, images)
-    options = Options(
-        source,
-        size,
-        readings,
-        split,
-        dicom_contrast=dicom_contrast,
-        screen_filter=screen_filter,
-        sigma=reader_options.get("sigma"),
-    )
-    making = TreeMaking(out, asdict(options), index=INDEX, overwrite=overwrite, dry_run=dry_run)
+    making = TreeMaking(out, asdict(chosen_options), index=INDEX, overwrite=overwrite, dry_run=dry_run)
     with making:
-        raw_readings = SOURCES[source][1](raw, **reader_options)
-        chosen = {reading.id: reading for reading in raw_readings.readings if split in ("all", reading.split)}
-        found = _find(raw, images, out, split, raw_readings, chosen)
-        make_units(making, found, options, workers)
+        found_readings = SOURCES[source][1](raw, **read_options)
+        split = chosen_options.split
+        chosen = {reading.id: reading for reading in found_readings.readings if split in ("all", reading.split)}
+        if not chosen:
+            raise UserError(f"{raw}: {found_readings.none_of(split)}")
+        found = _find(raw, images, out, found_readings, chosen)
+        make_units(making, found, chosen_options, workers)
 
         samples = sorted(
             (
@@ -137,13 +159,19 @@ def prepare(
             _refuse_other_readings(
                 out, [group for group, _ in samples], chosen.keys() - {e.id for e in found.exclusions}
             )
-        left_out, bad = _left_out_fixations(making)
-        found.notes += _tell(bad)
-        found.record |= {"metadata": (table := reader_options.get("metadata")) and str(table), "bad_fixations": bad}
+        left_out: Counter = Counter()
+        bad: list[str] = []
+        for _, note in making.notes():
+            left_out.update(note.get("left_out", {}))
+            bad += note.get("bad", [])
+        bad.sort()
+        if bad:
+            found.notes.append(f"{len(bad)} bad fixations were left out, listed in prepare.json, such as {bad[0]}")
+        found.record |= {"metadata": (table := read_options.get("metadata")) and str(table), "bad_fixations": bad}
         mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
-        n_other_split = len(raw_readings.readings) - len(chosen)
+        n_other_split = len(found_readings.readings) - len(chosen)
         n_used = sum(len(group) for group, _ in samples)
-        n_spare = raw_readings.n_found - len(found.exclusions) - n_other_split - n_used
+        n_spare = found_readings.n_found - len(found.exclusions) - n_other_split - n_used
         return finish_tree(
             making,
             found,
@@ -156,54 +184,48 @@ def prepare(
                 "entries": len(samples),
                 **{f"fixations left out: {reason}": n for reason, n in sorted(left_out.items())},
             },
-            {FIXATIONS: lambda: _fixation_table(samples)},
+            {FIXATIONS: _fixation_table(samples)},
         )
 
 
-def _find(
-    raw: Path, images: Path, out: Path, split: str, raw_readings: RawReadings, chosen: Mapping[str, Reading]
-) -> Found:
-    """The images of the readings, those that are left out, and a unit for each image that is there."""
-    if not chosen:
-        raise UserError(f"{raw}: {raw_readings.none_of(split)}")
+def _find(raw: Path, images: Path, out: Path, found: RawReadings, chosen: Mapping[str, Reading]) -> Found:
+    """The images of the readings, those that are left out, and a unit for each image that is there, with all its
+    readings."""
     place = find_images(images, {r.image_id: r.image_path for r in chosen.values()}, without=[out])
-    found = Found(
-        _units(chosen.values(), place, images),
-        {"readings found": raw_readings.n_found},
-        [*raw_readings.exclusions, *without_image(chosen.values(), place, images)],
-        [*raw_readings.notes, *place.notes],
-        {"raw": str(raw), "images": str(images)},
-    )
-    if not found.units:
-        raise UserError(
-            f"{images}: holds none of the {len(chosen)} readings' images (<dicom_id>.jpg, .dcm)"
-            f"{''.join(f'; {exclusion.detail}' for exclusion in found.exclusions if exclusion.is_fault)}"
-        )
-    return found
+    exclusions = [*found.exclusions, *without_image(chosen.values(), place, images)]
+    groups: dict[str, list[Reading]] = {}
+    for reading in chosen.values():
+        if reading.image_id in place.paths:
+            groups.setdefault(reading.image_id, []).append(reading)
+    if not groups:
+        raise UserError(f"{images}: holds none of the {len(chosen)} readings' images{first_of(exclusions)}")
+    units = []
+    for image_id, group in groups.items():
+        path = place.paths[image_id]
+        sources = (path, *dict.fromkeys(str(reading.fixations_path) for reading in group))
+        stamps = tuple(map(stamp, sources))
+        own = [reading.origin() for reading in group]
+        origin = origin_of(path.removeprefix(f"{images}/"), stamps[0], own)
+        units.append(Unit(image_id, origin, ReadingsTask(path, group), sources, stamps))
+    record = {"raw": str(raw), "images": str(images)}
+    return Found(units, {"readings found": found.n_found}, exclusions, found.notes, record)
 
 
-def egd_options(source: str, sigma: float | None, metadata: Path | None, images: Path | None) -> dict[str, Any]:
-    """What `read_egd` is given; UserError for options that another data set has no need of."""
-    if source == "egd":
-        return {
-            "sigma": DEFAULT_SIGMA if sigma is None else sigma,
-            "metadata": metadata or (images and find_metadata(images)),
-        }
-    if sigma is not None:
-        raise UserError(f"--sigma {sigma:g}: is for EGD-CXR; {source} brings its own angular resolution")
-    if metadata is not None:
-        raise UserError(f"--metadata {metadata}: is for EGD-CXR; {source} records the sizes of its images")
-    return {}
+def without_image(chosen: Iterable[Reading], place: FoundFiles, images: Path) -> Iterator[Exclusion]:
+    """Readings whose images were not found, or found more than once."""
+    for reading in chosen:
+        if (name := reading.image_id) not in place.paths:
+            several = name in place.ambiguous
+            reason = "several images" if several else "image missing"
+            yield Exclusion(reading.id, reason, why_none(images, name, place), is_fault=several)
 
 
 def _refuse_other_readings(out: Path, groups: Sequence[Sequence[Reading]], usable: Collection[str]) -> None:
     """UserError where the finished tree has entries of `usable` readings that other readings take the place of now."""
-    try:
-        entries = json.loads((out / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no finished tree
+    if not (out / INDEX).exists():
         return
     now = {tuple(reading.id for reading in group): group[0].image_id for group in groups}
-    for old in entries:
+    for old in json.loads((out / INDEX).read_text(encoding="utf-8")):
         if (ids := tuple(old["raw_ids"])) not in now and usable >= set(ids):
             others = ", ".join(name for own, image in now.items() if image == old["dicom_id"] for name in own)
             raise UserError(
@@ -212,50 +234,138 @@ def _refuse_other_readings(out: Path, groups: Sequence[Sequence[Reading]], usabl
             )
 
 
-def _left_out_fixations(making: TreeMaking) -> tuple[Counter, list[str]]:
-    """How many fixations of the readings used were left out, by reason, and the damaged ones, each named."""
-    left_out: Counter = Counter()
-    bad: list[str] = []
-    for _, note in making.notes():
-        left_out.update(note.get("left_out", {}))
-        bad += note.get("bad", [])
-    return left_out, sorted(bad)
+# --- one image with all its readings ---------------------------------------------------------------
 
 
-def _tell(bad: Sequence[str]) -> list[str]:
-    more = f"; the other {len(bad) - 1} are listed in prepare.json" if len(bad) > 1 else ""
-    return [f"{len(bad)} bad fixations were left out: {bad[0]}{more}"] if bad else []
+@dataclass(frozen=True)
+class ReadingsTask:
+    """One image to store, and all its readings, in the order of their ids."""
+
+    image: str
+    readings: list[Reading]
+
+    @property
+    def stored(self) -> str:
+        return stored_image(self.readings[0])
+
+    @property
+    def ids(self) -> list[str]:
+        return [reading.id for reading in self.readings]
+
+    def heatmaps(self, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]] | None:
+        """See `datasets.prepare.pixels.make_image`; `options` are `Options`.
+
+        The note has, for each entry, the ids of its readings ("used") and its fixations, "x,y,duration" a line, x and y
+        in 0..1 of the image; and of all its readings how many fixations were left out by reason ("left_out"), and the
+        damaged ones ("bad").
+        """
+        mapped: list[Mapped] = []
+        for reading in self.readings:
+            gaze = reading_gaze(reading, self.image, file_size, size, screen_filter=options.screen_filter)
+            if isinstance(gaze, Exclusion):
+                made.exclusions.append(gaze)
+                continue
+            mapped.append((reading, *gaze))
+            if options.readings == "one":
+                break
+        groups = [mapped] if options.readings == "merge" and mapped else [[one] for one in mapped]
+        if not groups:
+            return None
+        if len({reading.split for reading, _, _ in groups[0]}) > 1:
+            splits = ", ".join(f"{reading.id} {reading.split}" for reading, _, _ in mapped)
+            raise UserError(f"{splits}: to be merged, but of different splits; choose one with --split")
+        made.note["used"] = [[reading.id for reading, _, _ in group] for group in groups]
+        made.note["fixations"] = [
+            "".join(
+                _fixation_rows(fixations.table, reading.original_size(file_size)) for reading, fixations, _ in group
+            )
+            for group in groups
+        ]
+        left_out = sum((Counter(fixations.left_out) for _, fixations, _ in mapped), Counter())
+        if left_out:
+            made.note["left_out"] = dict(left_out)
+            made.note["bad"] = [f"{reading.id}: {text}" for reading, fixations, _ in mapped for text in fixations.bad]
+        return [
+            (
+                f"{group[0][0].study_id}/{entry_id([reading for reading, _, _ in group])}",
+                merge_heatmaps([heatmap for _, _, heatmap in group]),
+            )
+            for group in groups
+        ]
 
 
-def _units(chosen: Iterable[Reading], place: FoundImages, images: Path) -> list[Unit]:
-    """One for each image that is there, with all its readings."""
-    by_image: dict[str, list[Reading]] = {}
-    for reading in chosen:
-        if reading.image_id in place.paths:
-            by_image.setdefault(reading.image_id, []).append(reading)
-    units = []
-    for image_id, group in by_image.items():
-        path = place.paths[image_id]
-        sources = (path, *dict.fromkeys(str(reading.fixations_path) for reading in group))
-        stamps = tuple(map(stamp, sources))
-        own = [reading.origin() for reading in group]
-        origin = origin_of(path.removeprefix(f"{images}/"), stamps[0], own)
-        units.append(Unit(image_id, origin, ReadingsTask(path, group), sources, stamps))
-    return units
+def reading_gaze(
+    reading: Reading,
+    path: str | os.PathLike,
+    file_size: tuple[int, int],
+    out_size: tuple[int, int],
+    *,
+    screen_filter: bool = False,
+) -> tuple[Fixations, np.ndarray] | Exclusion:
+    """Usable fixations of one reading, see `Reading.load_fixations`, and its gaze map, float64 [H, W] of `out_size`; or
+    why there is none. Sizes are (height, width); the file may be a scaled copy, see `Reading.original_size`."""
+    try:
+        size = reading.original_size(file_size)
+    except UserError as error:
+        return Exclusion(reading.id, "image size differs", f"{path}: {error}", is_fault=True)
+    try:
+        found = replace(reading, image_size=size).load_fixations(screen_filter=screen_filter)
+        if found.table.empty:
+            detail = f"{reading.fixations_path}: none that can be used {dict(found.left_out) or ''}".rstrip()
+            return Exclusion(reading.id, "no fixations", detail)
+        if not inside_image(found.table, size).any():
+            detail = f"{reading.fixations_path}: all {len(found.table)} lie outside the image"
+            return Exclusion(reading.id, "all fixations outside", detail)
+        return found, fixation_heatmap(found.table, size, out_size)
+    except UserError as error:
+        where = "" if str(reading.fixations_path) in str(error) else f"{reading.fixations_path}: "
+        return Exclusion(reading.id, "unusable fixations", f"{where}{error}", is_fault=True)
 
 
-def without_image(chosen: Iterable[Reading], place: FoundImages, images: Path) -> Iterator[Exclusion]:
-    """Readings whose images were not found, or found more than once."""
-    for reading in chosen:
-        if reading.image_id in place.ambiguous:
-            detail = f"{reading.image_id}: {place.ambiguous[reading.image_id]}"
-            yield Exclusion(reading.id, "several images", detail, is_fault=True)
-        elif reading.image_id not in place.paths:
-            yield Exclusion(reading.id, "image missing", f"no {reading.image_id}.jpg, .png or .dcm under {images}")
+def _fixation_rows(fixations: pd.DataFrame, size: tuple[int, int]) -> str:
+    """x,y,duration of the fixations in the image, a line each; (0, 0) is the centre of the top left pixel."""
+    own = fixations[inside_image(fixations, size)]
+    x, y = (own["x"] + 0.5) / size[1], (own["y"] + 0.5) / size[0]
+    return "".join(f"{a:.6f},{b:.6f},{c:.6g}\n" for a, b, c in zip(x, y, own["duration"]))
+
+
+# --- the entries -----------------------------------------------------------------------------------
+
+
+def stored_image(reading: Reading) -> str:
+    """Where a tree has the image of a reading."""
+    return f"images/{reading.study_id}/{reading.image_id}.png"
+
+
+def entry_id(readings: Sequence[Reading]) -> str:
+    """`reflacx_id` of an entry: its reading's id; of several the first one's + how many more ("P101R000001+4")."""
+    return readings[0].id if len(readings) == 1 else f"{readings[0].id}+{len(readings) - 1}"
+
+
+def entry(readings: Sequence[Reading]) -> dict[str, Any]:
+    """Entry of reflacx.json for one reading, or for several merged, in the order of their ids.
+
+    `raw_ids` lists the readings. `labels` are the common findings of datasets/raw/findings.py. Of merged
+    readings `phase` is the first one's.
+    """
+    first = readings[0]
+    labels = [unify(reading.labels) for reading in readings]
+    return {
+        "image_path": stored_image(first),
+        "study_id": first.study_id,
+        "reflacx_id": entry_id(readings),
+        "raw_ids": [reading.id for reading in readings],
+        "dicom_id": first.image_id,
+        "subject_id": first.subject_id,
+        "phase": first.phase,
+        "split": first.split,
+        "source": first.source,
+        "labels": labels[0] if len(labels) == 1 else merge_findings(labels),
+    }
 
 
 def _fixation_table(samples: Iterable[tuple[Sequence[Reading], str]]) -> Iterator[str]:
-    yield "reflacx_id,x,y,duration\n"
+    yield "reflacx_id,x,y,duration"
     for group, text in samples:
         name = entry_id(group)
-        yield from (f"{name},{line}\n" for line in text.splitlines())
+        yield from (f"{name},{line}" for line in text.splitlines())

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from datasets.prepare.layout import Unit
 from datasets.prepare.making import TreeMaking
-from datasets.raw.readings import Exclusion
+from datasets.raw.readings import Exclusion, first_of
 from util.errors import UserError
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
@@ -32,7 +32,7 @@ PACKAGES = ("numpy", "pillow", "pydicom", "torch")
 @dataclass
 class Found:
     """What a preparation has found: the units of the tree; `counts` that begin the report; what is left out; notes for
-    the report; what the record tells beside these."""
+    the report; what the record has beside these."""
 
     units: list[Unit]
     counts: Mapping[str, int]
@@ -45,7 +45,7 @@ class Found:
 class Made:
     """What came of one unit: files written (paths in the tree), the note for its entries, and what was left out.
 
-    Of each map, `note["significant"]` has the number of significant patches."""
+    `note["significant"]` has the number of significant patches of each map."""
 
     files: list[str] = field(default_factory=list)
     note: dict[str, Any] = field(default_factory=dict)
@@ -69,10 +69,8 @@ class PrepareReport:
         width = max(map(len, self.counts))
         lines = [f"{name:<{width}}  {value:>8,}" for name, value in self.counts.items()]
         lines += [f"note: {note}" for note in self.notes]
-        listed = [exclusion for exclusion in self.exclusions if exclusion.detail]
-        if listed:
-            lines.append("left out:")
-            lines += [f"  {exclusion.id}: {exclusion.reason}: {exclusion.detail}" for exclusion in listed]
+        if listed := [f"  {exclusion}" for exclusion in self.exclusions if exclusion.detail]:
+            lines += ["left out:", *listed]
         return "\n".join(lines)
 
 
@@ -97,25 +95,22 @@ def finish_tree(
     found: Found,
     entries: Callable[[], Iterable[Mapping[str, Any]]],
     counted: Mapping[str, int],
-    tables: Mapping[str, Callable[[], Iterable[str]]] | None = None,
+    tables: Mapping[str, Iterable[str]] | None = None,
 ) -> PrepareReport:
     """Count, record and finish a tree. The counts are those of `found`, each reason for leaving out, `counted`, and the
     mean number of significant patches of all entries' maps."""
     found.exclusions.sort(key=lambda exclusion: (exclusion.id, exclusion.reason))
-    reasons = Counter(exclusion.reason for exclusion in found.exclusions)
-    counts: dict[str, int | float] = dict(found.counts)
-    counts |= {f"- {reason}": n for reason, n in sorted(reasons.items())}
-    counts |= counted
+    reasons = Counter(f"- {exclusion.reason}" for exclusion in found.exclusions)
+    counts: dict[str, int | float] = {**found.counts, **dict(sorted(reasons.items())), **counted}
     significant = [n for _, note in making.notes() for n in note.get("significant", ())]
     if significant:
         counts["mean significant patches of 196"] = round(sum(significant) / len(significant), 2)
     left_out = [asdict(exclusion) for exclusion in found.exclusions]
     record = {**found.record, "counts": dict(counts), "notes": found.notes, "left_out": left_out}
     try:
-        making.finish(entries, record, tables)
+        making.finish(entries(), record, tables or {})
     except UserError as error:
-        named = [f"{e.id}: {e.reason}{e.detail and f': {e.detail}'}" for e in found.exclusions[:3]]
-        raise UserError(f"{error}{''.join(f'; {text}' for text in named)}") from None
+        raise UserError(f"{error}{first_of(found.exclusions)}") from None
     counts["made by this run"] = making.n_made
     if making.n_anew:
         counts["- of these anew, as they had changed"] = making.n_anew
@@ -140,8 +135,7 @@ def run_tasks(
     # A plain fork would copy torch's thread pool in an unusable state. The server that workers are forked from has
     # imported what they need and started no thread, so they share its memory.
     context = multiprocessing.get_context("forkserver")
-    own = function.func if isinstance(function, partial) else function
-    context.set_forkserver_preload([__name__, own.__module__, type(tasks[0]).__module__])
+    context.set_forkserver_preload([__name__, "datasets.prepare.pixels", type(tasks[0]).__module__])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         yield from progress(pool.map(function, tasks, chunksize=CHUNK))
@@ -157,8 +151,6 @@ def run_tasks(
 def _start_worker() -> None:
     """Each worker is one of many: neither torch nor NumPy's BLAS may start threads of its own; and it
     ends with the program that started it, however that ends."""
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(1)
     threadpool_limits(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

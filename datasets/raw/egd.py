@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from datasets.fixations import FIXATION_COLUMNS
-from datasets.raw.ids import IdMatch, match_ids
-from datasets.raw.image_index import read_sizes
-from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, only_root, usable_fixations
+from datasets.raw.ids import match_ids
+from datasets.raw.mimic_cxr import read_sizes
+from datasets.raw.readings import (
+    Cells,
+    Exclusion,
+    Fixations,
+    RawReadings,
+    Reading,
+    digest_of,
+    only_root,
+    parse_rows,
+    usable_fixations,
+)
 from util.errors import UserError
-from util.tables import bad_cells, check_id, check_relative_path, parse_bool, read_table, table_file, to_numbers
+from util.tables import check_id, check_relative_path, read_table, table_file, to_numbers
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
 LABELS = ("Normal", "CHF", "pneumonia")
 _MASTER_TEXT = ("dicom_id", "path", "study_id", "patient_id")
 _FIXATION_TEXT = ("DICOM_ID", "SESSION_ID")
-_LIKE_DICOM_ID = re.compile("[0-9a-f]{8}-", re.IGNORECASE)
 _TIME, _DURATION = "Time (in secs)", "FPOGD"
 _POSITION = ("X_ORIGINAL", "Y_ORIGINAL")
 # Where no size is recorded: what short sides MIMIC-CXR's films have, and the share of fixations off the picture,
@@ -50,18 +57,14 @@ class EgdReading(Reading):
         return super().original_size(file_size)
 
     def fixations_origin(self) -> str:
-        rows = self.rows.to_csv().encode()
-        return f"{self.sigma} {hashlib.blake2b(rows, digest_size=10).hexdigest()}"
+        return f"{self.sigma} {digest_of(self.rows.to_csv().encode())}"
 
     def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
         """As `Reading.load_fixations`; fixations off the picture are left out, the picture was always
         shown whole. Without a column of durations a fixation lasted since the one before it (the first:
         since the image came up), and is bad where that one's time is."""
-        if screen_filter:
-            raise UserError("--screen_filter: EGD-CXR has none of the columns it needs")
         numbers = to_numbers(self.rows, [column for column in self.rows if column not in _FIXATION_TEXT])
-        time = numbers[_TIME]
-        duration = numbers.get(_DURATION, np.diff(time, prepend=0.0))
+        duration = numbers.get(_DURATION, np.diff(numbers[_TIME], prepend=0.0))
         x, y = (numbers[column] for column in _POSITION)
         height, width = self.image_size or (np.inf, np.inf)
         off = (x < 0) | (y < 0) | (x >= width) | (y >= height)
@@ -71,14 +74,8 @@ class EgdReading(Reading):
                 f"{_ASK}"
             )
         whole = {"xmin": -np.inf, "ymin": -np.inf, "xmax": np.inf, "ymax": np.inf}
-        columns = {"x": x, "y": y, "duration": duration, "sigma_x": self.sigma, "sigma_y": self.sigma, **whole}
-        return usable_fixations(
-            pd.DataFrame(columns, index=self.rows.index)[list(FIXATION_COLUMNS)],
-            self.fixations_path,
-            damaged=bad_cells(self.rows, numbers),
-            repeated=self.rows.duplicated(),
-            rules={"off the picture": off},
-        )
+        fixations = {"x": x, "y": y, "duration": duration, "sigma_x": self.sigma, "sigma_y": self.sigma, **whole}
+        return usable_fixations(self.rows, numbers, fixations, self.fixations_path, {"off the picture": off})
 
 
 def find_egd_root(raw: Path) -> Path | None:
@@ -102,34 +99,16 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None =
     result = RawReadings("egd", [])
     path = table_file(root / "master_sheet.csv")
     master = read_table(path, (*_MASTER_TEXT, *LABELS), text=_MASTER_TEXT)
-    sheet = {}
-    for line, row in zip(master.index, master.to_dict("records")):
-        name = row["dicom_id"]
-        try:
-            if name in sheet:
-                raise UserError(f"{path}: line {line}, column 'dicom_id': {name} appears a second time")
-            sheet[name] = _parse_row(row, path, line)
-        except UserError as error:
-            result.exclusions.append(Exclusion(name, "unusable master sheet row", str(error), is_fault=True))
+    sheet = parse_rows(master, path, "dicom_id", _parse_row, result)
 
     path = table_file(root / "fixations.csv")
     table = read_table(path, (*_FIXATION_TEXT, _TIME, *_POSITION), text=_FIXATION_TEXT)
     columns = [*_FIXATION_TEXT, _TIME, *_POSITION, *(c for c in (_DURATION,) if c in table)]
-    match = match_ids(table["DICOM_ID"], master["dicom_id"], cut_off=True)
-    _report_ids(match, table["DICOM_ID"], path, result)
-    table["DICOM_ID"] = table["DICOM_ID"].map(match.found)
-    known = table["DICOM_ID"].notna()
-    for (image, session), rows in table.loc[known, columns].groupby(list(_FIXATION_TEXT), sort=True):
-        if image not in sheet:
-            continue  # its row of the master sheet is reported already
-        name = f"{image}-{session}"
-        try:
-            check_id(name, f"{path}: line {rows.index[0]}, column 'SESSION_ID':")
-        except UserError as error:
-            result.exclusions.append(Exclusion(name, "unusable session id", str(error), is_fault=True))
-            continue
+    table["DICOM_ID"] = _image_ids(table["DICOM_ID"], master["dicom_id"], path, result)
+    rows_of = table[table["DICOM_ID"].isin([*sheet])][columns].groupby(list(_FIXATION_TEXT), sort=True)
+    for (image, session), rows in rows_of:
         reading = EgdReading(
-            id=name,
+            id=check_id(f"{image}-{session}", f"{path}: line {rows.index[0]}, column 'SESSION_ID':"),
             split=None,
             phase=None,
             source="egd",
@@ -142,56 +121,44 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None =
         )
         result.readings.append(reading)
     for image in sorted(set(sheet) - set(table["DICOM_ID"])):
-        detail = f"{path}: none of DICOM_ID {image}"
-        result.exclusions.append(Exclusion(image, "no fixations", detail, is_fault=True))
+        result.exclusions.append(Exclusion(image, "no fixations", f"{path}: none of DICOM_ID {image}", is_fault=True))
     return result
 
 
-def _report_ids(match: IdMatch, ids: pd.Series, path: Path, result: RawReadings) -> None:
-    """Say what became of the ids of fixations that are not in the master sheet as they are written."""
-    rows = ids.value_counts()
+def _image_ids(written: pd.Series, known: pd.Series, path: Path, result: RawReadings) -> pd.Series:
+    """The image of each row of fixations: some ids of the published file are cut off at the end. None for an id of
+    no image, and for one that may be of several, which is a fault."""
+    match = match_ids(written, known, cut_off=True)
+    rows = written.value_counts()
     if match.completed:
         name, whole = next(iter(match.completed.items()))
         result.notes.append(
-            f"{rows[list(match.completed)].sum()} fixations of {len(match.completed)} ids that are cut off, or "
+            f"{rows[[*match.completed]].sum()} fixations of {len(match.completed)} ids that are cut off, or "
             f"in other letters, were taken for the only image that fits (e.g. {name!r} for {whole})"
         )
-    nameless = [name for name in match.unknown if not name]
-    images = [name for name in match.unknown if _LIKE_DICOM_ID.match(name)]
-    calibration = [name for name in match.unknown if name and not _LIKE_DICOM_ID.match(name)]
-    for names, what in (
-        (calibration, "(calibration)"),
-        (images, "though they look like its ids: is the sheet whole, of the same version?"),
-    ):
-        if names:
-            some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-            result.notes.append(
-                f"{rows[names].sum()} fixations of {len(names)} ids ({some}) are of no image of the master sheet {what}"
-            )
-    for name in nameless:
-        line = ids.index[ids == name][0]
-        detail = f"{path}: line {line}, column 'DICOM_ID': empty, here and in {rows[name] - 1} more rows"
-        result.exclusions.append(Exclusion("", "fixations without image id", detail, is_fault=True))
-    for name, images in match.ambiguous.items():
-        line = ids.index[ids == name][0]
-        some = ", ".join(images[:5]) + (f" and {len(images) - 5} more" if len(images) > 5 else "")
-        detail = f"{path}: line {line}, column 'DICOM_ID': {name!r} is cut off and may be any of {some}"
+    if unknown := [name for name in match.unknown if name]:
+        result.notes.append(
+            f"{rows[unknown].sum()} fixations of {len(unknown)} ids ({', '.join(map(repr, unknown[:3]))}, ...) are of no "
+            "image of the master sheet: calibration screens, if the sheet is whole and of the same version"
+        )
+    for name, images in {**match.ambiguous, **({"": ["all"]} if "" in rows else {})}.items():
+        detail = (
+            f"{path}: line {written.index[written == name][0]}, column 'DICOM_ID': {name!r}, here and in "
+            f"{rows[name] - 1} more rows, may be any of {', '.join(images)}"
+        )
         result.exclusions.append(Exclusion(name, "ambiguous image id", detail, is_fault=True))
+    return written.map(match.found)
 
 
-def _parse_row(row: dict, path: Path, line: int) -> dict:
+def _parse_row(cells: Cells) -> dict[str, Any]:
     """The part of a reading's fields that the master sheet gives."""
-
-    def where(column: str) -> str:
-        return f"{path}: line {line}, column {column!r}:"
-
-    path_in_mimic = check_relative_path(row["path"], where("path"))
-    if PurePosixPath(path_in_mimic).stem != row["dicom_id"]:
-        raise UserError(f"{where('path')} {row['path']!r} is not the image of dicom_id {row['dicom_id']!r}")
+    path, image_id = check_relative_path(cells["path"], cells.where("path")), cells["dicom_id"]
+    if PurePosixPath(path).stem != image_id:
+        raise UserError(f"{cells.where('path')} {path!r} is not the image of dicom_id {image_id!r}")
     return {
-        "image_id": check_id(row["dicom_id"], where("dicom_id")),
-        "study_id": check_id(row["study_id"], where("study_id")),
-        "subject_id": check_id(row["patient_id"], where("patient_id")),
-        "image_path": path_in_mimic,
-        "labels": {label: parse_bool(row[label], path, line, label) for label in LABELS},
+        "image_id": check_id(image_id, cells.where("dicom_id")),
+        "study_id": check_id(cells["study_id"], cells.where("study_id")),
+        "subject_id": check_id(cells["patient_id"], cells.where("patient_id")),
+        "image_path": path,
+        "labels": {label: cells.truth(label) for label in LABELS},
     }

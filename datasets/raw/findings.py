@@ -4,30 +4,9 @@ Certainty is kept as REFLACX gives it, 0 (absent) to 5 (certain: over 90%). A co
 unites several labels has the highest of their certainties. A finding that a phase or data set did
 not ask for is left out, which is not the same as 0.
 
-| common finding                | REFLACX phase 1                       | REFLACX phases 2, 3            |
-|-------------------------------|---------------------------------------|--------------------------------|
-| Abnormal mediastinal contour  | Wide mediastinum                      | Abnormal mediastinal contour   |
-| Airway wall thickening        | Airway wall thickening                | not asked                      |
-| Atelectasis                   | Atelectasis                           | Atelectasis                    |
-| Consolidation                 | Consolidation                         | Consolidation                  |
-| Enlarged cardiac silhouette   | Enlarged cardiac silhouette           | Enlarged cardiac silhouette    |
-| Enlarged hilum                | not asked                             | Enlarged hilum                 |
-| Fracture                      | Fracture                              | Acute fracture                 |
-| Groundglass opacity           | Groundglass opacity                   | Groundglass opacity            |
-| Hiatal hernia                 | not asked                             | Hiatal hernia                  |
-| High lung volume or emphysema | Emphysema                             | High lung volume / emphysema   |
-| Interstitial lung disease     | Fibrosis                              | Interstitial lung disease      |
-| Lung nodule or mass           | Mass, Nodule                          | Lung nodule or mass            |
-| Pleural abnormality           | Pleural effusion, Pleural thickening  | Pleural abnormality            |
-| Pneumothorax                  | Pneumothorax                          | Pneumothorax                   |
-| Pulmonary edema               | Pulmonary edema                       | Pulmonary edema                |
-| Quality issue (yes/no)        | Quality issue                         | not asked                      |
-| Support devices (yes/no)      | Support devices                       | Support devices                |
-| Other (text)                  | not asked                             | Other                          |
-
 The two phases' terms are not synonyms everywhere: phase 1's Fracture may be old, its Fibrosis is
 one kind of interstitial disease, its Emphysema one cause of high lung volume. Where that matters,
-keep to one phase (`phase` is in reflacx.json). EGD-CXR's labels (Normal, CHF, Pneumonia, yes/no)
+keep to one phase (`phase` is in reflacx.json). EGD-CXR's labels (Normal, CHF, pneumonia, yes/no)
 match none of these and keep their names.
 """
 
@@ -35,40 +14,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# label of a data set -> common finding; every label has exactly one, whatever the phase
-COMMON_FINDING: Mapping[str, str] = {
-    "Abnormal mediastinal contour": "Abnormal mediastinal contour",
-    "Wide mediastinum": "Abnormal mediastinal contour",
-    "Airway wall thickening": "Airway wall thickening",
-    "Atelectasis": "Atelectasis",
-    "Consolidation": "Consolidation",
-    "Enlarged cardiac silhouette": "Enlarged cardiac silhouette",
-    "Enlarged hilum": "Enlarged hilum",
-    "Fracture": "Fracture",
-    "Acute fracture": "Fracture",
-    "Groundglass opacity": "Groundglass opacity",
-    "Hiatal hernia": "Hiatal hernia",
-    "Emphysema": "High lung volume or emphysema",
-    "High lung volume / emphysema": "High lung volume or emphysema",
-    "Fibrosis": "Interstitial lung disease",
-    "Interstitial lung disease": "Interstitial lung disease",
-    "Mass": "Lung nodule or mass",
-    "Nodule": "Lung nodule or mass",
-    "Lung nodule or mass": "Lung nodule or mass",
-    "Pleural effusion": "Pleural abnormality",
-    "Pleural thickening": "Pleural abnormality",
-    "Pleural abnormality": "Pleural abnormality",
-    "Pneumothorax": "Pneumothorax",
-    "Pulmonary edema": "Pulmonary edema",
-    "Quality issue": "Quality issue",
-    "Support devices": "Support devices",
-    "Other": "Other",
-    "Normal": "Normal",
-    "CHF": "CHF",
-    "pneumonia": "Pneumonia",
-}
-
+FINDINGS = """
+common finding                | kind      | REFLACX phase 1                      | REFLACX phases 2, 3
+Abnormal mediastinal contour  | certainty | Wide mediastinum                     | Abnormal mediastinal contour
+Airway wall thickening        | certainty | Airway wall thickening               |
+Atelectasis                   | certainty | Atelectasis                          | Atelectasis
+Consolidation                 | certainty | Consolidation                        | Consolidation
+Enlarged cardiac silhouette   | certainty | Enlarged cardiac silhouette          | Enlarged cardiac silhouette
+Enlarged hilum                | certainty |                                      | Enlarged hilum
+Fracture                      | certainty | Fracture                             | Acute fracture
+Groundglass opacity           | certainty | Groundglass opacity                  | Groundglass opacity
+Hiatal hernia                 | certainty |                                      | Hiatal hernia
+High lung volume or emphysema | certainty | Emphysema                            | High lung volume / emphysema
+Interstitial lung disease     | certainty | Fibrosis                             | Interstitial lung disease
+Lung nodule or mass           | certainty | Mass, Nodule                         | Lung nodule or mass
+Pleural abnormality           | certainty | Pleural effusion, Pleural thickening | Pleural abnormality
+Pneumothorax                  | certainty | Pneumothorax                         | Pneumothorax
+Pulmonary edema               | certainty | Pulmonary edema                      | Pulmonary edema
+Support devices               | yes/no    | Support devices                      | Support devices
+Quality issue                 | yes/no    | Quality issue                        |
+Other                         | text      |                                      | Other
+"""
+_ROWS = [[cell.strip() for cell in line.split("|")] for line in FINDINGS.strip().splitlines()[1:]]
 Value = int | float | bool | str
+
+
+def phase_labels(kind: str) -> Mapping[int, tuple[str, ...]]:
+    """REFLACX's columns of a kind, by phase."""
+    by_phase = {phase: [row[column] for row in _ROWS if row[1] == kind] for phase, column in ((1, 2), (2, 3), (3, 3))}
+    return {phase: tuple(filter(None, ", ".join(cells).split(", "))) for phase, cells in by_phase.items()}
+
+
+# label of a data set -> common finding; every label has exactly one, whatever the phase
+COMMON_FINDING: Mapping[str, str] = {"Normal": "Normal", "CHF": "CHF", "pneumonia": "Pneumonia"} | {
+    label: row[0] for row in _ROWS for cell in row[2:] for label in cell.split(", ") if label
+}
 
 
 def unify(labels: Mapping[str, Value]) -> dict[str, Value]:
@@ -80,7 +60,7 @@ def unify(labels: Mapping[str, Value]) -> dict[str, Value]:
     unified: dict[str, Value] = {}
     for label, value in labels.items():
         finding = COMMON_FINDING[label]
-        unified[finding] = max(unified[finding], value) if finding in unified else value
+        unified[finding] = max(unified.get(finding, value), value)
     return dict(sorted(unified.items()))
 
 

@@ -1,25 +1,27 @@
 """What a gaze data set has to give, whatever its files look like.
 
-One data set = one short module with one function that returns `RawReadings` (see reflacx.py and
-egd.py), entered in `datasets.prepare.readings.SOURCES`. Everything after that (joining with the images,
-heatmaps, writing the processed tree, the gaze analysis) is the same for all of them.
+One data set = one short module with one function that returns `RawReadings` (see raw_reflacx.py and raw_egd.py),
+entered in `datasets.prepare.readings.SOURCES`. Everything after that (joining with the images, heatmaps, writing the
+processed tree, the gaze analysis) is the same for all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from datasets.fixations import FIXATION_COLUMNS, RECTANGLE
 from util.errors import UserError
+from util.tables import bad_cells, parse_bool
 
+Parsed = TypeVar("Parsed")
 # In the root of a raw data set whose gaze is made up; see `is_simulated`.
 SIMULATED_FILE = "SIMULATED_GAZE.txt"
 ELLIPSE_COLUMNS = (*RECTANGLE, "certainty")
@@ -42,48 +44,37 @@ class Fixations:
 
 
 def usable_fixations(
-    fixations: pd.DataFrame,
+    table: pd.DataFrame,
+    numbers: Mapping[str, np.ndarray],
+    fixations: Mapping[str, np.ndarray | float],
     path: Path,
-    *,
-    damaged: Mapping[int, str] | None = None,
-    repeated: Sequence[bool] | None = None,
-    rules: Mapping[str, Sequence[bool]] | None = None,
+    rules: Mapping[str, np.ndarray],
 ) -> Fixations:
-    """The rows of `fixations` (`FIXATION_COLUMNS`, indexed by line) that can be used.
+    """The rows that can be used, from a `read_table`, its columns as `numbers`, and the `FIXATION_COLUMNS` made of them.
 
-    Left out as bad: a cell that is no finite number (of the rectangle: no number), a sigma that is not
-    positive, a negative duration, a row that is `repeated`, which would count twice; by rule: a duration of 0, and what `rules` name, True for each row
-    that goes. `damaged` says of lines what their file has instead of a number.
+    Left out as bad: a cell that is no finite number, a sigma that is not positive, a negative duration, a row that is
+    there before, which would count twice; by rule: a duration of 0, and what `rules` name, True for each row that goes.
 
     Raises `UserError` naming `path` if more than the share `MAX_BAD` of all rows is bad.
     """
-    damaged = damaged or {}
-    finite = [column for column in FIXATION_COLUMNS if column not in RECTANGLE]
-    with np.errstate(invalid="ignore"):
-        unreadable = ~np.isfinite(fixations[finite]).all(axis=1) | fixations[list(RECTANGLE)].isna().any(axis=1)
-        reasons = {
-            "not a finite number": unreadable | fixations.index.isin(list(damaged)),
-            "angular resolution not positive": (fixations[["sigma_x", "sigma_y"]] <= 0).any(axis=1),
-            "negative duration": fixations["duration"] < 0,
-            "the same row again": pd.Series(False if repeated is None else repeated, fixations.index, bool),
-        }
-        n_kinds_of_bad = len(reasons)
-        reasons |= {name: pd.Series(rule, fixations.index, bool) for name, rule in (rules or {}).items()}
-        reasons["duration of 0"] = fixations["duration"] == 0
-    left, left_out, bad = pd.Series(True, fixations.index), Counter(), []
-    for i, (reason, mask) in enumerate(reasons.items()):
-        gone = fixations.index[left & mask]
-        if len(gone):
-            left_out[reason] = len(gone)
-        if i < n_kinds_of_bad:
-            bad += [(line, damaged.get(line, reason)) for line in gone]
-        left[gone] = False
-    lines = [f"line {line}, {text}" for line, text in sorted(bad)]
-    if len(bad) > MAX_BAD * len(fixations):
-        raise UserError(
-            f"{path}: {lines[0]}; {len(bad)} of {len(fixations)} fixations are bad, more than {MAX_BAD:.0%}"
-        )
-    return Fixations(fixations[left], dict(left_out), tuple(lines))
+    columns = pd.DataFrame(dict(fixations), index=table.index)[list(FIXATION_COLUMNS)]
+    damaged = bad_cells(table, numbers)
+    unknown = ~np.isfinite(columns.drop(columns=list(RECTANGLE))).all(axis=1)
+    why_bad = {
+        "not a finite number": unknown | table.index.isin(list(damaged)),
+        "angular resolution not positive": columns[["sigma_x", "sigma_y"]].min(axis=1) <= 0,
+        "negative duration": columns["duration"] < 0,
+        "the same row again": table.duplicated(),
+    }
+    reason = pd.Series("", table.index)
+    reasons = {**why_bad, **rules, "duration of 0": columns["duration"] == 0}
+    for name, rows in reasons.items():
+        reason[(reason == "") & rows] = name
+    bad = [f"line {line}, {damaged.get(line, name)}" for line, name in reason.items() if name in why_bad]
+    if len(bad) > MAX_BAD * len(table):
+        raise UserError(f"{path}: {bad[0]}; {len(bad)} of {len(table)} fixations are bad, more than {MAX_BAD:.0%}")
+    left_out = {name: n for name in reasons if (n := int((reason == name).sum()))}
+    return Fixations(columns[reason == ""], left_out, tuple(bad))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,24 +122,14 @@ class Reading(ABC):
     def fixations_origin(self) -> str:
         """Digest of what `load_fixations` reads; by default the content of `fixations_path`."""
         try:
-            return hashlib.blake2b(self.fixations_path.read_bytes(), digest_size=10).hexdigest()
+            return digest_of(self.fixations_path.read_bytes())
         except OSError as error:
             return f"errno {error.errno}"
 
     def origin(self) -> list:
         """All that its map and its entry are made from, JSON; not where the files are."""
-        return [
-            self.id,
-            self.study_id,
-            self.subject_id,
-            self.image_id,
-            self.image_size,
-            dict(self.labels),
-            self.split,
-            self.phase,
-            self.source,
-            self.fixations_origin(),
-        ]
+        names = ("id", "study_id", "subject_id", "image_id", "image_size", "labels", "split", "phase", "source")
+        return [*(getattr(self, name) for name in names), self.fixations_origin()]
 
     def load_ellipses(self) -> pd.DataFrame:
         """One row per marked abnormality: the box xmin, ymin, xmax, ymax (pixels of the original
@@ -157,25 +138,27 @@ class Reading(ABC):
         return pd.DataFrame(columns=list(ELLIPSE_COLUMNS), dtype=float)
 
     def load_chest_box(self) -> tuple[float, float, float, float] | None:
-        """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None where there is none."""
+        """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None if the data set has none."""
         return None
 
 
+def digest_of(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=10).hexdigest()
+
+
 def only_root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
-    """`raw` if it holds a data set, else the one directory below that does; None if there is none. UserError if there
+    """`raw` if it holds a data set, else the one directory below that does; None if none does. UserError if there
     are several, as versions beside each other, which no rule can choose from."""
-    if holds(raw) or not raw.is_dir():
-        return raw if raw.is_dir() else None
     try:
-        found = sorted(path for path in raw.iterdir() if holds(path))
+        places = [raw] if holds(raw) else sorted(filter(holds, raw.iterdir())) if raw.is_dir() else []
     except OSError as error:
         raise UserError(f"{error.filename or raw}: can't be read ({error.strerror})") from None
-    if len(found) > 1:
+    if len(places) > 1:
         raise UserError(
-            f"{raw}: the data set is in {len(found)} of its directories, {found[0].name} and {found[1].name} among them; "
-            "give one of them as --raw"
+            f"{raw}: the data set is in {len(places)} of its directories, {places[0].name} and {places[1].name} among "
+            "them; give one of them as --raw"
         )
-    return found[0] if found else None
+    return places[0] if places else None
 
 
 def is_simulated(root: Path) -> bool:
@@ -189,13 +172,21 @@ def is_simulated(root: Path) -> bool:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """A reading that is left out. `reason` is a short fixed phrase to count by, `detail` names the
-    file, row and column; `is_fault` tells damaged input from what is left out by the rules."""
+    """A reading or image that is left out. `reason` is a short fixed phrase to count by, `detail` names the
+    file, row and column; `is_fault` marks damaged input, not what is left out by a rule."""
 
     id: str
     reason: str
     detail: str = ""
     is_fault: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.reason}{self.detail and f': {self.detail}'}"
+
+
+def first_of(exclusions: Sequence[Exclusion]) -> str:
+    """What a message that nothing is left adds."""
+    return "".join(f"; {exclusion}" for exclusion in exclusions[:3])
 
 
 @dataclass
@@ -212,9 +203,47 @@ class RawReadings:
         return len(self.readings) + len(self.exclusions)
 
     def none_of(self, split: str) -> str:
-        """What to say where no reading of a split is left: how many there are, and what became of those left out."""
+        """What to say where no reading of a split is left."""
         text = f"no usable reading of split {split!r} ({self.n_found} in all)"
-        for reason, number in Counter(exclusion.reason for exclusion in self.exclusions).items():
-            first = next(exclusion for exclusion in self.exclusions if exclusion.reason == reason)
-            text += f"; {number} left out: {reason}, e.g. {first.id}{': ' * bool(first.detail)}{first.detail}"
-        return "; ".join([text, *self.notes])
+        return "; ".join([text + first_of(self.exclusions), *self.notes])
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One row of a table, by column."""
+
+    path: Path
+    line: int
+    row: Mapping[str, Any]
+
+    def __getitem__(self, column: str) -> Any:
+        return self.row[column]
+
+    def where(self, column: str) -> str:
+        """What a message calls a cell."""
+        return f"{self.path}: line {self.line}, column {column!r}:"
+
+    def truth(self, column: str) -> bool:
+        return parse_bool(self.row[column], self.path, self.line, column)
+
+    def number(self, column: str, allowed: range) -> int:
+        text = str(self.row[column]).removesuffix(".0")
+        if not text.isdecimal() or int(text) not in allowed:
+            raise UserError(f"{self.where(column)} {text!r} is none of {allowed[0]}, ..., {allowed[-1]}")
+        return int(text)
+
+
+def parse_rows(
+    table: pd.DataFrame, path: Path, id_column: str, parse: Callable[[Cells], Parsed], result: RawReadings
+) -> dict[str, Parsed]:
+    """What `parse` makes of each row, by its id; rows that it refuses, and ids given twice, are exclusions of `result`."""
+    parsed: dict[str, Parsed] = {}
+    for line, row in zip(table.index, table.to_dict("records")):
+        cells, name = Cells(path, line, row), row[id_column]
+        try:
+            if name in parsed:
+                raise UserError(f"{cells.where(id_column)} {name} appears a second time")
+            parsed[name] = parse(cells)
+        except UserError as error:
+            result.exclusions.append(Exclusion(name, "unusable row", str(error), is_fault=True))
+    return parsed

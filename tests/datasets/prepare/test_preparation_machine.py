@@ -175,8 +175,8 @@ class Preparation(RuleBasedStateMachine):
     def options_there(self):
         if record := self.current("prepare.json"):
             return json.loads(record)["options"]
-        begun = self.out / ".making/prepare/begun"
-        return json.loads(begun.read_text())["options"] if begun.exists() else None
+        journal = self.out / ".making/prepare/units"
+        return json.loads(journal.read_text().split("\n")[0]) if journal.exists() else None
 
     def remember(self):
         """After a kill: the finished tree is what it was, or what it is about to be."""

@@ -1,19 +1,18 @@
 """What counts as a source of a tree, and what must never become one."""
 
 import json
-import os
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.fixations import inside_image
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare
-from datasets.raw.image_index import find_images
-from datasets.raw.walk import Sources
+from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
 from util.images import image_size, read_gray, write_gray
 
@@ -101,22 +100,6 @@ def test_one_path_has_many_spellings(small, tmp_path, monkeypatch):
         assert (out / "prepare.json").read_bytes() == record
 
 
-def test_a_corrected_table_or_heatmap_changes_its_maps_alone(small, tmp_path):
-    raw = tmp_path / "raw"
-    shutil.copytree(small.raw, raw)
-    out = tmp_path / "out"
-    prepare(raw, small.images, out)
-    path = raw / "main_data" / small.truth[0].reading_ids[0] / "fixations.csv"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-3]))
-    report = prepare(raw, small.images, out)
-    assert report.counts["made by this run"] == report.counts["- of these anew, as they had changed"] == 1
-    prepare(raw, small.images, tmp_path / "fresh")
-    for file in (tmp_path / "fresh").rglob("*"):
-        if file.is_file():
-            assert (out / file.relative_to(tmp_path / "fresh")).read_bytes() == file.read_bytes()
-
-
 def test_fixations_are_kept(small, tmp_path):
     out = tmp_path / "out"
     prepare(small.raw, small.images, out)
@@ -125,6 +108,12 @@ def test_fixations_are_kept(small, tmp_path):
     assert lines[0] == "reflacx_id,x,y,duration"
     assert list(dict.fromkeys(row[0] for row in rows)) == [entry["reflacx_id"] for entry in entries_of(out)]
     assert all(0 <= float(x) <= 1 and 0 <= float(y) <= 1 and float(d) > 0 for _, x, y, d in rows)
+    reading = read_reflacx(small.raw).readings[0]
+    height, width = reading.image_size
+    own = reading.load_fixations().table
+    own = own[inside_image(own, (height, width))]
+    stored = np.array([row[1:3] for row in rows if row[0] == reading.id], float)
+    np.testing.assert_allclose(stored, np.stack([(own["x"] + 0.5) / width, (own["y"] + 0.5) / height], 1), atol=1e-6)
 
 
 def test_another_kind_of_tree_leaves_nothing_of_the_first(small, images, tmp_path):
@@ -139,17 +128,6 @@ def test_another_kind_of_tree_leaves_nothing_of_the_first(small, images, tmp_pat
     assert not (out / "images").exists() and (out / "mimic-cxr-jpg-cleanv4.json").exists()
 
 
-def test_a_cache_being_built_in_the_tree_is_left_alone(small, tmp_path):
-    out = tmp_path / "out"
-    prepare(small.raw, small.images, out)
-    building = out / ".cache" / "reflacx" / ".tmp-gray"
-    building.parent.mkdir(parents=True)
-    building.touch()
-    prepare(small.raw, small.images, out)
-    prepare(small.raw, small.images, out, size=0, overwrite=True)
-    assert building.exists()
-
-
 # --- looking for heatmaps ----------------------------------------------------------------------------
 
 
@@ -160,27 +138,8 @@ def test_what_lies_among_heatmaps(tmp_path):
     (maps / "._a.npy").write_bytes(b"macOS")
     np.save(maps / "lost+found" / "a.npy", np.ones(4))
     (maps / "self").symlink_to(maps)
-    with open(os.fsencode(maps) + b"/\xff.npy", "wb"):
-        pass
     found = find_heatmaps(maps)
-    assert found.paths == {"a": str(maps / "a.npy")} and not found.exclusions
-    assert sorted(note.partition(": ")[2] for note in found.notes) == [
-        "1 files that macOS left (._*) passed over",
-        "1 names that are not UTF-8 passed over",
-    ]
-
-
-def test_a_directory_that_cannot_be_read_is_told(tmp_path):
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open" / "a.jpg").touch()
-    sources = Sources(tmp_path)
-    walk = sources.walk()
-    next(walk)
-    shutil.rmtree(tmp_path / "open")  # while it is looked through: as unreadable as a forbidden one, to root too
-    list(walk)
-    assert find_images(tmp_path, {"a": ""}).paths == {}
-    (tmp_path / "file").touch()
-    assert Sources(tmp_path).names("file") == frozenset()
+    assert found.paths == {"a": str(maps / "a.npy")} and not found.ambiguous
 
 
 def test_a_coloured_heatmap_is_refused(tmp_path):

@@ -16,7 +16,7 @@ def test_a_run_without_work_and_the_makers_import_no_more_than_they_need():
     program = f"""
 import sys, scripts.prepare_reflacx, scripts.prepare_mimic
 print({heavy} & set(sys.modules))
-import datasets.prepare.pixels, datasets.prepare.reading_maps
+import datasets.prepare.pixels, datasets.prepare.readings
 print({heavy} & set(sys.modules) - {{'torch', 'torchvision'}})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -1,6 +1,5 @@
 """datasets/findings.py: every label of both phases has a common finding, and the docs say the same."""
 
-import datasets.raw.findings
 from datasets.raw.egd import LABELS as EGD_LABELS
 from datasets.raw.findings import COMMON_FINDING, merge_findings, unify
 from datasets.raw.reflacx import BOOL_LABELS, CERTAINTY_LABELS, TEXT_LABELS
@@ -20,19 +19,6 @@ def test_phases_meet_in_twelve_certainties():
     assert len(one & two) == 12
     assert one - two == {"Airway wall thickening"}
     assert two - one == {"Enlarged hilum", "Hiatal hernia"}
-
-
-def test_documented_table_is_the_mapping():
-    lines = datasets.raw.findings.__doc__.splitlines()
-    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
-    documented = {}
-    for common, *phases in rows[2:]:
-        common = common.split("(")[0].strip()
-        for label in ",".join(phases).split(","):
-            if label.strip() != "not asked":
-                documented[label.strip()] = common
-    reflacx = {label: common for label, common in COMMON_FINDING.items() if label not in EGD_LABELS}
-    assert documented == reflacx
 
 
 def test_highest_certainty_of_united_labels():

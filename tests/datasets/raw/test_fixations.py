@@ -5,10 +5,9 @@ import pandas as pd
 import pytest
 from phantom_egd import make_egd
 
-from datasets.fixations import FIXATION_COLUMNS, off_the_image_shown, on_the_button
+from datasets.fixations import off_the_image_shown, on_the_button
 from datasets.phantom.reflacx import make_study
 from datasets.raw.egd import read_egd
-from datasets.raw.readings import usable_fixations
 from datasets.raw.reflacx import read_reflacx
 from util.errors import UserError
 
@@ -84,11 +83,6 @@ def test_durations_of_0_are_left_out_by_rule(reading):
     assert found.table.empty and found.left_out == {"duration of 0": len(table)} and not found.bad
 
 
-def test_no_rows_are_no_bad_rows():
-    nothing = pd.DataFrame(columns=list(FIXATION_COLUMNS), dtype=float)
-    assert usable_fixations(nothing, "a.csv").table.empty
-
-
 def test_egd_bad_rows(tmp_path):
     study = make_egd(tmp_path, n_images=2, size=(120, 96), with_duration=False)
     before = read_egd(study.raw).readings[1]
@@ -105,8 +99,6 @@ def test_egd_bad_rows(tmp_path):
     assert [text.split("line ")[1].split(",")[0] for text in found.bad] == [str(row + 2), str(row + 3)]
     assert set(whole.table.index) - set(found.table.index) == {row + 2, row + 3} & set(whole.table.index)
     assert found.left_out["off the picture"] == whole.left_out["off the picture"] > 0
-    with pytest.raises(UserError, match="--screen_filter: EGD-CXR"):
-        before.load_fixations(screen_filter=True)
 
 
 def test_screen_filter_needs_its_columns_and_is_counted(reading):

@@ -1,0 +1,64 @@
+"""MIMIC-CXR's images, found by dicom_id whatever directories the user's copy has, and its table of metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from datasets.files_by_id import FileIndex, FoundFiles, check_originals
+from util.tables import numeric_columns, read_table, table_file
+
+METADATA_NAME = "mimic-cxr-2.0.0-metadata.csv"  # published with .gz behind it
+# In the order of preference, of files of the same content. As published are MIMIC-CXR-JPG, 8-bit already and several
+# times faster to read, and MIMIC-CXR.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")
+PUBLISHED = (".jpg", ".JPG", ".dcm", ".DCM")
+DICOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}", re.IGNORECASE)  # as MIMIC-CXR has them, in small letters
+
+
+def find_metadata(images: Path) -> Path | None:
+    """MIMIC-CXR's table of metadata in the root of its images, if it is there."""
+    path = table_file(images / METADATA_NAME)
+    return path if path.is_file() else None
+
+
+def read_sizes(path: Path) -> dict[str, tuple[int, int]]:
+    """(height, width) of the original images by dicom_id, as MIMIC-CXR's table of metadata has them."""
+    table = read_table(path, ("dicom_id", "Rows", "Columns"), text=("dicom_id",))
+    sizes = numeric_columns(table, ("Rows", "Columns"), path).values()
+    return dict(zip(table["dicom_id"], zip(*(values.astype(int).tolist() for values in sizes))))
+
+
+def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterable[Path] = ()) -> FoundFiles:
+    """The images named by dicom_id, those that there are; with `hints` None, all files whose names are dicom_ids.
+
+    `hints` maps each dicom_id to the path that its data set gives (relative, any suffix, may be empty). A .jpg or .dcm
+    at that place, or at a tail of it below `root`, is the image. For other ids the whole tree is walked, once; letter
+    case does not count there. Prepared trees and the directories `without` hold no originals, see `FileIndex`.
+    """
+    check_originals(root, "--images is the root of MIMIC-CXR-JPG or MIMIC-CXR")
+    files = FileIndex(root, without)
+    if hints is None:
+        return files.search(lambda stem: stem.lower() if DICOM_ID.fullmatch(stem) else None, SUFFIXES)
+    at_place, others = {}, {}
+    for image_id, hint in hints.items():
+        path = files.at_place(hint.rpartition("/")[0], [f"{image_id}{suffix}" for suffix in PUBLISHED])
+        if path is not None:
+            at_place[image_id] = path
+        else:
+            others[image_id.casefold()] = image_id
+    found = files.search(lambda stem: others.get(stem.casefold()), SUFFIXES) if others else FoundFiles()
+    found.paths |= at_place
+    return found
+
+
+def why_none(root: Path, image_id: str, found: FoundFiles) -> str:
+    """What to say of an image that was not found, or not taken."""
+    if image_id not in found.ambiguous:
+        return f"no {image_id}.jpg, .png or .dcm under {root}"
+    paths = found.ambiguous[image_id]
+    return (
+        f"{image_id}: {len(paths)} different files, none at the place that the data set names: {', '.join(paths)}; "
+        "leave one"
+    )
