@@ -51,7 +51,7 @@ class Candidate:
     def architecture(self) -> list:
         """What the weights' own numbers don't show of the model, such as how many heads share them: plain content."""
         if self.folder:
-            return [self.folder.config]
+            return [self.folder.config, self.folder.pretrained_cfg]
         return [*self.model, self.encoder.block] if self.encoder else []
 
     def normalisation(self, name: str | None) -> tuple[Sequence[float], Sequence[float]]:

@@ -289,6 +289,8 @@ def test_a_folder_at_another_size_and_with_its_own_scaling(tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
     (candidate,) = read_candidates([str(tmp_path)], imagenet="", img_size=64)
+    (usual,) = read_candidates([str(tmp_path)], imagenet="")
+    assert candidate.architecture != usual.architecture  # whose kept features are others
     assert candidate.normalisation(None)[0] == [0.1, 0.2, 0.3] and input_size(candidate.build()) == (64, 64)
     x = torch.randn(1, 3, 64, 64)
     expected = model(pixel_values=x, interpolate_pos_encoding=True).last_hidden_state
