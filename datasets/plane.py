@@ -59,9 +59,10 @@ class Plane:
     def __init__(self, path: Path, rows: np.ndarray):
         self.path, self.rows = path, rows
         try:
+            # First: without it the plane is absent, whatever its table is.
+            self._pixels = np.asarray(np.load(path, mmap_mode="r"))
             with np.load(_table_path(path)) as archive:
                 self.table = archive["table"]
-            self._pixels = np.asarray(np.load(path, mmap_mode="r"))
             offset, height, width, *_ = self.table[-1]
             if len(self._pixels) != offset + height * width:
                 raise ValueError(f"{len(self._pixels)} bytes, expected {offset + height * width}")

@@ -364,6 +364,16 @@ def test_a_damaged_table_or_length_is_refused_at_the_start(tree, which):
     assert np.array_equal(build(tree).cache[0].table, expected.cache[0].table)
 
 
+@pytest.mark.parametrize("which", ["pixels", "table"])
+def test_deleting_the_file_that_is_named_mends_it(tree, which):
+    build(tree)
+    path = gray_plane(tree)
+    (path if which == "pixels" else path.with_suffix(".table.npz")).write_bytes(b"text")
+    assert f"{path}: the cache is damaged" in refused(tree)
+    path.unlink()
+    build(tree)[0]
+
+
 def test_checking_reads_the_cache_and_changes_nothing(tree, tmp_path):
     def check(**options):
         return check_data(tree, use_cache=True, **{"cache_size": 128, **options})
