@@ -18,7 +18,6 @@ from trees import make_mimic, make_reflacx
 import models_cxrmim
 import run_pretrain
 from datasets import build
-from datasets.tree import GazeTree
 from models_cxrmim import CXRMIM, ENCODERS
 from models_decoder import SCALES
 from scripts import export_backbone, visualize
@@ -163,20 +162,6 @@ def test_a_planted_entry_without_its_parts_fails(mapping, name, entry, option, r
     monkeypatch.setitem(mapping, name, entry)
     with pytest.raises((UserError, ValueError), match=reason):
         exercise(trees["Reflacx"], tmp_path, **{option: name})
-
-
-def test_a_planted_tree_type_without_its_files_fails(trees, tmp_path, monkeypatch):
-    class Planted(GazeTree):
-        index_file = "reflacx.json"
-        required_keys = ()
-
-    monkeypatch.setattr(build, "TREE_TYPES", (Planted,))
-    with pytest.raises((TypeError, NotImplementedError, UserError)):
-        exercise(trees["Reflacx"], tmp_path)
-
-
-def test_an_entry_that_no_test_makes_a_tree_for_fails(trees):
-    assert {tree_type.__name__ for tree_type in build.TREE_TYPES} <= trees.keys()
 
 
 # ---------------------------------------------------------------- docs/extend.md

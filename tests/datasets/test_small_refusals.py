@@ -2,8 +2,6 @@
 
 import re
 
-import analyze_gaze
-import benchmark
 import numpy as np
 import pytest
 
@@ -30,16 +28,6 @@ def test_export_onto_its_own_checkpoint(tmp_path):
         with pytest.raises(UserError, match="is the checkpoint itself"):
             export_backbone(path, out)
     assert path.read_bytes() == b"weights"
-
-
-def test_benchmark_json_is_checked_before_measuring(tmp_path):
-    with pytest.raises(UserError, match="--json .*: no such directory"):
-        benchmark.main(["--json", str(tmp_path / "nodir" / "x.json")])
-
-
-def test_analysis_without_bootstrap_samples(tmp_path):
-    with pytest.raises(UserError, match="--bootstrap 199"):
-        analyze_gaze.main(["--raw", str(tmp_path), "--out", str(tmp_path / "out"), "--bootstrap", "199"])
 
 
 def test_infinite_rectangles_are_uncut_and_nan_is_named(tmp_path):
