@@ -23,7 +23,7 @@ from models_decoder import SCALES
 from scripts import export_backbone, visualize
 from util.errors import UserError
 from util.export import build_encoder, build_model, read_encoder
-from util.masking import MASKINGS, MaskRequest, draw_mask, mask_generator, random_mask
+from util.masking import MASKINGS, MaskRequest, draw_mask, mask_generator
 from util.weights import read_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,8 +146,6 @@ def test_a_whole_new_scale_is_one_entry(trees, tmp_path, monkeypatch):
     [
         (SCALES, 8.0, SCALES[4.0], "scale", "scale 8.0: prediction of shape .* target"),
         (SCALES, 0.75, SCALES[0.5], "scale", "no whole cells"),
-        (MASKINGS, "planted", lambda ask: torch.zeros(4, 16), "masking", "'planted' gave .* masked patches, not 12"),
-        (MASKINGS, "planted", lambda ask: random_mask(4, 9), "masking", "'planted' gave a mask of shape"),
         (ENCODERS, "planted", partial(CXRMIM, **SMALL, embed_dim=48, num_heads=5), "encoder", "num_heads 5"),
         (
             ENCODERS,

@@ -9,7 +9,6 @@ import run_pretrain
 from datasets.fixations import check_rectangles
 from datasets.single_image import read_fixations
 from util.errors import UserError
-from util.export import export_backbone
 
 
 def test_cache_size_below_input_size():
@@ -18,16 +17,6 @@ def test_cache_size_below_input_size():
         run_pretrain.check_args(args)
     args.cache_size = 224
     run_pretrain.check_args(args)
-
-
-def test_export_onto_its_own_checkpoint(tmp_path):
-    path = tmp_path / "x.pth"
-    path.write_bytes(b"weights")
-    (tmp_path / "link.pth").symlink_to(path)
-    for out in (path, tmp_path / "link.pth"):
-        with pytest.raises(UserError, match="is the checkpoint itself"):
-            export_backbone(path, out)
-    assert path.read_bytes() == b"weights"
 
 
 def test_infinite_rectangles_are_uncut_and_nan_is_named(tmp_path):
