@@ -148,7 +148,10 @@ def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], path: object) 
     parts = {name.split(".")[0] for name in own}
     unused = [name for name in state if name not in own]
     attends = any("attn" in name for name in own)  # a transformer computes with tokens and tables of any name
-    if more := [name for name in unused if name.split(".")[0] in parts or (attends and not is_behind(name))]:
+    behind = [
+        name for name in unused if is_behind(name) or name.startswith("norm.")
+    ]  # timm's feature maps have no norm
+    if more := [name for name in unused if name.split(".")[0] in parts or (attends and name not in behind)]:
         raise UserError(f"{path}: not the weights of this backbone, which has no {more[0]}; name theirs by --backbone")
     found = {name: state[name] for name in own if name in state}
     try:

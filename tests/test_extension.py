@@ -18,13 +18,12 @@ from trees import make_mimic, make_reflacx
 import models_cxrmim
 import run_pretrain
 from datasets import build
-from datasets.tree import GazeTree
 from models_cxrmim import CXRMIM, ENCODERS
 from models_decoder import SCALES
 from scripts import export_backbone, visualize
 from util.errors import UserError
 from util.export import build_encoder, build_model, read_encoder
-from util.masking import MASKINGS, MaskRequest, draw_mask, mask_generator, random_mask
+from util.masking import MASKINGS, MaskRequest, draw_mask, mask_generator
 from util.weights import read_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,8 +146,6 @@ def test_a_whole_new_scale_is_one_entry(trees, tmp_path, monkeypatch):
     [
         (SCALES, 8.0, SCALES[4.0], "scale", "scale 8.0: prediction of shape .* target"),
         (SCALES, 0.75, SCALES[0.5], "scale", "no whole cells"),
-        (MASKINGS, "planted", lambda ask: torch.zeros(4, 16), "masking", "'planted' gave .* masked patches, not 12"),
-        (MASKINGS, "planted", lambda ask: random_mask(4, 9), "masking", "'planted' gave a mask of shape"),
         (ENCODERS, "planted", partial(CXRMIM, **SMALL, embed_dim=48, num_heads=5), "encoder", "num_heads 5"),
         (
             ENCODERS,
@@ -163,20 +160,6 @@ def test_a_planted_entry_without_its_parts_fails(mapping, name, entry, option, r
     monkeypatch.setitem(mapping, name, entry)
     with pytest.raises((UserError, ValueError), match=reason):
         exercise(trees["Reflacx"], tmp_path, **{option: name})
-
-
-def test_a_planted_tree_type_without_its_files_fails(trees, tmp_path, monkeypatch):
-    class Planted(GazeTree):
-        index_file = "reflacx.json"
-        required_keys = ()
-
-    monkeypatch.setattr(build, "TREE_TYPES", (Planted,))
-    with pytest.raises((TypeError, NotImplementedError, UserError)):
-        exercise(trees["Reflacx"], tmp_path)
-
-
-def test_an_entry_that_no_test_makes_a_tree_for_fails(trees):
-    assert {tree_type.__name__ for tree_type in build.TREE_TYPES} <= trees.keys()
 
 
 # ---------------------------------------------------------------- docs/extend.md

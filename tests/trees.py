@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from util.images import write_gray
 from util.masking import otsu_foreground
@@ -37,9 +38,21 @@ def save(path: Path, array: np.ndarray) -> None:
     write_gray(path, array)
 
 
+def brightness(images: torch.Tensor) -> torch.Tensor:
+    """A gaze predictor without weights: [B, 1, H, W] -> densities [B, H / 4, W / 4]."""
+    maps = F.avg_pool2d(images.float(), 4)[:, 0] ** 2 + 1
+    return maps / maps.sum((1, 2), keepdim=True)
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two samples are the same."""
     return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below a directory, without locks."""
+    files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".prepare.lock"))
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def make_reflacx(root: Path, sizes=SIZES) -> Path:

@@ -2,8 +2,6 @@
 
 import re
 
-import analyze_gaze
-import benchmark
 import numpy as np
 import pytest
 
@@ -11,7 +9,6 @@ import run_pretrain
 from datasets.fixations import check_rectangles
 from datasets.single_image import read_fixations
 from util.errors import UserError
-from util.export import export_backbone
 
 
 def test_cache_size_below_input_size():
@@ -20,26 +17,6 @@ def test_cache_size_below_input_size():
         run_pretrain.check_args(args)
     args.cache_size = 224
     run_pretrain.check_args(args)
-
-
-def test_export_onto_its_own_checkpoint(tmp_path):
-    path = tmp_path / "x.pth"
-    path.write_bytes(b"weights")
-    (tmp_path / "link.pth").symlink_to(path)
-    for out in (path, tmp_path / "link.pth"):
-        with pytest.raises(UserError, match="is the checkpoint itself"):
-            export_backbone(path, out)
-    assert path.read_bytes() == b"weights"
-
-
-def test_benchmark_json_is_checked_before_measuring(tmp_path):
-    with pytest.raises(UserError, match="--json .*: no such directory"):
-        benchmark.main(["--json", str(tmp_path / "nodir" / "x.json")])
-
-
-def test_analysis_without_bootstrap_samples(tmp_path):
-    with pytest.raises(UserError, match="--bootstrap 199"):
-        analyze_gaze.main(["--raw", str(tmp_path), "--out", str(tmp_path / "out"), "--bootstrap", "199"])
 
 
 def test_infinite_rectangles_are_uncut_and_nan_is_named(tmp_path):

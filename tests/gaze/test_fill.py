@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from trees import smooth
+from trees import brightness, contents, smooth
 
 from datasets.build import build_dataset
 from datasets.fixations import heatmap_to_uint8
@@ -32,11 +32,6 @@ from util.images import read_gray, write_gray
 from util.radiograph import CONTRASTS
 
 INDEX = "mimic-cxr-jpg-cleanv4.json"
-
-
-def brightness(images: torch.Tensor) -> torch.Tensor:
-    maps = F.avg_pool2d(images.float(), 4)[:, 0] ** 2 + 1
-    return maps / maps.sum((1, 2), keepdim=True)
 
 
 PLAIN = Predictor(brightness, 32, "plain")
@@ -57,10 +52,6 @@ def tree(images_only, tmp_path):
 
 def fill(tree, predictor=PLAIN, **options):
     return fill_tree(tree, predictor, **{"batch_size": 5, **options})
-
-
-def contents(tree: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(tree)): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()}
 
 
 def test_a_filled_tree_is_what_training_and_the_published_loader_read(tree):
@@ -130,25 +121,6 @@ def test_killed_anywhere_the_next_run_ends_with_the_same_bytes(images_only, tmp_
                 build_dataset(killed)
     fill(killed, batch_size=2)
     assert contents(killed) == contents(whole)
-
-
-def test_a_killed_run_keeps_what_it_placed(tree):
-    process = multiprocessing.get_context("fork").Process(target=killed_at_the_third_batch, args=(tree,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert 0 < fill(tree, batch_size=2).counts["made by this run"] < 12
-
-
-def killed_at_the_third_batch(tree: Path) -> None:
-    batches = itertools.count(1)
-
-    def maps(images):
-        if next(batches) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return brightness(images)
-
-    fill(tree, Predictor(maps, 32, "plain"), batch_size=2)
 
 
 def test_real_gaze_is_kept(tree, study, tmp_path):

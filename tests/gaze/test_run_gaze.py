@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +207,7 @@ def test_checkpoints_of_something_else_are_refused(tree, trained, backbone, tmp_
         train(tree, trained, f"--weights {backbone} --epochs 9")
     foreign = tmp_path / "foreign.pth"
     torch.save({"model": {}}, foreign)
-    with pytest.raises(UserError, match=r"foreign.pth: not a checkpoint"):
+    with pytest.raises(UserError, match="foreign.pth: .*not a checkpoint of this program"):
         train(tree, tmp_path / "b", f"--judge {foreign}")
 
 
@@ -221,33 +219,3 @@ def test_a_heatmap_of_zeros_is_one_line_with_workers_too(tmp_path):
     status, output = run([*argv, "--num_workers", "1", "--epochs", "1"], tmp_path / "log", main=gaze.main.main)
     assert status == 1 and "Traceback" not in output
     assert "P10003R0.png: the heatmap is zero" in output.strip().splitlines()[-1]
-
-
-def test_leak_between_trees_is_refused(tree, tmp_path):
-    other = make_gaze_tree(tmp_path / "other", 12)
-    edit_index(other, lambda number, entry: entry.update(split="test"))
-    with pytest.raises(UserError, match="subject 10000 is in test here and in train"):
-        gaze.main.main([*SMALL.split(), "--data_path", str(tree), str(other), "--output_dir", str(tmp_path / "out")])
-
-
-@pytest.mark.slow
-def test_two_ranks_resume_bit_equal(tree, tmp_path):
-    def launch(out, *flags):
-        flags = f"--standalone --nproc_per_node 2 run_gaze.py {SMALL} --epochs 2 --data_path".split() + [
-            tree,
-            "--output_dir",
-            out,
-            *flags,
-        ]
-        command = [sys.executable, "-m", "torch.distributed.run", *map(str, flags)]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-
-    whole = launch(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    for _ in range(8):
-        last = launch(tmp_path / "parts", "--max_minutes", "0")
-        if (tmp_path / "parts" / "metrics.csv").exists():
-            break
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts"), last.stderr
-    first, second = (load_checkpoint(tmp_path / run / "checkpoint-1.pth")["model"] for run in ("whole", "parts"))
-    assert all(torch.equal(first[key], second[key]) for key in first)

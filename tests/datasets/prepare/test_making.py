@@ -1,10 +1,10 @@
-"""datasets/prepare/making.py alone: units of small text files; what changed, what was interrupted, what is refused."""
+"""datasets/prepare/making.py alone: units of small text files; what is refused, parts, layers (the rest: test_preparation_machine.py)."""
 
-import json
 import os
 import resource
 
 import pytest
+from trees import contents
 
 from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
@@ -33,15 +33,6 @@ def run(root, out, suffix="!", *, layer="prepare", part=None, **options):
     return making.n_made
 
 
-def contents(root):
-    files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".prepare.lock")]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
-
-
-def snapshot(root):
-    return {name: (data, (root / name).stat().st_mtime_ns) for name, data in contents(root).items()}
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr("util.files.PATIENCE_SECONDS", 0.0)
@@ -62,111 +53,6 @@ def check_fresh(sources, out, **options):
     assert contents(out) == contents(fresh)
 
 
-def test_a_second_run_changes_nothing(sources, tmp_path):
-    out = tmp_path / "out"
-    assert run(sources, out) == 6
-    before = snapshot(out)
-    assert run(sources, out) == 0 and snapshot(out) == before
-    assert json.loads((out / "index.json").read_text())[1] == {"key": "b", "length": 3}
-    assert set(contents(out)) == {"index.json", "prepare.json", "prepare.origins"} | {
-        f"copies/{name}/{name}.txt" for name in "abcdef"
-    }
-
-
-def test_changed_added_and_missing_units_are_made(sources, tmp_path):
-    out = tmp_path / "out"
-    run(sources, out)
-    kept = snapshot(out)["copies/a/a.txt"]
-    (sources / "b").write_text("bcd")
-    (sources / "g").write_text("new")
-    (out / "copies/c/c.txt").unlink()
-    (out / "copies/d/d.txt").write_text("cut")
-    assert run(sources, out) == 4
-    check_fresh(sources, out)
-    assert snapshot(out)["copies/a/a.txt"] == kept
-
-
-@pytest.mark.parametrize("how", ["gone", "bad", "other name"])
-def test_a_finished_tree_loses_nothing_unasked(sources, tmp_path, how):
-    out = tmp_path / "out"
-    run(sources, out)
-    before = snapshot(out)
-    (sources / "a").write_text("aa changed")
-    (sources / "g").write_text("new")
-    (sources / "b").unlink() if how == "gone" else (sources / "b").write_text({"bad": "bad"}.get(how, "xb"))
-    with pytest.raises(UserError, match=r"would lose 1 of what it holds.*: (b|copies/b/b\.txt); mend that"):
-        run(sources, out)
-    assert {name: was for name, was in snapshot(out).items() if name in before} == before
-    run(sources, out, overwrite=True)
-    check_fresh(sources, out)
-
-
-def test_an_unfinished_tree_may_lose(sources, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), TreeMaking(out, {"suffix": "!"}, index="index.json") as making:
-        (unit,) = making.begin([Unit("z", "0")], versions="1")
-        (making.staging / "copies").mkdir()
-        (making.staging / "copies/z").write_text("z")
-        making.place(unit, ["copies/z"])
-        raise ZeroDivisionError
-    assert os.listdir(out / ".making/prepare/tree/copies") == ["z"] and not (out / "index.json").exists()
-    with pytest.raises(UserError, match=r"other options: suffix ! there, suffix \? asked for"):
-        run(sources, out, "?")
-    run(sources, out)
-    check_fresh(sources, out)
-
-
-def test_overwrite_keeps_the_old_tree_until_the_new_one_is_whole(sources, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    run(sources, out)
-    before = snapshot(out)
-    place = TreeMaking.place
-
-    def killed(making, unit, *arguments, **options):
-        if unit.key == "c":
-            raise KeyboardInterrupt
-        place(making, unit, *arguments, **options)
-
-    for _ in range(2):
-        monkeypatch.setattr(TreeMaking, "place", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(sources, out, "?", overwrite=True)
-        assert {name: was for name, was in snapshot(out).items() if not name.startswith(".making")} == before
-        monkeypatch.setattr(TreeMaking, "place", place)
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="nothing to make"):
-            run(tmp_path / "empty", out, overwrite=True)
-    with pytest.raises(UserError, match=r"suffix ! there, suffix \? asked for"):
-        run(sources, out, "?")
-    assert run(sources, out, "?", overwrite=True) == 4  # goes on where it was
-    check_fresh(sources, out, suffix="?")
-
-
-def test_the_old_tree_can_be_kept_after_an_interrupted_overwrite(sources, tmp_path):
-    out = tmp_path / "out"
-    run(sources, out)
-    before = snapshot(out)
-    with pytest.raises(ZeroDivisionError), TreeMaking(out, {"suffix": "?"}, index="x", overwrite=True) as making:
-        (unit,) = making.begin([Unit("z", "0")], versions="1")
-        (making.staging / "z").write_text("z")
-        making.place(unit, ["z"])
-        raise ZeroDivisionError
-    assert run(sources, out) == 0 and snapshot(out) == before
-
-
-def test_nothing_to_make_leaves_nothing(sources, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for out in (tmp_path / "out", tmp_path / "a" / "b"):
-        with pytest.raises(UserError, match="nothing to make a tree of"):
-            run(tmp_path / "empty", out)
-        assert [*out.glob("*")] in ([], [out / ".prepare.lock"])
-    for source in sources.iterdir():
-        source.write_text("bad")
-    with pytest.raises(UserError, match="not one entry is left"):
-        run(sources, tmp_path / "out")
-    assert not (tmp_path / "out/index.json").exists()
-
-
 def test_a_directory_that_is_not_ours_is_never_touched(sources, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -175,15 +61,6 @@ def test_a_directory_that_is_not_ours_is_never_touched(sources, tmp_path):
         with pytest.raises(UserError, match="not made by this script .*thesis.txt"):
             run(sources, out, overwrite=overwrite)
     assert os.listdir(out) == ["thesis.txt"]
-
-
-def test_two_at_once(sources, tmp_path):
-    out = tmp_path / "out"
-    with TreeMaking(out, {"suffix": "!"}, index="index.json"):
-        for options in ({}, {"suffix": "?"}, {"overwrite": True}):
-            with pytest.raises(UserError, match="is in use by process"):
-                run(sources, out, **options)
-    run(sources, out)
 
 
 def test_a_source_that_changes_meanwhile_is_an_error(sources, tmp_path):
@@ -195,22 +72,16 @@ def test_a_source_that_changes_meanwhile_is_an_error(sources, tmp_path):
             making.place(unit, [])
 
 
-def test_parts_share_a_tree_and_one_run_finishes_it(sources, tmp_path):
+def test_parts_share_a_tree_but_no_two_runs_a_part(sources, tmp_path):
     out = tmp_path / "out"
     run(sources, out)
-    made = [run(sources, out, layer="gaze", part=(i, 4)) for i in range(3)]
+    assert run(sources, out, layer="gaze", part=(2, 4)) < 6
     assert not (out / "above.json").exists()
     with TreeMaking(out, {"suffix": "!"}, index="above.json", layer="gaze", part=(3, 4)):
         for layer, part in (("prepare", None), ("gaze", None), ("gaze", (3, 4)), ("gaze", (0, 3))):
             with pytest.raises(UserError, match="is in use by process"):
                 run(sources, out, layer=layer, part=part)
         assert run(sources, out, layer="gaze", part=(2, 4)) == 0
-    made.append(run(sources, out, layer="gaze"))
-    assert sum(made) == 6 and all(n < 6 for n in made)
-    fresh = tmp_path / "fresh"
-    run(sources, fresh)
-    assert run(sources, fresh, layer="gaze") == 6
-    assert contents(out) == contents(fresh)
     with pytest.raises(UserError, match="other options"):
         run(sources, out, "?", layer="gaze", part=(0, 2))
 

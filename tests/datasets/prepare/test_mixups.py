@@ -1,6 +1,5 @@
 """What would make a wrong or smaller tree without a word: old times, lost lists, other letters, several versions."""
 
-import json
 import os
 import shutil
 
@@ -8,15 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from phantom_egd import make_egd
-from trees import add_metadata_and_heatmaps
+from trees import add_metadata_and_heatmaps, contents
 
 from datasets.analysis.measure import analyze
 from datasets.phantom.reflacx import make_study
-from datasets.prepare.layout import Unit, finished_lines
-from datasets.prepare.making import TreeMaking
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import detect_source, prepare
-from datasets.raw.mimic_cxr import find_images
 from util.errors import UserError
 
 INDEX = "mimic-cxr-jpg-cleanv4.json"
@@ -37,11 +33,6 @@ def root(base, tmp_path):
 
 def mimic(root, out="out", heatmaps="heatmaps", **options):
     return prepare_mimic(root / "mimic", heatmaps and root / heatmaps, root / out, **options)
-
-
-def contents(tree):
-    files = (path for path in tree.rglob("*") if path.is_file() and path.name != ".prepare.lock")
-    return {str(path.relative_to(tree)): path.read_bytes() for path in files}
 
 
 def test_other_heatmaps_of_the_same_sizes_and_times(root):
@@ -76,18 +67,6 @@ def test_a_finished_tree_needs_its_list_of_origins(root, damage):
     assert contents(root / "out") == before
 
 
-def test_what_is_left_out_in_part_costs_the_tree_no_moment_without_index(tmp_path):
-    study = make_study(tmp_path, 2, size=(32, 40), shared_images=2, readers=2)
-    ids = sorted(path.parent.name for path in study.raw.glob("main_data/*/fixations.csv"))
-    (study.raw / "main_data" / ids[0] / "fixations.csv").write_text("damaged")
-    report = prepare(study.raw, study.images, tmp_path / "out", readings="each")
-    assert report.faults
-    files = [path for path in (tmp_path / "out").rglob("*") if path.name != ".prepare.lock" and path.is_file()]
-    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
-    assert prepare(study.raw, study.images, tmp_path / "out", readings="each").faults
-    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files} == before
-
-
 @pytest.mark.parametrize("where", ["heatmaps", "images", "metadata"])
 def test_letter_case_is_no_absence(root, where):
     if where == "metadata":
@@ -104,28 +83,6 @@ def test_letter_case_is_no_absence(root, where):
     if where == "images":
         assert prepare(root / "reflacx", root / "mimic", root / "readings").counts["entries"] == 3
         assert mimic(root, "alone", None, views=("all",)).counts["entries"] == 3
-
-
-def test_an_excluded_id_in_other_letters_is_excluded(root):
-    name = next((root / "heatmaps").iterdir()).stem
-    (root / "exclude.txt").write_text(f"{name.upper()}\n")
-    assert mimic(root, exclude=root / "exclude.txt").counts["entries"] == 2
-
-
-def test_two_files_of_one_image_in_different_letters_are_a_fault(root):
-    path = next((root / "mimic").rglob("*-*-*-*.jpg"))
-    for folder, name in (("one", path.stem), ("two", path.stem.upper())):
-        (root / "mimic" / folder).mkdir()
-        shutil.copy(path, root / "mimic" / folder / f"{name}.jpg")
-    with open(root / "mimic/two" / f"{path.stem.upper()}.jpg", "ab") as file:
-        file.write(b"\n")
-    path.unlink()
-    assert list(find_images(root / "mimic", {path.stem: ""}).ambiguous) == [path.stem]
-
-
-def test_a_view_that_no_row_has_is_refused(root):
-    with pytest.raises(UserError, match="no row is of --views POSTERIOR; there are PA"):
-        mimic(root, views=("PA", "POSTERIOR"))
 
 
 def test_one_of_several_versions_of_the_gaze_is_not_chosen(root, tmp_path):
@@ -156,23 +113,6 @@ def test_a_tree_without_its_record_is_no_source(root):
         path.unlink()
     with pytest.raises(UserError, match="holds none of the 3 readings' images"):
         prepare(root / "reflacx", root / "mimic", root / "out")
-
-
-def test_added_images_take_the_index_of_the_heatmaps_away(root):
-    image = next((root / "mimic").rglob("*-*-*-*.jpg"))
-    aside = shutil.move(image, root / "aside.jpg")
-    mimic(root, "out", None)
-    out = root / "out"
-    with TreeMaking(out, {}, index=INDEX, layer="gaze") as making:
-        for unit in making.begin([Unit(key, "0") for key in finished_lines(out, "prepare")]):
-            (making.staging / "attention").mkdir(parents=True, exist_ok=True)
-            name = f"attention/{unit.key.replace('/', '-')}"
-            (making.staging / name).write_text("x")
-            making.place(unit, [name])
-        making.finish([{}], {}, {})
-    shutil.move(aside, image)
-    mimic(root, "out", None)
-    assert len(json.loads((out / "images.json").read_text())) == 3 and not (out / INDEX).exists()
 
 
 def test_a_sigma_for_reflacx_is_refused(root):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from PIL import Image
-from trees import add_metadata_and_heatmaps
+from trees import add_metadata_and_heatmaps, contents
 
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.layout import files_of
@@ -74,11 +74,6 @@ def base() -> Path:
     study = make_study(root, 3, size=(32, 40), shared_images=1, readers=3, normal_fraction=1)
     add_metadata_and_heatmaps(root, study, ["PA", "AP", "LATERAL"])
     return root
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != ".prepare.lock")
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def pictures(tree: dict[str, bytes]) -> set[str]:

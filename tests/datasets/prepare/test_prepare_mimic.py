@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from trees import contents
 
 import datasets.build
 from datasets import build_dataset, check_data
@@ -54,14 +55,6 @@ def source(tmp_path_factory):
         else:
             write_gray(directory / f"gaze_{image.dicom_id}_v2.png", (255 * blob((64, 80), 0.7, 0.3)).astype(np.uint8))
     return study, heatmaps
-
-
-def snapshot(root: Path) -> dict[str, tuple[bytes, int]]:
-    return {
-        str(p.relative_to(root)): (p.read_bytes(), p.stat().st_mtime_ns)
-        for p in root.rglob("*")
-        if p.is_file() and p.name != ".prepare.lock"
-    }
 
 
 def test_builds_a_tree_that_trains(source, tmp_path):
@@ -129,7 +122,7 @@ def test_images_alone(source, tmp_path):
         prepare_mimic(study.images, heatmaps, out)
     prepare_mimic(study.images, heatmaps, out, overwrite=True)
     prepare_mimic(study.images, heatmaps, tmp_path / "fresh")
-    assert {n: d for n, (d, _) in snapshot(out).items()} == {n: d for n, (d, _) in snapshot(tmp_path / "fresh").items()}
+    assert contents(out) == contents(tmp_path / "fresh")
 
 
 def test_all_views_need_no_metadata(source, tmp_path):

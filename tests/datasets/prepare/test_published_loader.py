@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from trees import brightness
 
 from datasets import build_dataset
 from datasets.prepare.mimic import prepare_mimic
@@ -46,11 +46,6 @@ class PublishedReflacx(PublishedMimic):
     def names(self, entry: dict) -> tuple[str, str, str]:
         gaze = f"{entry['study_id']}/{entry['reflacx_id']}.png"
         return entry["image_path"], f"attention/{gaze}", f"foreground/{gaze}"
-
-
-def brightness(images: torch.Tensor) -> torch.Tensor:
-    maps = F.avg_pool2d(images.float(), 4)[:, 0] ** 2 + 1
-    return maps / maps.sum((1, 2), keepdim=True)
 
 
 def heatmaps(study, folder: Path) -> Path:

@@ -76,13 +76,6 @@ def test_a_reading_falls_with_more_bad_rows_than_allowed(reading):
     assert "are bad, more than 10%" in message and str(reading.fixations_path) in message
 
 
-def test_durations_of_0_are_left_out_by_rule(reading):
-    table = damage(reading)
-    damage(reading, timestamp_end_fixation=[(i, t) for i, t in enumerate(table["timestamp_start_fixation"])])
-    found = reading.load_fixations()
-    assert found.table.empty and found.left_out == {"duration of 0": len(table)} and not found.bad
-
-
 def test_egd_bad_rows(tmp_path):
     study = make_egd(tmp_path, n_images=2, size=(120, 96), with_duration=False)
     before = read_egd(study.raw).readings[1]

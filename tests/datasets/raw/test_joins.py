@@ -32,7 +32,6 @@ def change_ids(study, change, images=slice(0, None, 2)):
     "change",
     [
         lambda name: name[:-3],
-        lambda name: name[:-8],
         lambda name: name[:-12],
         str.upper,
         lambda name: f" {name} ",
@@ -91,20 +90,6 @@ def test_egd_fixations_without_an_id_are_a_fault(egd):
     (fault,) = (one for one in found.exclusions if one.is_fault)
     assert fault.reason == "ambiguous image id"
     assert f"line {lost[0] + 2}, " in fault.detail and f"{len(lost) - 1} more rows" in fault.detail
-
-
-def test_egd_ids_of_images_are_not_called_calibration(egd):
-    path = egd.raw / "master_sheet.csv"
-    sheet = pd.read_csv(path, dtype=str)
-    sheet[2:].to_csv(path, index=False)
-    notes = read_egd(egd.raw).notes
-    assert any(" of 4 ids " in note and "if the sheet is whole" in note for note in notes)
-
-
-def test_egd_image_without_any_fixation_is_a_fault(egd):
-    change_ids(egd, lambda name: "elsewhere", slice(0, 1))
-    (fault,) = (exclusion for exclusion in read_egd(egd.raw).exclusions)
-    assert fault.is_fault and fault.reason == "no fixations"
 
 
 def test_egd_path_of_another_image(egd):

@@ -11,7 +11,7 @@ from datasets.prepare.readings import detect_source
 from datasets.raw.egd import find_egd_root, read_egd
 from datasets.raw.reflacx import find_root, read_reflacx
 from util.errors import UserError
-from util.tables import check_id, check_relative_path, numeric_columns, read_table
+from util.tables import check_id, check_relative_path
 
 # --- REFLACX ---------------------------------------------------------------------------------------
 
@@ -40,44 +40,6 @@ def test_every_row_becomes_a_reading_or_an_exclusion(study):
     assert [exclusion.reason for exclusion in raw.exclusions] == ["eye tracking discarded"]
     assert [reading.id for reading in raw.readings] == sorted(reading.id for reading in raw.readings)
     assert not raw.notes and not any(exclusion.is_fault for exclusion in raw.exclusions)
-
-
-def test_reading_fields(study):
-    readings = {reading.id: reading for reading in read_reflacx(study.raw).readings}
-    image = study.truth[-1]
-    reading = readings[image.reading_ids[0]]
-    assert reading.image_id == image.dicom_id
-    assert (reading.subject_id, reading.study_id) == (image.subject_id, image.study_id)
-    assert reading.image_size == image.size and reading.phase == 3 and reading.split == image.split
-    assert reading.image_path.endswith(f"s{image.study_id}/{image.dicom_id}.dcm")
-    assert all(type(value) in (int, bool, str) for value in reading.labels.values())
-
-
-def test_fixations_are_those_of_the_file(study):
-    reading = read_reflacx(study.raw).readings[0]
-    raw = pd.read_csv(study.raw / "main_data" / reading.id / "fixations.csv")
-    fixations = reading.load_fixations().table
-    assert set(fixations.columns) == set(FIXATION_COLUMNS) and len(fixations) == len(raw)
-    np.testing.assert_array_equal(fixations["x"], raw["x_position"])
-    np.testing.assert_array_equal(fixations["sigma_y"], raw["angular_resolution_y_pixels_per_degree"])
-    np.testing.assert_array_equal(fixations["xmax"], raw["xmax_shown_from_image"])
-    np.testing.assert_allclose(
-        fixations["duration"], raw["timestamp_end_fixation"] - raw["timestamp_start_fixation"], atol=1e-12
-    )
-
-
-def test_ellipses_and_chest_box(study):
-    readings = {reading.id: reading for reading in read_reflacx(study.raw).readings}
-    image = next(image for image in study.truth if image.boxes and image.reading_ids[0] in readings)
-    reading = readings[image.reading_ids[0]]
-    ellipses = reading.load_ellipses()
-    assert len(ellipses) == len(image.boxes) and ellipses["certainty"].between(1, 5).all()
-    labels = ellipses.drop(columns=["xmin", "ymin", "xmax", "ymax", "certainty"])
-    assert all(dtype == np.dtype(bool) for dtype in labels.dtypes) and labels.any(axis=1).all()
-    marked = {label for label in labels if labels[label].any()}
-    assert marked <= {label for label, value in reading.labels.items() if value}
-    box = reading.load_chest_box()
-    assert len(box) == 4 and box[0] < box[2] <= image.size[1] and box[1] < box[3] <= image.size[0]
 
 
 def test_root_is_found_from_around_it(study):
@@ -133,28 +95,6 @@ def test_a_missing_column_stops(own_study):
     pd.read_csv(path).drop(columns="dicom_id").to_csv(path, index=False)
     with pytest.raises(UserError, match=r"metadata_phase_3.csv: column 'dicom_id' is missing"):
         read_reflacx(own_study.raw)
-
-
-def test_a_file_of_another_phase_stops(own_study):
-    metadata(own_study, 1).write_bytes(metadata(own_study, 3).read_bytes())
-    with pytest.raises(UserError, match=r"metadata_phase_1.csv: column 'Airway wall thickening', .* is missing"):
-        read_reflacx(own_study.raw)
-
-
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda path: path.unlink(), "file is missing"),
-        (lambda path: path.write_text(""), "cannot be read as CSV"),
-        (lambda path: path.write_text("timestamp_start_fixation\n0\n"), "'x_position', 'y_position'"),
-    ],
-)
-def test_bad_fixations_are_named(own_study, damage, words):
-    reading = read_reflacx(own_study.raw).readings[0]
-    damage(reading.fixations_path)
-    with pytest.raises(UserError) as error:
-        reading.load_fixations()
-    assert str(reading.fixations_path) in str(error.value) and words in str(error.value)
 
 
 # --- EGD-CXR ---------------------------------------------------------------------------------------
@@ -243,15 +183,3 @@ def test_paths_stay_below(bad):
     with pytest.raises(UserError, match="leaves its directory"):
         check_relative_path(bad, "the path")
     assert check_relative_path("files/p10/a..b.dcm", "the path") == "files/p10/a..b.dcm"
-
-
-def test_text_columns_stay_text(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("id,name,x\n007,,1\n1e5,NA,inf\n")
-    table = read_table(path, ["id", "name", "x"], text=["id", "name"])
-    assert table["id"].tolist() == ["007", "1e5"] and table["name"].tolist()[0] == ""
-    with pytest.raises(UserError, match="line 3, column 'x': 'inf' is not a finite number"):
-        numeric_columns(table, ["x"], path)
-    path.write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(UserError, match="a.csv"):
-        read_table(path, ["id"])
