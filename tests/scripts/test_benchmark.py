@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from scripts import benchmark
-from util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +73,3 @@ def test_what_fails_or_is_ended_keeps_what_was_measured(tmp_path, monkeypatch, c
         run(works, lambda bench: os.kill(os.getpid(), signal.SIGTERM))
     written = json.loads(path.read_text())
     assert end.value.code == 143 and not written["whole"] and len(written["rows"]) == 1
-
-
-@pytest.mark.parametrize("flags", ["--batch_size 0", "--json .", "--json none/a", "--device cuda"])
-def test_what_can_not_work_is_refused_before_anything_is_measured(flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(benchmark.Benchmark, "parts", lambda *others: pytest.fail("begun"))
-    with pytest.raises(UserError, match=flags.split()[0]):
-        benchmark.main(["--quick", *flags.split()])
-    assert not list(tmp_path.iterdir())

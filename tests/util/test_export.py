@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -117,27 +116,6 @@ def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, name,
     again = read_encoder(out)  # an export is itself a file that the other scripts read
     assert sorted(again.source.seen) == content["seen"]
     assert all(torch.equal(again.state[name], tensor) for name, tensor in loaded.state_dict().items())
-
-
-def test_a_killed_export_leaves_no_weights_beside_the_config_of_others(small, tmp_path, monkeypatch):
-    """Wherever the process ends while it replaces an older export: both files are of one export, or one is missing."""
-    _, checkpoint = small
-    real = os.replace
-    for end in range(4):
-        out, calls = tmp_path / f"folder{end}", itertools.count()
-        main([str(checkpoint), str(out), "--format", "hf"])
-
-        def killed(source, target, end=end, calls=calls):
-            if next(calls) == end:
-                raise KeyboardInterrupt
-            real(source, target)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "replace", killed)
-            main([str(checkpoint), str(out), "--format", "hf", "--img_size", "96"])
-        if (out / "config.json").exists() and (out / "model.safetensors").exists():
-            side = json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"][-1]
-            assert read_encoder(out).state["pos_embed"].shape[1] == (side // 16) ** 2 + 1
 
 
 def test_other_input_size_resamples_pos_embed(small, tmp_path):

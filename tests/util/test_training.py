@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from util.distributed import Agreement, Ranks
+from util.distributed import Ranks
 from util.precision import make_scaler, nan_gradient_unless_finite, update_scale, update_was_skipped
 from util.training import OVERFLOWS_IN_A_ROW, NonFiniteError, Training
 
@@ -118,34 +116,3 @@ def test_skip_nonfinite_tolerates_as_many_as_it_says(capsys):
     note(training, 5, loss=math.inf, skipped=True)
     with pytest.raises(NonFiniteError):
         training.check_finite()
-
-
-def two_ranks(rank: int, store: str, queue) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    training = make_training(rank=rank, group=dist.group.WORLD, skip_nonfinite=1)
-    # The largest of all ranks' requests, one exchange late.
-    agreement = Agreement(training.ranks)
-    seen = [agreement.exchange(value if rank else 0) for value in (0, 1, 0, 0)] + [agreement.settle(2 * rank)]
-    # Rank 1 alone has a bad loss; the gradient that comes of it is bad on both.
-    try:
-        for step in (3, 5):
-            note(training, step, loss=math.nan if rank == 1 else 1.0, skipped=True)
-            training.check_finite()
-    except BaseException as error:
-        queue.put((rank, seen, training.watch["skipped"], type(error).__name__, str(error)))
-    dist.destroy_process_group()
-
-
-def test_ranks_agree_and_stop_together_and_name_the_bad_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=two_ranks, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = sorted(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(10)
-    assert [one[1:3] for one in found] == [([0, 0, 1, 0, 2], 2)] * 2
-    assert [one[3] for one in found] == ["NonFiniteError", "SystemExit"]
-    assert "rank 1: losses per scale [0.5, nan], samples rank1sample4.png" in found[0][4]
-    assert "rank0" not in found[0][4]
