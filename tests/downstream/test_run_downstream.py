@@ -119,13 +119,6 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys, monkeypa
     assert "images encoded" not in capsys.readouterr().out and times() == before
 
 
-def test_flags_that_the_method_ignores_are_listed(rsna, encoder, tmp_path, capsys):
-    options = ["--method", "probe", "--recipe", "layer_decay", "--normalisation", "half"]
-    main(command(rsna, tmp_path, "--weights", "pixels", *options, "--folds", "3"))
-    warning = "warning: without effect here: --views, --recipe, --epochs, --batch_size, --folds (without --split folds)"
-    assert warning in capsys.readouterr().out.splitlines()
-
-
 def test_probe_in_grouped_folds_tests_every_image_once(rsna, encoder, tmp_path, capsys):
     out = tmp_path / "probe"
     options = ["--method", "probe", "--split", "folds", "--folds", "3", "--seeds", "0", "1"]
@@ -171,14 +164,6 @@ def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path
     split = (tmp_path / "split.csv").read_text()
     assert main([*argv, "--dry_run"]) == 0 and (tmp_path / "split.csv").read_text() == split
     assert main(argv) == 0 and (tmp_path / "results.png").exists()
-
-
-def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):
-    options = ["--where", "Target=0", "--dry_run"]
-    with pytest.raises(UserError, match="'Pneumonia' is absent from every training image"):
-        main(command(rsna, tmp_path, *options))
-    assert (pd.read_csv(tmp_path / "split.csv")["Pneumonia"] == 0).all()
-    assert "Pneumonia" in capsys.readouterr().out
 
 
 def test_dry_run_tells_what_a_run_would_refuse_hours_later(rsna, tmp_path, capsys):

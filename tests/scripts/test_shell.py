@@ -38,14 +38,6 @@ def test_shellcheck_finds_nothing(script):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("name", ["test.sh", "pretrain.sh"])
-def test_a_relative_python_is_seen_from_where_the_script_is_called(tmp_path, name):
-    stand_in(tmp_path / "own/python", 'echo "own python in $PWD: $*"')
-    for python in ("own/python", str(tmp_path / "own/python")):
-        result = run("bash", ROOT / "scripts" / name, "--flag", cwd=tmp_path, PYTHON=python)
-        assert result.returncode == 0 and f"own python in {ROOT}:" in result.stdout, result.stderr
-
-
 @pytest.mark.parametrize("gpus", ["", "1", "2"])
 def test_one_gpu_needs_no_launcher(tmp_path, gpus):
     """So that a mistake is one line, and the exit status is the program's."""
