@@ -13,9 +13,10 @@ from timm.models import register_model
 from torch import nn
 
 from downstream.encoders import Candidate, describe, feature_widths, input_size, pooled, read_candidates
-from downstream.finetune import RECIPES, build, build_optimizer
-from downstream.heads import Encoder
-from downstream.tuned import read_tuned, write_tuned
+from downstream.evaluate import read_tuned, write_tuned
+from downstream.finetune import build, build_optimizer
+from downstream.forward import Encoder
+from downstream.heads import RECIPES
 from util.errors import UserError
 
 TOKENS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
