@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from datasets.sampler import TrainBatches
 from util.distributed import Ranks
 from util.precision import make_scaler, nan_gradient_unless_finite, update_scale, update_was_skipped
 from util.training import OVERFLOWS_IN_A_ROW, NonFiniteError, Training
 
 CPU = torch.device("cpu")
+BATCHES = TrainBatches(200, 1)
 
 
 def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int = 0, group=None) -> Training:
@@ -27,8 +29,13 @@ def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int 
         losses=None,
         sample_name=lambda index: f"rank{rank}sample{index}.png",
     )
-    training.loader = SimpleNamespace(batch_sampler=SimpleNamespace(batch=lambda epoch, step: [step]))
+    training.loader = SimpleNamespace(batch_sampler=BATCHES)
     return training
+
+
+def sample(step: int) -> str:
+    """Name of the sample that a step trains on."""
+    return f"rank0sample{BATCHES.epoch_order(0)[step]}.png"
 
 
 def note(training: Training, step: int, *, loss: float = 1.0, skipped: bool = False) -> None:
@@ -81,7 +88,7 @@ def test_a_nonfinite_loss_is_reported_with_step_lr_losses_and_samples():
     note(training, 9)
     with pytest.raises(NonFiniteError) as error:
         training.check_finite()
-    for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", "rank0sample6.png; rank0sample7.png"):
+    for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", f"{sample(6)}; {sample(7)}"):
         assert part in str(error.value)
 
 
@@ -112,7 +119,7 @@ def test_skip_nonfinite_tolerates_as_many_as_it_says(capsys):
         note(training, step, loss=math.inf if step % 2 else 1.0, skipped=bool(step % 2))
     training.check_finite()
     out = capsys.readouterr().out
-    assert out.count("warning: left out") == 2 and "2 of at most 2 steps" in out and "sample3.png" in out
+    assert out.count("warning: left out") == 2 and "2 of at most 2 steps" in out and sample(3) in out
     note(training, 5, loss=math.inf, skipped=True)
     with pytest.raises(NonFiniteError):
         training.check_finite()
