@@ -431,6 +431,7 @@ class Benchmark:
         torch.manual_seed(0)
         model = GazeNet("test_resnet", input_size=64) if self.quick else GazeNet()
         state = dict.fromkeys(KEYS) | {"model": model.state_dict(), "config": model.config, "format": FORMAT}
+        state |= {"seen": [], "encoder_seen": []}
         save_checkpoint(state, self.root / "best.pth")
         model.eval().to(self.device)
         batch = torch.randint(0, 256, (size, 1, *[model.input_size] * 2), dtype=torch.uint8)
