@@ -270,7 +270,6 @@ def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
     image = next(tree.glob("images/*/*.png"))
     other = tmp_path / "small.png"
     Image.new("L", (10, 12)).save(other)
-    (tmp_path / "f.csv").write_text("x_position\n1\n")
     (tmp_path / "zero.csv").write_text(f"{OUR_COLUMNS}\n48,20,0,5,5,0,0,96,64\n")
     (tmp_path / "no.pth").write_text("no")
     out = tmp_path / "out" / "p.png"
@@ -284,19 +283,11 @@ def test_bad_input_is_named_and_writes_nothing(checkpoint, tree, tmp_path):
         ([str(checkpoint), "--epoch", "-1", "--step", "0"], "--epoch -1"),
         ([str(checkpoint), "--epoch", "0", "--step", "3"], "--step 3.*0 to 2"),
         ([str(checkpoint), "--epoch", "0", "--step", "0", "--rank", "1"], "--rank 1"),
-        ([str(checkpoint), "--epoch", "0", "--step", "0", "--index", "2"], "--index 2"),
-        ([str(checkpoint), "--data_path", str(tmp_path / "none")], "none"),
         ([str(checkpoint), "--mask_ratio", "1.0"], "^--mask_ratio 1.0"),
-        ([str(checkpoint), "--clinical_ratio", "3"], "^--clinical_ratio 3.0"),
         ([str(checkpoint), "--heatmap", "x.png"], "--image"),
-        ([str(checkpoint), "--dicom_contrast", "window"], "--image"),
         ([str(checkpoint), "--image", str(image), "--heatmap", str(other)], "small.png: 10 x 12 px"),
-        ([str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "f.csv")], "f.csv: column"),
         ([str(checkpoint), "--image", str(image), "--fixations", str(tmp_path / "zero.csv")], "zero.csv: no fix"),
-        ([str(checkpoint), "--image", str(tmp_path / "no.pth")], "no.pth"),
     ]:
         with pytest.raises(UserError, match=reason):
             main([*argv, "--out", str(out)])
-    with pytest.raises(UserError, match=r"\.txt"):
-        main([str(checkpoint), "--out", str(tmp_path / "out" / "p.txt")])
     assert list(out.parent.iterdir()) == []

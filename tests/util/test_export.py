@@ -225,7 +225,6 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     state = read_encoder(checkpoint).state
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     torch.save(state, tmp_path / "mute.pth")
-    (tmp_path / "a_folder").mkdir()
     before = sorted(path.name for path in tmp_path.rglob("*"))
     for source, out, options, reason in [
         ("resnet.pth", "x.pth", "", "resnet.pth: no whole plain ViT"),
@@ -234,12 +233,9 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
         ("mute.pth", "x.pth", "--num_heads 1 --tap 0", "--tap 0.*single norm"),
         (checkpoint, "x.pth", "--num_heads 2", r"--num_heads 2.*checkpoint-7.pth says that it has 1"),
         (checkpoint, "x.pth", "--tap 2", "--tap 2.*0, 1"),
-        (checkpoint, "x.pth", "--tap -1", "--tap -1"),
         (checkpoint, "x.pth", "--img_size 100", "--img_size 100"),
         (checkpoint, "no/x.pth", "", "no/x.pth: no such directory"),
-        (checkpoint, "a_folder", "", "a_folder: is a directory"),
         (checkpoint, "x.pth", "--format safetensors", "x.pth.*safetensors"),
-        (checkpoint, "x.safetensors", "", "x.safetensors.*--format"),
         (checkpoint, "resnet.pth", "--format hf", "resnet.pth: .* is no directory"),
         ("mute.pth", "mute.pth", "", "mute.pth: is the checkpoint itself"),
     ]:

@@ -88,7 +88,7 @@ def test_a_nonfinite_loss_is_reported_with_step_lr_losses_and_samples():
     note(training, 9)
     with pytest.raises(NonFiniteError) as error:
         training.check_finite()
-    for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", f"{sample(6)}; {sample(7)}"):
+    for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", f"samples {sample(6)}; {sample(7)}"):
         assert part in str(error.value)
 
 

@@ -387,12 +387,9 @@ def test_build_model_refuses(vit, tmp_path):
         (vit, {}, "not a CXR-MIM checkpoint"),
         *((state, {k: v for k, v in whole.items() if k != name}, f"does not say.*--{name}") for name in whole),
         (state, whole | {"id_list": [0, 9]}, "arguments don't fit.*id_list"),
-        (state, whole | {"scale_list": [2.0, 3.0]}, r"scale_list \[3.0\] not among"),
         (state, whole | {"scale_list": [2.0, 1.0]}, "don't fit together.*decoder.1.pred"),
         (state, whole | {"num_heads": 3}, "3 attention heads"),
-        (newer | {"model_config": config | {"masking": "gone"}}, {}, "masking 'gone' is not one of attention"),
         (newer | {"model_config": config | {"of_a_newer_program": 1}}, {}, "of_a_newer_program"),
-        ({name: tensor for name, tensor in state.items() if name != "cls_token"}, whole, "cls_token"),
     ]:
         with pytest.raises(UserError, match=f"c.pth[^\n]*{reason}"):
             build(content, **args)
