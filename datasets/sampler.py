@@ -63,6 +63,10 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.sampler.set_epoch(epoch)
         return list(self.sampler)
 
+    def batch(self, epoch: int, step: int) -> list[int]:
+        """The samples that this rank trains on in one step."""
+        return self.epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.start_epoch, self.epochs):
             order = self.epoch_order(epoch)

@@ -430,8 +430,8 @@ class Benchmark:
         self.run(prepare_mimic, *words)
         torch.manual_seed(0)
         model = GazeNet("test_resnet", input_size=64) if self.quick else GazeNet()
-        state = dict.fromkeys(KEYS) | {"model": model.state_dict(), "config": model.config, "format": FORMAT}
-        save_checkpoint(state, self.root / "best.pth")
+        about = {"config": model.config, "seen": [], "encoder_seen": [], "format": FORMAT}
+        save_checkpoint(dict.fromkeys(KEYS) | {"model": model.state_dict()} | about, self.root / "best.pth")
         model.eval().to(self.device)
         batch = torch.randint(0, 256, (size, 1, *[model.input_size] * 2), dtype=torch.uint8)
 

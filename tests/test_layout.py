@@ -73,30 +73,3 @@ def test_files_are_short(name):
 def test_util_is_small():
     """Ground only: what only one room uses stands in that room."""
     assert len(list((ROOT / "util").glob("*.py"))) <= MAX_UTIL_FILES
-
-
-PLANTED = "def f():\n    from datasets.tree import GazeTree\n    import models_cxrmim\n    import gaze.data, downstream.results\n"
-TREE, MODEL, GAZE, DOWNSTREAM = (
-    "line 2: datasets.tree",
-    "line 3: models_cxrmim",
-    "line 4: gaze.data",
-    "line 4: downstream.results",
-)
-
-
-@pytest.mark.parametrize(
-    ("module", "refused"),
-    [
-        ("util.planted", [TREE, MODEL, GAZE, DOWNSTREAM]),
-        ("datasets.planted", [MODEL, GAZE, DOWNSTREAM]),
-        ("gaze.planted", [MODEL, DOWNSTREAM]),
-        ("downstream.planted", [MODEL, GAZE]),
-        ("engine_pretrain", [GAZE, DOWNSTREAM]),
-        ("run_gaze", []),
-        ("scripts.planted", []),
-    ],
-)
-def test_a_planted_upward_import_is_found(tmp_path, module, refused):
-    planted = tmp_path / "planted.py"
-    planted.write_text(PLANTED)
-    assert sorted(upward_imports(planted, module)) == sorted(refused)

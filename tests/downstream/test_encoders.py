@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,18 +300,3 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(UserError, match=r"lacks 1 tensors of its model, such as layernorm.weight"):
         read_candidates([f"x={tmp_path}"], imagenet="")
-
-
-def test_without_transformers_a_folder_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install transformers"):
-        read_candidates([f"x={tmp_path}"], imagenet="")
-
-
-def test_pretraining_imports_nothing_of_this():
-    code = "import run_pretrain, sys; print([m for m in sys.modules if m in ('transformers', 'util.export')])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
-    )
-    assert done.stdout.strip() == "[]", done.stderr

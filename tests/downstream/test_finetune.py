@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from reliability_runs import run, run_ranks, signal_at_call
 from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
 from test_tuned import FACTS, save
 
-import downstream.forward
 from downstream.encoders import Candidate, read_candidates
 from downstream.finetune import build, build_optimizer
 from downstream.heads import RECIPES, Recipe
@@ -73,32 +71,6 @@ def test_a_killed_run_goes_on_exactly(rsna, encoder, tuned, tmp_path):  # noqa: 
     assert log(tmp_path) == log(tuned)
     for name in ("results.csv", "predictions.csv"):
         assert (tmp_path / name).read_text() == (tuned / name).read_text()
-
-
-def test_a_stop_while_judging_comes_at_once_and_costs_nothing(rsna, encoder, tuned, tmp_path, monkeypatch):  # noqa: F811
-    """SIGTERM in the second validation, then in the test: neither is finished, and the same numbers come out."""
-    argv = tune(rsna, tmp_path, encoder, "--encode_batch", "8")  # three batches to judge
-    plain, calls, last = downstream.forward.network_input, [], 0
-
-    def counted(*args):
-        calls.append(1)
-        if len(calls) == last:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*args)
-
-    monkeypatch.setattr(downstream.forward, "network_input", counted)
-    for last, epochs in ((5, 1), (8, 3)):
-        calls.clear()
-        assert main(argv) == 128 + signal.SIGTERM
-        assert len(calls) == last and len(log(tmp_path)) == epochs
-        assert not (tmp_path / "results.csv").exists()
-    last = 0
-    assert main(argv) == 0
-    for own, whole in zip(log(tmp_path), log(tuned), strict=True):
-        assert own["train_loss"] == whole["train_loss"]
-        assert own["valid_loss"] == pytest.approx(whole["valid_loss"], abs=1e-6)
-    scores = [pd.read_csv(out / "predictions.csv")["score"] for out in (tuned, tmp_path)]
-    np.testing.assert_allclose(*scores, atol=1e-6)
 
 
 def test_two_processes_do_what_one_does(rsna, encoder, tuned, tmp_path):  # noqa: F811
@@ -238,15 +210,3 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):  # noqa: F811
             main(tune(rsna, tmp_path / "out", encoder, *options))
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out" / "results.csv").exists()
-
-
-def test_a_fold_that_is_done_is_not_trained_again(rsna, encoder, tmp_path, capsys):  # noqa: F811
-    argv = tune(rsna, tmp_path, encoder, "--split", "folds", "--folds", "3")
-    assert main([*argv, "--epochs", "1"]) == 0
-    whole = (tmp_path / "predictions.csv").read_text()
-    next((tmp_path / "scores").glob("*-fold3-*.npy")).unlink()  # as if it had been killed in the third fold
-    capsys.readouterr()
-    assert main([*argv, "--epochs", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "fold 3, seed 43: best epoch" in printed and "fold 1, seed 43" not in printed
-    assert (tmp_path / "predictions.csv").read_text() == whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,12 +96,12 @@ def test_unknown_labels_and_lone_classes(capsys):
     assert "ours, Mass: no image with it among 20 to train on" in capsys.readouterr().out
 
 
-def test_components_are_fitted_on_training_rows_only():
-    pixels = np.random.default_rng(0).normal(size=(50, 9))
-    first = principal_components(pixels, np.arange(30), 0)
-    moved = pixels.copy()
+@pytest.mark.parametrize("fit", [standardise, partial(principal_components, seed=0)])
+def test_features_are_fitted_on_training_rows_only(fit):
+    values = np.random.default_rng(0).normal(size=(50, 9))
+    moved = values.copy()
     moved[40:] += 100
-    np.testing.assert_allclose(first[:40], principal_components(moved, np.arange(30), 0)[:40])
+    np.testing.assert_allclose(fit(values, np.arange(30))[:40], fit(moved, np.arange(30))[:40])
 
 
 def test_a_tap_is_its_blocks_and_random_weights_have_as_many(tmp_path):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -121,25 +119,6 @@ def test_linear_from_weights_to_tables(rsna, encoder, tmp_path, capsys, monkeypa
     assert "images encoded" not in capsys.readouterr().out and times() == before
 
 
-def test_the_same_heads_whatever_stands_beside_them(rsna, encoder, tmp_path, capsys):
-    """To the bit, so that a run killed between two heads of one training ends as an undisturbed one."""
-
-    def scores(name: str, *seeds: str) -> list[str]:
-        main(command(rsna, tmp_path / name, "--weights", encoder, "--seeds", *seeds))
-        lines = (tmp_path / name / "predictions.csv").read_text().splitlines()
-        return [line for line in lines if line.startswith("encoder,1,44,")]
-
-    whole = scores("a", "43", "44", "45")
-    assert whole == scores("b", "44") and len(whole) == 18
-
-
-def test_flags_that_the_method_ignores_are_listed(rsna, encoder, tmp_path, capsys):
-    options = ["--method", "probe", "--recipe", "layer_decay", "--normalisation", "half"]
-    main(command(rsna, tmp_path, "--weights", "pixels", *options, "--folds", "3"))
-    warning = "warning: without effect here: --views, --recipe, --epochs, --batch_size, --folds (without --split folds)"
-    assert warning in capsys.readouterr().out.splitlines()
-
-
 def test_probe_in_grouped_folds_tests_every_image_once(rsna, encoder, tmp_path, capsys):
     out = tmp_path / "probe"
     options = ["--method", "probe", "--split", "folds", "--folds", "3", "--seeds", "0", "1"]
@@ -153,19 +132,6 @@ def test_probe_in_grouped_folds_tests_every_image_once(rsna, encoder, tmp_path, 
     assert scores["ours, cls"] != scores["ours, mean of patches"]
     assert "too narrow" in (out / "table.md").read_text() and "too narrow" in capsys.readouterr().out
     assert set(pd.read_csv(out / "split.csv", keep_default_na=False)["split"]) == {""}
-
-
-def test_a_stopped_run_goes_on(rsna, encoder, tmp_path, capsys):
-    out = tmp_path / "run"
-    options = ["--weights", encoder, "--seeds", "43"]
-    assert main(command(rsna, out, *options, "--max_minutes", "0", "--encode_batch", "16")) == 75
-    assert not (out / "results.csv").exists()
-    assert "the same command goes on" in capsys.readouterr().out
-    assert main(command(rsna, out, *options)) == 0
-    assert "images encoded, 16 were there already" in capsys.readouterr().out
-    main(command(rsna, tmp_path / "whole", *options))
-    for name in ("results.csv", "predictions.csv"):
-        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
 def test_dry_run_needs_no_image(rsna, tmp_path, capsys):
@@ -198,27 +164,6 @@ def test_a_disk_that_is_full_when_results_are_written_is_one_line(rsna, tmp_path
     split = (tmp_path / "split.csv").read_text()
     assert main([*argv, "--dry_run"]) == 0 and (tmp_path / "split.csv").read_text() == split
     assert main(argv) == 0 and (tmp_path / "results.png").exists()
-
-
-def test_a_stop_while_images_are_decoded_comes_at_once(rsna, tmp_path, monkeypatch):
-    plain = downstream.driver.open_squares
-
-    def stopped(*args, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*args, **options)
-
-    monkeypatch.setattr(downstream.driver, "open_squares", stopped)
-    with pytest.raises(SystemExit) as end:
-        main(command(rsna, tmp_path, "--weights", "pixels"))
-    assert end.value.code == 128 + signal.SIGTERM and not list(tmp_path.glob("cache/**/*.npy"))
-
-
-def test_dry_run_shows_where_a_class_lacks_before_it_refuses(rsna, tmp_path, capsys):
-    options = ["--where", "Target=0", "--dry_run"]
-    with pytest.raises(UserError, match="'Pneumonia' is absent from every training image"):
-        main(command(rsna, tmp_path, *options))
-    assert (pd.read_csv(tmp_path / "split.csv")["Pneumonia"] == 0).all()
-    assert "Pneumonia" in capsys.readouterr().out
 
 
 def test_dry_run_tells_what_a_run_would_refuse_hours_later(rsna, tmp_path, capsys):

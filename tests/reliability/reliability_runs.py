@@ -9,7 +9,6 @@ torchrun: `reliability_runs.py FAULT_NAME [ARGUMENT ...] -- FLAGS`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import multiprocessing
@@ -436,14 +435,6 @@ def unread_output() -> None:
     os.set_blocking(writer, True)
     for descriptor in (1, 2):
         os.dup2(writer, descriptor)
-
-
-def obey_permissions() -> None:
-    """Have read-only directories bind this process too, though it may run as root."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    none = (ctypes.c_uint32 * 6)()
-    if ctypes.CDLL(None, use_errno=True).capset(header, none) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
 
 
 def say_hash_at_end() -> None:

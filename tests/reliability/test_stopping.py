@@ -14,14 +14,12 @@ from pathlib import Path
 
 import pytest
 import reliability_runs
-import torch
 from reliability_runs import (
     Run,
     assert_same_run,
     dead_output,
     full_output,
     loss_at,
-    make_tree,
     pause_in_build,
     run,
     signal_at,
@@ -132,29 +130,3 @@ def test_steps_left_out_are_counted_over_all_starts(flags, tmp_path):
         assert status == 75 and f"left out {i + 1} of at most 2 steps" in output
     status, output = run(flags(out, *more), tmp_path / "third", fault=partial(loss_at, 2, 1, float("nan")))
     assert status == 1 and "error: non-finite loss at epoch 2 step 1" in output
-
-
-def test_trees_swapped_in_the_middle_of_an_epoch_are_refused(flags, tmp_path):
-    trees = [str(make_tree(tmp_path / name, n=n)) for name, n in (("a", 9), ("b", 5))]
-    out, swapped = tmp_path / "out", trees[::-1]
-    fault = partial(signal_at, 1, 3, signal.SIGUSR1)
-    status, output = run(flags(out, "--data_path", *trees), tmp_path / "first", fault=fault)
-    assert status == 75, output
-    before = sorted(path.name for path in out.iterdir())
-    status, output = run(flags(out, "--data_path", *swapped), tmp_path / "swapped")
-    assert status == 1 and "holds other images or heatmaps now" in output and "Traceback" not in output
-    assert sorted(path.name for path in out.iterdir()) == before
-    status, output = run(flags(out, "--data_path", *trees), tmp_path / "last")
-    assert status == 0 and "other options" not in output
-    moved = tmp_path / "elsewhere"  # the same data in another place is the same data
-    Path(trees[0]).rename(moved)
-    argv = flags(out, "--data_path", str(moved), trees[1], "--epochs", "4")
-    assert "content of samples" not in run(argv, tmp_path / "moved")[1]
-
-
-def test_a_run_with_other_threads_is_told(flags, undisturbed, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(undisturbed(), out)
-    fault = partial(torch.set_num_threads, 2)
-    status, output = run(flags(out), tmp_path / "log", fault=fault)
-    assert status == 0 and "threads  1           2" in output

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 
 from scripts import benchmark
-from util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -41,46 +38,3 @@ def test_every_row_is_measured_in_turns(report):
     assert len(compared) == 10 and "400 epochs" in rows["step: bfloat16"]["note"]
     assert 0 < rows["cached vs native attention, mean difference"]["ours"] < 2
     assert report["machine"]["cpu"] and report["machine"]["torch"] == torch.__version__
-
-
-def test_what_fails_or_is_ended_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "out.json"
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-
-    def run(*parts, flags=()):
-        def made_up(bench):
-            (bench.root / "input").touch()
-            return {str(i): lambda part=part: part(bench) for i, part in enumerate(parts)}
-
-        monkeypatch.setattr(benchmark.Benchmark, "parts", made_up)
-        try:
-            return benchmark.main(["--device", "cpu", "--json", str(path), *flags]), json.loads(path.read_text())
-        finally:
-            assert [file.name for file in tmp_path.iterdir()] == ["out.json"]  # inputs are removed
-
-    def works(bench):
-        bench.add("one", "s", 1.0)
-
-    def fails(bench):
-        raise ValueError("wrong")
-
-    status, written = run(fails, works)
-    assert status == 1 and written["failures"] == {"0": "ValueError: wrong"} and len(written["rows"]) == 1
-    assert "error: 1 parts failed: 0" in capsys.readouterr().err
-    status, written = run(works, flags=["--minutes", "0"])
-    assert status == 1 and written["skipped"] == ["0"] and "--minutes 0 are over" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        run(works, lambda bench: os.kill(os.getpid(), signal.SIGTERM))
-    written = json.loads(path.read_text())
-    assert end.value.code == 143 and not written["whole"] and len(written["rows"]) == 1
-
-
-@pytest.mark.parametrize("flags", ["--batch_size 0", "--json .", "--json none/a", "--device cuda"])
-def test_what_can_not_work_is_refused_before_anything_is_measured(flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(benchmark.Benchmark, "parts", lambda *others: pytest.fail("begun"))
-    with pytest.raises(UserError, match=flags.split()[0]):
-        benchmark.main(["--quick", *flags.split()])
-    assert not list(tmp_path.iterdir())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -46,14 +45,6 @@ def test_figure_draws_the_logged_values(tmp_path):
     assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
 
 
-@pytest.mark.parametrize(("epochs", "lowest", "highest"), [(3, 0.25 / 3, 0.375), (1, 0, 0)])
-def test_an_epoch_without_a_finite_loss_is_a_gap(tmp_path, epochs, lowest, highest):
-    log = read_log(write_run(tmp_path / "a", epochs))
-    log[0] |= dict.fromkeys(("train_loss", "train_loss_scale_4.0", "train_loss_scale_0.5"), math.nan)
-    margin = 0.05 * (highest - lowest) or 1
-    assert loss_figure({"a": log}).axes[1].get_ylim() == pytest.approx((lowest - margin, highest + margin))
-
-
 def test_epoch_logged_again_after_a_resume_counts_once(tmp_path):
     run = write_run(tmp_path / "a", 3)
     with open(run / "log.txt", "a") as file:
@@ -93,15 +84,3 @@ def test_bad_logs_are_named(tmp_path, text, reason):
     with pytest.raises(UserError, match=f"log.txt.*{reason}"):
         main([str(tmp_path), "--out", str(tmp_path / "x.png")])
     assert not (tmp_path / "x.png").exists()
-
-
-def test_bad_arguments(tmp_path):
-    run = write_run(tmp_path / "a", 2)
-    for argv, reason in [
-        ([str(tmp_path / "none")], "no such log"),
-        ([str(run), "--out", str(tmp_path / "x.txt")], r"x.txt.*\.png"),
-        ([str(run), "--out", str(tmp_path / "no" / "x.png")], "no such folder"),
-        ([str(run), "--names", "a", "b"], "--names"),
-    ]:
-        with pytest.raises(UserError, match=reason):
-            main(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import os
 import re
@@ -13,9 +12,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
-from datasets.phantom.chest import LESION_KINDS
-from datasets.phantom.reflacx import LABEL_OF_KIND
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -42,14 +38,6 @@ def test_shellcheck_finds_nothing(script):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("name", ["test.sh", "pretrain.sh"])
-def test_a_relative_python_is_seen_from_where_the_script_is_called(tmp_path, name):
-    stand_in(tmp_path / "own/python", 'echo "own python in $PWD: $*"')
-    for python in ("own/python", str(tmp_path / "own/python")):
-        result = run("bash", ROOT / "scripts" / name, "--flag", cwd=tmp_path, PYTHON=python)
-        assert result.returncode == 0 and f"own python in {ROOT}:" in result.stdout, result.stderr
-
-
 @pytest.mark.parametrize("gpus", ["", "1", "2"])
 def test_one_gpu_needs_no_launcher(tmp_path, gpus):
     """So that a mistake is one line, and the exit status is the program's."""
@@ -58,21 +46,6 @@ def test_one_gpu_needs_no_launcher(tmp_path, gpus):
     launched = words.startswith("-m torch.distributed.run --standalone --nproc_per_node 2 run_pretrain.py --data_path")
     assert launched if gpus == "2" else words.startswith("run_pretrain.py --data_path")
     assert words.endswith(" --seed 3\n")
-
-
-def test_a_second_demo_leaves_the_first_alone(tmp_path):
-    for name in ("demo.sh", "venv.sh"):
-        (tmp_path / "scripts").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
-    python = stand_in(tmp_path / "python", '[ "$1" = -c ] || exit 3')
-    made = tmp_path / "output_dir/demo/made"
-    made.mkdir(parents=True)
-    with open(tmp_path / "output_dir/.demo.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = run("bash", tmp_path / "scripts/demo.sh", PYTHON=str(python))
-        assert result.returncode == 1 and made.exists()
-        assert result.stderr == "error: another demo is at work in output_dir/demo; wait for it\n"
-    assert run("bash", tmp_path / "scripts/demo.sh", PYTHON=str(python)).returncode == 3 and not made.exists()
 
 
 @pytest.mark.parametrize("name", ["slurm_pretrain.sh", "slurm_predict_gaze.sh", "reproduce.sh"])
@@ -113,42 +86,6 @@ def test_the_demo_takes_nothing_that_the_environment_has_for_a_real_run():
     demo = (ROOT / "scripts/demo.sh").read_text()
     assert len(told) >= 25
     assert [n for n in told if not re.search(rf"\b{n}=|^unset .*\b{n}\b", demo, re.MULTILINE)] == []
-
-
-@pytest.mark.parametrize("has_xdist", [True, False])
-def test_the_tests_run_in_one_process_where_pytest_has_no_more(tmp_path, has_xdist):
-    there = f'case $2 in "import xdist") exit {int(not has_xdist)} ;; esac; echo "$*"'
-    result = run("bash", ROOT / "scripts/test.sh", "-m", "cuda", PYTHON=str(stand_in(tmp_path / "python", there)))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("-m cuda\n") and ("-n 2" in result.stdout) == has_xdist
-
-
-@pytest.mark.parametrize("name", ["test.sh", "pretrain.sh"])
-def test_a_signal_to_a_wrapper_reaches_the_program(tmp_path, name):
-    """The wrapper is the program by then: the same process."""
-    stand_in(tmp_path / "python", 'echo "pid $$"')
-    process = subprocess.Popen(
-        ["bash", ROOT / "scripts" / name],
-        env={**os.environ, "PYTHON": str(tmp_path / "python")},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.communicate(timeout=60)[0] == f"pid {process.pid}\n"
-
-
-def test_a_half_made_environment_is_made_anew(tmp_path):
-    """Interrupted before pip was in it, as Ctrl-C in the first minute leaves it."""
-    for name in ("scripts/venv.sh", "requirements.txt", "tests/requirements.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("requirements.txt", "tests/requirements.txt"):
-        (tmp_path / name).write_text("")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=tmp_path, check=True)
-    result = run("bash", "-euc", 'source scripts/venv.sh; "$PYTHON" -m pip --version', cwd=tmp_path, PYTHON="")
-    assert result.returncode == 0 and str(tmp_path) in result.stdout, result.stderr
-    (tmp_path / ".venv/mark").touch()  # whole now: left alone
-    assert run("bash", "-euc", "source scripts/venv.sh", cwd=tmp_path, PYTHON="").returncode == 0
-    assert (tmp_path / ".venv/mark").exists()
 
 
 @pytest.mark.parametrize(
@@ -218,14 +155,6 @@ def test_every_command_of_the_ablation_is_understood(preset, tmp_path):
     assert table.results == [f"{args.output_dir}/results.csv" for args in probes]
 
 
-def test_the_ablation_names_the_lesions_as_the_readings_do(tmp_path):
-    calls = ablation_commands(tmp_path, tmp_path / "out", LESION_KINDS=" ".join(LESION_KINDS), SEEDS="0", JOBS="1")
-    (probe,) = (call for call in calls if call[0] == "run_downstream.py")
-    labels = probe[probe.index("--labels") + 1 : probe.index("--method")]
-    assert labels[0] == "Any finding" and set(labels[1:]) == set(LABEL_OF_KIND[2].values())
-    assert len(set(labels)) == len(labels)
-
-
 def test_the_ablation_refuses_another_study_and_preset(tmp_path):
     settings = {"SEEDS": "0", "JOBS": "1"}
     ablation_commands(tmp_path, tmp_path / "out", **settings)
@@ -238,23 +167,3 @@ def test_the_ablation_refuses_another_study_and_preset(tmp_path):
             "bash", ROOT / "scripts/ablate.sh", tmp_path / "out", PYTHON=str(tmp_path / "python"), **settings, **wrong
         )
         assert result.returncode == 1 and told in result.stderr
-
-
-def test_an_ablation_keeps_checkpoints_that_were_not_exported_and_is_alone(tmp_path):
-    """Its OUT is seen from where it is called; a second call there waits for what the first has left at work."""
-    python = stand_in(
-        tmp_path / "python",
-        """if [ "$1" = scripts/export_backbone.py ]; then exit 3; fi
-while [ $# -gt 1 ]; do
-  case $1 in --output_dir) mkdir -p "$2"; touch "$2/checkpoint-19.pth" ;; --out) mkdir -p "$2" ;; esac; shift
-done""",
-    )
-    settings = {"SEEDS": "0", "JOBS": "1", "PYTHON": str(python)}
-    result = run("bash", ROOT / "scripts/ablate.sh", "out", cwd=tmp_path, **settings)
-    assert result.returncode != 0 and "error: random_weighted_s0: no export" in result.stderr
-    assert "pretrained" not in result.stdout
-    assert len(list(tmp_path.glob("out/runs/*/checkpoint-19.pth"))) == 6
-    with open(tmp_path / "out/.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = run("bash", ROOT / "scripts/ablate.sh", "out", cwd=tmp_path, **settings)
-    assert result.returncode == 1 and "another call is at work" in result.stderr

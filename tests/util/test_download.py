@@ -5,15 +5,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import export_backbone
-import predict_gaze
 import pytest
 import torch
-import visualize
-from gaze_trees import make_gaze_tree
 
-import gaze.main
-import run_pretrain
 from downstream.encoders import named_files, read_candidates
 from util.download import local_file
 from util.errors import UserError
@@ -90,34 +84,6 @@ def test_nobody_there_and_paths(address):
     assert local_file(None) is None and local_file("") == "" and local_file("a/b.pth") == "a/b.pth"
     with pytest.raises(UserError, match="is no address"):
         local_file("http://[bad/x.pth")
-
-
-@pytest.mark.parametrize(
-    ("main", "flags"),
-    [
-        (run_pretrain.main, "--data_path a --device cpu --model cxrmim_vit_tiny_patch16 --pretrained"),
-        (
-            run_pretrain.main,
-            "--data_path a --device cpu --model cxrmim_vit_tiny_patch16 --batch_size 4 --no_cache --pretrained none "
-            "--resume",
-        ),
-        (gaze.main.main, "--data_path a --device cpu --weights"),
-        (gaze.main.main, "--data_path a --device cpu --weights none --judge"),
-        (gaze.main.main, "--data_path a --device cpu --weights none --backbone test_resnet --no_cache --resume"),
-        (predict_gaze.main, "--device cpu --tree a --weights"),
-        (visualize.main, "--device cpu --out a.png"),
-        (export_backbone.main, "a.pth"),
-    ],
-)
-def test_every_program_reads_weights_by_address(main, flags, address, tmp_path, monkeypatch):
-    """As far as the words about what was downloaded: it is no weights file."""
-    monkeypatch.chdir(tmp_path)
-    if "--resume" in flags:
-        make_gaze_tree(tmp_path / "a")
-    name = f"{address}/checkpoint-7.pth?download=1"
-    arguments = [name, *flags.split()] if main is export_backbone.main else [*flags.split(), name]
-    with pytest.raises(UserError, match=r"torch home/.*/checkpoint-7.pth: (truncated|not a readable)"):
-        main(arguments)
 
 
 def test_encoders_to_compare_may_be_addresses(address):

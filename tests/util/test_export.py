@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -58,29 +57,21 @@ def encode(model: CXRMIM, img: torch.Tensor) -> list[torch.Tensor]:
     return model.forward_encoder(img, torch.zeros(len(img), model.num_patches))
 
 
-@pytest.mark.parametrize("size, img_size", [("tiny", 224), ("small", 224), ("base", 224), ("large", 64)])
-def test_timm_features_equal_the_encoder(size, img_size, tmp_path):
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_timm_features_equal_the_encoder(size, tmp_path):
     """The name alone, strict loading, all tokens visible: the same features, for each model size."""
-    depth = 24 if size == "large" else 12
     factory = getattr(models_cxrmim, f"cxrmim_vit_{size}_patch16")
-    with torch.device("meta"):  # its usual start takes long for the large one, and is not what is tested
-        model = factory(img_size=img_size, id_list=(1, depth - 1), scale_list=(2.0, 0.5), decoder_embed_dim=32)
-    model.to_empty(device="cpu").requires_grad_(False).eval()
+    model = factory(id_list=(1, 11), scale_list=(2.0, 0.5), decoder_embed_dim=32).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.uniform_(-0.05, 0.05, generator=generator)
         if "norm" in name and name.endswith("weight"):
             parameter.add_(1)
     checkpoint = save(model, tmp_path / "c.pth")
-    if size == "large":  # 1.2 GB: not written a second time
-        backbone = read_encoder(checkpoint)
-        assert backbone.timm_name == "vit_large_patch16_224" and backbone.timm_args == {"img_size": img_size}
-        timm_model = build_encoder(backbone).eval()
-    else:
-        main([str(checkpoint), str(tmp_path / "b.pth")])
-        arguments = dict(num_classes=0, checkpoint_path=str(tmp_path / "b.pth"), weight_init="skip")
-        timm_model = timm.create_model(f"vit_{size}_patch16_224", **arguments).eval()
-    img = torch.randn(1, 3, img_size, img_size, generator=generator)
+    main([str(checkpoint), str(tmp_path / "b.pth")])
+    arguments = dict(num_classes=0, checkpoint_path=str(tmp_path / "b.pth"), weight_init="skip")
+    timm_model = timm.create_model(f"vit_{size}_patch16_224", **arguments).eval()
+    img = torch.randn(1, 3, 224, 224, generator=generator)
     with torch.no_grad():
         found = timm_model.forward_features(img)
     expected = encode(model, img)[-1]
@@ -117,27 +108,6 @@ def test_formats_hold_the_same_encoder_and_where_it_comes_from(small, fmt, name,
     again = read_encoder(out)  # an export is itself a file that the other scripts read
     assert sorted(again.source.seen) == content["seen"]
     assert all(torch.equal(again.state[name], tensor) for name, tensor in loaded.state_dict().items())
-
-
-def test_a_killed_export_leaves_no_weights_beside_the_config_of_others(small, tmp_path, monkeypatch):
-    """Wherever the process ends while it replaces an older export: both files are of one export, or one is missing."""
-    _, checkpoint = small
-    real = os.replace
-    for end in range(4):
-        out, calls = tmp_path / f"folder{end}", itertools.count()
-        main([str(checkpoint), str(out), "--format", "hf"])
-
-        def killed(source, target, end=end, calls=calls):
-            if next(calls) == end:
-                raise KeyboardInterrupt
-            real(source, target)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "replace", killed)
-            main([str(checkpoint), str(out), "--format", "hf", "--img_size", "96"])
-        if (out / "config.json").exists() and (out / "model.safetensors").exists():
-            side = json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"][-1]
-            assert read_encoder(out).state["pos_embed"].shape[1] == (side // 16) ** 2 + 1
 
 
 def test_other_input_size_resamples_pos_embed(small, tmp_path):
@@ -255,7 +225,6 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
     state = read_encoder(checkpoint).state
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     torch.save(state, tmp_path / "mute.pth")
-    (tmp_path / "a_folder").mkdir()
     before = sorted(path.name for path in tmp_path.rglob("*"))
     for source, out, options, reason in [
         ("resnet.pth", "x.pth", "", "resnet.pth: no whole plain ViT"),
@@ -264,12 +233,9 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
         ("mute.pth", "x.pth", "--num_heads 1 --tap 0", "--tap 0.*single norm"),
         (checkpoint, "x.pth", "--num_heads 2", r"--num_heads 2.*checkpoint-7.pth says that it has 1"),
         (checkpoint, "x.pth", "--tap 2", "--tap 2.*0, 1"),
-        (checkpoint, "x.pth", "--tap -1", "--tap -1"),
         (checkpoint, "x.pth", "--img_size 100", "--img_size 100"),
         (checkpoint, "no/x.pth", "", "no/x.pth: no such directory"),
-        (checkpoint, "a_folder", "", "a_folder: is a directory"),
         (checkpoint, "x.pth", "--format safetensors", "x.pth.*safetensors"),
-        (checkpoint, "x.safetensors", "", "x.safetensors.*--format"),
         (checkpoint, "resnet.pth", "--format hf", "resnet.pth: .* is no directory"),
         ("mute.pth", "mute.pth", "", "mute.pth: is the checkpoint itself"),
     ]:

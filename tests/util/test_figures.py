@@ -5,89 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from downstream.figure import results_figure, summary_figure
 from downstream.results import MEAN
-from gaze.pictures import Example, examples_figure, metrics_figure
-from models_cxrmim import CXRMIM
-from scripts.figures.reconstruction import contact_sheet, reconstruction_figure
-from scripts.plot_log import loss_figure
-
-# One "$" pair is a formula to matplotlib, and a broken one an error; a label with "_" first is left out.
-ODD = r"_runs/$\frac$ of a_b$ with 100% " + "and/a/long-path " * 12
-
-
-def reconstruction() -> Figure:
-    return reconstruction_figure(*made_up_batch(), names=[ODD], title=ODD)
-
-
-def sheet() -> Figure:
-    return contact_sheet(*made_up_batch(), names=[ODD], title=ODD)
-
-
-def made_up_batch():
-    model = CXRMIM(
-        img_size=32,
-        embed_dim=16,
-        depth=1,
-        num_heads=1,
-        decoder_embed_dim=16,
-        decoder_num_heads=1,
-        id_list=(0,),
-        scale_list=(2.0,),
-    )
-    batch = {"img": torch.zeros(1, 1, 32, 32, dtype=torch.uint8), "attention": torch.rand(1, 32, 32)}
-    return model, batch, torch.tensor([[1.0, 1.0, 1.0, 0.0]])
-
-
-def losses() -> Figure:
-    log = [{"epoch": epoch, "train_loss": 1.0, "train_loss_scale_4.0": 1.0} for epoch in range(2)]
-    return loss_figure({ODD[:60]: log, "b": log})
-
-
-def results() -> Figure:
-    row = {"fraction": 1.0, "seed": 0, "auc": 0.6, "low": 0.5, "high": 0.7}
-    table = pd.DataFrame([row | {"weights": ODD[:50], "label": label} for label in ("_$a$", MEAN)])
-    return results_figure(table, [ODD, ODD])
-
-
-def metrics() -> Figure:
-    row = {"predictor": "model", "value": 0.6, "low": 0.5, "high": 0.7, "n": 3}
-    return metrics_figure(
-        pd.DataFrame([row | {"metric": metric} for metric in ("cc", "kld", "sim")]), model="model", title=ODD
-    )
-
-
-def examples() -> Figure:
-    generator = torch.Generator().manual_seed(0)
-    levels = torch.randint(0, 256, (1, 32, 32), generator=generator, dtype=torch.uint8)
-    one = Example(ODD, np.zeros((32, 32)), levels, torch.rand(32, 32, generator=generator), "CC 0.5")
-    return examples_figure([("best", [one])], title=ODD)
-
-
-@pytest.mark.parametrize("draw", [reconstruction, sheet, losses, results, metrics, examples])
-def test_no_text_is_cut_or_read_as_a_formula(draw):
-    figure = draw()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    width, height = canvas.get_width_height()
-    ticks = {
-        label
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
-        for label in (tick.label1, tick.label2)  # those out of view are there too
-    }
-    texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text not in ticks]
-    assert any(r"\frac" in text.get_text() for text in texts)
-    for text in texts:
-        box = text.get_window_extent(canvas.get_renderer())
-        assert box.x0 > -2 and box.y0 > -2 and box.x1 < width + 2 and box.y1 < height + 2, text.get_text()
-    assert all(legend.get_texts() for legend in figure.legends)
 
 
 def made_up_results(n: int, fractions: list[float]) -> pd.DataFrame:

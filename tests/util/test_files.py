@@ -57,14 +57,6 @@ def test_results_never_stand_beside_another_split_wherever_they_are_cut_off(tmp_
     assert cut < 5 or set(found) == {"split", "a", "b"}
 
 
-def test_files_that_are_written_together_stay_as_they_were_on_an_error(tmp_path):
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(OSError, match="full"), replace_together(tmp_path, first="split") as fresh:
-        (fresh / "a").write_text("new")
-        raise OSError("full")
-    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-
-
 def test_where_nothing_can_be_written_is_told_before_and_nothing_is_made(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "a", "a.json", tmp_path / "file"):

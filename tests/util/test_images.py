@@ -8,8 +8,6 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from util.errors import UserError
@@ -39,29 +37,11 @@ def test_round_trip(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
-def test_colour_becomes_pillows_gray(tmp_path, image_format):
-    rgb = np.stack([gradient(), gradient().T.copy().reshape(37, 53), 255 - gradient()], axis=-1)
-    path = tmp_path / "image"
-    path.write_bytes(encode(rgb, image_format))
-    with Image.open(path) as image:
-        assert image.mode == "RGB"
-        expected = np.asarray(image.convert("L"))
-    np.testing.assert_array_equal(read_gray(path), expected)
-
-
-@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA"])
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGB", "RGBA"])
 def test_other_8_bit_modes(tmp_path, mode):
     image = Image.fromarray(gradient()).convert(mode)
     image.save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_gray(tmp_path / "a.png"), np.asarray(image.convert("L")))
-
-
-def test_result_is_writable_and_contiguous(tmp_path):
-    write_gray(tmp_path / "a.png", gradient())
-    read = read_gray(tmp_path / "a.png")
-    read[0, 0] = 1
-    assert read.flags.c_contiguous
 
 
 def refused(path, reader=read_gray) -> str:
@@ -91,14 +71,10 @@ def test_other_formats_are_refused(tmp_path):
     assert "CMYK" in refused(tmp_path / "a.jpg")
 
 
-def test_16_bit_is_refused(tmp_path):
-    gray16 = gradient().astype(np.uint16) * 257
-    (tmp_path / "gray.png").write_bytes(encode(gray16, "PNG"))
+def test_16_bit_is_refused_also_in_colour_which_pillow_would_cut_to_8(tmp_path):
+    (tmp_path / "gray.png").write_bytes(encode(gradient().astype(np.uint16) * 257, "PNG"))
     for reader in (read_gray, image_size):
         assert "16-bit, expected 8-bit" in refused(tmp_path / "gray.png", reader)
-
-
-def test_16_bit_colour_which_pillow_would_cut_to_8(tmp_path):
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -112,30 +88,14 @@ def test_16_bit_colour_which_pillow_would_cut_to_8(tmp_path):
     assert "16-bit" in refused(tmp_path / "rgb.png")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_truncated_file_is_refused(tmp_path, data):
-    png = encode(gradient(), "PNG")
-    (tmp_path / "a.png").write_bytes(png[: data.draw(st.integers(0, len(png) - 1))])
-    refused(tmp_path / "a.png")
-    jpg = encode(gradient(), "JPEG")
-    (tmp_path / "a.jpg").write_bytes(jpg[: data.draw(st.integers(0, len(jpg) - 1))])
-    refused(tmp_path / "a.jpg")
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_flipped_bit_of_a_png_is_refused(tmp_path, data):
-    png = bytearray(encode(gradient(), "PNG"))
-    png[data.draw(st.integers(0, len(png) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    (tmp_path / "a.png").write_bytes(png)
-    refused(tmp_path / "a.png")
-
-
-def test_write_refuses_what_it_cannot_keep(tmp_path):
-    with pytest.raises(ValueError, match="float64"):
-        write_gray(tmp_path / "a.png", np.zeros((4, 4)))
-    with pytest.raises(ValueError, match="uint8"):
-        write_gray(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match="a.tif"):
-        write_gray(tmp_path / "a.tif", np.zeros((4, 4), np.uint8))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_every_cut_and_every_flipped_bit_of_a_png_is_refused(tmp_path, name):
+    path = tmp_path / name
+    write_gray(path, gradient())
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 13):
+        path.write_bytes(whole[:place])
+        refused(path)
+        if name == "a.png":
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            refused(path)

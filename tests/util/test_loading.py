@@ -1,13 +1,10 @@
 """util/loading.py: an error of a data set reaches the caller as it was raised."""
 
-import pickle
-
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 from datasets.tree import SampleError
-from util.errors import UserError
 from util.loading import SampleLoader
 
 
@@ -28,14 +25,3 @@ def test_an_error_is_the_one_that_was_raised(workers):
     with pytest.raises(SampleError) as caught:
         next(batches)
     assert str(caught.value) == "five.png: cut SampleError: short"
-
-
-def test_without_errors_it_is_a_data_loader():
-    loader = SampleLoader(Damaged(), batch_sampler=[[4, 3], [7]], collate_fn=lambda samples: len(samples))
-    assert list(loader) == [2, 1] and len(loader) == 2
-
-
-def test_errors_are_picklable():
-    for error in (UserError("a.png: bad"), SampleError("a.png: bad")):
-        again = pickle.loads(pickle.dumps(error))
-        assert type(again) is type(error) and str(again) == str(error)

@@ -6,9 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,34 +54,6 @@ def start_holder(tmp_path):
         process.stdout.close()
 
 
-def test_the_second_is_told_who_holds_it(tmp_path, start_holder):
-    holder = start_holder()
-    with pytest.raises(UserError) as error:
-        with file_lock(tmp_path / "lock", what="the tree", mend="choose another --out"):
-            raise AssertionError("held by two")
-    told = rf"the tree is in use by process {holder.pid} on {re.escape(socket.gethostname())} since \d{{4}}-"
-    assert re.match(told, str(error.value)) and str(error.value).endswith("; choose another --out")
-    holder.communicate()
-    for _ in range(2):  # free again, and again
-        with file_lock(tmp_path / "lock", what="the tree"):
-            assert str(os.getpid()) in (tmp_path / "lock").read_text()
-    assert (tmp_path / "lock").read_text() == ""
-
-
-def test_a_killed_holder_holds_nothing(tmp_path, start_holder):
-    start_holder().send_signal(signal.SIGKILL)
-    with file_lock(tmp_path / "lock", what="the tree"):
-        pass
-
-
-def test_children_of_a_killed_holder_are_waited_for(tmp_path, start_holder):
-    holder = start_holder("fork", "2")  # holds the lock for two seconds longer, as data workers may
-    holder.kill()
-    holder.wait()
-    with file_lock(tmp_path / "lock", what="the tree"):
-        pass
-
-
 def test_children_do_not_keep_what_their_parent_gave_back(tmp_path, start_holder):
     holder = start_holder("fork", "60")
     holder.stdin.close()
@@ -117,14 +87,6 @@ def test_without_locks_there_is_one_warning(tmp_path, monkeypatch, capsys, numbe
             pass
     told = capsys.readouterr().err
     assert told.count("warning: ") == 1 == told.count("\n") and str(tmp_path / "lock") in told
-
-
-def test_a_holder_that_could_not_write_its_name_still_holds(tmp_path):
-    with open(tmp_path / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="in use by another process"):
-            with file_lock(tmp_path / "lock", what="the tree"):
-                pass
 
 
 def test_a_place_that_can_not_be_written_is_one_line(tmp_path):

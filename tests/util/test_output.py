@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from made_checkpoints import write
 
-from util.checkpoint import (
-    checkpoint_path,
-    is_due,
-    list_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    prune,
-    set_aside_newer,
-)
+from util.checkpoint import checkpoint_path, is_due, list_checkpoints, newest_checkpoint, prune, set_aside_newer
 from util.distributed import Ranks
 from util.errors import UserError
 from util.output import hold_output
@@ -38,28 +29,6 @@ def test_names_order_and_rule_of_saving(tmp_path):
         (tmp_path / name).touch()
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, *place) for place in reversed(places)]
     assert [epoch for epoch in range(12) if is_due(epoch, save_every=5, epochs=12)] == [4, 9, 11]
-
-
-def test_newest_falls_back_and_names_the_damaged(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "absent") is None
-    old, middle, new = write(tmp_path, 8), write(tmp_path, 8, 6), write(tmp_path, 9)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert newest_checkpoint(tmp_path) == new
-    new.write_bytes(new.read_bytes()[:-500])
-    with pytest.warns(UserWarning, match=r"checkpoint-9\.pth: truncated.*going on from checkpoint-9-step6"):
-        assert newest_checkpoint(tmp_path) == middle
-    damaged = bytearray(middle.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    middle.write_bytes(damaged)
-    with pytest.warns(UserWarning) as caught:
-        assert newest_checkpoint(tmp_path) == old
-    assert [str(warning.message).split(":")[0] for warning in caught] == [str(new), str(middle)]
-    old.write_bytes(b"")
-    with pytest.raises(UserError, match="can be used") as error:
-        newest_checkpoint(tmp_path)
-    assert all(str(path) in str(error.value) for path in (old, middle, new))
 
 
 def test_a_log_dir_is_of_one_run(tmp_path):
@@ -137,16 +106,6 @@ def test_prune_never_counts_a_damaged_file_nor_deletes_a_foreign_one(tmp_path):
     assert prune(tmp_path, save_every=50, keep=2) == []
     assert [path.name for path in prune(tmp_path, save_every=50, keep=1)] == ["checkpoint-2.pth"]
     assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in (5, 4, 3, 1, 0)]
-
-
-def test_set_aside_newer(tmp_path):
-    for place in ((3, 0), (3, 4), (4, 0)):
-        write(tmp_path, *place, size=1)
-    moved = set_aside_newer(tmp_path, epoch=3, step=0)
-    assert {path.name for path in moved} == {f"superseded-checkpoint-4{rest}" for rest in ("-step4.pth", ".pth")}
-    assert names(tmp_path) == ["checkpoint-3.pth"]
-    for path in moved:
-        load_checkpoint(path)
 
 
 def test_what_was_kept_for_good_stays_whatever_the_options_are_now(tmp_path):

@@ -1,7 +1,5 @@
 """util/radiograph.py against the formulas of DICOM PS3.3 written out here, and a real radiograph."""
 
-import functools
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +9,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import (
-    ComputedRadiographyImageStorage,
-    ExplicitVRLittleEndian,
-    HTJ2KLossless,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-)
+from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, HTJ2KLossless, ImplicitVRLittleEndian
 
 from util.errors import UserError
 from util.radiograph import (
@@ -70,6 +62,7 @@ def to_255(values, low, high):
     return np.floor(np.clip(share, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+WINDOW = {"WindowCenter": 2000, "WindowWidth": 3000}
 RAMP = np.linspace(100, 3900, 40 * 30).astype(np.uint16).reshape(40, 30)
 
 
@@ -81,17 +74,6 @@ def test_real_chest_film():
     path = example("RG1_UNCR.dcm")
     film = read_dicom(path)
     assert film.shape == (1955, 1841) and film.dtype == np.uint8 and dicom_size(path) == (1955, 1841)
-
-    def mean(x0, x1, y0, y1):  # shares of width and height
-        height, width = film.shape
-        return film[int(y0 * height) : int(y1 * height), int(x0 * width) : int(x1 * width)].mean()
-
-    air = mean(0.96, 0.99, 0.03, 0.08)  # beside the neck
-    right_lung, left_lung = mean(0.30, 0.40, 0.22, 0.28), mean(0.60, 0.70, 0.25, 0.31)
-    spine, heart = mean(0.47, 0.53, 0.75, 0.95), mean(0.58, 0.66, 0.62, 0.70)
-    abdomen = mean(0.15, 0.35, 0.75, 0.90)
-    assert air + 30 < min(right_lung, left_lung)
-    assert max(right_lung, left_lung) + 40 < min(spine, abdomen, heart)
     stored = pydicom.dcmread(path).pixel_array.astype(float)  # MONOCHROME1: turned over
     formula = 255 * (1 - stored / 29999)  # from center - 0.5 - (width - 1) / 2 = 0
     assert np.abs(film - formula).max() <= 0.5 + 1e-6
@@ -127,12 +109,6 @@ def test_without_a_window_min_and_max_of_the_image(tmp_path, dtype, bits, syntax
 def test_bits_above_those_stored_are_no_part_of_the_value(tmp_path):
     noise = np.random.default_rng(0).integers(0, 16, RAMP.shape).astype(np.uint16) << 12
     path = write(tmp_path / "a.dcm", RAMP | noise, 12)
-    np.testing.assert_array_equal(read_dicom(path), to_255(RAMP, 100, 3900))
-
-
-@pytest.mark.parametrize("empty", [{}, {"WindowCenter": "", "WindowWidth": ""}])
-def test_missing_or_empty_window(tmp_path, empty):
-    path = write(tmp_path / "a.dcm", RAMP, **empty)
     np.testing.assert_array_equal(read_dicom(path), to_255(RAMP, 100, 3900))
 
 
@@ -179,10 +155,6 @@ def test_voi_lut_goes_before_the_window(tmp_path, bits, packed):
     np.testing.assert_array_equal(read_dicom(path), to_255(expected, 0, 2**bits - 1))
 
 
-def test_voi_lut_from_a_real_file():
-    assert read_dicom(example("vlut_04.dcm")).max() == 255
-
-
 # --- which end is air ------------------------------------------------------------------------------
 
 
@@ -225,30 +197,16 @@ def test_air_is_dark(tmp_path, photometric, sign, slope, inverted, window):
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_is_black_and_does_not_set_the_contrast(tmp_path, photometric):
+@pytest.mark.parametrize("padding", [(0, 0), (4000, 4095)])
+def test_padding_is_black_and_does_not_set_the_contrast(tmp_path, photometric, padding):
     stored = RAMP.copy()
-    stored[:, :5] = 0
-    path = write(tmp_path / "a.dcm", stored, PhotometricInterpretation=photometric, PixelPaddingValue=0)
-    film = read_dicom(path)
+    stored[:, :3], stored[:, 3:5] = padding
+    tags = {"PixelPaddingValue": padding[1]} | ({"PixelPaddingRangeLimit": padding[0]} if padding[0] else {})
+    film = read_dicom(write(tmp_path / "a.dcm", stored, PhotometricInterpretation=photometric, **tags))
     assert (film[:, :5] == 0).all()
-    inside = stored[:, 5:]
-    expected = to_255(inside, int(inside.min()), int(inside.max()))
-    if photometric == "MONOCHROME1":
-        assert film[:, 5:].max() == 255 and film[0, 5] == 255 and film[-1, -1] == 0
-    else:
-        np.testing.assert_array_equal(film[:, 5:], expected)
-
-
-def test_padding_range(tmp_path):
-    stored = RAMP.copy()
-    stored[:, :3], stored[:, 3:6] = 4000, 4095
-    path = write(tmp_path / "a.dcm", stored, PixelPaddingValue=4095, PixelPaddingRangeLimit=4000)
-    film = read_dicom(path)
-    assert (film[:, :6] == 0).all() and film.max() == 255 and film[-1, -1] == 255
-
-
-def test_a_flat_image_is_black(tmp_path):
-    assert read_dicom(write(tmp_path / "a.dcm", np.full((4, 5), 77, np.uint16))).tolist() == [[0] * 5] * 4
+    low, high = int(RAMP[0, 5]), int(RAMP[-1, -1])
+    ends = (high, low) if photometric == "MONOCHROME1" else (low, high)
+    assert np.abs(film[:, 5:] - 255 * (stored[:, 5:].astype(float) - ends[0]) / (ends[1] - ends[0])).max() <= 0.5 + 1e-6
 
 
 # --- bad input -------------------------------------------------------------------------------------
@@ -285,27 +243,36 @@ def test_missing_codec_names_its_package(tmp_path):
     assert "pip install" in message and "pylibjpeg-openjpeg" in message
 
 
-def test_damaged_compressed_stream(tmp_path):
-    buffer = io.BytesIO()
-    Image.fromarray(RAMP.astype(np.uint8)).save(buffer, "JPEG2000", irreversible=False)
-    frame = buffer.getvalue()
-    start = frame.index(b"\xff\x4f")  # the codestream in its box
-    stored = RAMP.astype(np.uint8)
-    whole = write(tmp_path / "a.dcm", stored, 8, JPEG2000Lossless, encapsulate([frame[start:]]))
-    np.testing.assert_array_equal(read_dicom(whole), to_255(stored, int(stored.min()), int(stored.max())))
-    path = write(tmp_path / "b.dcm", stored, 8, JPEG2000Lossless, encapsulate([frame[start : start + 60]]))
-    assert "can't be decoded" in error_of(path)
+@pytest.mark.parametrize(
+    ("stored", "tags", "words"),
+    [
+        (RAMP, {"WindowCenter": 5, "WindowWidth": 0}, "Window Width must be"),
+        (RAMP, {"WindowCenter": 60000, "WindowWidth": 10}, "--dicom_contrast mimic-cxr-jpg"),  # no black film
+        (np.full((4, 5), 7, np.uint16), {"PixelPaddingValue": 7}, "all its pixels are padding"),
+        (RAMP.astype(np.uint32), {"bits": 32}, "32 bits"),
+    ],
+)
+def test_values_that_make_no_film(tmp_path, stored, tags, words):
+    assert words in error_of(write(tmp_path / "a.dcm", stored, **tags))
 
 
-def test_window_that_cannot_be(tmp_path):
-    path = write(tmp_path / "a.dcm", RAMP, WindowCenter=5, WindowWidth=0)
-    assert "Window Width must be" in error_of(path)
-
-
-def test_all_padding_and_too_many_bits(tmp_path):
-    flat = np.full((4, 5), 7, np.uint16)
-    assert "all its pixels are padding" in error_of(write(tmp_path / "a.dcm", flat, PixelPaddingValue=7))
-    assert "32 bits" in error_of(write(tmp_path / "b.dcm", flat.astype(np.uint32), 32))
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_damaged_files_are_read_or_refused_by_name(tmp_path, recwarn, contrast):
+    rng, path = np.random.default_rng(0), tmp_path / "fuzzed.dcm"
+    tags = WINDOW | {"RescaleSlope": 1, "NumberOfFrames": 1, "PixelPaddingValue": 0, "PatientName": "Phantom"}
+    whole, read = write(path, RAMP[:6, :5], **tags).read_bytes(), 0
+    for _ in range(200):
+        content = bytearray(whole)
+        for place in rng.integers(128, len(whole), 3):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        for function in (dicom_size, lambda path: read_dicom(path, contrast), read_dicom_by_maximum):
+            try:
+                function(path)
+                read += 1
+            except UserError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+    assert 100 < read < 500 and not recwarn.list
 
 
 def test_missing_empty_and_cut_files(tmp_path):
@@ -339,26 +306,6 @@ def test_read_radiograph_goes_by_content(tmp_path):
 # --- the contrast of MIMIC-CXR-JPG ------------------------------------------------------------------
 
 
-def pictures():
-    """uint8 pictures of every kind of histogram."""
-    rng = np.random.default_rng(0)
-    yield np.array([[9]], np.uint8)
-    yield np.array([[0, 255]], np.uint8)
-    yield np.full((7, 5), 200, np.uint8)
-    yield np.where(rng.random((30, 20)) < 0.3, 90, 91).astype(np.uint8)
-    for levels in (2, 3, 17, 100, 256):
-        for shape in ((1, 50), (37, 41), (301, 233)):
-            yield rng.integers(0, levels, shape).astype(np.uint8)
-            skewed = rng.random(shape) ** 8 * levels
-            yield (255 - skewed).astype(np.uint8)
-
-
-def test_equalize_histogram_is_that_of_opencv():
-    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless (tests/requirements.txt)")
-    for gray in pictures():
-        np.testing.assert_array_equal(equalize_histogram(gray), cv2.equalizeHist(gray))
-
-
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("dtype, bits", [("u2", 12), ("i2", 16), ("u1", 8)])
 def test_mimic_cxr_jpg_by_hand(tmp_path, photometric, dtype, bits):
@@ -390,11 +337,6 @@ def test_mimic_cxr_jpg_by_hand(tmp_path, photometric, dtype, bits):
     np.testing.assert_array_equal(read_dicom(path, "mimic-cxr-jpg"), expected)
 
 
-def test_flat_film_as_mimic_cxr_jpg(tmp_path):
-    flat = np.full((4, 5), 77, np.uint16)
-    assert (read_dicom(write(tmp_path / "a.dcm", flat), "mimic-cxr-jpg") == 0).all()
-
-
 def test_minmax_does_without_the_window(tmp_path):
     path = write(tmp_path / "a.dcm", RAMP, WindowCenter=2000, WindowWidth=300)
     np.testing.assert_array_equal(read_dicom(path, "minmax"), to_255(RAMP, 100, 3900))
@@ -404,19 +346,19 @@ def test_minmax_does_without_the_window(tmp_path):
         read_dicom(path, "best")
 
 
-def test_contrasts_of_a_real_film(tmp_path):
-    """Equalised, every band of gray is as full as any other; which is brighter stays as it was."""
-    path = example("RG1_UNCR.dcm")
-    window, equalised = read_radiograph(path, "window"), read_radiograph(path, "mimic-cxr-jpg")
-    bands = np.bincount(equalised.ravel() // 32, minlength=8) / equalised.size
-    assert np.abs(bands - 1 / 8).max() < 0.05 < np.abs(np.bincount(window.ravel() // 32) / window.size - 1 / 8).max()
-    order = np.argsort(equalised.ravel(), kind="stable")
-    assert (np.diff(window.ravel()[order].astype(int)) >= -1).mean() > 0.99
-
-
 # --- odd headers ------------------------------------------------------------------------------------
 
-WINDOW = {"WindowCenter": 2000, "WindowWidth": 3000}
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_a_flat_image_is_black(tmp_path, contrast):
+    assert not read_dicom(write(tmp_path / "a.dcm", np.full((4, 5), 77, np.uint16)), contrast).any()
+
+
+def test_equalize_histogram_is_that_of_opencv():
+    cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless (tests/requirements.txt)")
+    for levels in (1, 2, 17, 256):
+        gray = (np.random.default_rng(0).random((37, 41)) ** 8 * levels).astype(np.uint8)
+        np.testing.assert_array_equal(equalize_histogram(gray), cv2.equalizeHist(gray))
 
 
 @pytest.mark.parametrize("contrast", ["window", "minmax"])
@@ -424,11 +366,6 @@ def test_slope_0_is_not_a_black_film(tmp_path, contrast):
     for window in ({}, WINDOW):
         path = write(tmp_path / "a.dcm", RAMP, RescaleSlope=0, RescaleIntercept=5, **window)
         assert "all pixels the same gray" in error_of(path, lambda path: read_dicom(path, contrast))
-
-
-def test_a_window_beside_the_values_is_not_a_black_film(tmp_path):
-    path = write(tmp_path / "a.dcm", RAMP, WindowCenter=60000, WindowWidth=10)
-    assert "--dicom_contrast mimic-cxr-jpg" in error_of(path)
 
 
 def test_empty_values_say_nothing(tmp_path):
@@ -442,124 +379,3 @@ def test_empty_values_say_nothing(tmp_path):
     np.testing.assert_array_equal(read_dicom(path), plain)
     path = write(tmp_path / "c.dcm", RAMP, RescaleSlope=2, **WINDOW)
     assert "only one has a value" in error_of(path)
-
-
-def test_private_transfer_syntax(tmp_path):
-    path = write(tmp_path / "a.dcm", RAMP)
-    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.99999.1.2.1\0"))
-    assert "1.2.840.99999.1.2.1" in error_of(path)
-
-
-# Values that a header should not have, as they stand in the file.
-ODD_VALUES = (
-    b"",
-    b" ",
-    b"\0\0",
-    b"\xff\xff",
-    b"\xff\xff\xff\x7f",
-    b"0 ",
-    b"-1",
-    b"nan ",
-    b"inf ",
-    b"1e999 ",
-    b"-1e-320 ",
-    b"1\\2 ",
-    b"\\\\",
-    b"text",
-    b"\xc3\x28",
-    b"99999999999999999999",
-    b"0" * 64,
-    b"1.2.3.4 ",
-    b"0x10",
-)
-VRS = ("US", "SS", "DS", "IS", "CS", "LO", "UI", "OW", "OB", "SQ", "UN", "FD", "AT", "PN", "DA")
-
-
-def fuzzed(rng, whole, elements):
-    """A file with one to three elements' values or types replaced, or bytes flipped, or its end lost."""
-    kind = rng.integers(4)
-    if kind < 2:
-        for _ in range(rng.integers(1, 4)):
-            start, header, length = elements[rng.integers(len(elements))]
-            tag = whole[start : start + 4]
-            vr = whole[start + 4 : start + 6] if rng.random() < 0.7 else rng.choice(VRS).encode()
-            value = ODD_VALUES[rng.integers(len(ODD_VALUES))] if rng.random() < 0.8 else rng.bytes(6)
-            long = vr in (b"OW", b"OB", b"SQ", b"UN")
-            size = b"\0\0" + len(value).to_bytes(4, "little") if long else len(value).to_bytes(2, "little")
-            replaced = tag + vr + size + value
-            found = whole.find(tag + whole[start + 4 : start + 6])
-            if found >= 0:
-                whole = whole[:found] + replaced + whole[found + header + length :]
-    elif kind == 2:
-        content = bytearray(whole)
-        for _ in range(rng.integers(1, 9)):
-            content[rng.integers(128, len(content))] = rng.integers(256)
-        whole = bytes(content)
-    else:
-        whole = whole[: rng.integers(len(whole))]
-    return whole
-
-
-def fuzz(tmp_path, n, seed):
-    """Read `n` damaged files in every contrast; how many were read, and how many refused."""
-    rng = np.random.default_rng(seed)
-    small = RAMP[:6, :5]
-    tags = {
-        **WINDOW,
-        "RescaleSlope": 1,
-        "RescaleIntercept": 0,
-        "VOILUTFunction": "LINEAR",
-        "NumberOfFrames": 1,
-        "PixelPaddingValue": 0,
-        "PixelPaddingRangeLimit": 1,
-        "PixelIntensityRelationshipSign": -1,
-        "PixelAspectRatio": [1, 1],
-        "PlanarConfiguration": 0,
-        "PatientName": "Phantom",
-    }
-    lut = {"VOILUTSequence": lut_item(range(64), 0, 12, b"\0\1" * 64)}
-    bases = [
-        write(tmp_path / "plain.dcm", small, **tags).read_bytes(),
-        write(tmp_path / "lut.dcm", small, **tags, **lut).read_bytes(),
-        Path(example("MR_small_RLE.dcm")).read_bytes(),
-    ]
-    files = []
-    for base in bases:
-        ds = pydicom.dcmread(io.BytesIO(base))
-        whole = io.BytesIO(base).getvalue()
-        elements = []
-        for element in [*ds.file_meta, *ds]:
-            tag = element.tag.group.to_bytes(2, "little") + element.tag.elem.to_bytes(2, "little")
-            start = whole.find(tag + element.VR.encode(), 128)
-            if start >= 0:
-                long = element.VR in ("OB", "OW", "SQ", "UN", "UT")
-                size = slice(start + 8, start + 12) if long else slice(start + 6, start + 8)
-                length = int.from_bytes(whole[size], "little")
-                elements.append((start, 12 if long else 8, 0 if length == 0xFFFFFFFF else length))
-        files.append((whole, elements))
-    read = refused = 0
-    path = tmp_path / "fuzzed.dcm"
-    for i in range(n):
-        path.write_bytes(fuzzed(rng, *files[i % len(files)]))
-        for function in (dicom_size, read_dicom_by_maximum, functools.partial(read_dicom, contrast=CONTRASTS[i % 3])):
-            try:
-                result = function(path)
-            except UserError as error:
-                assert str(path) in str(error) and "\n" not in str(error)
-                refused += 1
-            else:
-                assert isinstance(result, tuple) or (result.dtype == np.uint8 and result.ndim == 2)
-                read += 1
-    return read, refused
-
-
-def test_fuzzed_files_are_read_or_refused_by_name(tmp_path, recwarn):
-    read, refused = fuzz(tmp_path, 900, seed=0)
-    assert read > 300 and refused > 300
-    assert not recwarn.list
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 9))
-def test_many_fuzzed_files_are_read_or_refused_by_name(tmp_path, seed):
-    fuzz(tmp_path, 10000, seed)

@@ -10,13 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-import torch.distributed as dist
-
-from util import distributed
-from util.distributed import Agreement, Ranks
-from util.stop import GO_ON, INTERRUPT, PAUSE, TERMINATE, StopSignals, exit_status
+from util.stop import GO_ON, StopSignals, exit_status
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,14 +55,6 @@ def test_first_signal_asks_and_the_second_stops_at_once(capfd):
         assert exit_code(process) == -signum
 
 
-def test_a_signal_from_before_ends_what_has_nothing_to_save():
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(SystemExit) as ended, signals.exit_at_signal():
-            raise AssertionError("went on")
-    assert ended.value.code == 143
-
-
 def test_a_rank_that_waits_for_the_others_can_be_stopped(tmp_path):
     """It waits in C++, where Python runs no handler: there a signal ends it by default."""
     env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -87,46 +73,6 @@ def test_a_rank_that_waits_for_the_others_can_be_stopped(tmp_path):
             assert process.wait(10) == -signal.SIGTERM
         finally:
             process.kill()
-
-
-def test_time_limit_is_a_request_to_pause():
-    began = time.monotonic()
-    assert exit_code(start_waiting(max_minutes=0.5 / 60)) == 75
-    assert 0.5 <= time.monotonic() - began < 5
-
-
-def test_exit_statuses():
-    assert [exit_status(request) for request in (GO_ON, PAUSE, TERMINATE, INTERRUPT)] == [0, 75, 143, 130]
-
-
-def agreeing_rank(rank: int, world_size: int, store: str, values: list[list[int]], queue) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    agreement = Agreement(Ranks(rank, world_size, rank, torch.device("cpu"), dist.group.WORLD))
-    seen = []
-    for own in values[rank]:
-        if own == 2:
-            time.sleep(0.3)  # a slow rank changes nothing of what is agreed when
-        seen.append(agreement.exchange(own))
-    seen.append(agreement.settle(rank))
-    queue.put((rank, seen))
-    distributed.stop()
-
-
-def test_ranks_agree_one_step_late_on_the_largest(tmp_path):
-    values = [[0, 0, 2, 0, 0], [0, 1, 0, 0, 3], [0, 0, 0, 0, 0]]
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=agreeing_rank, args=(rank, 3, str(tmp_path / "store"), values, queue))
-        for rank in range(3)
-    ]
-    for process in ranks:
-        process.start()
-    seen = dict(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(10)
-        assert process.exitcode == 0
-    assert seen == {rank: [0, 0, 1, 2, 0, 2] for rank in range(3)}
 
 
 LOADER = """

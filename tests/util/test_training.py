@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from util.distributed import Agreement, Ranks
+from datasets.sampler import TrainBatches
+from util.distributed import Ranks
 from util.precision import make_scaler, nan_gradient_unless_finite, update_scale, update_was_skipped
 from util.training import OVERFLOWS_IN_A_ROW, NonFiniteError, Training
 
 CPU = torch.device("cpu")
+BATCHES = TrainBatches(200, 1)
 
 
 def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int = 0, group=None) -> Training:
@@ -29,8 +29,13 @@ def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int 
         losses=None,
         sample_name=lambda index: f"rank{rank}sample{index}.png",
     )
-    training.loader = SimpleNamespace(batch_sampler=SimpleNamespace(batch=lambda epoch, step: [step]))
+    training.loader = SimpleNamespace(batch_sampler=BATCHES)
     return training
+
+
+def sample(step: int) -> str:
+    """Name of the sample that a step trains on."""
+    return f"rank0sample{BATCHES.epoch_order(0)[step]}.png"
 
 
 def note(training: Training, step: int, *, loss: float = 1.0, skipped: bool = False) -> None:
@@ -83,7 +88,7 @@ def test_a_nonfinite_loss_is_reported_with_step_lr_losses_and_samples():
     note(training, 9)
     with pytest.raises(NonFiniteError) as error:
         training.check_finite()
-    for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", "rank0sample6.png; rank0sample7.png"):
+    for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", f"samples {sample(6)}; {sample(7)}"):
         assert part in str(error.value)
 
 
@@ -114,38 +119,7 @@ def test_skip_nonfinite_tolerates_as_many_as_it_says(capsys):
         note(training, step, loss=math.inf if step % 2 else 1.0, skipped=bool(step % 2))
     training.check_finite()
     out = capsys.readouterr().out
-    assert out.count("warning: left out") == 2 and "2 of at most 2 steps" in out and "sample3.png" in out
+    assert out.count("warning: left out") == 2 and "2 of at most 2 steps" in out and sample(3) in out
     note(training, 5, loss=math.inf, skipped=True)
     with pytest.raises(NonFiniteError):
         training.check_finite()
-
-
-def two_ranks(rank: int, store: str, queue) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    training = make_training(rank=rank, group=dist.group.WORLD, skip_nonfinite=1)
-    # The largest of all ranks' requests, one exchange late.
-    agreement = Agreement(training.ranks)
-    seen = [agreement.exchange(value if rank else 0) for value in (0, 1, 0, 0)] + [agreement.settle(2 * rank)]
-    # Rank 1 alone has a bad loss; the gradient that comes of it is bad on both.
-    try:
-        for step in (3, 5):
-            note(training, step, loss=math.nan if rank == 1 else 1.0, skipped=True)
-            training.check_finite()
-    except BaseException as error:
-        queue.put((rank, seen, training.watch["skipped"], type(error).__name__, str(error)))
-    dist.destroy_process_group()
-
-
-def test_ranks_agree_and_stop_together_and_name_the_bad_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=two_ranks, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = sorted(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(10)
-    assert [one[1:3] for one in found] == [([0, 0, 1, 0, 2], 2)] * 2
-    assert [one[3] for one in found] == ["NonFiniteError", "SystemExit"]
-    assert "rank 1: losses per scale [0.5, nan], samples rank1sample4.png" in found[0][4]
-    assert "rank0" not in found[0][4]

@@ -21,7 +21,7 @@ from models_cxrmim import CXRMIM, cxrmim_vit_base_patch16, cxrmim_vit_tiny_patch
 from util.checkpoint import save_checkpoint
 from util.errors import UserError
 from util.export import build_encoder, build_model, read_encoder
-from util.weights import check_same_model, load_initial_weights, read_state_dict, summarize_keys
+from util.weights import check_same_model, load_initial_weights, read_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = dict(
@@ -148,15 +148,6 @@ def test_every_cut_and_every_flipped_bit_that_changes_a_number_is_found(kind, tm
     read_state_dict(path)
 
 
-def test_an_archive_that_was_saved_without_checksums_is_read(tmp_path):
-    torch.serialization.set_crc32_options(False)
-    try:
-        path = save({"blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "w.pth")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert read_state_dict(path)[0]["blocks.0.norm1.weight"].sum() == 3
-
-
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -172,11 +163,6 @@ def test_tensors_that_are_no_weights_are_refused(value, reason, tmp_path):
     path = save({"model": state, "metadata": "by somebody"}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=rf"w.pth: blocks.0.norm1.weight (is|has) .*{reason}"):
         read_state_dict(path)
-
-
-def test_summarize_keys():
-    keys = ["cls_token", "blocks.0.norm1.weight", "blocks.1.norm1.weight", "norm.weight"]
-    assert summarize_keys(keys) == "cls_token, blocks (2), norm" and summarize_keys([]) == ""
 
 
 # ---------------------------------------------------------------- a ViT under the names of others
@@ -401,12 +387,9 @@ def test_build_model_refuses(vit, tmp_path):
         (vit, {}, "not a CXR-MIM checkpoint"),
         *((state, {k: v for k, v in whole.items() if k != name}, f"does not say.*--{name}") for name in whole),
         (state, whole | {"id_list": [0, 9]}, "arguments don't fit.*id_list"),
-        (state, whole | {"scale_list": [2.0, 3.0]}, r"scale_list \[3.0\] not among"),
         (state, whole | {"scale_list": [2.0, 1.0]}, "don't fit together.*decoder.1.pred"),
         (state, whole | {"num_heads": 3}, "3 attention heads"),
-        (newer | {"model_config": config | {"masking": "gone"}}, {}, "masking 'gone' is not one of attention"),
         (newer | {"model_config": config | {"of_a_newer_program": 1}}, {}, "of_a_newer_program"),
-        ({name: tensor for name, tensor in state.items() if name != "cls_token"}, whole, "cls_token"),
     ]:
         with pytest.raises(UserError, match=f"c.pth[^\n]*{reason}"):
             build(content, **args)

@@ -168,23 +168,6 @@ def test_the_cache_gives_the_same_views_and_no_worker_copies_it(files, tmp_path)
     assert np.array_equal(open_squares(images, tmp_path)[3], area_resize(gradient(), fitted_size(300, 400)))
 
 
-def test_every_kind_of_8_bit_file_gives_the_same_gray(tmp_path):
-    gray = gradient()
-    picture = Image.fromarray(gray)
-    alpha = Image.fromarray(np.full_like(gray, 7))
-    kinds = {
-        "gray.png": picture,
-        "rgb.png": picture.convert("RGB"),
-        "rgba.png": Image.merge("RGBA", [picture, picture, picture, alpha]),
-        "la.png": Image.merge("LA", [picture, alpha]),
-        "palette.png": picture.convert("P"),
-    }
-    for name, image in kinds.items():
-        image.save(tmp_path / name)
-        assert np.array_equal(Reading().read(tmp_path / name), gray), name
-    for name, image in (("gray.jpg", picture), ("cmyk.jpg", picture.convert("RGB").convert("CMYK"))):
-        image.save(tmp_path / name, quality=98)
-        assert np.abs(Reading().read(tmp_path / name).astype(int) - gray).max() <= 6, name
 
 
 def test_16_bits_by_the_files_own_range_or_one_for_all(tmp_path):

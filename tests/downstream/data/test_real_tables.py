@@ -92,26 +92,5 @@ def test_siim_has_12047_images_in_12954_rows(tables, tmp_path):
     assert any("own subject" in note for note in images.notes)
 
 
-def test_vindr_is_the_majority_of_three_readers(tables, tmp_path):
-    root = unpack(tables, "vinbigdata-train.csv.gz", tmp_path / "train.csv")
-    images = read_dataset("vindr", root, need_images=False)
-    assert len(images) == 15_000 and len(images.label_names) == 14
-    frame = pd.read_csv(tmp_path / "train.csv")
-    for image in images.ids[:30]:
-        own = frame[frame["image_id"] == image]
-        for i, label in enumerate(images.label_names):
-            readers = own[own["class_name"] == label]["rad_id"].nunique()
-            assert images.labels[images.ids.index(image), i] == (readers >= 2)
 
 
-@pytest.mark.slow
-def test_padchest_keeps_pa_and_ap_with_labels_and_patients_apart(tables, tmp_path):
-    name = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
-    root = unpack(tables, f"{name}.gz", tmp_path / name)
-    images = read_dataset("padchest", root, need_images=False)
-    frame = pd.read_csv(tmp_path / name, low_memory=False)
-    frame = frame[frame["Projection"].isin(["PA", "AP"]) & frame["Labels"].notna()]
-    assert len(images) == len(frame)
-    assert sorted(set(images.subjects)) == sorted(frame["PatientID"].astype(str).unique())
-    cardiomegaly = images.labels[:, images.label_names.index("cardiomegaly")]
-    assert cardiomegaly.sum() == frame["Labels"].str.contains("' *cardiomegaly *'").sum()

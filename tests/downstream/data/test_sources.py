@@ -466,16 +466,6 @@ def test_padchest_lists_are_read_as_python_and_nothing_else(tmp_path):
     assert "line 2" in refused("padchest", tmp_path)
 
 
-def test_siim_header_has_a_blank_and_no_mask_is_minus_one(tmp_path):
-    rows = [f"1.2.{i},{' -1' if i % 3 else ' 12 3 99 4'}" for i in range(30)] + ["1.2.0, 5 6"]
-    path = write(tmp_path / "train-rle.csv", "ImageId, EncodedPixels", *rows)
-    touch(tmp_path, *(f"dicom/1.2.{i}/9.{i}/1.2.{i}.dcm" for i in range(30)))
-    images = read_dataset("siim", tmp_path)
-    positive = {name for name, label in zip(images.ids, images.labels[:, 0]) if label}
-    assert positive == {f"1.2.{i}" for i in range(0, 30, 3)}
-    assert all(file.name == f"{name}.dcm" for file, name in zip(images.files, images.ids))
-    write(path, "ImageId,EncodedPixels", "1.2.3,none")
-    assert "line 2, column 'EncodedPixels': 'none'" in refused("siim", tmp_path)
 
 
 def test_a_tree_has_its_readers_labels_and_its_own_split_or_folds(tmp_path):
@@ -617,8 +607,3 @@ def test_labels_that_one_part_can_not_judge_are_named():
     assert notes == ["made up: 'L2' has 0 images with and 2 without it in test; left out of the mean"]
 
 
-def test_labelled_images_refuse_none_and_an_id_twice():
-    with pytest.raises(UserError, match="no image is left"):
-        made_up([[1]], "t").take([])
-    with pytest.raises(UserError, match="is there twice"):
-        made_up([[1], [0]], "te").take([0, 0])
