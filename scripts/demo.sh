@@ -42,7 +42,7 @@ print(f"""loss of pretraining: {losses[0]:.3f} in the first epoch, {losses[-1]:.
 Look at these in {out}/:
   pictures.png                       image, gaze, mask, HOG targets and what was predicted of them
   gaze/examples.png, metrics.png     gaze of the readers beside the predicted one, on images that it did not train on
-  results.png, table.md              an encoder pretrained for two minutes, and random weights, which are no worse here:
+  results.png, table.md              an encoder pretrained for two minutes, and random weights, which are better here:
                                      these made-up lesions show in the gray values themselves
 Made on the way: raw/, data/ (the trees that training reads), gaze/, pretrain/, backbone.pth, downstream/, steps/""")
 if not losses[-1] < losses[0]:
