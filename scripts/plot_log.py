@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -57,20 +59,14 @@ def read_log(run: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def run_names(runs: Sequence[str | os.PathLike]) -> list[str]:
-    """A short name for each run: the last part of its path, or as many as it takes to tell them apart."""
+    """A name for each run: its folder, from where the folders of the runs begin to differ."""
     paths = [Path(run).resolve() for run in runs]
-    parts = [(path.parent if path.name == "log.txt" else path).parts for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"{runs[0]}: a run is named twice")
-
-
-def _by_scale(key: str) -> tuple[float, str]:
-    """Fine scales first; a name is "4.0", or "4.0_block_3" where a scale comes twice."""
-    scale = key.removeprefix(SCALE_PREFIX).partition("_")[0]
-    return -float(scale), key
+    folders = [path.parent if path.name == "log.txt" else path for path in paths]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    names = [os.path.relpath(folder, common) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"{runs[0]}: a run is named twice")
+    return names
 
 
 def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
@@ -82,50 +78,39 @@ def loss_figure(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         runs: name -> entries of `read_log`.
     """
     keys = {key for log in runs.values() for entry in log for key in entry if key.startswith(SCALE_PREFIX)}
-    panels = ["train_loss", *sorted(keys, key=_by_scale)]
+    # Fine scales first; a name is "4.0", or "4.0_block_3" where a scale comes twice.
+    finest_first = sorted(keys, key=lambda key: (-float(key.removeprefix(SCALE_PREFIX).partition("_")[0]), key))
+    panels = ["train_loss", *finest_first]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.5), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place, key in zip(axes, panels, strict=False):
-        for i, (name, log) in enumerate(runs.items()):
-            points = [(entry["epoch"], entry[key]) for entry in log if key in entry]
-            place.plot(
-                [epoch for epoch, _ in points],
-                [loss for _, loss in points],
-                label=plain(name),
-                color=COLORS[i % len(COLORS)],
-                ls=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
-                lw=1.3,
-                marker="o" if len(points) < FEW_EPOCHS else None,
-                ms=3,
-            )
-        scale = key.removeprefix(SCALE_PREFIX)
-        place.set_title(
-            "loss, sum of the scales" if key == "train_loss" else f"loss at scale {scale.replace('_', ' ')}", fontsize=9
-        )
+    whole, *scales = axes = [figure.add_subplot(rows, columns, place + 1) for place in range(len(panels))]
+    for place, key in zip(axes, panels, strict=True):
+        styles = itertools.cycle(itertools.product(LINE_STYLES, COLORS))
+        for (name, log), (style, color) in zip(runs.items(), styles, strict=False):
+            points = np.array([(entry["epoch"], entry[key]) for entry in log if key in entry]).reshape(-1, 2)
+            marker = "o" if len(points) < FEW_EPOCHS else None
+            place.plot(*points.T, label=plain(name), color=color, ls=style, lw=1.3, marker=marker, ms=3)
+        place.set_title(f"loss at scale {key.removeprefix(SCALE_PREFIX).replace('_', ' ')}", fontsize=9)
         place.set_xlabel("epoch", fontsize=8)
         place.tick_params(labelsize=7)
         place.grid(alpha=0.25, lw=0.5)
         place.xaxis.get_major_locator().set_params(integer=True)
         place.spines[["top", "right"]].set_visible(False)
-    if parts := [place for place, key in zip(axes, panels, strict=False) if key != "train_loss"]:
-        logged = (entry[key] for log in runs.values() for entry in log for key in keys if key in entry)
-        losses = [loss for loss in logged if math.isfinite(loss)] or [0.0]  # NaN: all steps of an epoch were left out
-        margin = 0.05 * (max(losses) - min(losses)) or 0.05 * abs(max(losses)) or 1.0
-        for place in parts:
-            place.set_ylim(min(losses) - margin, max(losses) + margin)
-    counts = {len(log) for log in runs.values()}
-    epochs = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    whole.set_title("loss, sum of the scales", fontsize=9)
+    for place in scales[1:]:
+        place.sharey(scales[0])
+    for place in scales:
+        place.autoscale(axis="y")
+    counts = sorted(map(len, runs.values()))
+    epochs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     title = (
         f"Training loss of {', '.join(runs)}: {epochs} epochs. Linear axes; the scales share theirs, so that heights "
         "compare. Runs that agree hide one another."
     )
     figure.suptitle("\n".join(fit_lines(title, figure.get_figwidth(), 9)), fontsize=9)
-    for place in axes[len(panels) :]:
-        place.set_axis_off()
-    handles = axes[0].get_legend_handles_labels()
+    handles = whole.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=min(3, len(runs)), frameon=False)
     return figure
 

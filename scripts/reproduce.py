@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli import Parser
 from util.errors import UserError, run_cli
-from util.files import atomic_write
+from util.files import atomic_write, file_lock
+from util.stop import REQUESTS, exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ("REFLACX", "IMAGES", "MORE_IMAGES", "RSNA", "NIH", "CHEXPERT", "SIIM", "COVIDX")
 LABELLED = DATA[3:]
 FLAGS = ("PREPARE_FLAGS", "MIMIC_FLAGS", "PRETRAIN_FLAGS", "GAZE_FLAGS", "DOWNSTREAM_FLAGS")
 IMAGENET = "preTrain/vit_base_p16_224_timm.pth"
-STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
 EXPECTED = {
     "yes|no": ("yes or no", "ACCEPT_DAMAGED", "PREDICTED_GAZE", "QUIET"),
     "cpu|cuda": ("cuda or cpu (CUDA_VISIBLE_DEVICES chooses among GPUs)", "DEVICE"),
@@ -47,9 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     get_args_parser().parse_args(argv)
     given = dict(os.environ)
     check(given, Path(given["CALLED_FROM"]))
-    runner = Runner(given["OUT"], given["PYTHON"], given["QUIET"] == "yes")
-    chain(given, runner)
-    print(f"everything is in {given['OUT']}")
+    out = given["OUT"]
+    try:
+        Path(out, "steps").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUT={out}: can't be written: {error.strerror}") from None
+    # Steps have the lock too: one that outlives a killed runner is not disturbed.
+    with file_lock(Path(out, ".lock"), what=f"OUT={out}", mend="wait for it, or choose another OUT") as lock:
+        chain(given, Runner(out, given["PYTHON"], given["QUIET"] == "yes", lock))
+    print(f"everything is in {out}")
     return 0
 
 
@@ -118,49 +122,19 @@ def check(given: dict[str, str], called_from: Path) -> None:
 
 
 class Runner:
-    """Runs commands once each, one at a time in `out`, and ends in an orderly way at a signal.
+    """Runs commands once each, and ends in an orderly way at a signal.
 
     OUT/steps/NAME has three lines: the command, what it reads, and "begun", "begun afresh" or "done" and when. OUT is
-    not named in it, so that it can be moved.
+    not named in it, so that it can be moved. `lock` is a descriptor that commands inherit.
     """
 
-    def __init__(self, out: str, python: str, quiet: bool):
-        self.out, self.python, self.quiet = out, python, quiet
+    def __init__(self, out: str, python: str, quiet: bool, lock: int):
+        self.out, self.python, self.quiet, self.lock = out, python, quiet, lock
         self.child: subprocess.Popen | None = None
         self.asked: signal.Signals | None = None
-        try:
-            Path(out, "steps").mkdir(parents=True, exist_ok=True)
-            self.lock = os.fdopen(os.open(Path(out, ".lock"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+")
-        except OSError as error:
-            raise UserError(f"OUT={out}: can't be written: {error.strerror}") from None
-        self._acquire()
-        for signum in STATUSES:
+        for signum in REQUESTS:
             if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(signum, self._note)
-
-    def _acquire(self) -> None:
-        """Steps have the lock too (`pass_fds`): one that outlives a killed runner is not disturbed."""
-        give_up = time.monotonic() + 2
-        while True:
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self._hold("")
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    self.lock.seek(0)
-                    holder = self.lock.read().strip()
-                    raise UserError(
-                        f"OUT={self.out}: {holder} is at work there; wait for it, or choose another OUT"
-                    ) from None
-                time.sleep(0.05)
-            except OSError:  # a file system without locks
-                print(f"warning: {self.out} can't be locked; don't start a second run there", file=sys.stderr)
-                return self._hold("")
-
-    def _hold(self, step: str) -> None:
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}{step and f', step {step}'}\n")
-        self.lock.flush()
 
     def _note(self, signum: int, frame) -> None:
         """A signal goes on to the step at work, as TERM (torchrun dies of USR1), which saves what it has."""
@@ -175,7 +149,7 @@ class Runner:
         job = os.environ.get("SLURM_JOB_ID")
         if self.asked == signal.SIGUSR1 and job and subprocess.run(["scontrol", "requeue", job]).returncode:
             print(f"error: job {job} is not back in the queue; submit it again", file=sys.stderr)
-        raise SystemExit(STATUSES[self.asked])
+        raise SystemExit(exit_status(REQUESTS[self.asked]))
 
     def step(
         self,
@@ -229,14 +203,13 @@ class Runner:
 
     def _run(self, name: str, command: list[str]) -> int:
         """The command's status, after a signal too, which its end is waited for."""
-        self._hold(name)
         began, log = time.monotonic(), Path(self.out, "steps", f"{name}.txt")
         if not self.quiet:
             print(shlex.join(command), flush=True)
         with open(log if self.quiet else os.devnull, "a") as file:
             output = {"stdout": file, "stderr": subprocess.STDOUT} if self.quiet else {}
             # A session of its own, so that Ctrl-C comes here only.
-            self.child = subprocess.Popen(command, start_new_session=True, pass_fds=[self.lock.fileno()], **output)
+            self.child = subprocess.Popen(command, start_new_session=True, pass_fds=[self.lock], **output)
             if self.asked is not None:
                 self.child.terminate()
             status = self.child.wait()

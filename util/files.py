@@ -117,11 +117,12 @@ _warned: set[Path] = set()
 
 
 @contextlib.contextmanager
-def file_lock(path: str | os.PathLike, *, what: str, mend: str = "", wait: bool = False) -> Iterator[None]:
+def file_lock(path: str | os.PathLike, *, what: str, mend: str = "", wait: bool = False) -> Iterator[int]:
     """Be the only process, on any host that sees the file, that holds `path` while the block runs.
 
     Forked children share the lock: it is free when the block is left, or when the process and all
-    that it forked have ended. Not for two threads of one process.
+    that it forked have ended. So do other programs that inherit the yielded descriptor. Not for two threads of one
+    process.
 
     Args:
         path: a file to lock, made if missing; never removed. Its directory must be there.
@@ -148,7 +149,7 @@ def file_lock(path: str | os.PathLike, *, what: str, mend: str = "", wait: bool 
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         _write_holder(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}")
         try:
-            yield
+            yield descriptor
         finally:
             _write_holder(descriptor, "")
             with contextlib.suppress(OSError):  # no locks here

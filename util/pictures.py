@@ -215,20 +215,28 @@ def error_picture(gray: np.ndarray, error: np.ndarray, masked: np.ndarray, large
     return np.where(enlarge(masked, patch)[..., None], enlarge(colours, patch), 0.35 * gray[..., None])
 
 
+def reconstruction_panels(found: Reconstruction, i: int, pixels: int = GLYPH_PIXELS) -> list[list]:
+    """Two lines of (title, picture) of image i: radiograph, gaze, the targets of the scales; mask, error of the masked
+    patches, the predictions. Pictures are [H, W] or [H, W, 3] in 0..1, glyphs of at least `pixels`."""
+    gray, masked = found.gray[i], found.masked[i]
+    overlay, error = (
+        gaze_overlay(gray, found.attention[i]),
+        error_picture(gray, found.error[i], masked, found.largest_error),
+    )
+    above = [("radiograph", gray), ("gaze heatmap (bright: looked at longer)", overlay)]
+    below = [("mask", mask_picture(gray, found.significant[i], masked)), ("squared error of masked patches", error)]
+    scales = zip(found.cell_sizes, found.targets, found.predictions, found.predicted, strict=True)
+    for size, target, prediction, predicted in scales:
+        glyphs = hog_glyphs(target[i], glyph_cell(target.shape[1], pixels))
+        above.append((f"HOG target, {size} px cells", glyphs))
+        below.append((f"HOG prediction, {size} px cells", prediction_picture(prediction[i], predicted[i], pixels)))
+    return [above, below]
+
+
 def reconstruction_grid(found: Reconstruction, side: int = 448) -> np.ndarray:
-    """Two lines of panels for each image: radiograph, gaze, the targets of the scales; mask, error of the masked patches,
-    the predictions. RGB uint8 [2B * side, (2 + K) * side, 3]."""
-    lines = []
-    for i, (gray, masked) in enumerate(zip(found.gray, found.masked, strict=True)):
-        targets = [hog_glyphs(level[i], glyph_cell(level.shape[1], side)) for level in found.targets]
-        predictions = [
-            prediction_picture(level[i], predicted[i], side)
-            for level, predicted in zip(found.predictions, found.predicted, strict=True)
-        ]
-        mask = mask_picture(gray, found.significant[i], masked)
-        error = error_picture(gray, found.error[i], masked, found.largest_error)
-        lines += [[gray, gaze_overlay(gray, found.attention[i]), *targets], [mask, error, *predictions]]
-    return np.concatenate([np.concatenate([_panel(picture, side) for picture in line], 1) for line in lines])
+    """`reconstruction_panels` of all images: RGB uint8 [2B * side, (2 + K) * side, 3]."""
+    lines = [line for i in range(len(found.gray)) for line in reconstruction_panels(found, i, side)]
+    return np.concatenate([np.concatenate([_panel(picture, side) for _, picture in line], 1) for line in lines])
 
 
 def _panel(picture: np.ndarray, side: int) -> np.ndarray:

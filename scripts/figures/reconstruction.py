@@ -21,23 +21,17 @@ from util.figures import fit_lines
 from util.masking import foreground_of, significant_patches
 from util.pictures import (
     ERROR_MAP,
-    GLYPH_PIXELS,
     MASKED,
     SIGNIFICANT,
     Reconstruction,
-    error_picture,
     gaze_overlay,
-    glyph_cell,
     gray_image,
-    hog_glyphs,
     mask_picture,
-    prediction_picture,
     reconstruct,
+    reconstruction_panels,
 )
 
 ENLARGED = "#CC79A7"  # purple
-
-
 KEY = (
     "significant: at least half of the patch is gaze foreground (Otsu). Glyphs: lines along the edges of a cell, "
     "brighter where more of its gradient has that direction."
@@ -56,13 +50,6 @@ def mean_targets(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> l
     if sums is None:
         raise ValueError("no images to take the mean of")
     return [(total / count).float() for total in sums]
-
-
-def _finest_masked(masked: np.ndarray, side: int) -> tuple[int, int]:
-    """Row and column of the square of side x side patches that holds most masked ones."""
-    height, width = masked.shape
-    places = [(row, column) for row in range(height - side + 1) for column in range(width - side + 1)]
-    return max(places, key=lambda place: masked[place[0] : place[0] + side, place[1] : place[1] + side].sum())
 
 
 def reconstruction_figure(
@@ -106,7 +93,7 @@ def reconstruction_figure(
     *bands, below = figure.subfigures(count + 1, 1, height_ratios=[*heights, foot])
     for i, band in enumerate(bands):
         band.suptitle("\n".join(captions[i]), fontsize=8.5, x=0.005, ha="left")
-        _draw_band(band.subplots(2, columns), found, i, errors)
+        _draw_band(band.subplots(2, columns), found, i)
     bar = below.colorbar(
         matplotlib.cm.ScalarMappable(errors, ERROR_MAP), cax=below.subplots(), orientation="horizontal"
     )
@@ -131,42 +118,27 @@ def _caption(found: Reconstruction, i: int, name: str, width: float) -> list[str
     return fit_lines(f"{name}\n{text}" if name else text, width, 8.5)
 
 
-def _draw_band(panels: np.ndarray, found: Reconstruction, i: int, errors: Normalize) -> None:
+def _draw_band(panels: np.ndarray, found: Reconstruction, i: int) -> None:
     """Draw image i into axes [2, 3 + K]."""
-    gray, significant, masked = found.gray[i], found.significant[i], found.masked[i]
-    patch = gray.shape[0] // masked.shape[0]
-
-    def show(axes, text: str, picture: np.ndarray, **options) -> None:
-        axes.imshow(picture, **options)
-        axes.set_title(text, fontsize=8, pad=2.5)
-        axes.set_xticks([])
-        axes.set_yticks([])
-
-    show(panels[0, 0], "radiograph", gray, cmap="gray", vmin=0, vmax=1)
-    show(panels[0, 1], "gaze heatmap (bright: looked at longer)", gaze_overlay(gray, found.attention[i]))
-    show(panels[1, 0], "mask", mask_picture(gray, significant, masked), interpolation="nearest")
-    _outline(panels[1, 0], significant & ~masked, patch)
-    shown = error_picture(gray, found.error[i], masked, errors.vmax)
-    show(panels[1, 1], "squared error of masked patches", shown, interpolation="nearest")
-    for k, cell in enumerate(found.cell_sizes):
-        drawn = glyph_cell(found.targets[k].shape[1], GLYPH_PIXELS)
-        glyphs = hog_glyphs(found.targets[k][i], drawn)
-        show(panels[0, 2 + k], f"HOG target, {cell} px cells", glyphs, cmap="gray", vmin=0, vmax=1)
-        guess = prediction_picture(found.predictions[k][i], found.predicted[k][i])
-        show(panels[1, 2 + k], f"HOG prediction, {cell} px cells", guess)
-
-    finest = int(np.argmin(found.cell_sizes))
+    masked, finest = found.masked[i], 2 + int(np.argmin(found.cell_sizes))
     side = min(4, *masked.shape)
-    row, column = _finest_masked(masked, side)
-    for axes in (panels[1, 0], *panels[:, 2 + finest]):  # where the enlarged region is
+    counts = np.lib.stride_tricks.sliding_window_view(masked, (side, side)).sum((2, 3))
+    corner = np.array(np.unravel_index(counts.argmax(), counts.shape))  # row and column of where most is masked
+    for axes, line, what in zip(panels, reconstruction_panels(found, i), ("target", "prediction"), strict=True):
+        picture = line[finest][1]
+        start = (corner * picture.shape[0] / masked.shape[0]).astype(int)
+        stop = ((corner + side) * picture.shape[0] / masked.shape[0]).astype(int)
+        enlarged = picture[start[0] : stop[0], start[1] : stop[1]]
+        for place, (text, shown) in zip(axes, [*line, (f"{what}, framed part enlarged", enlarged)], strict=True):
+            place.imshow(shown, cmap="gray", vmin=0, vmax=1)
+            place.set_title(text, fontsize=8, pad=2.5)
+            place.set_xticks([])
+            place.set_yticks([])
+    _outline(panels[1, 0], found.significant[i] & ~masked, found.gray.shape[1] // masked.shape[0])
+    for axes in (panels[1, 0], *panels[:, finest]):  # where the enlarged region is
         size = axes.get_images()[0].get_array().shape[0] / masked.shape[0]
-        corner = (column * size - 0.5, row * size - 0.5)
-        axes.add_patch(Rectangle(corner, side * size, side * size, fill=False, ec=ENLARGED, lw=1.4))
-    for line, (what, axes) in enumerate(zip(("target", "prediction"), panels[:, -1], strict=True)):
-        picture = panels[line, 2 + finest].get_images()[0].get_array()
-        step = picture.shape[0] / masked.shape[0]
-        rows, columns = (slice(int(start * step), int((start + side) * step)) for start in (row, column))
-        show(axes, f"{what}, framed part enlarged", picture[rows, columns], cmap="gray", vmin=0, vmax=1)
+        row, column = corner * size - 0.5
+        axes.add_patch(Rectangle((column, row), side * size, side * size, fill=False, ec=ENLARGED, lw=1.4))
 
 
 def contact_sheet(

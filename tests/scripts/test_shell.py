@@ -88,6 +88,22 @@ def test_the_demo_takes_nothing_that_the_environment_has_for_a_real_run():
     assert [n for n in told if not re.search(rf"\b{n}=|^unset .*\b{n}\b", demo, re.MULTILINE)] == []
 
 
+PROGRAMS = {
+    "PREPARE": ("scripts.prepare_reflacx", "--raw a --images b --out c"),
+    "MIMIC": ("scripts.prepare_mimic", "--images b --out c"),
+    "PRETRAIN": ("run_pretrain", "--data_path a"),
+    "GAZE": ("run_gaze", "--data_path a"),
+    "DOWNSTREAM": ("run_downstream", "--dataset rsna --data_path a --weights random"),
+}
+
+
+def test_the_demos_flags_are_understood_by_their_programs():
+    flags = dict(re.findall(r'\b([A-Z]+)_FLAGS="(.*?)"', (ROOT / "scripts/demo.sh").read_text()))
+    assert flags.keys() == PROGRAMS.keys()
+    for name, (program, needed) in PROGRAMS.items():
+        importlib.import_module(program).get_args_parser().parse_args(f"{needed} {flags[name]}".split())
+
+
 @pytest.mark.parametrize(
     ("python", "told"),
     [
