@@ -126,7 +126,7 @@ def verify_checkpoint(path: str | os.PathLike) -> None:
             if _digest_of_body(file) != recorded:
                 raise CheckpointError(f"{path}: damaged: its bytes don't match the SHA-256 inside")
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}; check --resume") from error
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}; check the path") from error
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:

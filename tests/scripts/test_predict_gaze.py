@@ -84,7 +84,7 @@ def test_bad_options_are_one_line(weights, tmp_path, monkeypatch, flags, message
 def test_weights_of_something_else_are_refused(backbone, tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         run("--weights", backbone, "--tree", tmp_path)
-    with pytest.raises(UserError, match="no such"):
+    with pytest.raises(UserError, match="No such file"):
         run("--weights", tmp_path / "none.pth", "--tree", tmp_path)
 
 
