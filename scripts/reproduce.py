@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     # Steps have the lock too: one that outlives a killed runner is not disturbed.
     with file_lock(Path(out, ".lock"), what=f"OUT={out}", mend="wait for it, or choose another OUT") as lock:
         chain(given, Runner(out, given["PYTHON"], given["QUIET"] == "yes", lock))
+    for signum in REQUESTS:  # Python gives up its handlers before it has ended
+        signal.signal(signum, signal.SIG_IGN)
     print(f"everything is in {out}")
     return 0
 
