@@ -17,9 +17,9 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 launcher=()
-[ "${GPUS:=1}" = 1 ] || launcher=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+[ "${GPUS:=1}" = 1 ] || launcher=(scripts/launch.py --standalone --nproc_per_node "$GPUS")
 
-# exec, so that a signal to this script reaches the program, or torchrun, which hands it on.
+# exec, so that a signal to this script reaches the program, or the launcher, which hands it on.
 exec "$PYTHON" ${launcher[@]+"${launcher[@]}"} run_pretrain.py \
   --data_path ../data/reflacx-1.0.0/ \
   --output_dir ./output_dir/cxrmim/ \

@@ -284,7 +284,7 @@ def chain(given: dict[str, str], runner: Runner) -> None:
         # A tree of all images holds REFLACX's images too, with their real gaze.
         trees = [filled] if given["MORE_IMAGES"] == given["IMAGES"] else [read, filled]
 
-    launcher = f"-m torch.distributed.run --standalone --nproc_per_node {gpus}".split() if gpus > 1 else []
+    launcher = f"scripts/launch.py --standalone --nproc_per_node {gpus}".split() if gpus > 1 else []
     words = ("--data_path", *trees, "--pretrained", given["PRETRAINED"], "--output_dir", f"{out}/pretrain", *options)
     how = ["--batch_size", str(batch // gpus), *busy]
     pretrained = step(

@@ -36,38 +36,11 @@ export OMP_NUM_THREADS=1
 [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 host=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
 
-# Wait for a child to its end. A trapped signal interrupts wait; the child is still running then, or its own status is
-# still to be had.
-await() {
-    while wait "$1"; status=$?; kill -0 "$1" 2> /dev/null; do :; done
-    if ((status > 128)); then wait "$1" 2> /dev/null; own=$?; ((own == 127)) || status=$own; fi
-}
-# torchrun dies of USR1, but its workers save and exit. So on each node torchrun ignores the signal, and this shell, to
-# which srun passes it on, gives it to torchrun's children. (No pkill: containers may lack it.) TERM torchrun hands on
-# itself. The shell waits for the ranks: when a task's shell ends, Slurm kills what is left of the task.
-read -r -d '' on_each_node <<'NODE'
-(trap '' USR1; exec "$@") &
-launcher=$!
-tell_ranks() {
-    local stat line fields
-    for stat in /proc/[0-9]*/stat; do
-        { read -r line < "$stat"; } 2> /dev/null || continue
-        read -r -a fields <<< "${line##*) }" # state, parent, ...
-        if [[ ${fields[1]} == "$launcher" ]]; then kill -USR1 "${line%% *}"; fi
-    done
-}
-trap tell_ranks USR1
-trap 'kill -TERM "$launcher"' TERM
-await "$launcher"
-exit "$status"
-NODE
-
 # TERM is of scancel, after which the job stays away, or of a preemption, after which Slurm itself requeues it.
 requeue=no job='' status=0
 trap 'echo "$(date): the time is nearly up; saving, then back into the queue"; requeue=yes; kill -USR1 $job' USR1
 trap 'echo "$(date): asked to end; saving a checkpoint"; kill -TERM $job' TERM
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$(declare -f await)"$'\n'"$on_each_node" on_each_node \
-    "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" scripts/launch.py \
     --nnodes "${SLURM_JOB_NUM_NODES:-1}" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend c10d --rdzv_endpoint "$host:$((20000 + ${SLURM_JOB_ID:-0} % 20000))" --rdzv_id "${SLURM_JOB_ID:-0}" \
     run_pretrain.py --batch_size 128 --model cxrmim_vit_base_patch16 --hog_nbins 9 \
@@ -75,7 +48,9 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$(declare -f await)"$'\n'
     --num_workers 4 --preload --gaze_weighted --id_list 1 3 9 11 --scale_list 4.0 2.0 1.0 0.5 \
     --decoder_depth 1 --decoder_num_heads 8 --data_path "../data/reflacx-1.0.0/" "${run[@]}" &
 job=$!
-await "$job"
+# A trapped signal interrupts wait; the job is still running then, or its own status is still to be had.
+while wait "$job"; status=$?; kill -0 "$job" 2> /dev/null; do :; done
+if ((status > 128)); then wait "$job" 2> /dev/null; own=$?; ((own == 127)) || status=$own; fi
 # The same command goes on from the newest whole checkpoint.
 [[ $status -eq 0 || $requeue == no ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$status"

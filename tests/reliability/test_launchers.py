@@ -48,8 +48,7 @@ def torchrun(fault: list[str], argv: list[str], log: Path, *options: str) -> Lau
     return Launched(
         [
             sys.executable,
-            "-m",
-            "torch.distributed.run",
+            str(ROOT / "scripts/launch.py"),
             "--standalone",
             "--nproc_per_node",
             "2",
@@ -79,6 +78,15 @@ def test_torchrun_restarts_after_a_killed_rank_and_passes_sigterm_on(flags, undi
     assert_same_run(out, undisturbed(*ONE_EACH, ranks=2))
 
 
+def test_a_mistake_is_told_without_the_launchers_traceback(tmp_path):
+    job = Launched(
+        ["bash", str(ROOT / "scripts/pretrain.sh"), "--epochs", "0"], tmp_path / "log", GPUS="2", PYTHON=sys.executable
+    )
+    assert job.wait() == 1
+    lines = job.log.read_text().splitlines()
+    assert "error: --epochs 0: must be at least 1" in lines and len(lines) < 6, lines
+
+
 SRUN = """#!/usr/bin/env bash
 # As srun does: a task in a session of its own, and signals passed on to its process group.
 while [[ $1 == --* ]]; do shift; done
@@ -92,34 +100,28 @@ exit "$status"
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == requeue ]]; then echo "requeued $2"; else echo localhost; fi
 """
-# Stands for `python -m torch.distributed.run ...`: dies of USR1 and hands TERM on as torchrun does; its ranks
-# save and exit. Its first lines are shell and Python in one: the name of Python after #! can't have blanks.
-LAUNCHER = """#!/bin/sh
-''':'
-exec "{python}" "$0" "$@"
-'''
-import signal, subprocess, sys
-rank = '''
-import signal, sys, time
+# Stands for Python: runs this program in run_pretrain.py's place, under the real launcher.
+STAND_IN = """#!/usr/bin/env bash
+exec {python} "${{@/run_pretrain.py/{program}}}"
+"""
+PROGRAM = """
+import os, signal, sys, time
 def save(*_):
     time.sleep({save_seconds})
     print("saved", flush=True)
     sys.exit(75)
 for signum in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(signum, save)
-print("training", flush=True)
+print("flags", *sys.argv[1:], flush=True)
 time.sleep({seconds})
-'''
-print("flags", *sys.argv[sys.argv.index("run_pretrain.py") + 1:], flush=True)
-ranks = [subprocess.Popen([sys.executable, "-c", rank], start_new_session=True) for _ in range(2)]
-signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])  # torchrun hands it on
-sys.exit(1 if any([rank.wait() for rank in ranks]) else 0)
 """
 
 
-def launcher(seconds: float, save_seconds: float = 0.0) -> str:
-    """The stand-in, whose ranks train and save for so long."""
-    return LAUNCHER.format(python=sys.executable, seconds=seconds, save_seconds=save_seconds)
+def program(folder: Path, seconds: float, save_seconds: float = 0.0) -> str:
+    """A path in place of Python's, under which two ranks train and save for so long."""
+    path = folder / "program.py"
+    path.write_text(PROGRAM.format(seconds=seconds, save_seconds=save_seconds))
+    return str(executable(folder / "python", STAND_IN.format(python=sys.executable, program=path)))
 
 
 def executable(path: Path, text: str) -> Path:
@@ -137,6 +139,7 @@ def slurm(tmp_path: Path, *flags: str, python: str, **env: str) -> Launched:
         tmp_path / "slurm.log",
         PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         SLURM_JOB_ID="77",
+        SLURM_GPUS_ON_NODE="2",
         PYTHON=python,
         **env,
     )
@@ -148,11 +151,10 @@ def given_flags(job: Launched):
 
 
 def test_slurm_script_saves_before_the_limit_and_requeues(tmp_path):
-    stand_in = executable(tmp_path / "python", launcher(60))
-    job = slurm(tmp_path, "--epochs", "7", python=str(stand_in), SLURM_ARRAY_TASK_ID="3")
-    job.until("training", count=2)
+    job = slurm(tmp_path, "--epochs", "7", python=program(tmp_path, 60), SLURM_ARRAY_TASK_ID="3")
+    job.until("flags", count=2)
     job.process.send_signal(signal.SIGUSR1)
-    assert job.wait(20) == 1
+    assert job.wait(20) == 75  # as the program has it
     text = job.log.read_text()
     assert text.count("saved") == 2 and text.count("requeued 77") == 1
     args = given_flags(job)
@@ -162,9 +164,8 @@ def test_slurm_script_saves_before_the_limit_and_requeues(tmp_path):
 @pytest.mark.parametrize("whole_job", [False, True], ids=["shell", "job"])
 def test_slurm_script_waits_for_its_ranks_to_save_at_sigterm(tmp_path, whole_job):
     """As scancel and a preemption send it: to all of the job, or by hand to the script alone."""
-    stand_in = executable(tmp_path / "python", launcher(60, save_seconds=1.5))
-    job = slurm(tmp_path, python=str(stand_in))
-    job.until("training", count=2)
+    job = slurm(tmp_path, python=program(tmp_path, 60, save_seconds=1.5))
+    job.until("flags", count=2)
     for pid in processes_with(job.token) if whole_job else [job.process.pid]:
         os.kill(pid, signal.SIGTERM)
     assert job.process.wait(60) != 0
@@ -183,9 +184,8 @@ def test_slurm_script_waits_for_its_ranks_to_save_at_sigterm(tmp_path, whole_job
     ],
 )
 def test_slurm_script_gives_each_task_of_an_array_a_run_of_its_own(tmp_path, flags, array, output_dir, seed):
-    stand_in = executable(tmp_path / "python", launcher(0))
     env = {} if array is None else {"SLURM_ARRAY_TASK_ID": array}
-    job = slurm(tmp_path, *flags, "--epochs", "7", python=str(stand_in), **env)
+    job = slurm(tmp_path, *flags, "--epochs", "7", python=program(tmp_path, 0), **env)
     assert job.wait(60) == 0
     args = given_flags(job)
     assert (args.output_dir, args.seed, args.epochs) == (output_dir, seed, 7)

@@ -43,7 +43,7 @@ def test_one_gpu_needs_no_launcher(tmp_path, gpus):
     """So that a mistake is one line, and the exit status is the program's."""
     python = stand_in(tmp_path / "python", 'echo "$*"')
     words = run("bash", ROOT / "scripts/pretrain.sh", "--seed", "3", PYTHON=str(python), GPUS=gpus).stdout
-    launched = words.startswith("-m torch.distributed.run --standalone --nproc_per_node 2 run_pretrain.py --data_path")
+    launched = words.startswith("scripts/launch.py --standalone --nproc_per_node 2 run_pretrain.py --data_path")
     assert launched if gpus == "2" else words.startswith("run_pretrain.py --data_path")
     assert words.endswith(" --seed 3\n")
 
