@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.phantom.labelled import Chests, kinds_of
-from datasets.phantom.study import PhantomStudy, write_csv, write_image
+from datasets.phantom.labelled import STREAM, labelled_study
+from datasets.phantom.study import PhantomStudy, draw_chests, write_csv, write_image
 from downstream.data.readers import CHEXPERT_FINDINGS as FINDINGS
 
 PREFIX = "CheXpert-v1.0-small"  # which every Path begins with, whatever the directory is called
@@ -24,25 +24,24 @@ OF_KIND = {
 UNCERTAIN_SHARE = 0.1  # of the cells of the labels that are there
 
 
-def make_chexpert(root: str | Path, chests: Chests) -> PhantomStudy:
+def make_chexpert(root: str | Path, n_images: int, seed: int = 0, *, size: tuple[int, int]) -> PhantomStudy:
     """Write `root`/chexpert: train.csv, valid.csv and JPGs in train/ and valid/, below patient and study.
 
     Every fifth image is named a lateral one (and looks like the others). As in the real tables valid.csv has
     neither uncertain nor empty cells.
     """
-    study = chests.study(Path(root), "chexpert")
+    study = labelled_study(Path(root, "chexpert"), seed)
     rows: dict[str, list[dict]] = {"train": [], "valid": []}
-    for image, gray in chests.draw(study, ".jpg"):
+    for image, gray, _ in draw_chests(study, n_images, size, STREAM):
         part = "valid" if image.split == "test" else "train"
-        patient = image.index + 1 - (image.index % 6 == 5)
-        image.subject_id = f"patient{patient:05d}"
-        lateral = image.index % 5 == 4
-        name = f"view1_{'lateral' if lateral else 'frontal'}.jpg"
-        place = f"{part}/{image.subject_id}/study{1 + (image.index % 6 == 5)}/{name}"
+        second = image.index % 6 == 5
+        patient = image.index + 1 - second
+        view = "Lateral" if image.index % 5 == 4 else "Frontal"
+        place = f"{part}/patient{patient:05d}/study{1 + second}/view1_{view.lower()}.jpg"
         image.path = study.raw / place
-        write_image(image, gray, inverted=False)
-        rng = np.random.default_rng([chests.seed, image.index, 13])
-        present = {label for kind in kinds_of(image) for label in OF_KIND[kind]} or {"No Finding"}
+        write_image(image, gray)
+        rng = np.random.default_rng([seed, image.index, 13])
+        present = {label for lesion in image.lesions for label in OF_KIND[lesion.kind]} or {"No Finding"}
         labels: dict[str, float | None] = {}
         for label in FINDINGS:
             uncertain, mentioned = rng.random(2) < (UNCERTAIN_SHARE, 0.5)
@@ -55,12 +54,11 @@ def make_chexpert(root: str | Path, chests: Chests) -> PhantomStudy:
                 "Path": f"{PREFIX}/{place}",
                 "Sex": "Female" if patient % 2 else "Male",
                 "Age": 40 + patient % 40,
-                "Frontal/Lateral": "Lateral" if lateral else "Frontal",
-                "AP/PA": None if lateral else "AP",
+                "Frontal/Lateral": view,
+                "AP/PA": "AP" if view == "Frontal" else None,
                 **labels,
             }
         )
     for part, found in rows.items():
-        if found:
-            write_csv(pd.DataFrame(found), study.raw / f"{part}.csv")
+        write_csv(pd.DataFrame(found), study.raw / f"{part}.csv")
     return study

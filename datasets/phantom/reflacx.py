@@ -1,29 +1,20 @@
-"""Made-up studies in REFLACX's raw layout, with the MIMIC-CXR image tree beside it.
-
-For the tests, the demo and trying things out. Nobody ever looked at these images: every transcription says
-so. Everything follows from (seed, index): the same arguments write the same bytes, and image i is the same
-however many there are.
-"""
+"""Made-up studies in REFLACX's raw layout, with the MIMIC-CXR image tree beside it, for the tests, the demo and trying
+things out. Nobody ever looked at these images."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from datasets.phantom.chest import CHEST, Lesion, pixel_box, pixels_per_unit
 from datasets.phantom.gaze import simulate_fixations
-from datasets.phantom.study import (
-    PhantomImage,
-    PhantomStudy,
-    draw_chests,
-    fixed_number,
-    mark_simulated,
-    write_csv,
-    write_image,
-)
+from datasets.phantom.study import PhantomImage, PhantomStudy, draw_chests, fixed_number, write_csv, write_image
 from datasets.raw.reflacx import BOOL_LABELS, CERTAINTY_LABELS, TEXT_LABELS
+from util.errors import UserError
 
 _COMMON = {
     "consolidation": "Consolidation",
@@ -37,19 +28,23 @@ LABEL_OF_KIND = {
     2: _LATER,
     3: _LATER,
 }
+METADATA = "id split eye_tracking_data_discarded image dicom_id subject_id image_size_x image_size_y".split()
 BOX = ["xmin", "ymin", "xmax", "ymax"]
-SIMULATED = "Simulated reading, no radiologist looked at this image."
+# Round opacities that anyone sees in RG1_UNCR.dcm, as shares of its width and height: centre x, y and
+# semi-axes. Placed by eye by this program's authors, no radiologist.
+REAL_SPOTS = ((0.800, 0.440, 0.049, 0.050), (0.790, 0.600, 0.061, 0.049), (0.262, 0.592, 0.066, 0.054))
 
 
 def make_study(
     root: str | Path,
     n_images: int = 8,
     seed: int = 0,
-    size: int | tuple[int, int] = (512, 420),
+    size: tuple[int, int] = (512, 420),
     *,
     shared_images: int | None = None,
     readers: int = 3,
     dwell_ratio: float = 6.0,
+    real_radiograph: bool = False,
     **options,
 ) -> PhantomStudy:
     """Write a study in the raw REFLACX layout, `root`/reflacx, and its images, `root`/mimic/files.
@@ -61,63 +56,84 @@ def make_study(
 
     `size` and the further `options` are those of `datasets.phantom.study.draw_chests`; every second DICOM is MONOCHROME1.
 
-    `dwell_ratio`: see `datasets.phantom.gaze`.
+    `dwell_ratio`: see `datasets.phantom.gaze`. With `real_radiograph` there is one more image, `add_real_radiograph`.
 
-    Raises `ValueError` for options out of range, among them a dwell_ratio that no gaze can have on
-    lesions of that size.
+    Raises:
+        ValueError: a dwell_ratio that no gaze can have on lesions of that size.
+        UserError: see `add_real_radiograph`.
     """
     shared = n_images // 4 if shared_images is None else shared_images
-    if not 0 <= shared <= n_images or readers < 1:
-        raise ValueError(f"shared_images {shared} of n_images {n_images}, readers {readers}: out of range")
-    root = Path(root)
-    study = PhantomStudy(root, root / "reflacx", root / "mimic", [], seed, dwell_ratio)
-    rows: dict[int, list[dict]] = {1: [], 2: [], 3: []}
-    for image, gray, _ in draw_chests(study, n_images, size, ((), (1,)), **options):
+    study = PhantomStudy(Path(root, "reflacx"), Path(root, "mimic"), seed)
+    rows: dict[int, dict[str, dict]] = {1: {}, 2: {}, 3: {}}  # of a phase, by their reading
+    real = add_real_radiograph(study, dwell_ratio) if real_radiograph else None
+    for image, gray, _ in draw_chests(study, n_images, size, 0, **options):
         index = image.index
         write_image(image, gray, inverted=index % 4 == 3)
         for reader in range(readers if index < shared else 1):
-            phase = (1 + (index + reader) % 2) if index < shared else 3
+            phase = 1 + (index + reader) % 2 if index < shared else 3
             rng = np.random.default_rng([seed, index, 2, reader])
-            reading_id = f"P{phase}{len(rows[phase]) // 100:02d}R{fixed_number(seed, index, reader) % 1_000_000:06d}"
-            row = write_reading(study, image, reading_id, phase, rng)
+            group, number = len(rows[phase]) // 100, fixed_number(seed, index, reader)
+            while (reading_id := f"P{phase}{group:02d}R{number % 1_000_000:06d}") in rows[phase]:
+                number += 1
+            row = write_reading(study, image, reading_id, phase, rng, dwell_ratio)
             row["eye_tracking_data_discarded"] = index == 0 and shared > 0 and reader == readers - 1
-            rows[phase].append(row)
-    for phase, phase_rows in rows.items():
-        table = pd.DataFrame(phase_rows, columns=metadata_columns(phase))
+            rows[phase][reading_id] = row
+    if real:
+        rows[3][real["id"]] = real
+    for phase, found in rows.items():
+        table = pd.DataFrame(found.values(), columns=[*METADATA, *_labels(phase), *TEXT_LABELS[phase]])
         write_csv(table, study.raw / "main_data" / f"metadata_phase_{phase}.csv")
-    mark_simulated(study.raw)
+    study.mark_simulated()
     return study
 
 
-def metadata_columns(phase: int) -> list[str]:
-    head = "id split eye_tracking_data_discarded image dicom_id subject_id image_size_x image_size_y".split()
-    return [*head, *_sorted_labels(phase), *TEXT_LABELS[phase]]
+def add_real_radiograph(study: PhantomStudy, dwell_ratio: float) -> dict:
+    """Add one real chest film with a simulated reading that says so; returns its row of the metadata.
+
+    The film is RG1_UNCR.dcm (CR, PA, MONOCHROME1) of the PyPI package pydicom-data, copied from where
+    pip installed it; nothing is downloaded. The reading dwells on three round opacities of the film.
+    Raises `UserError` if the package is not installed.
+    """
+    from pydicom.data import get_testdata_file
+
+    source = get_testdata_file("RG1_UNCR.dcm", download=False)
+    if source is None:
+        raise UserError("RG1_UNCR.dcm is not here: install the package that ships it, `pip install pydicom-data`")
+    height, width = size = (1955, 1841)
+    spots = (np.array(REAL_SPOTS) - (0.5, 0.5, 0, 0)) * (width, height, width, height) / pixels_per_unit(size)
+    lesions = [Lesion("mass", spot) for spot in spots.tolist()]
+    path = study.images / "files/p10/p10999999/s59999999/RG1_UNCR-pydicom-data.dcm"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+    image = PhantomImage(-1, path.stem, "10999999", "59999999", "train", path, size, lesions)
+    study.truth.append(image)
+    rng = np.random.default_rng([study.seed, 1_000_003])
+    row = write_reading(study, image, "P399R999999", 3, rng, dwell_ratio)
+    return row | {"Other": "real radiograph (RG1_UNCR.dcm of pydicom-data) with a simulated reading"}
 
 
-def _sorted_labels(phase: int) -> list[str]:
+def _labels(phase: int) -> list[str]:
     return sorted((*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase]))
 
 
 def write_reading(
-    study: PhantomStudy, image: PhantomImage, reading_id: str, phase: int, rng: np.random.Generator
+    study: PhantomStudy, image: PhantomImage, reading_id: str, phase: int, rng: np.random.Generator, dwell_ratio: float
 ) -> dict:
     """Write the files of one reading and return its row of the metadata."""
     image.reading_ids.append(reading_id)
     boxes = [_reader_box(box, image.size, rng) for box in image.boxes]
     certainty = [int(rng.choice((3, 4, 5, 5))) for _ in boxes]
     labels = [LABEL_OF_KIND[phase][lesion.kind] for lesion in image.lesions]
-    table = simulate_fixations(image.size, boxes, rng, dwell_ratio=study.dwell_ratio)
 
     directory = study.raw / "main_data" / reading_id
-    write_csv(table, directory / "fixations.csv")
+    write_csv(simulate_fixations(image.size, boxes, rng, dwell_ratio=dwell_ratio), directory / "fixations.csv")
     ellipses = pd.DataFrame(boxes, columns=BOX, dtype=float).round(2)
     ellipses["certainty"] = pd.Series(certainty, dtype=int)
-    for label in _sorted_labels(phase):
+    for label in _labels(phase):
         ellipses[label] = [label == own for own in labels]
     write_csv(ellipses, directory / "anomaly_location_ellipses.csv")
-    chest = _reader_box(image.chest_box, image.size, rng, 0.01)
+    chest = _reader_box(pixel_box(image.size, CHEST), image.size, rng, 0.01)
     write_csv(pd.DataFrame([chest], columns=BOX).round(2), directory / "chest_bounding_box.csv")
-    _write_transcription(directory, [lesion.kind for lesion in image.lesions], table)
 
     path = image.path.relative_to(study.images).with_suffix(".dcm").as_posix()
     row = {
@@ -133,26 +149,13 @@ def write_reading(
     row |= dict.fromkeys(CERTAINTY_LABELS[phase], 0) | dict.fromkeys(BOOL_LABELS[phase], False)
     for label, sure in zip(labels, certainty):
         row[label] = max(row[label], sure)
-    return row | dict.fromkeys(TEXT_LABELS[phase], "")
+    return row
 
 
 def _reader_box(
     box: Sequence[float], size: tuple[int, int], rng: np.random.Generator, jitter: float = 0.08
-) -> tuple[float, float, float, float]:
+) -> list[float]:
     """The box as one reader draws it: corners off by a share of its sides, within the image."""
-    xmin, ymin, xmax, ymax = box
-    dx, dy = (xmax - xmin) * rng.uniform(-jitter, jitter, 2), (ymax - ymin) * rng.uniform(-jitter, jitter, 2)
-    x = np.clip((xmin + dx[0], xmax + dx[1]), 0, size[1] - 1)
-    y = np.clip((ymin + dy[0], ymax + dy[1]), 0, size[0] - 1)
-    return float(x[0]), float(y[0]), float(x[1]), float(y[1])
-
-
-def _write_transcription(directory: Path, kinds: list[str], table: pd.DataFrame) -> None:
-    found = "Findings: " + ", ".join(kinds) + "." if kinds else "No abnormality."
-    text = f"{SIMULATED} {found}"
-    (directory / "transcription.txt").write_text(text + "\n", encoding="utf-8")
-    words = text.split()
-    end = float(table["timestamp_end_fixation"].iloc[-1]) if len(table) else 1.0
-    edges = np.linspace(0.2 * end, end, len(words) + 1).round(3)
-    table = pd.DataFrame({"word": words, "timestamp_start_word": edges[:-1], "timestamp_end_word": edges[1:]})
-    write_csv(table, directory / "timestamps_transcription.csv")
+    low, high = corners = np.reshape(box, (2, 2))  # of x, y
+    off = (high - low) * rng.uniform(-jitter, jitter, (2, 2)).T
+    return np.clip(corners + off, 0, np.array(size[::-1]) - 1).ravel().tolist()

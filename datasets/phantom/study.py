@@ -1,4 +1,8 @@
-"""What made-up studies share, whatever layout they are written in: subjects, images and their files."""
+"""What made-up data sets share, whatever layout they are written in: subjects, images and their files.
+
+Everything follows from (seed, index): the same arguments write the same bytes, and image i is the same however many
+there are.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from datasets.phantom.chest import LESION_KINDS, Frame, Lesion, chest_box, draw_lesion, render_chest
+from datasets.phantom.chest import LESION_KINDS, Lesion, draw_lesion, pixel_box, render_chest
 from datasets.raw.readings import SIMULATED_FILE
 
 SUFFIXES = {"jpg": (".jpg",), "dcm": (".dcm",), "mixed": (".jpg", ".dcm"), "png": (".png",)}
@@ -28,48 +32,38 @@ class PhantomImage:
     path: Path
     size: tuple[int, int]
     lesions: list[Lesion]
-    boxes: list[tuple[float, float, float, float]]
-    chest_box: tuple[float, float, float, float]
     reading_ids: list[str] = field(default_factory=list)
+
+    @property
+    def boxes(self) -> list[tuple[float, float, float, float]]:
+        """Of the lesions."""
+        return [pixel_box(self.size, lesion.ellipse) for lesion in self.lesions]
 
 
 @dataclass
 class PhantomStudy:
-    """A study on disk. `raw` is the gaze data set's root, `images` the MIMIC-CXR root. `truth` has one
-    element per image."""
+    """A study on disk. `raw` is the root of the gaze or labels, `images` that of the images. `truth` has one element per
+    image."""
 
-    root: Path
     raw: Path
     images: Path
-    truth: list[PhantomImage]
-    seed: int = 0
-    dwell_ratio: float = 6.0
+    seed: int
+    truth: list[PhantomImage] = field(default_factory=list)
 
-
-def mark_simulated(raw: Path) -> None:
-    """Leave the mark by which preparation and pictures know that nobody looked at these images."""
-    text = "Simulated gaze: made up by scripts/make_phantom.py, no radiologist looked at these images.\n"
-    (raw / SIMULATED_FILE).write_text(text, encoding="utf-8")
-
-
-def check_options(n_images: int, image_format: str, lesion_kinds: Sequence[str]) -> None:
-    if n_images < 1:
-        raise ValueError(f"n_images {n_images} is not at least 1")
-    if image_format not in SUFFIXES:
-        raise ValueError(f"image_format {image_format!r} is not one of {', '.join(SUFFIXES)}")
-    if unknown := set(lesion_kinds) - set(LESION_KINDS):
-        raise ValueError(f"unknown lesion kinds {sorted(unknown)}: known are {', '.join(LESION_KINDS)}")
+    def mark_simulated(self) -> None:
+        """Leave the mark by which preparation and pictures know that nobody looked at these images."""
+        text = "Simulated gaze: made up by scripts/make_phantom.py, no radiologist looked at these images.\n"
+        (self.raw / SIMULATED_FILE).write_text(text, encoding="utf-8")
 
 
 def draw_chests(
     study: PhantomStudy,
     n_images: int,
-    size: int | tuple[int, int],
-    streams: Sequence[Sequence[int]],
+    size: tuple[int, int],
+    stream: int,
     *,
     image_format: str = "jpg",
     lesion_kinds: Sequence[str] = LESION_KINDS,
-    lesions_per_image: tuple[int, int] = (1, 2),
     normal_fraction: float = 0.2,
     lesion_size: float = 1.0,
     lesion_contrast: float = 1.0,
@@ -78,29 +72,30 @@ def draw_chests(
     `study.truth`; its file is still to be written.
 
     Args:
-        size: (height, width) in px, or one number for square images.
-        streams: two keys of random numbers, beside (seed, index): of the lesions and of the pixels.
+        size: (height, width) in px.
+        stream: random numbers of the lesions, beside (seed, index); the pixels take the next stream.
         image_format: one of `SUFFIXES`; "mixed" is every second image a DICOM.
-        lesion_kinds: what to draw from, each kind at most once; `lesions_per_image` (from, to) in an image with any.
+        lesion_kinds: what to draw from; 1 or 2 of them in an image with any.
         normal_fraction: share of images without a lesion.
         lesion_size, lesion_contrast: multiply the usual extent and contrast.
-
-    Raises:
-        ValueError: an option out of range.
     """
-    check_options(n_images, image_format, lesion_kinds)
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    suffixes = SUFFIXES[image_format]
     for index in range(n_images):
-        rng, pixels_rng = (np.random.default_rng([study.seed, index, *stream]) for stream in streams)
-        n = 0
-        if rng.random() >= normal_fraction:
-            n = min(len(lesion_kinds), int(rng.integers(lesions_per_image[0], lesions_per_image[1] + 1)))
-        chosen = rng.permutation(len(lesion_kinds))[:n]
-        lesions = [draw_lesion(lesion_kinds[i], rng, lesion_size, lesion_contrast) for i in chosen]
-        image = new_image(study, index, size, lesions, suffixes[index % len(suffixes)])
-        study.truth.append(image)
-        yield image, render_chest(size, pixels_rng, tuple(lesions)), rng
+        rng, pixels_rng = (np.random.default_rng([study.seed, index, key]) for key in (stream, stream + 1))
+        n = int(rng.integers(1, 3)) if rng.random() >= normal_fraction else 0
+        kinds = rng.permutation(lesion_kinds)[:n].tolist()
+        lesions = [draw_lesion(kind, rng, lesion_size, lesion_contrast) for kind in kinds]
+        # Every sixth image is a second study of the subject before; a subject is in one split only.
+        person = index - (index % 6 == 5)
+        subject_id = str(10_000_000 + 977 * person + study.seed % 977)
+        study_id = str(50_000_000 + 1013 * index + study.seed % 1013)
+        split = {3: "validate", 6: "test", 9: "test"}.get(person % 10, "train")
+        digits = fixed_digits(study.seed, index, range(3))
+        dicom_id = "-".join(digits[i : i + 8] for i in range(0, 40, 8))
+        suffixes = SUFFIXES[image_format]
+        name = f"{dicom_id}{suffixes[index % len(suffixes)]}"
+        path = study.images / "files" / f"p{subject_id[:2]}" / f"p{subject_id}" / f"s{study_id}" / name
+        study.truth.append(PhantomImage(index, dicom_id, subject_id, study_id, split, path, size, lesions))
+        yield study.truth[-1], render_chest(size, pixels_rng, tuple(lesions)), rng
 
 
 def fixed_number(*key: int) -> int:
@@ -108,63 +103,39 @@ def fixed_number(*key: int) -> int:
     return int(np.random.default_rng([*key, 7]).integers(1 << 62))
 
 
-def new_image(
-    study: PhantomStudy, index: int, size: tuple[int, int], lesions: list[Lesion], suffix: str
-) -> PhantomImage:
-    # Every sixth image is a second study of the subject before; a subject is in one split only.
-    person = index - (index % 6 == 5)
-    subject_id = str(10_000_000 + 977 * person + study.seed % 977)
-    study_id = str(50_000_000 + 1013 * index + study.seed % 1013)
-    digits = "".join(f"{fixed_number(study.seed, index, part):016x}" for part in range(3))
-    dicom_id = "-".join(digits[i : i + 8] for i in range(0, 40, 8))
-    directory = study.images / "files" / f"p{subject_id[:2]}" / f"p{subject_id}" / f"s{study_id}"
-    path = directory / f"{dicom_id}{suffix}"
-    frame = Frame(size)
-    split = {3: "validate", 6: "test", 9: "test"}.get(person % 10, "train")
-    return PhantomImage(
-        index,
-        dicom_id,
-        subject_id,
-        study_id,
-        split,
-        path,
-        size,
-        lesions,
-        [frame.box(lesion.ellipse) for lesion in lesions],
-        chest_box(frame),
-    )
+def fixed_digits(seed: int, index: int, parts: range) -> str:
+    """Sixteen hexadecimal digits for each part of an image's name."""
+    return "".join(f"{fixed_number(seed, index, part):016x}" for part in parts)
 
 
-def write_image(image: PhantomImage, gray: np.ndarray, *, inverted: bool) -> None:
+def write_image(image: PhantomImage, gray: np.ndarray, *, inverted: bool = False) -> None:
+    """A file by the suffix of `image.path`; a DICOM is MONOCHROME1 where `inverted`."""
     image.path.parent.mkdir(parents=True, exist_ok=True)
     if image.path.suffix == ".dcm":
         _write_dicom(image, gray, inverted)
     else:
-        Image.fromarray(gray).save(image.path, **({"quality": 92} if image.path.suffix == ".jpg" else {}))
+        Image.fromarray(gray).save(image.path, quality=92)
 
 
 def _write_dicom(image: PhantomImage, gray: np.ndarray, inverted: bool) -> None:
     """A 12-bit CR image whose window shows the whole range, so that it reads as `gray` again."""
     import pydicom
-    from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
-    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[image.dicom_id])
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID = ComputedRadiographyImageStorage
+    data.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[image.dicom_id])
     data.Modality, data.BodyPartExamined, data.ViewPosition = "CR", "CHEST", "PA"
     data.PatientID, data.PatientName, data.StudyID = image.subject_id, "Phantom", image.study_id
     data.ImageComments = "Made-up chest, not a patient"
-    data.Rows, data.Columns = gray.shape
-    data.SamplesPerPixel, data.PixelRepresentation = 1, 0
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
-    data.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
     data.WindowCenter, data.WindowWidth = 2048, 4096
-    stored = gray.astype(np.uint32) * 4095 // 255  # 16 bits would overflow
-    data.PixelData = (4095 - stored if inverted else stored).astype("<u2").tobytes()
+    stored = (gray.astype(np.uint32) * 4095 // 255).astype(np.uint16)  # 16 bits would overflow
+    if inverted:
+        data.set_pixel_data(4095 - stored, "MONOCHROME1", 12, generate_instance_uid=False)
+    else:
+        data.set_pixel_data(stored, "MONOCHROME2", 12, generate_instance_uid=False)
     data.save_as(image.path, enforce_file_format=True)
 
 

@@ -229,7 +229,7 @@ def test_loose_files(tmp_path):
 
 
 def test_the_contrast_of_loose_dicom_files_decides_their_heatmaps(tmp_path):
-    dicom = make_study(tmp_path / "raw", n_images=1, size=64, image_format="dcm", shared_images=0).images
+    dicom = make_study(tmp_path / "raw", n_images=1, size=(64, 64), image_format="dcm", shared_images=0).images
     made = {}
     for contrast in CONTRASTS:
         predict_files(dicom, tmp_path / contrast, PLAIN, dicom_contrast=contrast)

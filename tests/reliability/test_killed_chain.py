@@ -15,10 +15,8 @@ import torch
 from reliability_runs import processes_with, wait_until_gone
 from test_launchers import ROOT, Launched
 
-from datasets.phantom.labelled import Chests
-from datasets.phantom.nih import make_nih
+from datasets.phantom.labelled import make_nih, make_rsna
 from datasets.phantom.reflacx import make_study
-from datasets.phantom.rsna import make_rsna
 
 SETTINGS = {
     "PREDICTED_GAZE": "yes",
@@ -53,8 +51,8 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("made up")
     read = make_study(root, 8, size=(96, 80))
     more = make_study(root / "more", 4, seed=1, size=(96, 80), shared_images=0)
-    rsna = make_rsna(root, Chests(48, 2, (64, 56), ["consolidation"], normal_fraction=0.5))
-    nih = make_nih(root, Chests(56, 0, (64, 56)))
+    rsna = make_rsna(root, 48, 2, (64, 56), lesion_kinds=["consolidation"], normal_fraction=0.5)
+    nih = make_nih(root, 56, 0, (64, 56))
     return {
         "REFLACX": str(read.raw),
         "IMAGES": str(read.images),

@@ -11,7 +11,7 @@ from util.errors import UserError
 
 @pytest.mark.parametrize("kind", ["jpg", "dcm"])
 def test_each_image_once_at_its_place(tmp_path, kind):
-    study = make_study(tmp_path, n_images=4, size=64, shared_images=2)
+    study = make_study(tmp_path, n_images=4, size=(64, 64), shared_images=2)
     out = tmp_path / "images.txt"
     assert main(["--raw", str(study.raw), "--format", kind, "--out", str(out)]) == 0
     places = {image.path.relative_to(study.images).with_suffix(f".{kind}") for image in study.truth}

@@ -53,7 +53,7 @@ def model() -> CXRMIM:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("study")
-    study = make_study(root / "raw", n_images=6, size=96, shared_images=0)
+    study = make_study(root / "raw", n_images=6, size=(96, 96), shared_images=0)
     prepare(study.raw, study.images, root / "tree", size=96, workers=1)
     return root / "tree"
 
@@ -206,7 +206,7 @@ def test_heatmap_made_from_fixations(model, tmp_path, text):
 @pytest.mark.parametrize("contrast", [None, *CONTRASTS])
 def test_command_reads_dicom_in_the_contrast_that_is_asked_for(checkpoint, tree, tmp_path, monkeypatch, contrast):
     """By default in that of the paper's pictures."""
-    image = make_study(tmp_path, n_images=1, size=64, image_format="dcm", shared_images=0).truth[0].path
+    image = make_study(tmp_path, n_images=1, size=(64, 64), image_format="dcm", shared_images=0).truth[0].path
     drawn = []
     monkeypatch.setattr(visualize, "reconstruction_figure", lambda model, batch, *_, **__: drawn.append(batch["img"]))
     monkeypatch.setattr(visualize, "save_figure", lambda *_: None)

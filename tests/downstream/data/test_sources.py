@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from phantom_chexpert import make_chexpert
 from sklearn.model_selection import train_test_split
 
-from datasets.phantom.labelled import Chests
 from datasets.phantom.reflacx import make_study
 from downstream.data import DATASETS, read_dataset
 from downstream.data.folder import Folder
@@ -86,7 +85,7 @@ def nih(tmp_path) -> Path:
 
 @pytest.fixture
 def chexpert(tmp_path) -> Path:
-    return make_chexpert(tmp_path, Chests(n_images=48, size=(16, 16))).raw
+    return make_chexpert(tmp_path, 48, size=(16, 16)).raw
 
 
 @pytest.fixture
