@@ -18,6 +18,12 @@
 set -euo pipefail
 
 set -a # for scripts/reproduce.py
+CALLED_FROM=$PWD
+# sbatch runs a copy of this file that lies elsewhere, and is called in the repository.
+CDPATH='' cd "$(dirname "$0")/.." 2> /dev/null || :
+[ -e scripts/venv.sh ] || cd "${SLURM_SUBMIT_DIR:-.}"
+[ -e scripts/venv.sh ] || { echo "error: $PWD is not the repository; call sbatch in its root" >&2; exit 1; }
+
 # --- Data: directories as their sites give them; what is empty is left out
 : "${REFLACX:=}" "${IMAGES:=}"
 : "${RSNA:=}" "${NIH:=}" "${CHEXPERT:=}" "${SIIM:=}" "${COVIDX:=}"
@@ -27,26 +33,20 @@ set -a # for scripts/reproduce.py
 # that tree alone if MORE_IMAGES is IMAGES, since it then holds REFLACX's images too, with their real gaze
 : "${PREDICTED_GAZE:=no}" "${MORE_IMAGES:=$IMAGES}"
 # --- Training: the paper's values. BATCH_SIZE: images per step, which the GPUs share
-: "${OUT:=output_dir/reproduce}" "${EPOCHS:=400}" "${BATCH_SIZE:=128}" "${MODEL:=cxrmim_vit_base_patch16}"
+: "${OUT:=$PWD/output_dir/reproduce}" "${EPOCHS:=400}" "${BATCH_SIZE:=128}" "${MODEL:=cxrmim_vit_base_patch16}"
 # DEVICE: cuda or cpu; GPUS: of pretraining, auto takes all; WORKERS: processes that read images, per GPU
 : "${DEVICE:=cuda}" "${GPUS:=auto}" "${WORKERS:=4}"
 # COMPARE: further encoders to judge, imagenet, random, pixels or NAME=FILE; several are split at blanks
 : "${FRACTIONS:=0.01 0.1 1}" "${SEEDS:=43 44 45}" "${METHODS:=linear}" "${COMPARE=imagenet random}"
-# Further flags of each program, split at blanks; paths in them are absolute
+# Further flags of each program, split at blanks; paths in them are absolute, or as seen from the repository
 : "${PREPARE_FLAGS:=}" "${MIMIC_FLAGS:=}" "${PRETRAIN_FLAGS:=}" "${GAZE_FLAGS:=}" "${DOWNSTREAM_FLAGS:=}"
 # Entries of the REFLACX tree to draw; empty: the first four
 : "${PICTURES:=}"
 # Initial weights: the ImageNet weights, which are fetched where they are not there; a file; or none
-: "${PRETRAINED:=preTrain/vit_base_p16_224_timm.pth}"
+: "${PRETRAINED:=$PWD/preTrain/vit_base_p16_224_timm.pth}"
 # yes: a line for each step; what it says goes into OUT/steps/NAME.txt
 : "${QUIET:=no}"
 
-CALLED_FROM=$PWD
-# sbatch runs a copy of this file that lies elsewhere, and is called in the repository.
-CDPATH='' cd "$(dirname "$0")/.." 2> /dev/null || :
-[ -e scripts/venv.sh ] || cd "${SLURM_SUBMIT_DIR:-.}"
-[ -e scripts/venv.sh ] || { echo "error: $PWD is not the repository; call sbatch in its root" >&2; exit 1; }
-[ $# = 0 ] || { echo "error: $1: this script takes variables in front of it, no words behind it" >&2; exit 1; }
 # shellcheck source=scripts/venv.sh
 OLDPWD=$CALLED_FROM source scripts/venv.sh
-exec "$PYTHON" scripts/reproduce.py # in place of this shell, so that signals reach it
+exec "$PYTHON" scripts/reproduce.py "$@" # in place of this shell, so that signals reach it

@@ -1,4 +1,4 @@
-"""scripts/reproduce.sh with a stand-in for Python that notes what it is given. Real runs: tests/reliability."""
+"""scripts/reproduce.sh and ablate.sh with a stand-in for Python that notes what it is given. Real runs: tests/reliability."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from scripts.ablate import seed_table
+
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts/reproduce.sh"
 # Notes its words and does what the file HOOK says with them. `-c` is the question for the number of GPUs.
 STAND_IN = rf"""#!/usr/bin/env bash
-if [ "$1" = scripts/reproduce.py ]; then exec {sys.executable} "$@"; fi
+if [[ "$1" =~ ^scripts/(reproduce|ablate).py ]]; then exec {sys.executable} "$@"; fi
 if [ "$1" = -c ]; then echo "${{N_GPUS:-2}}"; exit; fi
 printf '%s\0' "$@" '' >> "$NOTES"
 if [ -e "$HOOK" ]; then . "$HOOK"; fi
@@ -55,10 +58,10 @@ class Chain:
         (self.root / "bin" / name).write_text(text)
         (self.root / "bin" / name).chmod(0o755)
 
-    def start(self, script: Path = SCRIPT, **settings: str) -> subprocess.Popen:
+    def start(self, script: str = "reproduce.sh", **settings: str) -> subprocess.Popen:
         self.notes.write_text("")
         return subprocess.Popen(
-            ["bash", script],
+            ["bash", ROOT / "scripts" / script],
             cwd=self.root,
             env=self.env | settings,
             text=True,
@@ -67,15 +70,26 @@ class Chain:
             start_new_session=True,
         )
 
-    def call(self, script: Path = SCRIPT, status: int = 0, **settings: str) -> tuple[list[str], str]:
+    def call(self, status: int = 0, **settings: str) -> tuple[list[str], str]:
         """Steps that were run, and what was said on stderr."""
-        process = self.start(script, **settings)
+        process = self.start(**settings)
         out, err = process.communicate(timeout=60)
         assert process.returncode == status, out + err
         return [line[3:] for line in out.splitlines() if line[:3] == "== " and "done before" not in line], err
 
     def commands(self) -> list[list[str]]:
         return [call.split("\0") for call in self.notes.read_text().removesuffix("\0\0").split("\0\0")]
+
+    def parsed(self) -> dict[str, list]:
+        """What the programs' own parsers make of their words."""
+        found: dict[str, list] = {}
+        for words in self.commands():
+            if words[0] == "scripts/launch.py":
+                assert words[1:5] == ["--standalone", "--nproc_per_node", "2", "run_pretrain.py"]
+                words = words[4:]
+            module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+            found.setdefault(words[0], []).append(module.get_args_parser().parse_args(words[1:]))
+        return found
 
     def until_noted(self, text: str) -> None:
         deadline = time.monotonic() + 60
@@ -106,14 +120,7 @@ def test_every_command_is_understood_by_its_program(chain):
         "FRACTIONS": "0.01 1",
     }
     chain.call(**settings)
-    parsed: dict[str, list] = {}
-    for words in chain.commands():
-        if words[0] == "scripts/launch.py":
-            assert words[1:4] == ["--standalone", "--nproc_per_node", "2"]
-            assert words[4] in ("run_gaze.py", "run_pretrain.py")
-            words = words[4:]
-        module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
-        parsed.setdefault(words[0], []).append(module.get_args_parser().parse_args(words[1:]))
+    parsed = chain.parsed()
     check, pretrained = parsed["run_pretrain.py"]
     assert check.check_data and not pretrained.check_data
     assert (pretrained.epochs, pretrained.gaze_weighted, pretrained.blr) == (7, True, 3e-3)
@@ -145,7 +152,7 @@ def test_what_has_changed_is_done_again_and_what_reads_it(chain):
     # Ended between two steps: what was made from the old tree is still known to be old.
     chain.hook.write_text('[[ "$*" != *--check_data* ]]')
     assert chain.call(status=1, EPOCHS="8", PREPARE_FLAGS="--size 0")[0] == ["prepare", "check"]
-    assert "--overwrite" in chain.commands()[0]
+    assert "--overwrite" in chain.commands()[0]  # a tree made from something else is replaced
     chain.hook.unlink()
     (chain.out / "pretrain").mkdir()
     assert chain.call(EPOCHS="8", PREPARE_FLAGS="--size 0")[0] == ["check", *ALL[3:]]
@@ -189,18 +196,13 @@ def test_any_number_of_gpus_takes_the_same_steps(chain):
         ({"NIH": "nowhere"}, "NIH={root}/nowhere: no such directory"),
         ({"PRETRAINED": "no.pth"}, "PRETRAINED={root}/no.pth: no such file"),
         ({"PREDICTED_GAZE": "true"}, "PREDICTED_GAZE=true: expected yes or no"),
-        (
-            {"PREDICTED_GAZE": "yes", "PREPARE_FLAGS": "--split train"},
-            "PREPARE_FLAGS=--split train: PREDICTED_GAZE=yes",
-        ),
         ({"EPOCHS": "many"}, "EPOCHS=many"),
-        ({"N_GPUS": "0"}, "DEVICE=cuda: torch sees no GPU"),
+        ({"N_GPUS": "0"}, "GPUS=0: torch sees 0 here; DEVICE=cpu"),
         ({"GPUS": "3"}, "GPUS=3: torch sees 2"),
         ({"BATCH_SIZE": "5"}, "BATCH_SIZE=5: 2 GPUs can't share it"),
         ({"DEVICE": "cdua"}, "DEVICE=cdua: expected cuda or cpu"),
         ({"PRETRAIN_FLAGS": "--epochs 5"}, "PRETRAIN_FLAGS=--epochs 5: set EPOCHS"),
-        ({"PREPARE_FLAGS": "--split train --metadata ./a.csv"}, "PREPARE_FLAGS: ./a.csv: give the absolute path"),
-        ({"OUT": "hook"}, "OUT={root}/hook: can't be written"),
+        ({"OUT": "hook"}, "{root}/hook"),
     ],
     ids=str,
 )
@@ -226,7 +228,7 @@ def test_a_signal_lets_the_step_save_and_ends_the_script(chain, signum, status):
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert err == f"stopped by {signum.name} in step 'check'; the same command goes on from here\n"
+    assert err.splitlines()[1] == "stopped before step 'rsna-linear-check'; the same command goes on from here"
     assert chain.notes.read_text().split("saved\n")[1] == ("requeue 77\n" if status == 75 else "")
 
 
@@ -234,12 +236,63 @@ def test_one_at_a_time_in_an_out_even_where_the_script_was_killed(chain):
     chain.hook.write_text('if [ "$1" = run_pretrain.py ]; then echo $$ >> "$NOTES.pid"; exec sleep 60; fi')
     process = chain.start()
     chain.until_noted("run_pretrain.py")
+    process.kill()
+    process.wait(60)  # the step goes on
     steps, err = chain.call(status=1)
     assert steps == [] and err.count("\n") == 1
     assert err.startswith("error: OUT=") and f"is in use by process {process.pid} on" in err
-    process.kill()
-    process.wait(60)  # the step goes on
-    assert chain.call(status=1)[0] == []
     os.kill(int(Path(f"{chain.notes}.pid").read_text()), signal.SIGKILL)
     chain.hook.unlink()
     assert chain.call()[0] == ALL[1:]
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_every_command_of_the_ablation_is_understood(chain, preset):
+    """In a place with blanks and signs. Its table compares settings seed by seed."""
+    out = chain.root / "an out & 100%"
+    (out / "downstream/s0").mkdir(parents=True)
+    seed_results().to_csv(out / "downstream/s0/results.csv", index=False)
+    settings = {"PRESET": preset, "SEEDS": "0 1", "JOBS": "1", "OUT": str(out)}
+    chain.call(script="ablate.sh", **settings)
+    parsed, gpu = chain.parsed(), preset == "gpu"
+    studies = parsed["scripts/make_phantom.py"]
+    assert len(studies) == len({args.seed for args in studies}) == (16 if gpu else 2)
+    assert sum(args.n_images for args in studies) == (8000 if gpu else 368)
+    pretrained = parsed["run_pretrain.py"]
+    assert len({(args.masking, args.gaze_weighted, args.seed) for args in pretrained}) == len(pretrained) == 12
+    assert {(args.model, args.input_size, args.device) for args in pretrained} == {
+        ("cxrmim_vit_base_patch16", 224, "cuda") if gpu else ("cxrmim_vit_tiny_patch16", 96, "cpu")
+    }
+    made = {str(Path(args.out).parent / "tree") for args in studies}
+    probes = sorted(parsed["run_downstream.py"], key=lambda args: args.output_dir)  # started side by side
+    assert {tree for args in [pretrained[0], *probes] for tree in args.data_path} == made
+    assert not set(pretrained[0].data_path) & set(probes[0].data_path)
+    judged = [weight.partition("=") for args in probes for weight in args.weights]
+    assert len(judged) == 14 and {"random", "pixels"} < {name for name, _, _ in judged}
+    assert all(file == f"{out}/runs/{name}/backbone.pth" for name, sign, file in judged if sign)
+    assert set(pd.read_csv(out / "table.csv")["label"]) == {"Mass", "mean"}
+    assert chain.call(script="ablate.sh", **settings)[0] == []
+    assert "can't share" in chain.call(1, script="ablate.sh", **settings, PARTS="3")[1]
+
+
+AUCS = {"random_unweighted": [0.6, 0.7, 0.8], "attention_weighted": [0.7, 0.75, 0.95]}
+
+
+def seed_results() -> pd.DataFrame:
+    """Of two settings with three seeds each; and what the table leaves out: raw pixels, a rare label."""
+    rows = [
+        ["Mass", f"{name}_s{seed}, cls", auc, 50, 20] for name, runs in AUCS.items() for seed, auc in enumerate(runs)
+    ]
+    rows += [["Mass", "pixels", 0.5, 50, 20], ["Rare", "random_unweighted_s0, cls", 0.9, 50, 2]]
+    rows += [["mean", "random_unweighted_s0, cls", 0.7, 50, np.nan]]
+    return pd.DataFrame(rows, columns=["label", "weights", "auc", "n", "n_positive"]).assign(seed=0)
+
+
+def test_settings_of_the_ablation_are_paired_by_seed():
+    table = seed_table([seed_results()]).loc["cls", "Mass"]
+    half = 4.302653 * np.std([0.7, 0.75, 0.95], ddof=1) / np.sqrt(3)  # t quantile of 2 degrees of freedom
+    row = table.loc["attention_weighted"]
+    assert (row["auc"], row["high"] - row["auc"], row["seeds"]) == pytest.approx((0.8, half, 3))
+    assert row["difference"] == pytest.approx(0.1)  # of 0.1, 0.05, 0.15
+    assert row["diff_high"] - 0.1 == pytest.approx(0.1 - row["diff_low"]) == pytest.approx(4.302653 * 0.05 / np.sqrt(3))
+    assert table["difference"].isna().tolist() == [False, True]
