@@ -16,8 +16,7 @@ from pathlib import Path
 
 from util.errors import UserError
 
-TREE_FILES = ("prepare.json", "prepare.origins", ".prepare.lock")  # a tree whose record was lost is a tree all the same
-Identity = tuple[int, int]  # device and inode
+TREE_FILES = {"prepare.json", "prepare.origins", ".prepare.lock"}  # a tree whose record was lost is a tree all the same
 
 
 @dataclass
@@ -38,29 +37,27 @@ class FileIndex:
 
     def __init__(self, root: Path, without: Iterable[Path] = (), *, but: str | None = None):
         self.root, self._but = os.fspath(root), but
-        self._without = {identity(path) for path in without} - {identity(root)}
+        self._without = {os.path.realpath(path) for path in without} - {os.path.realpath(root)}
         # Images of one study and subject are asked for one after the other.
-        self._listed: Callable[[str], tuple[dict[str, None], dict[str, None]]] = lru_cache(4096)(self._list)
+        self._listed: Callable[[str], tuple[set[str], set[str]]] = lru_cache(4096)(self._list)
 
-    def _list(self, folder: str) -> tuple[dict[str, None], dict[str, None]]:
-        """Names of the files and of the directories in a directory below the root, both sorted."""
-        path, (parent, _, name) = os.path.join(self.root, folder), folder.rpartition("/")
-        if identity(path) in self._without or (folder and name not in self._listed(parent)[1]):
-            return {}, {}
-        files, folders = [], []
+    def _list(self, folder: str) -> tuple[set[str], set[str]]:
+        """Names of the files and of the directories in a directory below the root."""
+        parent, name = os.path.split(folder)
+        path = os.path.join(self.root, folder)
+        files, folders = set(), set()
+        if (name and name not in self._listed(parent)[1]) or os.path.realpath(path) in self._without:
+            return files, folders
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    (folders if entry.is_dir() else files).add(entry.name)
         except OSError as error:
             raise UserError(f"{path}: can't be listed ({error.strerror})") from None
-        if not {*files}.isdisjoint(TREE_FILES) and self._but not in files:
-            return {}, {}
-        usable = [
-            dict.fromkeys(sorted(name for name in names if name[0] != "." and name != "lost+found"))
-            for names in (files, folders)
-        ]
-        return usable[0], usable[1]
+        if files & TREE_FILES and self._but not in files:
+            return set(), set()
+        hidden = {name for name in files | folders if name[0] == "." or name == "lost+found"}
+        return files - hidden, folders - hidden
 
     def files(self) -> Iterator[str]:
         """The path of each file, from the root, with "/" between its parts; a directory's own files come before those
@@ -68,52 +65,40 @@ class FileIndex:
         seen, pending = set(), [""]
         while pending:
             folder = pending.pop()
-            own = identity(os.path.join(self.root, folder))
-            if own in seen:
+            if (own := os.path.realpath(os.path.join(self.root, folder))) in seen:
                 continue
             seen.add(own)
             files, below = self._listed(folder)
-            prefix = f"{folder}/" if folder else ""
-            yield from (f"{prefix}{name}" for name in files)
-            pending += (f"{prefix}{name}" for name in reversed(below))
+            yield from (os.path.join(folder, name) for name in sorted(files))
+            pending += (os.path.join(folder, name) for name in sorted(below, reverse=True))
 
     def search(self, id_of: Callable[[str], str | None], suffixes: Sequence[str]) -> FoundFiles:
         """The file of each id, wherever it is: `id_of` a name without suffix is its id, None for any other file.
 
         Of several files of the same content the first is taken, by suffix and then by path; of different ones none.
         """
-        candidates: dict[str, list[str]] = {}
+        candidates: dict[str, list[tuple[int, str]]] = {}
         for file in self.files():
-            stem, suffix = os.path.splitext(file.rpartition("/")[2])
+            stem, suffix = os.path.splitext(os.path.basename(file))
             if suffix.lower() in suffixes and (own := id_of(stem)) is not None:
-                candidates.setdefault(own, []).append(f"{self.root}/{file}")
+                candidates.setdefault(own, []).append((suffixes.index(suffix.lower()), f"{self.root}/{file}"))
         found = FoundFiles()
-        for own, paths in sorted(candidates.items()):
-            paths.sort(key=lambda path: (suffixes.index(os.path.splitext(path)[1].lower()), path))
-            if all(filecmp.cmp(paths[0], path, shallow=False) for path in paths[1:]):
-                found.paths[own] = paths[0]
+        for own, ranked in sorted(candidates.items()):
+            first, *others = paths = [path for _, path in sorted(ranked)]
+            if all(filecmp.cmp(first, path, shallow=False) for path in others):
+                found.paths[own] = first
             else:
                 found.ambiguous[own] = paths
         return found
 
     def at_place(self, folder: str, names: Sequence[str]) -> str | None:
         """The first of `names` in the directory that a data set gives, or in a tail of it; costs no walk."""
-        parts = folder.split("/") if folder else []
-        for start in range(len(parts)):
-            place = "/".join(parts[start:])
+        while folder:
             for name in names:
-                if name in self._listed(place)[0]:
-                    return f"{self.root}/{place}/{name}"
+                if name in self._listed(folder)[0]:
+                    return f"{self.root}/{folder}/{name}"
+            folder = folder.partition("/")[2]
         return None
-
-
-def identity(path: str | os.PathLike) -> Identity | None:
-    """What tells one file or directory from another, however it is reached; None if it is missing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def check_originals(root: Path, what: str, *, but: str | None = None) -> None:

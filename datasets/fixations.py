@@ -15,39 +15,32 @@ import pandas as pd
 
 from util.errors import UserError
 
-FIXATION_COLUMNS = ("x", "y", "duration", "sigma_x", "sigma_y", "xmin", "ymin", "xmax", "ymax")
-# The same in REFLACX's fixations.csv, where the duration is the difference of two times.
-REFLACX_COLUMNS = {
-    "x": "x_position",
-    "y": "y_position",
-    "sigma_x": "angular_resolution_x_pixels_per_degree",
-    "sigma_y": "angular_resolution_y_pixels_per_degree",
-    "xmin": "xmin_shown_from_image",
-    "ymin": "ymin_shown_from_image",
-    "xmax": "xmax_shown_from_image",
-    "ymax": "ymax_shown_from_image",
-}
-REFLACX_TIMES = ("timestamp_start_fixation", "timestamp_end_fixation")
-REFLACX_SCREEN_COLUMNS = {
-    "xmin": "xmin_in_screen_coordinates",
-    "ymin": "ymin_in_screen_coordinates",
-    "xmax": "xmax_in_screen_coordinates",
-    "ymax": "ymax_in_screen_coordinates",
-}
 RECTANGLE = ("xmin", "ymin", "xmax", "ymax")
+FIXATION_COLUMNS = ("x", "y", "duration", "sigma_x", "sigma_y", *RECTANGLE)
+# REFLACX's columns of its fixations.csv: the same, but for two times whose difference is the duration.
+REFLACX_COLUMNS = {
+    "timestamp_start_fixation": "start",
+    "timestamp_end_fixation": "end",
+    "x_position": "x",
+    "y_position": "y",
+    "angular_resolution_x_pixels_per_degree": "sigma_x",
+    "angular_resolution_y_pixels_per_degree": "sigma_y",
+    **{f"{edge}_shown_from_image": edge for edge in RECTANGLE},
+}
+REFLACX_SCREEN_COLUMNS = {f"{edge}_in_screen_coordinates": edge for edge in RECTANGLE}
 # The filter of the REFLACX authors' example: how far a fixation may lie outside of the image shown,
 # and how near to the button that their readers clicked, in pixels of their screen.
 MAX_DEGREES_OUTSIDE = 0.5
 BUTTON_X, BUTTON_Y, BUTTON_MARGIN = (10.0, 650.0), (933.0, 1122.0), 50.0
 
 
-def fixation_columns(table: pd.DataFrame | Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
-    """`FIXATION_COLUMNS` as float64 arrays, from a table that has them or REFLACX's own columns."""
-    if REFLACX_COLUMNS["x"] in table and "x" not in table:
-        columns = {ours: np.asarray(table[theirs], dtype=np.float64) for ours, theirs in REFLACX_COLUMNS.items()}
-        start, end = (np.asarray(table[name], dtype=np.float64) for name in REFLACX_TIMES)
-        return columns | {"duration": end - start}
-    return {name: np.asarray(table[name], dtype=np.float64) for name in FIXATION_COLUMNS}
+def fixation_columns(table: pd.DataFrame | Mapping[str, Sequence[float]]) -> pd.DataFrame:
+    """`FIXATION_COLUMNS` as float64, from a table that has them or REFLACX's own columns."""
+    table = pd.DataFrame(table)
+    if "x" not in table:
+        table = table[list(REFLACX_COLUMNS)].rename(columns=REFLACX_COLUMNS).astype(np.float64)
+        table["duration"] = table["end"] - table["start"]
+    return table[list(FIXATION_COLUMNS)].astype(np.float64)
 
 
 def fixation_heatmap(
@@ -73,20 +66,17 @@ def fixation_heatmap(
     image counts, as for any other.
 
     Raises `UserError` when nothing is left: no fixation of positive duration, or none that reaches
-    the image within the rectangle in view; and for values that are not finite or a sigma that is
-    not positive.
+    the image within the rectangle in view; and for a value that is not finite or a sigma that is not positive.
     """
     columns = fixation_columns(fixations)
-    keep = columns["duration"] > 0
-    if not keep.any():
+    columns = columns[columns["duration"] > 0]
+    if columns.empty:
         raise UserError("no fixation of positive duration")
-    columns = {name: values[keep] for name, values in columns.items()}
+    columns = {name: values.to_numpy() for name, values in columns.items()}
     for name in ("x", "y", "duration", "sigma_x", "sigma_y"):
-        if not np.isfinite(columns[name]).all():
-            raise UserError(f"fixation column {name} has a value that is not a finite number")
-    for name in ("sigma_x", "sigma_y"):
-        if (columns[name] <= 0).any():
-            raise UserError(f"fixation column {name} (angular resolution) has a value that is not positive")
+        low, what = (0, "positive, finite") if name.startswith("sigma") else (-np.inf, "finite")
+        if not (np.isfinite(columns[name]) & (columns[name] > low)).all():
+            raise UserError(f"fixation column {name} has a value that is not a {what} number")
 
     height, width = image_size
     out_height, out_width = out_size
@@ -116,54 +106,31 @@ def _axis_factor(
     return density
 
 
-def check_rectangles(fixations: Mapping[str, Sequence[float]], image_size: tuple[int, int], path: object) -> str | None:
-    """Whether the parts in view fit an image of (height, width) `image_size`: None if they do, a doubt where they
-    can't tell, `UserError` naming `path` where one reaches beyond it (by more than a pixel)."""
-    columns = fixation_columns(fixations)
-    edges = {name: columns[name][np.isfinite(columns[name])] for name in RECTANGLE}
-    if not all(values.size for values in edges.values()):
-        return f"{path}: has no parts in view, so it can't be checked that it is of an image of this size"
-    height, width = image_size
-    right, bottom = max(edges["xmax"]), max(edges["ymax"])
-    if min(*edges["xmin"], *edges["ymin"]) < -1 or right > width + 1 or bottom > height + 1:
-        raise UserError(
-            f"{path}: parts of an image of {right:g} x {bottom:g} px or more were in view, but this one has "
-            f"{width} x {height}; give the image at its original size"
-        )
-    if right < width - 1 or bottom < height - 1:
-        return (
-            f"{path}: nothing beyond {right:g} x {bottom:g} px was ever in view, and this image has {width} x {height}; "
-            "is it the same, at its original size?"
-        )
-    return None
-
-
-def inside_image(fixations: pd.DataFrame | Mapping[str, Sequence[float]], image_size: tuple[int, int]) -> np.ndarray:
+def inside_image(fixations: pd.DataFrame, image_size: tuple[int, int]) -> np.ndarray:
     """Which fixations lie in the image of (height, width) `image_size`, borders included: bool [n]."""
-    x, y = np.asarray(fixations["x"], dtype=np.float64), np.asarray(fixations["y"], dtype=np.float64)
     height, width = image_size
+    x, y = fixations["x"].to_numpy(), fixations["y"].to_numpy()
     return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 
-def off_the_image_shown(fixations: Mapping[str, np.ndarray]) -> np.ndarray:
+def off_the_image_shown(fixations: pd.DataFrame) -> pd.Series:
     """Which fixations lie more than half a degree outside of the rectangle in view: bool [n]."""
-    far = np.zeros(len(fixations["x"]), bool)
+    inside = True
     for axis in "xy":
-        at, slack = fixations[axis], MAX_DEGREES_OUTSIDE * fixations[f"sigma_{axis}"]
-        far |= (at < fixations[f"{axis}min"] - slack) | (at > fixations[f"{axis}max"] + slack)
-    return far
+        slack = MAX_DEGREES_OUTSIDE * fixations[f"sigma_{axis}"]
+        inside &= fixations[axis].between(fixations[f"{axis}min"] - slack, fixations[f"{axis}max"] + slack)
+    return ~inside
 
 
-def on_the_button(fixations: Mapping[str, np.ndarray], screen: Mapping[str, np.ndarray]) -> np.ndarray:
+def on_the_button(fixations: pd.DataFrame, screen: pd.DataFrame) -> pd.Series:
     """Which fixations lie on the button of REFLACX's screen or within `BUTTON_MARGIN` px above, below or
     beside it: bool [n]. `screen` has the rectangle in view again, xmin ... ymax, px of the screen."""
-    near = np.ones(len(fixations["x"]), bool)
+    near = True
     for axis, (low, high) in (("x", BUTTON_X), ("y", BUTTON_Y)):
         start, end = fixations[f"{axis}min"], fixations[f"{axis}max"]
-        with np.errstate(divide="ignore", invalid="ignore"):  # an empty rectangle: nowhere, not near
-            share = (fixations[axis] - start) / (end - start)
+        share = (fixations[axis] - start) / (end - start)  # NaN or infinite in an empty rectangle: not near
         at = screen[f"{axis}min"] + share * (screen[f"{axis}max"] - screen[f"{axis}min"])
-        near &= (at >= low - BUTTON_MARGIN) & (at <= high + BUTTON_MARGIN)
+        near &= at.between(low - BUTTON_MARGIN, high + BUTTON_MARGIN)
     return near
 
 

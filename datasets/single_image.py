@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 from datasets.fixations import (
     FIXATION_COLUMNS,
     RECTANGLE,
     REFLACX_COLUMNS,
-    REFLACX_TIMES,
-    check_rectangles,
+    fixation_columns,
     fixation_heatmap,
     heatmap_to_uint8,
 )
@@ -26,7 +26,7 @@ from datasets.tree import check_same_size
 from util.errors import UserError
 from util.images import read_map
 from util.radiograph import MIMIC_CXR_JPG, read_radiograph
-from util.tables import numeric_columns, read_header, read_table
+from util.tables import numeric_columns, read_table
 
 
 def single_image(
@@ -61,21 +61,38 @@ def single_image(
     return Shown(batch, draw_mask(model, batch, args, (0, 0, 0)), [Path(image).name])
 
 
-def read_fixations(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_own_fixations(path: str | os.PathLike) -> pd.DataFrame:
     """Fixations of a CSV with REFLACX's columns or with those of `datasets.fixations.FIXATION_COLUMNS`."""
     path = Path(path)
-    ours = "x" in read_header(path, ())
-    columns = FIXATION_COLUMNS if ours else (*REFLACX_COLUMNS.values(), *REFLACX_TIMES)
+    columns = FIXATION_COLUMNS if "x" in read_table(path, ()) else list(REFLACX_COLUMNS)
     # Where a fixation is not cut to the part in view, the rectangle is infinite.
-    return numeric_columns(read_table(path, columns), columns, path, infinite=RECTANGLE if ours else ())
+    return fixation_columns(numeric_columns(read_table(path, columns), columns, path, infinite=RECTANGLE))
+
+
+def check_rectangles(fixations: pd.DataFrame, image_size: tuple[int, int], path: object) -> str | None:
+    """Whether the parts in view fit an image of (height, width) `image_size`: None if they do, a doubt if they end
+    before it does, `UserError` naming `path` if one reaches beyond it (both by more than a pixel)."""
+    height, width = image_size
+    right, bottom = fixations[["xmax", "ymax"]].replace(np.inf, 0).max()
+    if right > width + 1 or bottom > height + 1:
+        raise UserError(
+            f"{path}: parts of an image of {right:g} x {bottom:g} px or more were in view, but this one has "
+            f"{width} x {height}; give the image at its original size"
+        )
+    if right < width - 1 or bottom < height - 1:
+        return (
+            f"{path}: nothing beyond {right:g} x {bottom:g} px is said to have been in view, and this image has "
+            f"{width} x {height}; is it the same, at its original size?"
+        )
+    return None
 
 
 def _fixation_map(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     """Heatmap of the fixations on an image of `size` = (height, width), uint8 of that size."""
-    columns = read_fixations(path)
-    if (doubt := check_rectangles(columns, size, path)) is not None:
+    fixations = read_own_fixations(path)
+    if (doubt := check_rectangles(fixations, size, path)) is not None:
         print(f"warning: {doubt}", file=sys.stderr, flush=True)
     try:
-        return heatmap_to_uint8(fixation_heatmap(columns, size, size))
+        return heatmap_to_uint8(fixation_heatmap(fixations, size, size))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -252,8 +252,8 @@ def read_fixations(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.exists():
         return {}
-    table = read_table(path, FIXATION_COLUMNS, text=("reflacx_id",))
-    values = np.stack(list(numeric_columns(table, FIXATION_COLUMNS[1:], path).values()), 1)  # [n, 3]
+    table = read_table(path, FIXATION_COLUMNS)
+    values = numeric_columns(table, FIXATION_COLUMNS[1:], path).to_numpy()  # [n, 3]
     outside = np.flatnonzero((values[:, :2] < 0).any(1) | (values[:, :2] > 1).any(1))
     if outside.size:
         raise UserError(f"{path}: line {table.index[outside[0]]}: x and y are fractions of the image, 0 to 1")

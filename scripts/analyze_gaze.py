@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import add_raw_options
-from util.cli import Parser, available_cpus, finite_float, seed_number
+from util.cli import Parser, available_cpus, check_least, finite_float, seed_number
 from util.errors import run_cli
 from util.files import check_folder_place
 from util.radiograph import add_dicom_contrast
@@ -27,15 +27,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add = parser.add_argument
     add("--images", type=Path, default=None,
-        help="root of MIMIC-CXR-JPG or MIMIC-CXR: for the examples; EGD-CXR needs it or --metadata, having no image sizes")
+        help="root of MIMIC-CXR-JPG or MIMIC-CXR, for the examples")
     add("--out", type=Path, required=True, help="directory for the tables and gaze_analysis.png")
     add("--split", choices=["all", "train", "validate", "test"], default="all", help="readings to use")
-    add("--size", type=int, default=256, help="short side of the heatmaps, px")
+    add("--size", type=int, default=256, help="short side of the heatmaps, px; 0: the image's own")
     add("--size_thresholds", type=finite_float, nargs=2, default=[0.01, 0.05], metavar=("MEDIUM", "LARGE"),
         help="shares of the image's area from which an abnormality is medium, and large")
     add("--min_certainty", type=int, choices=range(1, 6), default=1, help="least certainty of the ellipses used")
-    add("--bootstrap", dest="n_bootstrap", type=int, default=2000, help="bootstrap samples of the intervals")
-    add("--examples", dest="n_examples", type=int, default=3, help="images to show")
+    add("--bootstrap", type=int, default=2000, help="bootstrap samples of the intervals")
+    add("--examples", type=int, default=3, help="images to show")
     add("--seed", type=seed_number, default=0, help="of the bootstrap")
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
@@ -44,18 +44,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(get_args_parser().parse_args(argv))
-    out, source = args.pop("out"), args.pop("source")
+    args = get_args_parser().parse_args(argv)
+    check_least(args, 0, "size", "examples")
+    options = vars(args)
+    out, source = options.pop("out"), options.pop("source")
     check_folder_place(out, "--out")
-    args["size_thresholds"] = tuple(args["size_thresholds"])
-    analysis = analyze(**args, source=None if source == "auto" else source)
-    written = analysis.write(out)
-    print(analysis)
-    print("written: " + ", ".join(str(path) for path in written))
-    if analysis.faults:
-        print(f"{len(analysis.faults)} readings left out for damaged input, listed above", file=sys.stderr)
-        return 1
-    return 0
+    analysis = analyze(**options, source=None if source == "auto" else source)
+    analysis.write(out)
+    print(f"{analysis}\nwritten to {out}")
+    if faults := [exclusion for exclusion in analysis.exclusions if exclusion.is_fault]:
+        print(f"{len(faults)} readings left out for damaged input, listed above", file=sys.stderr)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

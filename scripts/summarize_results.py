@@ -18,7 +18,7 @@ from downstream.results import MEAN, summary_table, write_text
 from util.cli import Parser
 from util.errors import UserError, run_cli
 from util.figures import save_figure
-from util.tables import read_table
+from util.tables import read_table, to_numbers
 
 COLUMNS = (
     "weights",
@@ -75,14 +75,18 @@ def run_names(results: pd.DataFrame) -> pd.Series:
 
 def read_means(path: Path) -> pd.DataFrame:
     """The rows of the mean over labels, with the measure's name and its value in columns of their own."""
-    table = read_table(path, COLUMNS, text=("weights", "dataset", "method", "label", "study", "note"))
+    table = read_table(path, COLUMNS)
     measures = [name for name in ("auc", "accuracy") if name in table]
     if len(measures) != 1:
         raise UserError(f"{path}: has neither a column 'auc' nor 'accuracy'; give a results.csv of run_downstream.py")
     table = table[table["label"] == MEAN]
     if table.empty:
         raise UserError(f"{path}: has no row of the label {MEAN!r}; give a results.csv of run_downstream.py")
-    return table.assign(measure=measures[0], value=table[measures[0]], file=str(path))
+    numbers = to_numbers(table, ["fraction", "seed", "low", "high", "n", *measures])
+    published = table["as_published"] == "True"
+    return table.assign(
+        **numbers, as_published=published, measure=measures[0], value=numbers[measures[0]], file=str(path)
+    )
 
 
 if __name__ == "__main__":

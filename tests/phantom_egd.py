@@ -19,14 +19,13 @@ def make_egd(
     seed: int = 0,
     size: tuple[int, int] = (512, 420),
     *,
-    with_duration: bool = True,
     dwell_ratio: float = 6.0,
     **options,
 ) -> PhantomStudy:
     """Write a study in the raw EGD-CXR layout, `root`/egd-cxr, and its images, `root`/mimic/files,
     with their table of metadata.
 
-    One reading per image. fixations.csv has the column FPOGD only `with_duration`; its rows include
+    One reading per image. The rows of fixations.csv include
     fixations off the picture (negative X_ORIGINAL, Y_ORIGINAL) and, before every third reading, a
     calibration screen whose DICOM_ID is in no master sheet. The pictures stand in the middle of the
     screen, at its full height or width, with padding beside them.
@@ -50,7 +49,7 @@ def make_egd(
     columns = "dicom_id path study_id patient_id image_top image_bottom image_left image_right Normal CHF pneumonia"
     write_csv(pd.DataFrame(master, columns=columns.split()), study.raw / "master_sheet.csv")
     gaze = pd.concat(gaze, ignore_index=True)
-    write_csv(gaze if with_duration else gaze.drop(columns="FPOGD"), study.raw / "fixations.csv")
+    write_csv(gaze, study.raw / "fixations.csv")
     columns = "dicom_id subject_id study_id ViewPosition Rows Columns"
     write_csv(pd.DataFrame(metadata, columns=columns.split()), study.images / "mimic-cxr-2.0.0-metadata.csv")
     study.mark_simulated()

@@ -12,97 +12,64 @@ computed within the chest box alone, so that the empty borders, at which nobody 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from skimage.segmentation import mark_boundaries
 
-from datasets.analysis.figure import Example, analysis_figure
-from datasets.analysis.gaze_density import ANY, N_PATCHES, SIZES, Box, box_mask, density_ratio, ellipse_mask, size_class
+from datasets.analysis.figure import ANY, SIZES, analysis_figure
+from datasets.analysis.gaze_density import box_mask, density_ratio, ellipse_mask
+from datasets.fixations import RECTANGLE, fixation_heatmap
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
-from datasets.prepare.readings import SOURCES, detect_source, egd_options, reading_gaze, without_image
+from datasets.prepare.readings import SOURCES, detect_source, egd_options, reading_gaze
 from datasets.prepare.work import run_tasks
-from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.mimic_cxr import find_images
-from datasets.raw.readings import ELLIPSE_COLUMNS, Exclusion, RawReadings, Reading, is_simulated
-from util.bootstrap import MIN_DRAWS, bootstrap_means, interval
+from datasets.raw.readings import Exclusion, Reading, first_of, is_simulated
+from util.bootstrap import bootstrap_means, interval
 from util.errors import UserError
 from util.figures import save_figure
 from util.files import atomic_write
+from util.pictures import gaze_overlay
 from util.radiograph import MIMIC_CXR_JPG, radiograph_size, read_radiograph
 
-NOT_ABNORMAL = ("Support devices", "Quality issue")  # labels that make an ellipse no abnormality
-REGIONS = ("whole image", "chest box")  # within which a ratio is computed
+NOT_ABNORMAL = ("Support devices", "Quality issue")  # findings that make an ellipse no abnormality
+# Columns of the ratios, and within what they are computed.
+REGIONS = {"ratio_image": "whole image", "ratio_chest": "chest box"}
+TABLES = ("ellipses", "size_by_finding", "readings", "ratio_by_finding", "significant_patches")
 EXAMPLE_SIZE = 512  # short side, px
-
-
-class Abnormality(NamedTuple):
-    """One marked ellipse by its bounding box, px of the original image."""
-
-    box: Box
-    certainty: int
-    findings: tuple[str, ...]
-
-
-class Rows(NamedTuple):
-    """What one reading adds to the tables. `ratios`: a row per finding, with a column for each of `REGIONS`."""
-
-    reading: dict[str, object]
-    ellipses: list[dict[str, object]]
-    ratios: list[dict[str, object]]
 
 
 @dataclass
 class Analysis:
-    """The tables, by the names of their files, and what they were computed with."""
+    """The tables, by the names of their files, examples (title, picture RGB [H, W, 3]), the figure's title, what was left
+    out, and notes."""
 
-    options: Mapping[str, object]
     tables: dict[str, pd.DataFrame]
+    examples: list[tuple[str, np.ndarray]]
+    title: str
     exclusions: list[Exclusion]
     notes: list[str]
-    examples: list[Example]
 
-    @property
-    def faults(self) -> list[Exclusion]:
-        return [exclusion for exclusion in self.exclusions if exclusion.is_fault]
-
-    def write(self, out: Path) -> list[Path]:
-        """Write the tables and the figure into directory `out`, in place of another analysis's; returns their paths."""
+    def write(self, out: Path) -> None:
+        """Write the tables and gaze_analysis.png into directory `out`, in place of another analysis's."""
         out.mkdir(parents=True, exist_ok=True)
-        figure = out / "gaze_analysis.png"
-        figure.unlink(missing_ok=True)
-        written = []
+        for name in TABLES:
+            (out / f"{name}.csv").unlink(missing_ok=True)
         for name, table in self.tables.items():
-            path = out / f"{name}.csv"
-            path.unlink(missing_ok=True)
-            if not table.empty:
-                with atomic_write(path, "w") as file:
-                    table.to_csv(file, index=False, float_format="%.6g")
-                written.append(path)
-        save_figure(analysis_figure(self.tables, self.examples, self.options), figure)
-        return [*written, figure]
+            with atomic_write(out / f"{name}.csv", "w") as file:
+                table.to_csv(file, index=False, float_format="%.6g")
+        save_figure(analysis_figure(self.tables, self.examples, self.title), out / "gaze_analysis.png")
 
     def __str__(self) -> str:
-        readings, sizes, ratios = (self.tables[name] for name in ("readings", "size_by_finding", "ratio_by_finding"))
-        patches = readings["significant_patches"]
-        lines = [f"{len(readings)} readings of {readings['image_id'].nunique()} images"]
-        for title, table in (("shares of ellipses, by size", sizes), ("gaze density ratio", ratios)):
-            if not table.empty:
-                overall = table[table["finding"] == ANY].drop(columns="finding")
-                lines.append(f"{title}:\n{overall.to_string(index=False, float_format='{:.3f}'.format)}")
-        lines.append(
-            f"significant patches of {N_PATCHES} at 224 px: mean {patches.mean():.1f}, median {patches.median():.0f}, "
-            f"none in {(patches == 0).sum()}"
-        )
-        lines += [f"note: {note}" for note in self.notes]
-        reasons = Counter(exclusion.reason for exclusion in self.exclusions)
-        lines += [f"left out: {n} x {reason}" for reason, n in sorted(reasons.items())]
-        lines += [f"  {e.id}: {e.reason}: {e.detail}" for e in self.exclusions if e.detail]
+        lines = [self.title]
+        for name in ("size_by_finding", "ratio_by_finding"):
+            if name in self.tables:
+                lines.append(f"{name}:\n{self.tables[name].to_string(index=False, float_format='{:.3f}'.format)}")
+        lines += [*map("note: {}".format, self.notes), *map("left out: {}".format, self.exclusions)]
         return "\n".join(lines)
 
 
@@ -115,8 +82,8 @@ def analyze(
     size: int = 256,
     size_thresholds: tuple[float, float] = (0.01, 0.05),
     min_certainty: int = 1,
-    n_bootstrap: int = 2000,
-    n_examples: int = 3,
+    bootstrap: int = 2000,
+    examples: int = 3,
     seed: int = 0,
     sigma: float | None = None,
     metadata: Path | None = None,
@@ -127,12 +94,12 @@ def analyze(
 
     Args:
         raw: root of REFLACX or EGD-CXR, see `datasets.prepare.readings.detect_source`.
-        images: root of the MIMIC-CXR images. Needed for the examples, and for everything where the data
-            set does not say how large its images are (EGD-CXR).
+        images: root of the MIMIC-CXR images, for the examples.
         size: short side of the heatmaps, px.
         size_thresholds: area shares of the image at which medium and large begin.
         min_certainty: ellipses below this certainty (1-5) are not used.
-        n_examples: images to show, evenly spread over the density ratios.
+        bootstrap: draws of subjects for the intervals.
+        examples: how many images to show, evenly spread over the density ratios.
         sigma, metadata: of EGD-CXR, see `read_egd`; an error for other data sets.
         dicom_contrast: of the examples, one of `util.radiograph.CONTRASTS`.
 
@@ -141,198 +108,149 @@ def analyze(
     small, medium = size_thresholds
     if not 0 < small < medium < 1:
         raise UserError(f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1")
-    if n_bootstrap < MIN_DRAWS or n_examples < 0 or size < 1:
-        raise UserError(
-            f"--bootstrap {n_bootstrap} --examples {n_examples} --size {size}: at least {MIN_DRAWS}, 0 and 1"
-        )
     root = raw.resolve()
     source = source or detect_source(root)
-    found = SOURCES[source][1](root, **egd_options(source, sigma, metadata, images))
-    paths = _find_images(found, root, split, images)
-
-    measure = partial(_measure, size=size, min_certainty=min_certainty, thresholds=size_thresholds)
-    tasks = [(reading, paths.get(reading.image_id)) for reading in found.readings]
-    results = list(run_tasks(measure, tasks, workers, name="analyze"))
-    measured = [result for result in results if isinstance(result, Rows)]
-    found.exclusions += [result for result in results if isinstance(result, Exclusion)]
+    find, read = SOURCES[source]
+    found = read(root, **egd_options(source, sigma, metadata, images))
+    chosen = {reading.id: reading for reading in found.readings if split in ("all", reading.split)}
+    if not chosen:
+        raise UserError(f"{root}: {found.none_of(split)}")
+    measure = partial(_measure, size=size, min_certainty=min_certainty)
+    measured = []
+    for result in run_tasks(measure, [*chosen.values()], workers, name="analyze"):
+        (found.exclusions if isinstance(result, Exclusion) else measured).append(result)
     if not measured:
-        reasons = Counter(exclusion.reason for exclusion in found.exclusions).most_common(3)
-        text = ", ".join(f"{n} x {reason}" for reason, n in reasons)
-        raise UserError(f"{root}: none of the {len(tasks)} readings can be analysed ({text})")
+        raise UserError(f"{root}: none of the {len(chosen)} readings can be analysed{first_of(found.exclusions)}")
 
-    readings = pd.DataFrame([rows.reading for rows in measured])
-    ellipses = pd.DataFrame([row for rows in measured for row in rows.ellipses])
-    ratios = pd.DataFrame([row for rows in measured for row in rows.ratios])
-    examples = _examples(readings, found, paths, n_examples, min_certainty, dicom_contrast)
-    if ellipses.empty:
-        none = f"{'EGD-CXR' if source == 'egd' else 'this data set'} marks no abnormalities on its images"
-        if source != "egd" and min_certainty > 1:
-            none = f"no abnormality is marked with a certainty of --min_certainty {min_certainty} or more"
-        found.notes.append(f"{none}: no ellipse sizes and no density ratios; patch counts and examples only")
-        readings = readings.drop(columns=["ellipses", "ratio_image", "ratio_chest"])
+    readings = pd.DataFrame([row for row, _, _ in measured])
+    ellipses = pd.concat([own for _, own, _ in measured])
     counts = np.bincount(readings["significant_patches"])  # of readings, by their number of significant patches
     tables = {
-        "ellipses": ellipses,
-        "size_by_finding": _size_table(ellipses),
         "readings": readings,
-        "ratio_by_finding": _ratio_table(ratios, n_bootstrap, seed),
         "significant_patches": pd.DataFrame({"significant_patches": range(len(counts)), "readings": counts}),
     }
-    simulated = is_simulated(SOURCES[source][0](root))
-    options = dict(source=source, raw=str(raw), simulated=simulated, split=split, size_thresholds=size_thresholds)
-    return Analysis(options, tables, found.exclusions, found.notes, examples)
-
-
-def _find_images(found: RawReadings, root: Path, split: str, images: Path | None) -> dict[str, Path]:
-    """Leave readings of the split in `found`, without those that need an image and have none; the files by image id."""
-    readings = [reading for reading in found.readings if split in ("all", reading.split)]
-    if not readings:
-        raise UserError(f"{root}: {found.none_of(split)}")
-    paths = {}
-    if images is not None:
-        place = find_images(images.resolve(), {reading.image_id: reading.image_path for reading in readings})
-        paths = place.paths
-        needed = [r for r in readings if r.image_size is None or r.image_id in place.ambiguous]
-        lost = {exclusion.id: exclusion for exclusion in without_image(needed, place, images)}
-        found.exclusions += lost.values()
-        readings = [reading for reading in readings if reading.id not in lost]
-    if not paths and all(reading.image_size is None for reading in readings):
-        raise UserError(
-            f"{root}: this data set does not say how large its images are: --metadata, MIMIC-CXR's table, or --images, "
-            "with them, is needed"
+    if ellipses.empty:
+        tables["readings"] = readings.drop(columns=["ellipses", *REGIONS])
+        found.notes.append(
+            f"no abnormality is marked with a certainty of {min_certainty} or more (EGD-CXR marks none): no ellipse sizes "
+            "and no density ratios"
         )
-    found.readings = readings
-    return paths
+    else:
+        edges = (-np.inf, small, medium, np.inf)
+        ellipses["size"] = pd.cut(ellipses["area_share"], edges, right=False, labels=SIZES)
+        tables["ellipses"] = ellipses.assign(findings=ellipses["findings"].str.join("|"))
+        tables["size_by_finding"] = _size_table(ellipses)
+        ratios = pd.DataFrame([row for _, _, rows in measured for row in rows])
+        tables["ratio_by_finding"] = _ratio_table(ratios, bootstrap, seed)
+
+    pictures = []
+    paths = find_images(images, {own.image_id: own.image_path for own in chosen.values()}).paths if images else {}
+    shown = readings[readings["image_id"].isin([*paths])].drop_duplicates("image_id").sort_values("ratio_image")
+    shown = shown if ellipses.empty else shown.dropna(subset="ratio_image")
+    # Evenly spread over the ranks of the ratios.
+    for row in np.linspace(0, len(shown) - 1, min(examples, len(shown))).astype(int):
+        reading = chosen[shown["id"].iloc[row]]
+        try:
+            picture = _picture(reading, paths[reading.image_id], min_certainty, dicom_contrast)
+            pictures.append((reading.id, picture))
+        except UserError as error:
+            found.exclusions.append(Exclusion(reading.id, "no example", str(error), is_fault=True))
+    made_up = "; SIMULATED GAZE, no radiologist looked at these images" if is_simulated(find(root)) else ""
+    title = (
+        f"{raw} ({source}), split {split}: {len(readings):,} readings of {readings['image_id'].nunique():,} images; "
+        f"medium abnormalities from {small:.3g} of the image's area, large ones from {medium:.3g}{made_up}"
+    )
+    return Analysis(tables, pictures, title, found.exclusions, found.notes)
 
 
 def _measure(
-    task: tuple[Reading, Path | None], *, size: int, min_certainty: int, thresholds: tuple[float, float]
-) -> Rows | Exclusion:
-    """What one reading tells; its image's path is needed only where the data set gives no size."""
-    reading, path = task
+    reading: Reading, *, size: int, min_certainty: int
+) -> tuple[dict[str, Any], pd.DataFrame, list[dict[str, Any]]] | Exclusion:
+    """What one reading adds to the tables: its row, its ellipses, and a row of density ratios for all abnormalities
+    together (`ANY`) and for each finding, with a column for each of `REGIONS`.
+
+    Outside always means outside of every abnormality. Ellipses that no pixel centre of the map falls into give no ratio.
+    """
+    image_size = reading.image_size
     try:
-        image_size = reading.image_size or reading.original_size(radiograph_size(path))
         gaze = reading_gaze(reading, reading.fixations_path, image_size, scaled_size(image_size, size))
         if isinstance(gaze, Exclusion):
             return gaze
-        _, heatmap = gaze
-        abnormalities = _abnormalities(reading, min_certainty)
-        ratios = _ratios(heatmap, abnormalities, reading.load_chest_box(), image_size)
+        ellipses = _abnormalities(reading, min_certainty)
+        chest = reading.load_chest_box()
     except UserError as error:
         return Exclusion(reading.id, "unusable reading", str(error), is_fault=True)
+    _, heatmap = gaze
     who = {"id": reading.id, "subject_id": reading.subject_id}
-    ellipses = []
-    for (xmin, ymin, xmax, ymax), certainty, findings in abnormalities:
-        share = np.pi / 4 * (xmax - xmin) * (ymax - ymin) / (image_size[0] * image_size[1])
-        row = {"findings": "|".join(findings), "certainty": certainty, "area_share": share}
-        ellipses.append(who | row | {"size": size_class(share, thresholds)})
-    overall = ratios.get(ANY, (np.nan, np.nan))
+    by_finding = {ANY: ellipses} | dict(iter(ellipses.explode("findings").groupby("findings")))
+    masks = {name: _mask(own, image_size, heatmap.shape) for name, own in by_finding.items()}
+    in_chest = np.bool_(False) if chest is None else box_mask(chest, image_size, heatmap.shape)
+    ratios = {
+        name: {
+            region: density_ratio(heatmap, mask & within, ~masks[ANY] & within)
+            for region, within in zip(REGIONS, (np.bool_(True), in_chest))
+        }
+        for name, mask in masks.items()
+        if mask.any()
+    }
+    area = np.pi / 4 * (ellipses["xmax"] - ellipses["xmin"]) * (ellipses["ymax"] - ellipses["ymin"])
+    ellipses = ellipses.assign(**who, area_share=area / (image_size[0] * image_size[1]))
     row = {
         **who,
         "image_id": reading.image_id,
         "split": reading.split,
-        "ellipses": len(abnormalities),
+        "ellipses": len(ellipses),
         "significant_patches": count_significant(attention_maps(heatmap)[1]),
-        "ratio_image": overall[0],
-        "ratio_chest": overall[1],
+        **ratios.get(ANY, dict.fromkeys(REGIONS, np.nan)),
     }
-    return Rows(row, ellipses, [who | {"finding": name} | dict(zip(REGIONS, own)) for name, own in ratios.items()])
+    own = ellipses[["id", "subject_id", "findings", "certainty", "area_share"]]
+    return row, own, [{**who, "finding": name, **both} for name, both in ratios.items()]
 
 
-def _abnormalities(reading: Reading, min_certainty: int) -> list[Abnormality]:
-    """The ellipses of a reading that mark abnormalities."""
-    found = []
-    for row in reading.load_ellipses().to_dict("records"):
-        *box, certainty = (float(row.pop(column)) for column in ELLIPSE_COLUMNS)
-        own = [label for label, is_marked in row.items() if is_marked]
-        abnormal = [label for label in own if label not in NOT_ABNORMAL]
-        if certainty >= min_certainty and (abnormal or not own):
-            findings = dict.fromkeys(COMMON_FINDING[label] for label in abnormal)
-            found.append(Abnormality(tuple(box), int(certainty), tuple(findings)))
-    return found
+def _abnormalities(reading: Reading, min_certainty: int) -> pd.DataFrame:
+    """The ellipses of a reading that mark abnormalities, with these as `findings`."""
+    ellipses = reading.load_ellipses().astype({"certainty": int})
+    findings = ellipses["findings"].map(lambda own: [name for name in own if name not in NOT_ABNORMAL])
+    marks = (findings.str.len() > 0) | (ellipses["findings"].str.len() == 0)
+    return ellipses.assign(findings=findings)[marks & (ellipses["certainty"] >= min_certainty)]
 
 
-def _ratios(
-    heatmap: np.ndarray, abnormalities: list[Abnormality], chest: Box | None, image_size: tuple[int, int]
-) -> dict[str, tuple[float, float]]:
-    """Density ratio in the whole image and within the chest box, for all abnormalities together (`ANY`)
-    and for each finding. Outside always means outside of every abnormality. Ellipses that no pixel
-    centre of the map falls into give no ratio."""
-    boxes = {ANY: [own.box for own in abnormalities]}
-    for finding in sorted({finding for own in abnormalities for finding in own.findings}):
-        boxes[finding] = [own.box for own in abnormalities if finding in own.findings]
-    masks = {finding: ellipse_mask(own, image_size, heatmap.shape) for finding, own in boxes.items()}
-    elsewhere = ~masks[ANY]
-    in_chest = elsewhere & False if chest is None else box_mask(chest, image_size, heatmap.shape)
-    return {
-        finding: (
-            density_ratio(heatmap, mask, elsewhere),
-            density_ratio(heatmap, mask & in_chest, elsewhere & in_chest),
-        )
-        for finding, mask in masks.items()
-        if mask.any()
-    }
+def _mask(ellipses: pd.DataFrame, image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
+    return ellipse_mask(ellipses[list(RECTANGLE)].to_numpy(float), image_size, out_size)
 
 
-def _by_number(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each finding; `ANY` first, then by number."""
-    groups = [] if rows.empty else rows.groupby("finding")
-    return sorted(groups, key=lambda group: (group[0] != ANY, -len(group[1]), group[0]))
+def _ranked(findings: pd.Series) -> pd.Categorical:
+    """The findings in the order of the tables: `ANY` first, then by number."""
+    counts = findings.value_counts()
+    return pd.Categorical(findings, sorted(counts.index, key=lambda name: (name != ANY, -counts[name], name)))
 
 
 def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
     """Per finding: ellipses, the share of each size class, median area share."""
-    if ellipses.empty:
-        return pd.DataFrame()
-    each = ellipses.assign(finding=ellipses["findings"].str.split("|")).explode("finding")
-    rows = []
-    for finding, own in _by_number(pd.concat([ellipses.assign(finding=ANY), each[each["finding"] != ""]])):
-        shares = own["size"].value_counts(normalize=True)
-        row = {"finding": finding, "ellipses": len(own)} | {size: shares.get(size, 0.0) for size in SIZES}
-        rows.append(row | {"median_area_share": own["area_share"].median()})
-    return pd.DataFrame(rows)
+    each = pd.concat([ellipses.assign(findings=ANY), ellipses.explode("findings").dropna(subset="findings")])
+    each = each.assign(finding=_ranked(each["findings"])).groupby("finding", observed=True)
+    shares = {size: ("size", lambda own, size=size: (own == size).mean()) for size in SIZES}
+    table = each.agg(ellipses=("size", "size"), **shares, median_area_share=("area_share", "median"))
+    return table.reset_index().astype({"finding": str})
 
 
-def _ratio_table(ratios: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataFrame:
+def _ratio_table(ratios: pd.DataFrame, bootstrap: int, seed: int) -> pd.DataFrame:
     """Per finding and region (`within`): readings, subjects, mean with its 95% interval, median."""
+    each = ratios.rename(columns=REGIONS).melt(["subject_id", "finding"], REGIONS.values(), "within", "ratio")
+    each = each.assign(finding=_ranked(each["finding"]), within=pd.Categorical(each["within"], REGIONS.values()))
     rows = []
-    for finding, rows_of_finding in _by_number(ratios):
-        for within in REGIONS:
-            own = rows_of_finding.dropna(subset=within)
-            if own.empty:
-                continue
-            values, subjects = own[within].to_numpy(), own["subject_id"].to_numpy(str)
-            means = bootstrap_means(values[:, None], subjects, draws=n_bootstrap, seed=seed)[:, 0]
-            counts = len(own), own["subject_id"].nunique()
-            rows.append([finding, within, *counts, *interval(means), np.median(values)])
-    columns = ["finding", "within", "readings", "subjects", "mean", "low", "high", "median"]
-    return pd.DataFrame(rows, columns=columns)
+    for names, own in each.dropna().groupby(["finding", "within"], observed=True):
+        means = bootstrap_means(own[["ratio"]].to_numpy(), own["subject_id"], draws=bootstrap, seed=seed)
+        rows.append([*names, len(own), own["subject_id"].nunique(), *interval(means[:, 0]), own["ratio"].median()])
+    return pd.DataFrame(rows, columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"])
 
 
-def _examples(
-    table: pd.DataFrame, found: RawReadings, paths: dict[str, Path], n: int, min_certainty: int, dicom_contrast: str
-) -> list[Example]:
-    """`n` images to show, evenly spread over the ranks of the ratios; those that can't be shown are entered in
-    `found`."""
-    by_id = {reading.id: reading for reading in found.readings}
-    table = table[table["image_id"].isin(list(paths))].drop_duplicates("image_id")
-    if table["ratio_image"].notna().any():
-        table = table.dropna(subset="ratio_image").sort_values(["ratio_image", "id"])
-    n = min(n, len(table))
-    examples = []
-    for name, ratio in table.iloc[[int((i + 0.5) / n * len(table)) for i in range(n)]][["id", "ratio_image"]].values:
-        reading = by_id[name]
-        path = paths[reading.image_id]
-        try:
-            file_size = radiograph_size(path)
-            out_size = scaled_size(file_size, EXAMPLE_SIZE)
-            gaze = reading_gaze(reading, path, file_size, out_size)
-            gray = resize_gray(read_radiograph(path, dicom_contrast), out_size)
-        except UserError as error:
-            gaze = Exclusion(name, "image unreadable", str(error), is_fault=True)
-        if isinstance(gaze, Exclusion):
-            found.exclusions.append(gaze)
-            continue
-        boxes = [abnormality.box for abnormality in _abnormalities(reading, min_certainty)]
-        examples.append(Example(name, gray, reading.original_size(file_size), gaze[1], boxes, ratio))
-    return examples
+def _picture(reading: Reading, path: str, min_certainty: int, dicom_contrast: str) -> np.ndarray:
+    """The radiograph and beside it the same below its gaze, both with the abnormalities' outlines: RGB [H, 2W, 3]."""
+    file_size = radiograph_size(path)
+    image_size, size = reading.original_size(file_size), scaled_size(file_size, EXAMPLE_SIZE)
+    gray = resize_gray(read_radiograph(path, dicom_contrast), size) / 255
+    heatmap = fixation_heatmap(reading.load_fixations().table, image_size, size)
+    mask = _mask(_abnormalities(reading, min_certainty), image_size, size)
+    picture = np.hstack([np.dstack([gray] * 3), gaze_overlay(gray, heatmap / heatmap.max())])
+    return mark_boundaries(picture, np.hstack([mask, mask]), color=(0.3, 0.7, 0.9))

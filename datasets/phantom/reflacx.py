@@ -13,7 +13,7 @@ import pandas as pd
 from datasets.phantom.chest import CHEST, Lesion, pixel_box, pixels_per_unit
 from datasets.phantom.gaze import simulate_fixations
 from datasets.phantom.study import PhantomImage, PhantomStudy, draw_chests, fixed_number, write_csv, write_image
-from datasets.raw.reflacx import BOOL_LABELS, CERTAINTY_LABELS, TEXT_LABELS
+from datasets.raw.findings import LABELS
 from util.errors import UserError
 
 _COMMON = {
@@ -81,7 +81,9 @@ def make_study(
     if real:
         rows[3][real["id"]] = real
     for phase, found in rows.items():
-        table = pd.DataFrame(found.values(), columns=[*METADATA, *_labels(phase), *TEXT_LABELS[phase]])
+        table = pd.DataFrame(
+            found.values(), columns=[*METADATA, *_labels(phase), *(LABELS[phase].keys() - _labels(phase))]
+        )
         write_csv(table, study.raw / "main_data" / f"metadata_phase_{phase}.csv")
     study.mark_simulated()
     return study
@@ -113,7 +115,7 @@ def add_real_radiograph(study: PhantomStudy, dwell_ratio: float) -> dict:
 
 
 def _labels(phase: int) -> list[str]:
-    return sorted((*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase]))
+    return sorted(label for label, kind in LABELS[phase].items() if kind != "text")
 
 
 def write_reading(
@@ -146,7 +148,7 @@ def write_reading(
         "image_size_x": image.size[1],
         "image_size_y": image.size[0],
     }
-    row |= dict.fromkeys(CERTAINTY_LABELS[phase], 0) | dict.fromkeys(BOOL_LABELS[phase], False)
+    row |= {label: 0 if LABELS[phase][label] == "certainty" else False for label in _labels(phase)}
     for label, sure in zip(labels, certainty):
         row[label] = max(row[label], sure)
     return row

@@ -29,8 +29,7 @@ from datasets.prepare.heatmaps import find_heatmaps, heatmap_id, read_heatmap
 from datasets.prepare.layout import Unit, origin_of, stamp
 from datasets.prepare.making import TreeMaking
 from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, make_units
-from datasets.raw.ids import match_ids
-from datasets.raw.mimic_cxr import METADATA_NAME, find_images, find_metadata, why_none
+from datasets.raw.mimic_cxr import METADATA_NAME, find_images, find_metadata, ids_beginning, why_none
 from datasets.raw.readings import Exclusion, first_of
 from util.errors import UserError
 from util.radiograph import MIMIC_CXR_JPG
@@ -229,9 +228,10 @@ def _leave_out(tasks: list[MimicTask], excluded: set[str], found: Found) -> list
         if not hit:
             kept.append(task)
     # A dicom_id that is cut off would be left out of nothing, and its image trained on.
-    match = match_ids((name for name in unused if not name.isdigit()), [task.dicom_id for task in kept], cut_off=True)
-    for name in (*match.found, *match.ambiguous):
-        raise UserError(f"--exclude: {name} is no image here, but the beginning of one's dicom_id: is it cut off?")
+    known = sorted(task.dicom_id.casefold() for task in kept)
+    for name in unused:
+        if not name.isdigit() and ids_beginning(name, known):
+            raise UserError(f"--exclude: {name} is no image here, but the beginning of one's dicom_id: is it cut off?")
     found.counts["- of --exclude"] = len(tasks) - len(kept)
     if unused:
         named = ", ".join(sorted(unused)[:3])
@@ -244,9 +244,7 @@ def _tasks_of_table(
 ) -> list[MimicTask]:
     """The table's rows of `views`; of heatmaps' images if there are `maps`. Letter case does not count."""
     required = _ID_COLUMNS if "all" in views else (*_ID_COLUMNS, _VIEW_COLUMN)
-    table = (
-        read_table(path, required, text=required).reindex(columns=[*_ID_COLUMNS, _VIEW_COLUMN]).fillna("").astype(str)
-    )
+    table = read_table(path, required).reindex(columns=[*_ID_COLUMNS, _VIEW_COLUMN], fill_value="")
     folded, view = table["dicom_id"].str.casefold(), table[_VIEW_COLUMN].str.upper()
     if (twice := folded.duplicated()).any():
         line = folded.index[twice][0]

@@ -36,7 +36,7 @@ from datasets.raw.egd import DEFAULT_SIGMA, find_egd_root, read_egd
 from datasets.raw.findings import merge_findings, unify
 from datasets.raw.mimic_cxr import find_images, find_metadata, why_none
 from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, first_of, is_simulated
-from datasets.raw.reflacx import find_root, read_reflacx
+from datasets.raw.reflacx import find_reflacx_root, read_reflacx
 from util.cli import finite_float
 from util.errors import UserError
 from util.radiograph import MIMIC_CXR_JPG
@@ -46,7 +46,7 @@ Mapped = tuple[Reading, Fixations, np.ndarray]  # a reading, what is used of it,
 
 # Data set -> (where a directory holds it, its reader). A further data set is one more line here.
 SOURCES: dict[str, tuple[Callable[[Path], Path | None], Callable[..., RawReadings]]] = {
-    "reflacx": (find_root, read_reflacx),
+    "reflacx": (find_reflacx_root, read_reflacx),
     "egd": (find_egd_root, read_egd),
 }
 

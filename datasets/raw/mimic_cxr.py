@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets.files_by_id import FileIndex, FoundFiles, check_originals
-from util.tables import numeric_columns, read_table, table_file
+from util.tables import numeric_columns, read_table
 
 METADATA_NAME = "mimic-cxr-2.0.0-metadata.csv"  # published with .gz behind it
-# In the order of preference, of files of the same content. As published are MIMIC-CXR-JPG, 8-bit already and several
-# times faster to read, and MIMIC-CXR.
+# In the order of preference, of files of the same content: MIMIC-CXR-JPG is 8-bit already and several times faster to
+# read than MIMIC-CXR.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")
-PUBLISHED = (".jpg", ".JPG", ".dcm", ".DCM")
 DICOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}", re.IGNORECASE)  # as MIMIC-CXR has them, in small letters
+
+
+def ids_beginning(name: str, known: Sequence[str]) -> Sequence[str]:
+    """Those of the sorted `known` ids that begin with `name`, which may be cut off."""
+    return known[bisect_left(known, name) : bisect_left(known, f"{name}\U0010ffff")]
 
 
 def find_metadata(images: Path) -> Path | None:
     """MIMIC-CXR's table of metadata in the root of its images, if it is there."""
-    path = table_file(images / METADATA_NAME)
-    return path if path.is_file() else None
+    return next(filter(Path.is_file, (images / METADATA_NAME, images / f"{METADATA_NAME}.gz")), None)
 
 
 def read_sizes(path: Path) -> dict[str, tuple[int, int]]:
     """(height, width) of the original images by dicom_id, as MIMIC-CXR's table of metadata has them."""
-    table = read_table(path, ("dicom_id", "Rows", "Columns"), text=("dicom_id",))
-    sizes = numeric_columns(table, ("Rows", "Columns"), path).values()
-    return dict(zip(table["dicom_id"], zip(*(values.astype(int).tolist() for values in sizes))))
+    table = read_table(path, ("dicom_id", "Rows", "Columns"))
+    sizes = numeric_columns(table, ("Rows", "Columns"), path).astype(int)
+    return dict(zip(table["dicom_id"], zip(sizes["Rows"].tolist(), sizes["Columns"].tolist())))
 
 
 def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterable[Path] = ()) -> FoundFiles:
@@ -43,8 +47,7 @@ def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterabl
         return files.search(lambda stem: stem.lower() if DICOM_ID.fullmatch(stem) else None, SUFFIXES)
     at_place, others = {}, {}
     for image_id, hint in hints.items():
-        path = files.at_place(hint.rpartition("/")[0], [f"{image_id}{suffix}" for suffix in PUBLISHED])
-        if path is not None:
+        if path := files.at_place(hint.rpartition("/")[0], (f"{image_id}.jpg", f"{image_id}.dcm")):
             at_place[image_id] = path
         else:
             others[image_id.casefold()] = image_id
@@ -55,10 +58,9 @@ def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterabl
 
 def why_none(root: Path, image_id: str, found: FoundFiles) -> str:
     """What to say of an image that was not found, or not taken."""
-    if image_id not in found.ambiguous:
-        return f"no {image_id}.jpg, .png or .dcm under {root}"
-    paths = found.ambiguous[image_id]
-    return (
-        f"{image_id}: {len(paths)} different files, none at the place that the data set names: {', '.join(paths)}; "
-        "leave one"
-    )
+    if paths := found.ambiguous.get(image_id):
+        return (
+            f"{image_id}: {len(paths)} different files, none at the place that the data set names: {', '.join(paths)}; "
+            "leave one"
+        )
+    return f"no {image_id}.jpg, .png or .dcm under {root}"

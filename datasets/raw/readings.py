@@ -1,6 +1,6 @@
 """What a gaze data set has to give, whatever its files look like.
 
-One data set = one short module with one function that returns `RawReadings` (see raw_reflacx.py and raw_egd.py),
+One data set = one short module with one function that returns `RawReadings` (see reflacx.py and egd.py),
 entered in `datasets.prepare.readings.SOURCES`. Everything after that (joining with the images, heatmaps, writing the
 processed tree, the gaze analysis) is the same for all of them.
 """
@@ -8,9 +8,9 @@ processed tree, the gaze analysis) is the same for all of them.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +18,20 @@ import numpy as np
 import pandas as pd
 
 from datasets.fixations import FIXATION_COLUMNS, RECTANGLE
+from datasets.raw.findings import LABELS
 from util.errors import UserError
-from util.tables import bad_cells, parse_bool
+from util.tables import check_truth, check_whole, read_table
 
 Parsed = TypeVar("Parsed")
+Check = Callable[[str, str], Any]  # of a cell and what a message calls it, as those of `util.tables`
 # In the root of a raw data set whose gaze is made up; see `is_simulated`.
 SIMULATED_FILE = "SIMULATED_GAZE.txt"
-ELLIPSE_COLUMNS = (*RECTANGLE, "certainty")
+ELLIPSE_COLUMNS = (*RECTANGLE, "certainty", "findings")
+CHECKS: Mapping[str, Check] = {
+    "certainty": partial(check_whole, allowed=range(6)),
+    "yes/no": check_truth,
+    "text": lambda value, what: value,
+}
 MAX_BAD = 0.1  # of a reading's fixations; more of them bad, and the reading is unusable
 
 
@@ -44,43 +51,43 @@ class Fixations:
 
 
 def usable_fixations(
-    table: pd.DataFrame,
-    numbers: Mapping[str, np.ndarray],
-    fixations: Mapping[str, np.ndarray | float],
-    path: Path,
-    rules: Mapping[str, np.ndarray],
+    numbers: pd.DataFrame, fixations: pd.DataFrame, path: Path, rules: Mapping[str, np.ndarray | pd.Series]
 ) -> Fixations:
-    """The rows that can be used, from a `read_table`, its columns as `numbers`, and the `FIXATION_COLUMNS` made of them.
+    """The rows that can be used, from a file's columns as numbers (NaN where a cell is none), its lines for an index,
+    and the `FIXATION_COLUMNS` made of them.
 
     Left out as bad: a cell that is no finite number, a sigma that is not positive, a negative duration, a row that is
     there before, which would count twice; by rule: a duration of 0, and what `rules` name, True for each row that goes.
 
     Raises `UserError` naming `path` if more than the share `MAX_BAD` of all rows is bad.
     """
-    columns = pd.DataFrame(dict(fixations), index=table.index)[list(FIXATION_COLUMNS)]
-    damaged = bad_cells(table, numbers)
-    values = {name: columns[name].to_numpy() for name in FIXATION_COLUMNS}
-    finite = np.logical_and.reduce([np.isfinite(values[name]) for name in FIXATION_COLUMNS if name not in RECTANGLE])
-    why_bad = {
-        "not a finite number": ~finite | table.index.isin(list(damaged)),
-        "angular resolution not positive": (values["sigma_x"] <= 0) | (values["sigma_y"] <= 0),
-        "negative duration": values["duration"] < 0,
-        "the same row again": table.duplicated().to_numpy(),
+    fixations = fixations[list(FIXATION_COLUMNS)]
+    duration, *sigmas = (fixations[name].to_numpy() for name in ("duration", "sigma_x", "sigma_y"))
+    finite = np.isfinite(numbers.to_numpy(np.float64))
+    bad = {
+        "not a finite number": ~finite.all(1),
+        "angular resolution not positive": np.min(sigmas, 0) <= 0,
+        "negative duration": duration < 0,
+        "the same row again": numbers.duplicated().to_numpy(),
     }
-    reason = np.full(len(table), "", dtype=object)  # arrays: with pandas' own it took much of the time of preparation
-    reasons = {**why_bad, **rules, "duration of 0": values["duration"] == 0}
-    for name, rows in reasons.items():
-        reason[(reason == "") & np.asarray(rows)] = name
-    bad = [f"line {line}, {damaged.get(line, name)}" for line, name in zip(table.index, reason) if name in why_bad]
-    if len(bad) > MAX_BAD * len(table):
-        raise UserError(f"{path}: {bad[0]}; {len(bad)} of {len(table)} fixations are bad, more than {MAX_BAD:.0%}")
+    reasons = {**bad, **rules, "duration of 0": duration == 0}
+    reason = np.select([*reasons.values()], [*reasons], "")  # the first that holds
+    damage = [
+        f"line {line}, {why if row.all() else f'column {numbers.columns[row.argmin()]!r} is not a finite number'}"
+        for line, why, row in zip(numbers.index, reason, finite)
+        if why in bad
+    ]
+    if len(damage) > MAX_BAD * len(numbers):
+        raise UserError(
+            f"{path}: {damage[0]}; {len(damage)} of {len(numbers)} fixations are bad, more than {MAX_BAD:.0%}"
+        )
     left_out = {name: n for name in reasons if (n := int((reason == name).sum()))}
-    return Fixations(columns[reason == ""], left_out, tuple(bad))
+    return Fixations(fixations[reason == ""], left_out, tuple(damage))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(ABC):
-    """One reader looking at one image once.
+class Reading:
+    """One reader looking at one image once; a subclass for each data set has `load_fixations`.
 
     `image_id` is the image's dicom_id, `image_path` where the data set says the image lies (a hint,
     relative, may be empty), `image_size` (height, width) in pixels of the original image, or None where the data set
@@ -97,18 +104,18 @@ class Reading(ABC):
     image_path: str = ""
     image_size: tuple[int, int] | None
     labels: Mapping[str, int | bool | str]
-    split: str | None
-    phase: int | None
+    split: str | None = None
+    phase: int | None = None
     source: str
     fixations_path: Path
 
-    @abstractmethod
     def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
         """The usable fixations, see `usable_fixations`; with `screen_filter` without those that look at
         the screen beside the image.
 
         Raises `UserError` naming file, line and column.
         """
+        raise NotImplementedError
 
     def original_size(self, file_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the image that positions count in, in whose scaled copy of `file_size` they are looked at:
@@ -134,9 +141,9 @@ class Reading(ABC):
 
     def load_ellipses(self) -> pd.DataFrame:
         """One row per marked abnormality: the box xmin, ymin, xmax, ymax (pixels of the original
-        image) around an axis-aligned ellipse, certainty 1-5, and one bool column per label of the
-        data set. No rows where the data set has none."""
-        return pd.DataFrame(columns=list(ELLIPSE_COLUMNS), dtype=float)
+        image) around an axis-aligned ellipse, certainty 1-5, and its common findings (a list). No rows where
+        the data set has none."""
+        return pd.DataFrame(columns=list(ELLIPSE_COLUMNS))
 
     def load_chest_box(self) -> tuple[float, float, float, float] | None:
         """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None if the data set has none."""
@@ -147,19 +154,17 @@ def digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=10).hexdigest()
 
 
-def only_root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
-    """`raw` if it holds a data set, else the one directory below that does; None if none does. UserError if there
-    are several, as versions beside each other, which no rule can choose from."""
-    try:
-        places = [raw] if holds(raw) else sorted(filter(holds, raw.iterdir())) if raw.is_dir() else []
-    except OSError as error:
-        raise UserError(f"{error.filename or raw}: can't be read ({error.strerror})") from None
-    if len(places) > 1:
+def find_root(raw: Path, pattern: str) -> Path | None:
+    """`raw` if it holds files of the `pattern`, else the one directory below that does; None if none does. UserError if
+    several do, as versions beside each other, which no rule can choose from."""
+    files = [*raw.glob(pattern)] or [*raw.glob(f"*/{pattern}")]
+    roots = sorted({file.parents[pattern.count("/")] for file in files})
+    if len(roots) > 1:
         raise UserError(
-            f"{raw}: the data set is in {len(places)} of its directories, {places[0].name} and {places[1].name} among "
+            f"{raw}: the data set is in {len(roots)} of its directories, {roots[0].name} and {roots[1].name} among "
             "them; give one of them as --raw"
         )
-    return places[0] if places else None
+    return roots[0] if roots else None
 
 
 def is_simulated(root: Path) -> bool:
@@ -209,42 +214,30 @@ class RawReadings:
         return "; ".join([text + first_of(self.exclusions), *self.notes])
 
 
-@dataclass(frozen=True)
-class Cells:
-    """One row of a table, by column."""
-
-    path: Path
-    line: int
-    row: Mapping[str, Any]
-
-    def __getitem__(self, column: str) -> Any:
-        return self.row[column]
-
-    def where(self, column: str) -> str:
-        """What a message calls a cell."""
-        return f"{self.path}: line {self.line}, column {column!r}:"
-
-    def truth(self, column: str) -> bool:
-        return parse_bool(self.row[column], self.path, self.line, column)
-
-    def number(self, column: str, allowed: range) -> int:
-        text = str(self.row[column]).removesuffix(".0")
-        if not text.isdecimal() or int(text) not in allowed:
-            raise UserError(f"{self.where(column)} {text!r} is none of {allowed[0]}, ..., {allowed[-1]}")
-        return int(text)
+def label_checks(asked: int | str) -> dict[str, Check]:
+    """What reads the labels that `datasets.raw.findings.LABELS` has for a phase or data set."""
+    return {label: CHECKS[kind] for label, kind in LABELS[asked].items()}
 
 
 def parse_rows(
-    table: pd.DataFrame, path: Path, id_column: str, parse: Callable[[Cells], Parsed], result: RawReadings
+    path: Path, checks: Mapping[str, Check], make: Callable[[Callable[[str], Any]], Parsed], result: RawReadings
 ) -> dict[str, Parsed]:
-    """What `parse` makes of each row, by its id; rows that it refuses, and ids given twice, are exclusions of `result`."""
-    parsed: dict[str, Parsed] = {}
+    """What `make` makes of each row of a table, by its id, which is the first of the columns that `checks` read.
+
+    `make` is given a function from a column to the row's value of it. Rows with a cell that it refuses, and ids given
+    twice, are exclusions of `result`.
+    """
+    table, parsed, id_column = read_table(path, checks), {}, next(iter(checks))
     for line, row in zip(table.index, table.to_dict("records")):
-        cells, name = Cells(path, line, row), row[id_column]
+
+        def cell(column: str, row: Mapping[str, str] = row) -> Any:
+            return checks[column](row[column], f"column {column!r}:")
+
         try:
-            if name in parsed:
-                raise UserError(f"{cells.where(id_column)} {name} appears a second time")
-            parsed[name] = parse(cells)
+            if row[id_column] in parsed:
+                raise UserError(f"column {id_column!r}: {row[id_column]} appears a second time")
+            parsed[row[id_column]] = make(cell)
         except UserError as error:
-            result.exclusions.append(Exclusion(name, "unusable row", str(error), is_fault=True))
+            detail = f"{path}: line {line}, {error}"
+            result.exclusions.append(Exclusion(row[id_column], "unusable row", detail, is_fault=True))
     return parsed

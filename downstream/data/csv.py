@@ -13,7 +13,7 @@ from downstream.data.folder import Folder
 from downstream.data.labelled import TEST, TRAIN, VALID
 from downstream.data.rows import WORDS, Rows, join_same, label_values, one_hot, one_spelling, read_rows, refuse_cell
 from util.errors import UserError
-from util.tables import read_header
+from util.tables import read_table
 
 SUBJECT, SPLIT = "subject_id", "split"  # read if the table has them
 PART_NAMES = {
@@ -28,7 +28,7 @@ LISTS = ("train.txt", "test.txt", "val.txt", "*_list.txt", "valid.csv", "test.cs
 def read_csv(folder: Folder, choices: argparse.Namespace, notes: list[str]) -> Rows:
     """One row per image: its path, file name or id, labels, and if there are such columns its subject and split."""
     path, image = choices.csv or folder.table("*.csv"), choices.image_column
-    header = read_header(path, [image])
+    header = list(read_table(path, [image]))
     subject = choices.subject_column or (SUBJECT if SUBJECT in header else None)
     split = choices.split_column or (SPLIT if SPLIT in header else None)
     others = [*choices.label_columns, *filter(None, (subject, split))]

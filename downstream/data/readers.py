@@ -18,7 +18,7 @@ from downstream.data.labelled import MULTICLASS, PARTS, TEST, TRAIN, VALID
 from downstream.data.rows import Rows, join_same, keep_where, label_values, one_hot, read_rows, refuse_cell
 from downstream.data.splits import draw_subjects, listed_parts, split_70_15_15
 from util.errors import UserError
-from util.tables import read_header, read_text
+from util.tables import read_table, read_text
 
 Choices = argparse.Namespace
 
@@ -263,7 +263,7 @@ def read_vindr(folder: Folder, choices: Choices, notes: list[str]) -> Rows:
 def _majority(path: Path, choices: Choices) -> tuple[pd.DataFrame, bool]:
     """Which findings each image has, bool, one row per image in the order of their ids; and whether from boxes."""
     image, finding = "image_id", "class_name"
-    header = read_header(path, [image])
+    header = list(read_table(path, [image]))
     readers = [column for column in header if column.lower() == "rad_id"]  # none in the tests' consensus
     boxes = finding in header
     findings = [finding] if boxes else [column for column in header if column not in (image, *readers)]

@@ -56,7 +56,7 @@ def read_rows(
     """
     named = [*ids, subject] if subject else list(ids)
     wanted = list(dict.fromkeys([*named, *columns, *conditions(where)]))
-    table = read_table(path, wanted, text=wanted)
+    table = read_table(path, wanted)
     if table.empty:
         raise UserError(f"{path}: no rows")
     table = keep_where(table, path, where)

@@ -3,11 +3,11 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import run_pretrain
-from datasets.fixations import check_rectangles
-from datasets.single_image import read_fixations
+from datasets.single_image import check_rectangles, read_own_fixations
 from util.errors import UserError
 
 
@@ -22,24 +22,17 @@ def test_cache_size_below_input_size():
 def test_infinite_rectangles_are_uncut_and_nan_is_named(tmp_path):
     path = tmp_path / "fixations.csv"
     path.write_text("x,y,duration,sigma_x,sigma_y,xmin,ymin,xmax,ymax\n5,6,1,2,2,-inf,-inf,inf,inf\n")
-    assert np.isinf(read_fixations(path)["xmin"]).all()
+    assert np.isinf(read_own_fixations(path)["xmin"]).all()
     path.write_text(path.read_text().replace("-inf,-inf", "-inf,nan"))
-    with pytest.raises(UserError, match=re.escape("line 2, column 'ymin': 'nan' is not a number")):
-        read_fixations(path)
-
-
-def rectangles(xmax, ymax):
-    return {name: [1.0, 1.0] for name in ("x", "y", "duration", "sigma_x", "sigma_y")} | {
-        "xmin": [0, 10],
-        "ymin": [0, 10],
-        "xmax": [xmax, 20],
-        "ymax": [ymax, 20],
-    }
+    with pytest.raises(UserError, match=re.escape("line 2, column 'ymin': 'nan' is not a finite number")):
+        read_own_fixations(path)
 
 
 def test_gaze_of_an_image_of_another_size():
-    assert check_rectangles(rectangles(100, 120), (120, 100), "a.csv") is None
+    def check(xmax, ymax, size=(120, 100)):
+        return check_rectangles(pd.DataFrame({"xmax": [xmax, 20.0], "ymax": [ymax, 20.0]}), size, "a.csv")
+
+    assert check(100, 120) is None
     with pytest.raises(UserError, match="a.csv: parts of an image of 200 x 240 px"):
-        check_rectangles(rectangles(200, 240), (120, 100), "a.csv")
-    assert "nothing beyond 50 x 60 px was ever in view" in check_rectangles(rectangles(50, 60), (120, 100), "a.csv")
-    assert "can't be checked" in check_rectangles(rectangles(np.inf, np.nan) | {"xmax": [np.inf] * 2}, (9, 9), "a")
+        check(200, 240)
+    assert "nothing beyond 50 x 60 px" in check(50, 60) and "nothing beyond 20 x 20 px" in check(np.inf, np.inf)

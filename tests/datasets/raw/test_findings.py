@@ -1,21 +1,15 @@
-"""datasets/findings.py: every label of both phases has a common finding, and the docs say the same."""
+"""datasets/raw/findings.py: every label of both phases has a common finding."""
 
-from datasets.raw.egd import LABELS as EGD_LABELS
-from datasets.raw.findings import COMMON_FINDING, merge_findings, unify
-from datasets.raw.reflacx import BOOL_LABELS, CERTAINTY_LABELS, TEXT_LABELS
-
-
-def phase_labels(phase):
-    return (*CERTAINTY_LABELS[phase], *BOOL_LABELS[phase], *TEXT_LABELS[phase])
+from datasets.raw.findings import COMMON_FINDING, LABELS, merge_findings, unify
 
 
 def test_every_label_is_mapped_and_no_other():
-    assert set(COMMON_FINDING) == {*phase_labels(1), *phase_labels(2), *phase_labels(3), *EGD_LABELS}
-    assert len(CERTAINTY_LABELS[1]) == 15 and len(CERTAINTY_LABELS[2]) == 14
+    assert set(COMMON_FINDING) == set().union(*LABELS.values())
+    assert [sum(kind == "certainty" for kind in LABELS[own].values()) for own in (1, 2, 3, "egd")] == [15, 14, 14, 0]
 
 
 def test_highest_certainty_of_united_labels():
-    labels = dict.fromkeys(CERTAINTY_LABELS[1], 0) | {"Mass": 2, "Nodule": 4, "Support devices": True}
+    labels = dict.fromkeys(LABELS[1], 0) | {"Mass": 2, "Nodule": 4, "Support devices": True}
     unified = unify(labels)
     assert unified["Lung nodule or mass"] == 4 and unified["Support devices"] is True
     assert unified["Pleural abnormality"] == 0 and "Enlarged hilum" not in unified

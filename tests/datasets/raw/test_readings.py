@@ -1,17 +1,41 @@
-"""The adapters: REFLACX and EGD-CXR read into the same `Reading`s; bad tables named to the cell."""
+"""The adapters: REFLACX and EGD-CXR read into the same `Reading`s; bad cells named; no join that fails looks like
+absence, and none is made to another image."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from phantom_egd import make_egd
 
 from datasets.fixations import FIXATION_COLUMNS
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import detect_source
 from datasets.raw.egd import find_egd_root, read_egd
-from datasets.raw.reflacx import find_root, read_reflacx
+from datasets.raw.mimic_cxr import find_metadata, ids_beginning
+from datasets.raw.reflacx import find_reflacx_root, read_reflacx
 from util.errors import UserError
 from util.tables import check_id, check_relative_path
+
+
+def edit(path, change):
+    """`change` the table of a file, as text."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    change(table)
+    table.to_csv(path, index=False)
+
+
+def set_cell(path, column, row, value):
+    def change(table):
+        table.loc[row, column] = value
+
+    edit(path, change)
+
+
+def fault(raw):
+    (only,) = (exclusion for exclusion in raw.exclusions if exclusion.is_fault)
+    return only
+
 
 # --- REFLACX ---------------------------------------------------------------------------------------
 
@@ -22,16 +46,6 @@ def own_study(tmp_path):
     return make_study(tmp_path, n_images=4, shared_images=2, size=(120, 96), normal_fraction=0)
 
 
-def metadata(study, phase):
-    return study.raw / "main_data" / f"metadata_phase_{phase}.csv"
-
-
-def edit(path, column, row, value):
-    table = pd.read_csv(path, dtype=str)
-    table.loc[row, column] = value
-    table.to_csv(path, index=False)
-
-
 def test_every_row_becomes_a_reading_or_an_exclusion(study):
     raw = read_reflacx(study.raw)
     ids = [name for image in study.truth for name in image.reading_ids]
@@ -39,33 +53,22 @@ def test_every_row_becomes_a_reading_or_an_exclusion(study):
     assert sorted(item.id for item in [*raw.readings, *raw.exclusions]) == sorted(ids)
     assert [exclusion.reason for exclusion in raw.exclusions] == ["eye tracking discarded"]
     assert [reading.id for reading in raw.readings] == sorted(reading.id for reading in raw.readings)
-    assert not raw.notes and not any(exclusion.is_fault for exclusion in raw.exclusions)
+    assert not any(exclusion.is_fault for exclusion in raw.exclusions)
 
 
 def test_root_is_found_from_around_it(study):
-    assert find_root(study.raw) == study.raw and find_root(study.raw / "main_data") == study.raw
-    assert find_root(study.raw.parent) == study.raw
-    assert find_root(study.raw / "nowhere") is None
-    assert detect_source(study.raw) == "reflacx"
-
-
-def test_a_phase_that_is_not_there_is_noted(own_study):
-    metadata(own_study, 2).unlink()
-    raw = read_reflacx(own_study.raw)
-    assert raw.notes == ["metadata_phase_2.csv is not there: no readings of phase 2"]
-    assert {reading.phase for reading in raw.readings} == {1, 3}
+    assert find_reflacx_root(study.raw) == find_reflacx_root(study.raw.parent) == study.raw
+    assert find_reflacx_root(study.raw / "nowhere") is None and detect_source(study.raw) == "reflacx"
 
 
 @pytest.mark.parametrize(
     "column, value, words",
     [
-        ("id", "P100R000000", "is no reading of phase 3"),
         ("id", "../../P3", "not a plain identifier"),
         ("split", "val", "'val' is none of train, validate, test"),
         ("dicom_id", "a/b", "not a plain identifier"),
-        ("image", "/etc/passwd", "leaves its directory"),
         ("image", "files/p10/../../../x/s5/a.dcm", "leaves its directory"),
-        ("image", "files/a.dcm", "s<study>"),
+        ("image", "files/a.dcm", "is not the image of dicom_id"),
         ("image_size_x", "wide", "'wide' is none of 1, ..., 99999"),
         ("image_size_y", "0", "'0' is none of 1"),
         ("Atelectasis", "6", "is none of 0, ..., 5"),
@@ -74,27 +77,43 @@ def test_a_phase_that_is_not_there_is_noted(own_study):
     ],
 )
 def test_a_bad_cell_leaves_its_reading_out(own_study, column, value, words):
-    path = metadata(own_study, 3)
-    edit(path, column, 1, value)
+    path = own_study.raw / "main_data/metadata_phase_3.csv"
+    set_cell(path, column, 1, value)
     raw = read_reflacx(own_study.raw)
-    (fault,) = (exclusion for exclusion in raw.exclusions if exclusion.is_fault)
-    assert str(path) in fault.detail and "line 3" in fault.detail and words in fault.detail
-    assert repr(column) in fault.detail
+    assert f"{path}: line 3, column {column!r}" in fault(raw).detail and words in fault(raw).detail
     assert sum(reading.phase == 3 for reading in raw.readings) == 1
 
 
-def test_an_id_given_twice(own_study):
-    path = metadata(own_study, 3)
-    edit(path, "id", 1, pd.read_csv(path)["id"][0])
-    (fault,) = (exclusion for exclusion in read_reflacx(own_study.raw).exclusions if exclusion.is_fault)
-    assert "line 3" in fault.detail and "second time" in fault.detail
+def test_rows_that_repeat_an_id_or_name_another_image(own_study):
+    path = own_study.raw / "main_data/metadata_phase_3.csv"
+    table = pd.read_csv(path, dtype=str)
+    set_cell(path, "id", 1, table["id"][0])
+    assert "line 3" in fault(read_reflacx(own_study.raw)).detail
+    table.to_csv(path, index=False)
+    set_cell(path, "dicom_id", 0, table["dicom_id"][1])
+    detail = fault(read_reflacx(own_study.raw)).detail
+    assert "line 2, column 'image'" in detail and "is not the image of dicom_id" in detail
 
 
-def test_a_missing_column_stops(own_study):
-    path = metadata(own_study, 3)
-    pd.read_csv(path).drop(columns="dicom_id").to_csv(path, index=False)
-    with pytest.raises(UserError, match=r"metadata_phase_3.csv: column 'dicom_id' is missing"):
+@pytest.mark.parametrize("damage", ["column", "file"])
+def test_unusable_metadata_stops(own_study, damage):
+    path = own_study.raw / "main_data/metadata_phase_3.csv"
+    if damage == "file":
+        path.unlink()
+    else:
+        pd.read_csv(path).drop(columns="dicom_id").to_csv(path, index=False)
+    with pytest.raises(UserError, match="metadata_phase_3.csv: (column 'dicom_id'|file) is missing"):
         read_reflacx(own_study.raw)
+
+
+def test_reflacx_ids_with_leading_zeros_and_blanks_stay_text(own_study):
+    def change(table):
+        table["subject_id"] = ["007", " 1e5 "]
+        table["dicom_id"] = " " + table["dicom_id"]
+
+    edit(own_study.raw / "main_data/metadata_phase_3.csv", change)
+    subjects = [reading.subject_id for reading in read_reflacx(own_study.raw).readings if reading.phase == 3]
+    assert sorted(subjects) == ["007", "1e5"]
 
 
 # --- EGD-CXR ---------------------------------------------------------------------------------------
@@ -105,67 +124,103 @@ def egd(tmp_path):
     return make_egd(tmp_path, n_images=4, size=(120, 96))
 
 
+def read(study, **options):
+    return read_egd(study.raw, metadata=find_metadata(study.images), **options)
+
+
 def test_egd_readings(egd):
-    raw = read_egd(egd.raw, sigma=12)
-    assert [reading.image_id for reading in raw.readings] == sorted(image.dicom_id for image in egd.truth)
-    reading = raw.readings[0]
-    image = next(image for image in egd.truth if image.dicom_id == reading.image_id)
-    assert (reading.study_id, reading.subject_id) == (image.study_id, image.subject_id)
-    assert reading.split is None and reading.image_size is None and reading.phase is None
-    assert set(reading.labels) == {"Normal", "CHF", "pneumonia"} and reading.load_ellipses().empty
-    assert reading.load_chest_box() is None
-    fixations = reading.load_fixations().table
-    assert list(fixations.columns) == list(FIXATION_COLUMNS) and (fixations["sigma_x"] == 12).all()
-    assert detect_source(egd.raw) == "egd" and find_egd_root(egd.raw.parent) == egd.raw
-
-
-def test_egd_calibration_rows_are_counted_and_off_picture_ones_dropped(egd):
     table = pd.read_csv(egd.raw / "fixations.csv")
     calibration = ~table["DICOM_ID"].isin(pd.read_csv(egd.raw / "master_sheet.csv")["dicom_id"])
     assert calibration.sum() > 0 and (table["X_ORIGINAL"] < 0).any()
-    raw = read_egd(egd.raw)
+    raw = read(egd, sigma=12)
     (note,) = raw.notes
     assert note.startswith(f"{calibration.sum()} fixations of 2 ids ('calibration-0', 'calibration-3', ...) are of no")
+    assert [reading.image_id for reading in raw.readings] == sorted(image.dicom_id for image in egd.truth)
+    images = {image.dicom_id: image for image in egd.truth}
     for reading in raw.readings:
+        image = images[reading.image_id]
+        assert (reading.study_id, reading.subject_id) == (image.study_id, image.subject_id)
+        assert (reading.split, reading.phase, reading.image_size) == (None, None, (120, 96))
+        assert list(reading.labels) == ["Normal", "CHF", "pneumonia"] and reading.load_ellipses().empty
         rows = table[table["DICOM_ID"] == reading.image_id]
         on = rows[(rows["X_ORIGINAL"] >= 0) & (rows["Y_ORIGINAL"] >= 0)]
         fixations = reading.load_fixations().table
-        np.testing.assert_allclose(fixations["x"], on["X_ORIGINAL"])
-        np.testing.assert_allclose(fixations["duration"], on["FPOGD"])
+        assert list(fixations.columns) == list(FIXATION_COLUMNS) and (fixations["sigma_x"] == 12).all()
+        np.testing.assert_allclose(fixations[["x", "duration"]], on[["X_ORIGINAL", "FPOGD"]])
+    assert detect_source(egd.raw) == "egd" and find_egd_root(egd.raw.parent) == egd.raw
 
 
-def test_egd_durations_from_times(egd):
-    """Without FPOGD a fixation lasts since the row before it, off-picture rows included."""
-    path = egd.raw / "fixations.csv"
-    table = pd.read_csv(path).drop(columns="FPOGD")
-    table.to_csv(path, index=False)
-    reading = read_egd(egd.raw).readings[0]
-    rows = table[table["DICOM_ID"] == reading.image_id]
-    times = rows["Time (in secs)"].to_numpy()
-    expected = np.array([times[0], *np.diff(times)])
-    on = ((rows["X_ORIGINAL"] >= 0) & (rows["Y_ORIGINAL"] >= 0)).to_numpy()
-    np.testing.assert_allclose(reading.load_fixations().table["duration"], expected[on])
+def test_egd_needs_the_table_of_sizes(egd):
+    with pytest.raises(UserError, match="does not say how large its images are; .* --metadata"):
+        read_egd(egd.raw)
+    set_cell(find_metadata(egd.images), "dicom_id", 0, "another")
+    raw = read(egd)
+    assert "is not in the table of metadata" in fault(raw).detail and len(raw.readings) == 3
 
 
 def test_egd_bad_cells(egd):
-    edit(egd.raw / "master_sheet.csv", "path", 0, "../up.dcm")
-    table = pd.read_csv(egd.raw / "fixations.csv", dtype=str)
-    master = pd.read_csv(egd.raw / "master_sheet.csv")
-    row = table.index[table["DICOM_ID"] == master["dicom_id"][1]][2]
-    edit(egd.raw / "fixations.csv", "X_ORIGINAL", row, "left")
-    gone = master["dicom_id"][2]
-    table = pd.read_csv(egd.raw / "fixations.csv", dtype=str)
-    table.loc[table["DICOM_ID"] == gone, "DICOM_ID"] = "somewhere-else"
-    table.to_csv(egd.raw / "fixations.csv", index=False)
-    raw = read_egd(egd.raw)
-    reasons = {exclusion.id: (exclusion.reason, exclusion.detail) for exclusion in raw.exclusions}
-    assert reasons[master["dicom_id"][0]][0] == "unusable row"
-    assert "line 2, column 'path'" in reasons[master["dicom_id"][0]][1]
-    assert reasons[gone][0] == "no fixations"
-    bad = next(reading for reading in raw.readings if reading.image_id == master["dicom_id"][1])
-    assert bad.load_fixations().bad == (f"line {row + 2}, column 'X_ORIGINAL': 'left' is not a finite number",)
-    with pytest.raises(UserError, match="--sigma -1 is not positive"):
-        read_egd(egd.raw, sigma=-1)
+    ids = list(pd.read_csv(egd.raw / "master_sheet.csv")["dicom_id"])
+    set_cell(egd.raw / "master_sheet.csv", "path", 0, "../up.dcm")
+    set_cell(egd.raw / "master_sheet.csv", "path", 3, f"files/{ids[1]}.dcm")
+
+    def change(table):
+        table.loc[table["DICOM_ID"] == ids[2], "DICOM_ID"] = "somewhere-else"
+        table.loc[table.index[table["DICOM_ID"] == ids[1]][2], "X_ORIGINAL"] = "left"
+
+    edit(egd.raw / "fixations.csv", change)
+    raw = read(egd)
+    details = {exclusion.id: exclusion.detail for exclusion in raw.exclusions if exclusion.is_fault}
+    assert "line 2, column 'path'" in details[ids[0]] and "none of DICOM_ID" in details[ids[2]]
+    assert f"is not the image of dicom_id {ids[3]!r}" in details[ids[3]]
+    (reading,) = raw.readings
+    (bad,) = reading.load_fixations().bad
+    assert bad.endswith("column 'X_ORIGINAL' is not a finite number")
+
+
+@given(st.text("ab-", max_size=4), st.sets(st.text("ab-", max_size=4)))
+def test_ids_beginning_equals_a_plain_search(name, known):
+    assert ids_beginning(name, sorted(known)) == sorted(other for other in known if other.startswith(name))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("change", [lambda name: name[:-3], lambda name: name[:-12], lambda name: f" {name} "])
+def test_egd_ids_that_are_cut_off_are_completed_and_counted(egd, change, every):
+    """In all rows of an image or in every second one."""
+    before = read(egd)
+    ids = [reading.image_id for reading in before.readings][::2]
+
+    def cut(table):
+        rows = table.index[table["DICOM_ID"].isin(ids)][::every]
+        table.loc[rows, "DICOM_ID"] = table.loc[rows, "DICOM_ID"].map(change)
+        cut.n_rows = len(rows)
+
+    edit(egd.raw / "fixations.csv", cut)
+    after = read(egd)
+    assert after.readings == before.readings and not after.exclusions
+    for one, other in zip(after.readings, before.readings):
+        pd.testing.assert_frame_equal(one.load_fixations().table, other.load_fixations().table)
+    told = [note.split(" (")[0] for note in after.notes if "cut off" in note]
+    assert told == ([] if change("ab") == " ab " else [f"{cut.n_rows} fixations of 2 ids"])  # blanks say nothing
+
+
+def test_egd_ids_that_may_be_several_or_are_empty_are_faults(egd):
+    path = egd.raw / "master_sheet.csv"
+    first, second = pd.read_csv(path)["dicom_id"][:2]
+    twin = first[:30] + second[30:]
+    path.write_text(path.read_text().replace(second, twin))
+    sizes = find_metadata(egd.images)
+    sizes.write_text(sizes.read_text().replace(second, twin))
+    gaze = pd.read_csv(egd.raw / "fixations.csv", dtype=str)
+    for written in (first[:25], ""):
+        gaze.assign(DICOM_ID=gaze["DICOM_ID"].replace(first, written)).to_csv(egd.raw / "fixations.csv", index=False)
+        raw = read(egd)
+        faults = {exclusion.reason: exclusion for exclusion in raw.exclusions if exclusion.is_fault}
+        assert set(faults) == {"ambiguous image id", "no fixations"}
+        assert (
+            f"{(gaze['DICOM_ID'] == first).sum()} fixations of 1 ids ({written!r}"
+            in faults["ambiguous image id"].detail
+        )
+        assert not {first, twin} & {reading.image_id for reading in raw.readings}
 
 
 # --- the helpers of every adapter ------------------------------------------------------------------
