@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,30 +19,32 @@ from datasets.sampler import train_loader
 from datasets.tree import entry_subject
 from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
 from util import distributed
-from util.checkpoint import announce_resume, find_checkpoint, is_due, load_checkpoint, restoring, save_and_prune
+from util.checkpoint import announce_resume, find_checkpoint, load_checkpoint, restoring, save_and_prune
 from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
+from util.files import check_folder_place
 from util.lr_sched import absolute_lr, parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import hold_output
 from util.precision import set_tf32
 from util.resume import unchanged_since
-from util.stop import GO_ON, StopSignals, exit_status
+from util.stop import GO_ON, StopSignals
 from util.subjects import MIMIC, subject_marks
 from util.training import Training
 from util.weights import check_same_model, load_initial_weights
 
 BASE_WEIGHTS = "preTrain/vit_base_p16_224_timm.pth"
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a flag's default where it says something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if "(default" in action.help or action.default in (None, "") or isinstance(action.default, bool):
-            return action.help
-        return super()._get_help_string(action)
+# The least value of these options.
+LEAST = {
+    1: "batch_size epochs accum_iter input_size hog_nbins decoder_num_heads save_every keep print_every cache_size",
+    0: "num_workers decoder_depth warmup_epochs weight_decay lr blr min_lr start_epoch skip_nonfinite image_every max_minutes",
+}
+# Options that are arguments of a function of the same name: of the model, of the data.
+OF_MODEL = (
+    "decoder_depth decoder_num_heads hog_nbins id_list scale_list gaze_weighted gaze_temperature masking"
+).split()
+OF_DATA = "preload use_cache cache_dir cache_size".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -48,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "run_pretrain.py",
         description="Pretrain CXR-MIM on chest X-rays with gaze heatmaps.",
-        formatter_class=HelpFormatter,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # fmt: off
     add = parser.add_argument_group("data").add_argument
@@ -58,9 +62,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="side of the input in pixels, a multiple of the coarsest HOG cell (32 px as published)")
     add("--min_crop_ratio", type=finite_float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
-    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU (default)")
+    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="don't pin host memory")
-    add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
+    add("--cache_dir", default=None, help="where decoded images are cached (None: inside the data tree)")
     add("--cache_size", type=int, default=512,
         help="short side of cached images in pixels; crops are cut from "
              "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")
@@ -90,13 +94,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=400, help="where training ends")
     add("--accum_iter", type=int, default=1, help="steps per optimiser step")
     add("--weight_decay", type=finite_float, default=0.05, help="none on biases, norms and other 1-D parameters")
-    add("--lr", type=finite_float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
+    add("--lr", type=finite_float, default=None, help="absolute learning rate (None: blr x effective batch / 256)")
     add("--blr", type=finite_float, default=1e-3, help="learning rate per 256 images")
     add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=40, help="linear warm-up from 0, then a half-cycle cosine")
-    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm (default: no clipping)")
+    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm (None: no clipping)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="autocast type (default: float16 on CUDA, float32 on CPU)")
+        help="autocast type (None: float16 on CUDA, float32 on CPU)")
     add("--tf32", action="store_true", help="TF32 in float32 products and convolutions on CUDA")
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
@@ -105,15 +109,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints, log.txt, args.json")
-    add("--log_dir", default=None, help="TensorBoard events (default: output_dir)")
+    add("--log_dir", default=None, help="TensorBoard events (None: in output_dir)")
     add("--save_every", type=int, default=50, help="epochs between checkpoints that are kept")
-    add("--keep", type=int, default=None, help="keep only the last N (default: every save_every-th and the last 2)")
+    add("--keep", type=int, default=None, help="keep only the last N (None: those from ends of epochs, and the last 2)")
     add("--image_every", type=int, default=50,
         help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")
     add("--print_every", type=int, default=20, help="steps between progress lines")
     add("--resume", default="", metavar="PATH", help="checkpoint to go on from, a file or an http(s) address")
     add("--auto_resume", action="store_true", default=True,
-        help="go on from the newest checkpoint in output_dir (default)")
+        help="go on from the newest checkpoint in output_dir")
     add("--no_auto_resume", action="store_false", dest="auto_resume",
         help="start afresh; output_dir must hold no checkpoint")
     add("--max_minutes", type=finite_float, default=None,
@@ -144,14 +148,14 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
             )
         with signals.exit_at_signal():  # so far there is nothing to save
             settle_options(args, ranks)
-            held.enter_context(hold_output(args.output_dir, args.log_dir, ranks=ranks))
+            held.enter_context(hold_output(args.output_dir, ranks=ranks))
             training = set_up(args, ranks, signals)
         request = training.run()
         training.close()
     distributed.stop()
     if request != GO_ON:
         ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")
-    return exit_status(request)
+    return request
 
 
 def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals) -> Training:
@@ -174,8 +178,8 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
         losses=partial(batch_losses, args=args),
         finish_epoch=partial(finish_epoch, args=args),
         name_means=partial(name_means, core),
-        save_due=lambda: is_due(training.epoch - 1, save_every=args.save_every, epochs=args.epochs),
-        write=partial(save_and_prune, output_dir=args.output_dir, save_every=args.save_every, keep=args.keep),
+        save_due=lambda: training.epoch % args.save_every == 0 or training.epoch == args.epochs,
+        write=partial(save_and_prune, output_dir=args.output_dir, keep=args.keep),
         more_state=lambda: {"model_config": core.config, "seen": core.seen, "unchanged_since": list(since)},
         sample_name=dataset.sample_name,
         samples=dataset.identity(),
@@ -186,9 +190,7 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
         state = load_checkpoint(resumed)
         with restoring(resumed):
             check_same_model(state["model_config"], core.config, resumed)
-        training.warn_of_changes(state, resumed)
-        with restoring(resumed):
-            since = unchanged_since(state, vars(args), training.setting())
+            since = unchanged_since(state, training.warn_of_changes(state, resumed))
             core.seen = list(state.get("seen", []))
         training.restore(state, resumed)
         announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
@@ -229,36 +231,10 @@ def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
-    check_least(
-        args,
-        1,
-        "batch_size",
-        "epochs",
-        "accum_iter",
-        "input_size",
-        "hog_nbins",
-        "decoder_num_heads",
-        "save_every",
-        "keep",
-        "print_every",
-        "cache_size",
-    )
-    check_least(
-        args,
-        0,
-        "num_workers",
-        "decoder_depth",
-        "warmup_epochs",
-        "weight_decay",
-        "lr",
-        "blr",
-        "min_lr",
-        "start_epoch",
-        "skip_nonfinite",
-        "image_every",
-        "max_minutes",
-    )
+    for least, flags in LEAST.items():
+        check_least(args, least, *flags.split())
     check_positive(args, "clip_grad")
+    check_folder_place(args.log_dir or args.output_dir, "--log_dir")
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
     if args.cache_size < args.input_size:
@@ -282,14 +258,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def check_data(args: argparse.Namespace) -> int:
     """Read the whole tree, and its cache where there is one, and list every bad entry; returns the exit status."""
-    problems = datasets.check_data(
-        args.data_path,
-        preload=args.preload,
-        use_cache=args.use_cache,
-        cache_dir=args.cache_dir,
-        cache_size=args.cache_size,
-        fallback_dir=args.output_dir,
-    )
+    problems = datasets.check_data(args.data_path, fallback_dir=args.output_dir, **some(args, OF_DATA))
     for problem in problems:
         print(problem)
     n_errors, n_warnings = (sum(p.severity == kind for p in problems) for kind in ("error", "warning"))
@@ -297,34 +266,19 @@ def check_data(args: argparse.Namespace) -> int:
     return 1 if n_errors else 0
 
 
+def some(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
 def build_data(args: argparse.Namespace):
     detect_trees(args.data_path)  # none twice
-    return datasets.build_dataset(
-        args.data_path,
-        input_size=args.input_size,
-        min_crop_ratio=args.min_crop_ratio,
-        seed=args.seed,
-        preload=args.preload,
-        use_cache=args.use_cache,
-        cache_dir=args.cache_dir,
-        cache_size=args.cache_size,
-        fallback_dir=args.output_dir,
-    )
+    options = some(args, ["input_size", "min_crop_ratio", "seed", *OF_DATA])
+    return datasets.build_dataset(args.data_path, fallback_dir=args.output_dir, **options)
 
 
 def build_model(args: argparse.Namespace) -> models_cxrmim.CXRMIM:
     try:
-        return models_cxrmim.ENCODERS[args.model](
-            img_size=args.input_size,
-            decoder_depth=args.decoder_depth,
-            decoder_num_heads=args.decoder_num_heads,
-            hog_nbins=args.hog_nbins,
-            id_list=args.id_list,
-            scale_list=args.scale_list,
-            gaze_weighted=args.gaze_weighted,
-            gaze_temperature=args.gaze_temperature,
-            masking=args.masking,
-        )
+        return models_cxrmim.ENCODERS[args.model](img_size=args.input_size, **some(args, OF_MODEL))
     except ValueError as error:
         raise UserError(f"--{error}") from None
 

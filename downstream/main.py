@@ -30,7 +30,7 @@ from util.export import stored_weights
 from util.figures import save_figure
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
-from util.stop import StopSignals, exit_status
+from util.stop import StopSignals
 
 METHODS: dict[str, type[Method]] = {"linear": Linear, "probe": Probe, "finetune": FineTune, "evaluate": Evaluate}
 RECIPE_HELP = {
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
             outcomes = [outcome for make in makers for outcome in judge(work, make())]
         except Stopped:
             ranks.say("stopped; the same command goes on from here")
-            return exit_status(max(ranks.gather(signals.request)))
+            return max(ranks.gather(signals.request))
         distributed.on_main(ranks, lambda: report(work, outcomes))
     return 0
 

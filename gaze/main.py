@@ -29,7 +29,7 @@ from util.loading import SampleLoader, ignore_stop_signals
 from util.lr_sched import parameter_groups
 from util.output import hold_output, writing_results
 from util.precision import set_tf32
-from util.stop import GO_ON, StopSignals, exit_status
+from util.stop import GO_ON, StopSignals
 from util.training import Training
 from util.weights import is_plain_vit, read_state_dict
 
@@ -103,12 +103,12 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
     args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
     set_tf32(False)
     torch.manual_seed(args.seed)
-    with hold_output(args.output_dir, None, ranks=ranks):
+    with hold_output(args.output_dir, ranks=ranks):
         request = GO_ON if args.judge else train(args, ranks, signals)
         if request == GO_ON:
             distributed.on_main(ranks, lambda: judge(args, ranks))
     distributed.stop()
-    return exit_status(request)
+    return request
 
 
 def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals) -> int:
@@ -157,7 +157,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         name_means=name_means,
         is_over=lambda: training.epoch - (0 if best is None else best["epoch"] + 1) >= args.patience,
         save_due=lambda: True,
-        write=partial(save_and_prune, output_dir=args.output_dir, save_every=1, keep=2),
+        write=partial(save_and_prune, output_dir=args.output_dir, keep=2),
         more_state=lambda: {"config": core.config, "seen": core.seen, "encoder_seen": core.encoder_seen, "best": best},
         sample_name=samples[TRAIN].sample_name,
         # Of the validation too: the best epoch so far was chosen by it.

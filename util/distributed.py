@@ -53,6 +53,14 @@ class Ranks:
         if self.is_main:
             print(text, flush=True)
 
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank. It travels on the CPU, so a GPU is not waited for."""
+        if self.control is None:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
     def gather(self, value: object) -> list:
         """`value` of every rank, in rank order, on every rank. Takes plain objects."""
         if self.control is None:
@@ -83,44 +91,32 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
 
     if device not in ("cuda", "cpu"):
         raise UserError(f"--device {device}: use cuda or cpu (CUDA_VISIBLE_DEVICES chooses GPUs)")
-    kind = device
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         if rank == 0:
             print("warning: no CUDA device is available, training on the CPU instead (--device cpu)", flush=True)
-        kind = "cpu"
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}: "
-                "lower --nproc_per_node"
-            )
-        torch.cuda.set_device(local_rank)
+        device = "cpu"
+    chosen = torch.device(device)
+    if device == "cuda":
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"process {local_rank} of this node has no GPU, there are {count}: lower --nproc_per_node")
         chosen = torch.device("cuda", local_rank)
-    else:
-        chosen = torch.device("cpu")
+        torch.cuda.set_device(chosen)
 
     control = None
     if launched:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # torchrun ends its workers unless it is killed itself; then they would train on, unseen.
             signal_on_parent_death(signal.SIGTERM)
-        backend = "nccl" if kind == "cuda" else "gloo"
+        backend = "nccl" if device == "cuda" else "gloo"
         store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=MEETING_TIMEOUT))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
             # torchrun's store outlives a restart, and a rank could read the address of a dead one in it.
             # (With several nodes the count may differ between them; there the scripts don't restart.)
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(
-            backend,
-            store=store,
-            world_size=world_size,
-            rank=rank,
-            timeout=MEETING_TIMEOUT if backend == "nccl" else AGREEMENT_TIMEOUT,
-        )
+        timeout = MEETING_TIMEOUT if backend == "nccl" else AGREEMENT_TIMEOUT
+        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
         if world_size > 1:
-            control = (
-                dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
-            )
+            control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
     return Ranks(rank, world_size, local_rank, chosen, control)
 
 
@@ -129,18 +125,15 @@ def on_main(ranks: Ranks, work: Callable[[], object]) -> object:
 
     A UserError of it ends all ranks; rank 0 tells it.
     """
-    result, error = None, None
-    if ranks.is_main:
-        try:
-            result = work()
-        except UserError as problem:
-            error = problem
-    result, failed = ranks.gather((result, error is not None))[0]
-    if error is not None:
-        raise error
-    if failed:
+    done = None  # where work fails
+    try:
+        if ranks.is_main:
+            done = (work(),)
+    finally:
+        done = ranks.gather(done)[0]
+    if done is None:
         raise SystemExit(1)
-    return result
+    return done[0]
 
 
 def parallel(model: nn.Module, ranks: Ranks, *, sync_buffers: bool = False) -> nn.Module:
@@ -181,13 +174,6 @@ def _in_layout_of(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tens
     return gradient
 
 
-def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks rank 0's buffers: before a model with `sync_buffers` is evaluated or saved."""
-    if ranks.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
 def stop() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
@@ -195,38 +181,3 @@ def stop() -> None:
         # give back the tensor of the last exchange: for ever. This thread asleep, it gets the lock.
         time.sleep(0.1)
         dist.destroy_process_group()
-
-
-class Agreement:
-    """Ranks agree on the largest of their values at each optimiser step, one step late and without waiting.
-
-    Every rank calls `exchange` at the same steps. A step's value travels in the background (on the CPU through gloo, so
-    the GPU is never waited for) and is read at the next step, so all ranks act on the same value at the same step.
-    """
-
-    def __init__(self, ranks: Ranks):
-        self._ranks = ranks
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-
-    def exchange(self, value: int) -> int:
-        """Give this rank's value; returns the largest of the exchange before, at first 0. A single process agrees with
-        itself at once."""
-        if self._ranks.control is None:
-            return value
-        agreed = self._collect()
-        tensor = torch.tensor(value)
-        self._pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True), tensor
-        return agreed
-
-    def settle(self, value: int) -> int:
-        """Give this rank's value and wait for those of the others; returns the largest."""
-        self._collect()
-        return max(self._ranks.gather(value))
-
-    def _collect(self) -> int:
-        if self._pending is None:
-            return 0
-        work, tensor = self._pending
-        self._pending = None
-        work.wait()
-        return int(tensor)

@@ -1,34 +1,17 @@
 """How every program here ends and prints: bad input is one line on stderr and a non-zero exit status, and an output that
-dies, fills up or goes unread costs a run nothing.
+dies or fills up costs a run nothing.
 
-Ctrl-C at `run | tee log` ends tee first, a closed terminal takes its output along, a disk under a redirected
-log runs full, and a pager or a Ctrl-S stops reading. A print must then not fail, nor block for long: what can't
-be shown is lost, and what the run saves is not.
+Ctrl-C at `run | tee log` ends tee first, a closed terminal takes its output along, and a disk under a redirected log runs
+full. A print must then not fail: what can't be shown is lost, and what the run saves is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import io
 import os
-import select
 import sys
 from collections.abc import Callable
-from typing import TextIO
-
-# What the system says of a place that the user named, whatever was to be done there.
-_OF_A_PLACE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-)
 
 
 class UserError(Exception):
@@ -41,119 +24,56 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main` as a command: exit with its status; with 1 and one line for a `UserError`, for a place where this user
-    may not read or write, that is full or whose name is too long, and for a GPU whose memory is full; with 130 when interrupted. An output that dies or fills up changes none of it (`UnfailingStream`)."""
-    make_output_unfailing()
-    try:
-        sys.exit(main() or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in _OF_A_PLACE or error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; to print an error needs no torch
-            raise
-        reason = ". ".join(str(error).split(". ")[:2])
-        print(
-            f"error: {reason}: lower --batch_size (for frozen encoders --encode_batch), or free the GPU of what "
-            "else runs there (nvidia-smi)",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-
-
-# How long an output that nobody reads is waited for before text is dropped until somebody does.
-PATIENCE_SECONDS = 5.0
-# A pipe that is ready takes as much without blocking.
-CHUNK_BYTES = 4096
-
-
-class UnfailingStream:
-    """A text stream on a descriptor whose `write` and `flush` neither fail nor block for long.
-
-    Whole lines are written at once, other text at `flush`. What the stream's encoding lacks is escaped. All
-    other attributes are those of the stream that it stands for.
-    """
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self._descriptor = _own_descriptor(stream.fileno())
-        self._text = ""
-        self._unread = False  # the last text found no reader
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._text += text
-        if "\n" in text:
-            self.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        text, self._text = self._text, ""
-        data = text.encode(self._stream.encoding or "utf-8", errors="backslashreplace")
-        while data and self._is_ready():
-            try:
-                data = data[os.write(self._descriptor, data[:CHUNK_BYTES]) :]
-            except OSError:
-                return
-
-    def write_now(self, text: str) -> None:
-        """Write past what is gathered, if that can be done at once: for a signal handler."""
-        with contextlib.suppress(OSError, ValueError):
-            if is_ready(self._descriptor, 0.0):
-                os.write(self._descriptor, text.encode(errors="backslashreplace"))
-
-    def _is_ready(self) -> bool:
-        ready = is_ready(self._descriptor, 0.0 if self._unread else PATIENCE_SECONDS)
-        self._unread = not ready
-        return ready
-
-
-def _own_descriptor(descriptor: int) -> int:
-    """What to write to. A terminal is opened anew, without blocking for this program alone: it counts as ready
-    with room for a single byte, and with more to write an ordinary write then waits until somebody reads."""
-    with contextlib.suppress(OSError):  # not a terminal, or not this user's: as it is
-        return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    return descriptor
-
-
-def is_ready(descriptor: int, seconds: float) -> bool:
-    """Whether a write to the descriptor would not block, after waiting up to so long for that."""
-    try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLOUT)
-        return bool(poll.poll(1000 * seconds))
-    except OSError:
-        return True  # the write itself tells what is wrong
-
-
-def make_output_unfailing() -> None:
-    """Let this process's prints, progress bars, warnings and tracebacks survive their output."""
+    """Run `main` as a command and exit with its status; for an error that the user can mend, print one line and exit with
+    1 (`_one_line`); when interrupted, exit with 130. An output that dies or fills up changes none of it."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or not on a descriptor
-            if not isinstance(stream, UnfailingStream):
-                setattr(sys, name, UnfailingStream(stream))
+            setattr(sys, name, _unfailing(getattr(sys, name)))
+    try:
+        status = main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except Exception as error:
+        if (line := _one_line(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to print of an error that the user can mend: bad input, a place that can't be read or written, a GPU whose
+    memory is full. None for a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; to print an error needs no torch
+        reason = ". ".join(str(error).split(". ")[:2])
+        return (
+            f"{reason}: lower --batch_size (for frozen encoders --encode_batch), or free the GPU of what else runs there "
+            "(nvidia-smi)"
+        )
+    return None
+
+
+class _UnfailingFile(io.FileIO):
+    def write(self, data) -> int:
+        with contextlib.suppress(OSError):
+            if (written := super().write(data)) is not None:  # None: a full pipe that doesn't block
+                return written
+        return len(data)  # lost
+
+
+def _unfailing(stream: io.TextIOBase) -> io.TextIOWrapper:
+    """The same stream, of which each line is written at once, and no write fails."""
+    stream.flush()
+    file = io.BufferedWriter(_UnfailingFile(stream.fileno(), "wb", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, errors="backslashreplace", line_buffering=True)
 
 
 def write_now(text: str) -> None:
     """Write to standard error from a signal handler, where a print could meet the print that it interrupted."""
-    if isinstance(sys.stderr, UnfailingStream):
-        sys.stderr.write_now(text)
-        return
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        descriptor = sys.__stderr__.fileno()
-        if is_ready(descriptor, 0.0):
-            os.write(descriptor, text.encode())
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.files import atomic_write, check_file_place, check_folder_place, replace_together
+from util.files import atomic_write, check_file_place, check_folder_place
 from util.weights import (
     ENCODER,
     FREE_CONFIG,
@@ -377,17 +376,13 @@ def export_backbone(
     else:
         torch.save({"model" if fmt == "cxr-eval" else "state_dict": state, "metadata": metadata}, buffer)
     files = {out: buffer.getvalue()}
-    with contextlib.ExitStack() as stack:
-        if fmt == "hf":
-            out.mkdir(exist_ok=True)
-            fresh = stack.enter_context(replace_together(out, first="config.json"))
-            files = {
-                fresh / "config.json": _hf_config(model, encoder, metadata),
-                fresh / "model.safetensors": files[out],
-            }
-        for path, content in files.items():
-            with atomic_write(path) as file:
-                file.write(content)
+    if fmt == "hf":
+        out.mkdir(exist_ok=True)
+        (out / "config.json").unlink(missing_ok=True)  # wherever this is cut off, none stands beside other weights
+        files = {out / "model.safetensors": files[out], out / "config.json": _hf_config(model, encoder, metadata)}
+    for path, content in files.items():
+        with atomic_write(path) as file:
+            file.write(content)
     return encoder
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import filecmp
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -75,32 +73,6 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     fsync_directory(path.parent)
 
 
-@contextlib.contextmanager
-def replace_together(folder: str | os.PathLike, *, first: str) -> Iterator[Path]:
-    """A temporary directory to write files into, which on success replace those of their names in `folder`.
-
-    They are all whole on disk before anything is replaced. Where the file `first` changes, the old others are removed
-    before it does: wherever this is cut off, none stands beside a `first` that it was not made with. For one process at
-    a time.
-    """
-    folder = Path(folder)
-    fresh = folder / f"{TEMPORARY_PREFIX}together"
-    shutil.rmtree(fresh, ignore_errors=True)  # of a killed process
-    fresh.mkdir()
-    try:
-        yield fresh
-        others = sorted(path.name for path in fresh.iterdir() if path.name != first)
-        if not (folder / first).exists() or not filecmp.cmp(fresh / first, folder / first, shallow=False):
-            for name in others:
-                (folder / name).unlink(missing_ok=True)
-            fsync_directory(folder)
-        for name in (first, *others):
-            os.replace(fresh / name, folder / name)
-        fsync_directory(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
 def fsync_directory(path: str | os.PathLike) -> None:
     """Make the renames and unlinks done in directory `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -112,8 +84,6 @@ def fsync_directory(path: str | os.PathLike) -> None:
 
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 PATIENCE_SECONDS = 3.0  # a killed process holds its lock until it and its children are gone
-
-_warned: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -145,7 +115,12 @@ def file_lock(path: str | os.PathLike, *, what: str, mend: str = "", wait: bool 
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise UserError(f"{path}: can't be locked: {error.strerror}") from None
-            _warn_without_locks(path, what, error)
+            print(
+                f"warning: {path}: this file system has no locks ({error.strerror}), so nothing keeps a second process "
+                f"from {what}: start one at a time",
+                file=sys.stderr,
+                flush=True,
+            )
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         _write_holder(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}")
         try:
@@ -177,14 +152,3 @@ def _write_holder(descriptor: int, holder: str) -> None:
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
-
-
-def _warn_without_locks(path: Path, what: str, error: OSError) -> None:
-    if path.parent not in _warned:
-        _warned.add(path.parent)
-        print(
-            f"warning: {path}: this file system has no locks ({error.strerror}), so nothing keeps a second "
-            f"process from {what}: start one at a time",
-            file=sys.stderr,
-            flush=True,
-        )

@@ -22,25 +22,13 @@ from types import FrameType
 
 from util.errors import write_now
 
-# What a rank asks for; where ranks differ, the largest wins.
-GO_ON, PAUSE, HANG_UP, TERMINATE, INTERRUPT = range(5)
-_EXIT_STATUS = {GO_ON: 0, PAUSE: 75, HANG_UP: 129, TERMINATE: 143, INTERRUPT: 130}
-REQUESTS = {
-    signal.SIGTERM: TERMINATE,
-    signal.SIGINT: INTERRUPT,
-    signal.SIGUSR1: PAUSE,
-    signal.SIGUSR2: PAUSE,
-    signal.SIGHUP: HANG_UP,
-}
+# What a rank asks for: the exit status of a run that stops for it. Where ranks differ, the largest wins.
+GO_ON, PAUSE = 0, 75
+REQUESTS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: PAUSE, signal.SIGUSR2: PAUSE}
 
 # A terminal or a scheduler signals a whole group, and torchrun passes its own copy on: copies that
 # arrive this close together are one request.
 _SAME_REQUEST_SECONDS = 0.5
-
-
-def exit_status(request: int) -> int:
-    """The status with which a run that stopped for `request` exits."""
-    return _EXIT_STATUS[request]
 
 
 class StopSignals:
@@ -101,11 +89,11 @@ class StopSignals:
 
     def _end_if_asked(self) -> None:
         if self._request != GO_ON:
-            raise SystemExit(exit_status(self._request))
+            raise SystemExit(self._request)
 
     @property
     def request(self) -> int:
-        """What was asked for so far: GO_ON, PAUSE, HANG_UP, TERMINATE or INTERRUPT."""
+        """What was asked for so far: GO_ON or one of `REQUESTS`."""
         if self._request == GO_ON and self._deadline is not None and time.monotonic() >= self._deadline:
             return PAUSE
         return self._request
@@ -117,7 +105,7 @@ class StopSignals:
             self._request, self._noted_at = REQUESTS[signal.Signals(signum)], now
             if self._exits_at_signal:
                 write_now(f"{name}: stopping; there is nothing to save yet\n")
-                raise SystemExit(exit_status(self._request))
+                raise SystemExit(self._request)
             write_now(f"{name}: saving a checkpoint after this step, then stopping; again: at once\n")
         elif now - self._noted_at >= _SAME_REQUEST_SECONDS:
             signal.signal(signum, signal.SIG_DFL)

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +25,12 @@ from util.errors import UserError
 from util.lr_sched import learning_rate
 from util.output import Progress, RunLog
 from util.precision import make_scaler, nan_gradient_unless_finite, update_scale, update_was_skipped
-from util.resume import describe_mismatch
+from util.resume import changes, describe_changes
 from util.stop import GO_ON, StopSignals
 
 READ_EVERY = 20  # updates between readings of their losses, for which the host waits
 OVERFLOWS_IN_A_ROW = 50
 REMEDY = "lower --lr, set --clip_grad, use --dtype float32, or pass --skip_nonfinite N to leave out N such steps"
-
-
-class NonFiniteError(UserError):
-    """A loss or a gradient became infinite or NaN; no update was made with it."""
 
 
 class Sums:
@@ -102,10 +99,7 @@ class Training:
     def __post_init__(self) -> None:
         dtype, device = self.options["dtype"], self.ranks.device
         self.scaler = make_scaler(dtype, device)
-        self.agreement = distributed.Agreement(self.ranks)
-        self.unread: list[
-            tuple[str, range, Tensor]
-        ] = []  # updates: their place and steps; losses [L] and whether left out
+        self.unread: list[tuple[str, range, Tensor]] = []  # updates: place; steps; losses [L] and whether left out
         self.watch = {"skipped": 0, "overflows": 0}  # updates left out so far; fp16 overflows in a row
         self.sums = Sums(self.n_values, device)
         self.waited = 0.0
@@ -127,13 +121,14 @@ class Training:
             self.sums.totals.copy_(totals[self.ranks.rank] if same else totals.mean(0))
             self.epoch, self.step = state["epoch"] + 1, state["step"]
 
-    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike) -> None:
-        """Print which options and data differ from those of a checkpoint. Raises UserError if it can't go on with them
-        (`util.resume.describe_mismatch`)."""
+    def warn_of_changes(self, state: Mapping[str, Any], path: str | os.PathLike) -> dict[str, tuple[str, str]]:
+        """Print and return which options and data differ from those of a checkpoint (`util.resume.changes`). Raises
+        UserError if it can't go on with them."""
         with restoring(path):
-            table = describe_mismatch(state, self.options, self.setting())
-        if table:
+            changed = changes(state, self.options, self.setting())
+        if table := describe_changes(state, changed):
             self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+        return changed
 
     def start(self, loader, *, log: RunLog | None = None, progress=None, sync_buffers: bool = False) -> None:
         """Open log and progress, if not given, and begin loading.
@@ -146,9 +141,8 @@ class Training:
         options, ranks, steps = self.options, self.ranks, loader.batch_sampler.steps_per_epoch
         self.loader, self.log, self.progress, self.steps_per_epoch = loader, log, progress, steps
         if log is None:
-            start = self.epoch + self.step / steps
-            self.log = RunLog(options["output_dir"], options["log_dir"], start, enabled=ranks.is_main)
-            self.log.start(options, ranks.world_size)
+            place, start = self.epoch + self.step / steps, {"args": options, "world_size": ranks.world_size}
+            self.log = RunLog(options["output_dir"], options["log_dir"], place, enabled=ranks.is_main, start=start)
             done = self.epoch * steps + self.step
             self.progress = Progress("training", options["epochs"] * steps, "steps", done=done, enabled=ranks.is_main)
         self.model = distributed.parallel(self.core, ranks, sync_buffers=sync_buffers)
@@ -159,7 +153,7 @@ class Training:
         """Train to the end or to a request to stop, saving on the way; returns the request, GO_ON if none is open.
 
         Raises:
-            NonFiniteError: on all ranks, when the loss or the gradient of a step was not finite.
+            UserError: on rank 0, and SystemExit on the others, when the loss or the gradient of a step was not finite.
         """
         request = GO_ON
         while request == GO_ON and not self._is_done():
@@ -184,6 +178,7 @@ class Training:
         """
         accum_iter = self.options.get("accum_iter", 1)
         print_every = self.options.get("print_every")
+        request = GO_ON
         self.model.train()
         while self.step < self.steps_per_epoch:
             began = time.perf_counter()
@@ -210,67 +205,56 @@ class Training:
                 place = f"epoch {self.epoch} step {self.step - 1}, lr {lr:.3g}"
                 numbers = torch.cat([window_losses.float(), skipped.float().reshape(1)])
                 self.unread.append((place, range(self.step - accum_iter, self.step), numbers))
-                if self.agreement.exchange(self.signals.request) != GO_ON:
+                if (request := self.ranks.largest(self.signals.request)) != GO_ON:
                     break
                 if len(self.unread) == READ_EVERY:
                     self.check_finite()
         self.check_finite()
-        return self.agreement.settle(self.signals.request)
+        return request
 
     def check_finite(self) -> None:
         """Read the losses of the updates since the last time. All ranks call this at the same steps, and before a save.
 
-        A step whose loss or gradient is not finite changed nothing (`util.precision`), so it may be found late. fp16
-        overflows are no fault unless they go on: there the scaler lowers its scale.
+        A step whose loss or gradient is not finite on any rank changed nothing on all of them (`util.precision`), so it
+        may be found late. fp16 overflows are no fault unless they go on: there the scaler lowers its scale.
 
         Raises:
-            NonFiniteError: on rank 0, and SystemExit on the others, for more such steps than `skip_nonfinite`.
+            UserError: on rank 0, and SystemExit on the others, for more such steps than `skip_nonfinite`.
         """
-        if not self.unread:
-            return
-        numbers = torch.stack([numbers for _, _, numbers in self.unread]).tolist()
-        own = []
-        for (_, steps, _), (*losses, skipped) in zip(self.unread, numbers, strict=True):
-            description, is_finite = "", all(map(math.isfinite, losses))
-            if skipped or not is_finite:
-                batches = [self.loader.batch_sampler.batch(self.epoch, step) for step in steps]
-                names = "; ".join(self.sample_name(index) for batch in batches for index in batch)
-                description = f"losses per scale [{', '.join(f'{loss:.4g}' for loss in losses)}], samples {names}"
-            own.append((is_finite, bool(skipped), description))
-        places = [place for place, _, _ in self.unread]
-        self.unread.clear()
-        for place, *found in zip(places, *self.ranks.gather(own), strict=True):
-            self._judge(place, found)
-
-    def _judge(self, place: str, found: list[tuple[bool, bool, str]]) -> None:
-        """Act on what all ranks found of an update: whether its losses are finite, it was left out, and a description."""
-        losses_are_finite = all(is_finite for is_finite, _, _ in found)
-        was_skipped = any(skipped for _, skipped, _ in found)
-        what = "gradient" if losses_are_finite else "loss"
-        ranks = [
-            f"rank {i}: {text}" for i, (is_finite, _, text) in enumerate(found) if losses_are_finite or not is_finite
-        ]
-        report = f"non-finite {what} at {place}; {'; '.join(ranks)}"
-        if losses_are_finite and (not was_skipped or self.options["dtype"] == "float16"):
-            self.watch["overflows"] = self.watch["overflows"] + 1 if was_skipped else 0
-            if self.watch["overflows"] >= OVERFLOWS_IN_A_ROW:
-                self._fail(
-                    f"{OVERFLOWS_IN_A_ROW} fp16 overflows in a row; use --dtype bfloat16 or float32; last: {report}"
+        unread, self.unread = self.unread, []
+        numbers = torch.stack([numbers for _, _, numbers in unread]).tolist() if unread else []
+        for (place, steps, _), (*losses, skipped) in zip(unread, numbers, strict=True):
+            if skipped:
+                distributed.on_main(
+                    self.ranks, partial(self._judge, place, self.ranks.gather(self._describe(steps, losses)))
                 )
+            else:
+                self.watch["overflows"] = 0
+
+    def _describe(self, steps: range, losses: list[float]) -> tuple[bool, str]:
+        """Of an update of this rank: whether its losses are finite, and its losses and samples."""
+        batches = [self.loader.batch_sampler.batch(self.epoch, step) for step in steps]
+        names = "; ".join(self.sample_name(index) for batch in batches for index in batch)
+        described = f"losses per scale [{', '.join(f'{loss:.4g}' for loss in losses)}], samples {names}"
+        return all(map(math.isfinite, losses)), described
+
+    def _judge(self, place: str, found: list[tuple[bool, str]]) -> None:
+        """Act on an update that was left out, by what all ranks found of it (`_describe`)."""
+        finite = all(is_finite for is_finite, _ in found)
+        told = [f"rank {i}: {text}" for i, (is_finite, text) in enumerate(found) if finite or not is_finite]
+        report = f"non-finite {'gradient' if finite else 'loss'} at {place}; {'; '.join(told)}"
+        if finite and self.options["dtype"] == "float16":
+            self.watch["overflows"] += 1
+            if self.watch["overflows"] >= OVERFLOWS_IN_A_ROW:
+                remedy = "use --dtype bfloat16 or float32"
+                raise UserError(f"{OVERFLOWS_IN_A_ROW} fp16 overflows in a row; {remedy}; last: {report}")
             return
         self.watch["overflows"] = 0
         self.watch["skipped"] += 1
-        allowed = self.options.get("skip_nonfinite", 0)
-        if self.watch["skipped"] > allowed:
-            self._fail(f"{report}; no update was made with it and nothing was saved since: {self.remedy}")
-        self.ranks.say(
-            f"warning: left out {self.watch['skipped']} of at most {allowed} steps (--skip_nonfinite): {report}"
-        )
-
-    def _fail(self, message: str) -> None:
-        if self.ranks.is_main:
-            raise NonFiniteError(message)
-        raise SystemExit(1)
+        skipped, allowed = self.watch["skipped"], self.options.get("skip_nonfinite", 0)
+        if skipped > allowed:
+            raise UserError(f"{report}; no update was made with it and nothing was saved since: {self.remedy}")
+        print(f"warning: left out {skipped} of at most {allowed} steps (--skip_nonfinite): {report}", flush=True)
 
     def autocast(self) -> torch.autocast:
         """The context of the forward pass."""

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +27,13 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from util.checkpoint import check_weights, verify_archive
+from util.checkpoint import read_torch
 from util.errors import UserError
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 WRAPPER_KEYS = ("model", "state_dict", "teacher", "student")  # where checkpoints keep the tensors
 PATCHES = "patch_embed.proj.weight"
+PARAMETERS = ("weight", "bias", "cls_token", "pos_embed")  # ends of the names of what is trained
 ENCODER = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(\d+\.)?(weight|bias)|"
     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
@@ -72,15 +72,6 @@ SEVERAL_HEADS = ("tiny", "small")
 FREE_CONFIG = ("gaze_weighted", "gaze_temperature", "masking")
 
 _WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")  # left by DistributedDataParallel and torch.compile
-_scalar = np.float64(0).__reduce__()[0]
-SAFE_GLOBALS = [
-    argparse.Namespace,
-    # NumPy moved this function between versions; files name whichever place it had when they were written.
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
-]
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
     path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file, nor a folder with {' or '.join(FOLDER_FILES)}")
-    content = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
+    content = (_read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
     entries = content if isinstance(content, Mapping) else {}
     wrapper = next((key for key in WRAPPER_KEYS if isinstance(entries.get(key), Mapping)), None)
     tensors = entries[wrapper] if wrapper else entries
@@ -156,7 +147,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], Weights
         expected = f"expected name -> tensor, plain or under {' or '.join(map(repr, WRAPPER_KEYS))}"
         raise UserError(f"{path}: no state dict in it; {expected}")
     state = {_WRAPPED.sub("", str(name)): value for name, value in tensors.items()}
-    check_weights(path, state)
+    _check_weights(path, state)
 
     def mapping(name: str) -> dict:
         """What the file has under a name; another program's may be anything."""
@@ -178,23 +169,17 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable safetensors file ({error}); copy or export it again") from None
 
 
-def _read_torch(path: Path) -> Any:
-    verify_archive(path)
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle's protocol: the errors below say what comes of it
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind: what torch raises depends on where a damaged file ends
-        found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"(Trying to [^\n]*)", str(error))
-        if found:
+def _check_weights(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse what can be no weights: parameters that are no dense floating-point tensors, or not finite."""
+    for name, value in state.items():
+        if not name.endswith(PARAMETERS):
+            continue
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
             raise UserError(
-                f"{path}: refused, it holds a Python object that could run code when opened "
-                f"({found.group(1)}); save its state dict (tensors only) and pass that"
-            ) from None
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: not a readable weights file, or cut short ({reason}); download or copy it again"
-        ) from None
+                f"{path}: {name} is {value.dtype}, {value.layout}, on {value.device}: no weights; save float32"
+            )
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} has {int((~value.isfinite()).sum())} values that are not finite")
 
 
 def _kind(state: Mapping[str, Tensor]) -> str:

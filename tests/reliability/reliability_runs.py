@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import engine_pretrain
 import run_pretrain
 from datasets import cache
-from util import checkpoint, errors
+from util import checkpoint
 from util.errors import run_cli
 from util.images import write_gray
 
@@ -422,19 +422,6 @@ def full_output() -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(full, descriptor)
-
-
-def unread_output() -> None:
-    """What is printed goes to a pipe that is full and that nobody reads, as under a stopped pager."""
-    errors.PATIENCE_SECONDS = 0.5
-    _, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, bytes(1 << 16))
-    os.set_blocking(writer, True)
-    for descriptor in (1, 2):
-        os.dup2(writer, descriptor)
 
 
 def say_hash_at_end() -> None:

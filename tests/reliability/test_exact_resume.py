@@ -51,8 +51,8 @@ def test_stopped_and_resumed_is_never_stopped(flags, undisturbed, tmp_path, more
 def test_two_ranks_stop_at_one_step_though_one_is_signalled(flags, undisturbed, tmp_path):
     out, more = tmp_path / "out", ["--batch_size", "1", "--num_workers", "2"]
     reference = undisturbed("--batch_size", "1", ranks=2)
-    # Ranks learn of the request at the next step; one that comes in the last step finds the run finished.
-    for i, (epoch, step, name, status) in enumerate([(0, 1, "0-step3", 75), (1, 4, "1", 75), (2, 5, "2", 0)]):
+    # One that comes in the last step finds the run finished.
+    for i, (epoch, step, name, status) in enumerate([(0, 1, "0-step2", 75), (1, 5, "1", 75), (2, 5, "2", 0)]):
         faults = {1: partial(signal_at, epoch, step, signal.SIGUSR1)}
         statuses, outputs = run_ranks(flags(out, *more), tmp_path / f"log{i}", faults=faults)
         assert statuses == [status, status], "\n".join(outputs)

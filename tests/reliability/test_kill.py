@@ -22,7 +22,7 @@ from reliability_runs import (
     wait_until_gone,
 )
 
-from util.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
+from util.checkpoint import list_checkpoints, newest_checkpoint, verify_archive
 from util.errors import UserError
 
 # (boundary, whether the new file is there afterwards, whether a temporary file is left)
@@ -63,7 +63,7 @@ def test_kill_at_every_boundary_of_a_save(long_flags, long_undisturbed, tmp_path
         assert (out / name).exists() == there, boundary
         assert bool(list(out.glob(".tmp-checkpoint-*"))) == temporary, boundary
         for path in list_checkpoints(out):
-            verify_checkpoint(path)
+            verify_archive(path)
         done = max(done, 2) + there
         assert newest_checkpoint(out).name == f"checkpoint-{done - 1}.pth"
         assert [line["epoch"] for line in log_lines(out)] == list(range(max(done, len(log_lines(out)))))
@@ -101,7 +101,7 @@ def test_resume_of_an_older_one_sets_the_newer_aside(long_flags, long_undisturbe
     status, output = run([*long_flags(out), "--resume", str(out / "checkpoint-6.pth")], tmp_path / "log")
     assert status == 0, output
     assert "superseded-checkpoint-7.pth" in output
-    verify_checkpoint(out / "superseded-checkpoint-7.pth")
+    verify_archive(out / "superseded-checkpoint-7.pth")
     (out / "superseded-checkpoint-7.pth").unlink()
     assert_same_run(out, long_undisturbed)
 
@@ -159,7 +159,7 @@ def log_lines_or_none(out: Path) -> list[dict]:
 def newest_or_none(out: Path) -> str | None:
     """The newest checkpoint; a damaged one fails the test, since a kill must never leave one."""
     for path in list_checkpoints(out):
-        verify_checkpoint(path)
+        verify_archive(path)
     try:
         newest = newest_checkpoint(out) if out.exists() else None
     except UserError as error:

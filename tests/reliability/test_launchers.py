@@ -72,7 +72,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_passes_sigterm_on(flags, undi
     launched.process.terminate()
     assert launched.wait() != 0
     assert launched.log.read_text().count("SIGTERM: saving a checkpoint") >= 2
-    assert (out / "checkpoint-2-step4.pth").exists(), launched.log.read_text()
+    assert (out / "checkpoint-2-step3.pth").exists(), launched.log.read_text()
     statuses, outputs = run_ranks(flags(out, *ONE_EACH), tmp_path / "last")
     assert statuses == [0, 0], "\n".join(outputs)
     assert_same_run(out, undisturbed(*ONE_EACH, ranks=2))

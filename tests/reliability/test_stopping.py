@@ -24,7 +24,6 @@ from reliability_runs import (
     run,
     signal_at,
     together,
-    unread_output,
 )
 
 
@@ -69,7 +68,7 @@ def test_stop_of_a_terminals_foreground_job_that_pipes_into_tee(flags, undisturb
     assert_same_run(out, undisturbed())
 
 
-@pytest.mark.parametrize("output", [dead_output, full_output, unread_output])
+@pytest.mark.parametrize("output", [dead_output, full_output])
 def test_no_output_costs_nothing(flags, undisturbed, tmp_path, output):
     out = tmp_path / "out"
     began = time.monotonic()

@@ -13,7 +13,7 @@ import torch
 from made_checkpoints import make_state, write
 
 from util import checkpoint
-from util.checkpoint import CheckpointError, load_checkpoint, restoring, save_checkpoint, verify_checkpoint
+from util.checkpoint import CheckpointError, load_checkpoint, restoring, save_checkpoint
 from util.errors import UserError
 
 Usage = collections.namedtuple("Usage", "free")
@@ -64,22 +64,22 @@ def test_a_gpus_tensors_are_saved_as_the_cpus(tmp_path, monkeypatch):
     assert_same(loaded["model"], dict(state["model"]))
 
 
-def test_flipped_bytes_and_truncations_are_found(tmp_path):
+def test_no_flipped_byte_changes_a_number_and_truncations_are_found(tmp_path):
     path = write(tmp_path, 0, size=4)
-    whole = path.read_bytes()
+    whole, state = path.read_bytes(), load_checkpoint(path)
+    found = 0
     for place in {*range(0, len(whole), 7), *range(len(whole) - 120, len(whole))}:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError, match=str(path)):
-            verify_checkpoint(path)
+        try:
+            assert_same(load_checkpoint(path), state)  # a byte that nobody reads
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path}: ")
+            found += 1
+    assert found > 200
     for size in [*range(0, len(whole), 97), len(whole) - 1]:
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="truncated"):
+        with pytest.raises(CheckpointError, match="truncated|cut short"):
             load_checkpoint(path)
-    path.write_bytes(whole + b"x")
-    with pytest.raises(CheckpointError, match="truncated"):
-        load_checkpoint(path)
-    path.write_bytes(whole)
-    load_checkpoint(path)
 
 
 class _Malice:
@@ -92,16 +92,16 @@ class _Malice:
 
 def test_malicious_pickle_is_refused_unrun(tmp_path, monkeypatch):
     target, path = tmp_path / "owned", tmp_path / "checkpoint-3.pth"
-    with monkeypatch.context() as patched:  # with a right digest: the unpickler itself must refuse
-        patched.setattr(checkpoint, "_plain", lambda value, where: value)
+    with monkeypatch.context() as patched:  # with right checksums: the unpickler itself must refuse
+        patched.setattr(checkpoint, "_plain", lambda value: value)
         save_checkpoint({**make_state(3), "meters": _Malice(target)}, path)
     with pytest.raises(CheckpointError, match=r"checkpoint-3\.pth: refused"):
         load_checkpoint(path)
     torch.save(_Malice(target), path)
-    with pytest.raises(CheckpointError, match="no digest at its end"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-3\.pth: refused"):
         load_checkpoint(path)
     path.write_bytes(pickle.dumps(_Malice(target)))
-    with pytest.raises(CheckpointError, match="truncated, or not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-3\.pth: (refused|not a readable)"):
         load_checkpoint(path)
     assert not target.exists()
     pickle.loads(path.read_bytes())
@@ -116,12 +116,12 @@ def test_foreign_and_missing_files(tmp_path):
     with pytest.raises(CheckpointError, match="No such file"):
         load_checkpoint(tmp_path / "absent.pth")
     save_checkpoint({**make_state(), "format": 2}, path)
-    with pytest.raises(CheckpointError, match="format 2"):
+    with pytest.raises(CheckpointError, match="another version's format"):
         load_checkpoint(path)
 
 
 def test_only_plain_types_go_in(tmp_path):
-    with pytest.raises(TypeError, match=r"state\.args\.data_path: PosixPath"):
+    with pytest.raises(TypeError, match="PosixPath in a checkpoint"):
         write(tmp_path, 0, data_path=Path("x"))
     assert list(tmp_path.iterdir()) == []
 

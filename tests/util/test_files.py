@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from pathlib import Path
-
 import pytest
 
 from util.errors import UserError
-from util.files import atomic_write, check_file_place, check_folder_place, replace_together
+from util.files import atomic_write, check_file_place, check_folder_place
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -28,33 +24,6 @@ def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path, relative,
         raise ZeroDivisionError
     assert link.is_symlink() and target.read_text() == "new"
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["file.txt"]
-
-
-@pytest.mark.parametrize("cut", range(6))
-def test_results_never_stand_beside_another_split_wherever_they_are_cut_off(tmp_path, monkeypatch, cut):
-    for name in ("split", "a", "b"):
-        (tmp_path / name).write_text("old")
-    left = cut
-
-    def counted(plain):
-        def call(*args, **options):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            return plain(*args, **options)
-
-        return call
-
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(Path, "unlink", counted(Path.unlink))
-        patch.setattr(os, "replace", counted(os.replace))
-        with replace_together(tmp_path, first="split") as fresh:
-            for name in ("split", "a", "b"):
-                (fresh / name).write_text("new")
-    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert len(set(found.values())) == 1 and "split" in found
-    assert cut < 5 or set(found) == {"split", "a", "b"}
 
 
 def test_where_nothing_can_be_written_is_told_before_and_nothing_is_made(tmp_path):

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from util.stop import GO_ON, StopSignals, exit_status
+from util.stop import GO_ON, StopSignals
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def wait_for_request(stay: bool, max_minutes: float | None, ready) -> None:
     ready.set()
     while signals.request == GO_ON or stay:
         time.sleep(0.01)
-    sys.exit(exit_status(signals.request))
+    sys.exit(signals.request)
 
 
 def start_waiting(*, stay: bool = False, max_minutes: float | None = None) -> multiprocessing.Process:

@@ -10,8 +10,9 @@ import torch
 
 from datasets.sampler import TrainBatches
 from util.distributed import Ranks
+from util.errors import UserError
 from util.precision import make_scaler, nan_gradient_unless_finite, update_scale, update_was_skipped
-from util.training import OVERFLOWS_IN_A_ROW, NonFiniteError, Training
+from util.training import OVERFLOWS_IN_A_ROW, Training
 
 CPU = torch.device("cpu")
 BATCHES = TrainBatches(200, 1)
@@ -86,7 +87,7 @@ def test_a_nonfinite_loss_is_reported_with_step_lr_losses_and_samples():
     training.check_finite()
     note(training, 7, loss=math.nan, skipped=True)
     note(training, 9)
-    with pytest.raises(NonFiniteError) as error:
+    with pytest.raises(UserError) as error:
         training.check_finite()
     for part in ("non-finite loss at epoch 2 step 7", "lr 0.001", "[0.5, nan]", f"samples {sample(6)}; {sample(7)}"):
         assert part in str(error.value)
@@ -95,7 +96,7 @@ def test_a_nonfinite_loss_is_reported_with_step_lr_losses_and_samples():
 def test_a_nonfinite_gradient_is_an_error_but_in_fp16():
     training = make_training()
     note(training, 3, skipped=True)
-    with pytest.raises(NonFiniteError, match="non-finite gradient at epoch 2 step 3"):
+    with pytest.raises(UserError, match="non-finite gradient at epoch 2 step 3"):
         training.check_finite()
     training = make_training(dtype="float16")
     for step in range(2 * OVERFLOWS_IN_A_ROW - 1):  # an update half way, and the count starts again
@@ -105,11 +106,11 @@ def test_a_nonfinite_gradient_is_an_error_but_in_fp16():
     training.check_finite()
     assert training.watch == {"skipped": 0, "overflows": OVERFLOWS_IN_A_ROW - 1}
     note(training, 99, skipped=True)
-    with pytest.raises(NonFiniteError, match="50 fp16 overflows in a row"):
+    with pytest.raises(UserError, match="50 fp16 overflows in a row"):
         training.check_finite()
     training = make_training(dtype="float16")
     note(training, 3, loss=math.inf, skipped=True)
-    with pytest.raises(NonFiniteError, match="non-finite loss"):
+    with pytest.raises(UserError, match="non-finite loss"):
         training.check_finite()
 
 
@@ -121,5 +122,5 @@ def test_skip_nonfinite_tolerates_as_many_as_it_says(capsys):
     out = capsys.readouterr().out
     assert out.count("warning: left out") == 2 and "2 of at most 2 steps" in out and sample(3) in out
     note(training, 5, loss=math.inf, skipped=True)
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(UserError):
         training.check_finite()

@@ -110,7 +110,7 @@ def test_what_holds_no_weights_is_one_line(tmp_path, content):
         path.write_bytes(content)
     else:
         save(content, path)
-    with pytest.raises(UserError, match=r"x.pth: (not a readable weights file|no state dict in it)[^\n]*$"):
+    with pytest.raises(UserError, match=r"x.pth: (not a readable weights file|truncated|no state dict in it)[^\n]*$"):
         read_state_dict(path)
     for place in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(UserError, match="no such weights file, nor a folder"):
@@ -138,7 +138,7 @@ def test_every_cut_and_every_flipped_bit_that_changes_a_number_is_found(kind, tm
         except UserError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         else:  # in bytes that nobody reads
-            assert kind == "torch" and at not in range(inside, inside + 256)
+            assert at not in range(inside, inside + 256)
             assert state.keys() == weights.keys() and all(torch.equal(state[k], weights[k]) for k in weights)
     for length in range(0, len(whole), 97):
         path.write_bytes(whole[:length])
@@ -151,10 +151,10 @@ def test_every_cut_and_every_flipped_bit_that_changes_a_number_is_found(kind, tm
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (torch.ones(3, dtype=torch.int32), "of type torch.int32"),
-        (torch.ones(3, dtype=torch.complex64), "of type torch.complex64"),
+        (torch.ones(3, dtype=torch.int32), "torch.int32"),
+        (torch.ones(3, dtype=torch.complex64), "torch.complex64"),
         (torch.ones(3).to_sparse(), "sparse"),
-        (torch.ones(3, device="meta"), "without its numbers"),
+        (torch.ones(3, device="meta"), "on meta"),
         (torch.tensor([0, float("inf")]), "1 values that are not finite"),
     ],
 )
