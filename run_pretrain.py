@@ -234,7 +234,8 @@ def check_args(args: argparse.Namespace) -> None:
     for least, flags in LEAST.items():
         check_least(args, least, *flags.split())
     check_positive(args, "clip_grad")
-    check_folder_place(args.log_dir or args.output_dir, "--log_dir")
+    if args.log_dir:
+        check_folder_place(args.log_dir, "--log_dir")
     if not 0 < args.min_crop_ratio <= 1:
         raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
     if args.cache_size < args.input_size:

@@ -283,7 +283,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
             ["--weights", "pixels", "--features_dir", encoder],
             "can't make this directory: .*choose another --features_dir",
         ),
-        (["--weights", "pixels", "--output_dir", encoder], "--output_dir .*encoder.pth: can't make this directory"),
+        (["--weights", "pixels", "--output_dir", encoder], "--output_dir .*encoder.pth: .*is no directory"),
     ]:
         with pytest.raises(UserError, match=reason) as caught:
             main(command(rsna, out, *options))
