@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from util.files import atomic_write, file_lock
-from util.stop import PAUSE, REQUESTS, StopSignals, exit_status
+from util.stop import PAUSE, REQUESTS, StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,7 +88,7 @@ class Steps:
         job = os.environ.get("SLURM_JOB_ID")
         if request == PAUSE and job and subprocess.run(["scontrol", "requeue", job]).returncode:
             print(f"error: job {job} is not back in the queue; submit it again", file=sys.stderr)
-        raise SystemExit(exit_status(request))
+        raise SystemExit(request)
 
     def _run(self, name: str, command: list[str]) -> None:
         """A signal goes on to the command, once and as TERM (torchrun dies of USR1), and its end is waited for."""
