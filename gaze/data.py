@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.build import detect_trees
-from datasets.cache import add_cache
 from datasets.transforms import Box, crop_resize_flip
-from datasets.tree import GazeTree, SampleError, entry_subject
+from datasets.tree import GazeTree, entry_subject
 from gaze.metrics import density
 from util.errors import UserError
 from util.subjects import MIMIC, same_subjects, subject_mark, subject_marks
@@ -31,7 +29,6 @@ from util.tables import numeric_columns, read_table
 
 TRAIN, VALIDATE, TEST = PARTS = ("train", "validate", "test")
 FIXATIONS = "fixations.csv"
-FIXATION_COLUMNS = ("reflacx_id", "x", "y", "duration")
 # Of subjects whose tree has no split: a tenth for validation, a fifth for the test, as REFLACX's own split.
 SHARES = {VALIDATE: 0.1, TEST: 0.2}
 
@@ -44,13 +41,11 @@ class GazeImage:
         tree: where it is.
         entries: places of its readings in the tree's index.
         subject: whose image it is.
-        part: "train", "validate" or "test".
     """
 
     tree: GazeTree
     entries: tuple[int, ...]
     subject: str
-    part: str
 
     @property
     def name(self) -> str:
@@ -66,21 +61,15 @@ class GazeImage:
         """The radiograph, uint8 [h, w], and the readings' stored heatmaps at size x size, uint8 [R, size, size].
 
         Raises:
-            SampleError: an unreadable file, or a heatmap that is zero everywhere.
+            UserError: an unreadable file, or a heatmap that is zero everywhere.
         """
-        found = []
-        for index in self.entries:
-            try:
-                gray, attention = self.tree.read_planes(index)[0][:2]
-                found.append(resize_whole(attention, size))
-                if not found[-1].any():
-                    raise UserError(
-                        f"{self.tree.files(index).attention}: the heatmap is zero everywhere at {size} x {size} px; "
-                        "prepare it again"
-                    )
-            except UserError as error:
-                raise SampleError(f"{error} (sample {self.tree.sample_name(index)})") from None
-        return gray, torch.cat(found)
+        planes = [self.tree.read_planes(index)[0] for index in self.entries]
+        levels = torch.cat([resize_whole(attention, size) for _, attention in planes])
+        for index, own in zip(self.entries, levels):
+            if not own.any():
+                path = self.tree.files(index).attention
+                raise UserError(f"{path}: the heatmap is zero everywhere at {size} x {size} px; prepare it again")
+        return planes[0][0], levels
 
 
 class GazeStudy:
@@ -91,7 +80,8 @@ class GazeStudy:
         cache_size: short side of cached images, px.
 
     Attributes:
-        trees, images: in the order of `data_path` and of the indexes.
+        trees: in the order of `data_path`.
+        parts: images by "train", "validate" and "test", in the order of the indexes.
         notes: what to know about the parts, a line each.
 
     Raises:
@@ -102,46 +92,34 @@ class GazeStudy:
         self.trees: list[GazeTree] = [kind(root, cache_size=cache_size) for kind, root in detect_trees(data_path)]
         entries = [(tree, index) for tree in self.trees for index in range(len(tree))]
         subjects, merged = same_subjects([_subject(*entry) for entry in entries])
-        parts: dict[str, tuple[str, str]] = {}  # of a subject that has one in some tree: its part, and where
-        groups: dict[tuple[GazeTree, Path], list[tuple[int, str]]] = {}
+        part_of: dict[str, str] = {}  # of the subjects that have one in some tree
+        images: dict[tuple[GazeTree, Path], tuple[str, list[int]]] = {}  # subject and readings
         for (tree, index), subject in zip(entries, subjects, strict=True):
-            groups.setdefault((tree, tree.files(index).image), []).append((index, subject))
-            part, where = tree.entries[index].get("split"), _where(tree, index)
-            if part in (None, ""):
-                continue
-            if part not in PARTS:
-                raise UserError(f"{where}: split {part!r}, expected one of {', '.join(PARTS)}")
-            earlier, there = parts.setdefault(subject, (part, where))
-            if earlier != part:
-                raise UserError(
-                    f"{where}: subject {subject} is in {part} here and in {earlier} at {there}; a subject "
-                    "can't be on both sides"
-                )
-        drawn = draw_parts(sorted(set(subjects) - set(parts)))
-        part_of = {subject: part for subject, (part, _) in parts.items()} | drawn
-        self.images: list[GazeImage] = []
-        for (tree, path), readings in groups.items():
-            if len(several := {subject for _, subject in readings}) > 1:
-                raise UserError(f"{path}: its readings name the subjects {', '.join(sorted(several))}")
-            subject = several.pop()
-            self.images.append(GazeImage(tree, tuple(index for index, _ in readings), subject, part_of[subject]))
-        for part in PARTS:
-            if not self.part(part):
+            images.setdefault((tree, tree.files(index).image), (subject, []))[1].append(index)
+            if part := tree.entries[index].get("split"):
+                if part not in PARTS:
+                    raise UserError(f"{_where(tree, index)}: split {part!r}, expected one of {', '.join(PARTS)}")
+                if part_of.setdefault(subject, part) != part:
+                    raise UserError(
+                        f"{_where(tree, index)}: subject {subject} is in {part} here and in {part_of[subject]} at an "
+                        "earlier entry; a subject can't be on both sides"
+                    )
+        drawn = draw_parts(sorted({*subjects} - {*part_of}))
+        part_of |= drawn
+        self.parts: dict[str, list[GazeImage]] = {part: [] for part in PARTS}
+        for (tree, _), (subject, readings) in images.items():
+            self.parts[part_of[subject]].append(GazeImage(tree, tuple(readings), subject))
+        for part, found in self.parts.items():
+            if not found:
                 raise UserError(
                     f"--data_path {', '.join(str(tree.root) for tree in self.trees)}: no image is in {part}; a gaze "
                     "predictor needs training, validation and test images of different subjects"
                 )
         self.notes: list[str] = []
         if drawn:
-            self.notes.append(
-                f"note: {len(drawn)} subjects have no split in their tree; their parts were drawn by subject"
-            )
+            self.notes.append(f"note: {len(drawn)} subjects have no split in their tree; their parts were drawn")
         if merged:
-            more = f", and {len(merged) - 1} more such" if len(merged) > 1 else ""
-            self.notes.append(f"warning: subjects {merged[0]}{more} are taken for one")
-
-    def part(self, name: str) -> list[GazeImage]:
-        return [image for image in self.images if image.part == name]
+            self.notes.append(f"warning: subjects {merged[0]} are taken for one; {len(merged)} such pairs in all")
 
     def leave_out(self, seen: Collection[str]) -> str:
         """Leave out the test images of subjects that trained a model, by their `subject_marks`; returns a line about it,
@@ -150,39 +128,27 @@ class GazeStudy:
         Raises:
             UserError: no test image is left.
         """
-        left = [i for i in self.images if i.part != TEST or subject_mark(i.subject, MIMIC) not in seen]
-        n_out, n_test = len(self.images) - len(left), len(self.part(TEST))
-        if not n_out:
-            return ""
-        what = f"{n_out} of {n_test} test images are of subjects that trained or validated this model"
-        if n_out == n_test:
+        test = self.parts[TEST]
+        self.parts[TEST] = left = [image for image in test if subject_mark(image.subject, MIMIC) not in seen]
+        what = (
+            f"{len(test) - len(left)} of {len(test)} test images are of subjects that trained or validated this model"
+        )
+        if not left:
             raise UserError(f"{what}; judge it on images that it has not seen")
-        self.images = left
-        return f"warning: {what}; they are left out"
+        return "" if left == test else f"warning: {what}; they are left out"
 
     def seen(self) -> list[str]:
         """`subject_marks` of all who train or validate."""
-        return subject_marks((i.subject for i in self.images if i.part != TEST), MIMIC)
-
-    def add_cache(self, cache_dir: str | None, fallback_dir: str | None) -> None:
-        for tree in self.trees:
-            add_cache(tree, cache_dir, fallback_dir=fallback_dir)
+        return subject_marks((image.subject for part in (TRAIN, VALIDATE) for image in self.parts[part]), MIMIC)
 
     def describe(self) -> str:
-        """Images, readings and subjects of each part, in columns, and the notes."""
-        parts = {name: self.part(name) for name in PARTS}
-        table = pd.DataFrame(
-            {
-                name: {
-                    "images": len(images),
-                    "readings": sum(len(i.entries) for i in images),
-                    "read several times": sum(len(i.entries) > 1 for i in images),
-                    "subjects": len({i.subject for i in images}),
-                }
-                for name, images in parts.items()
-            }
-        )
-        return "\n".join([table.to_string(), *self.notes])
+        """Images, readings and subjects of each part, and the notes."""
+        lines = [
+            f"{part}: {len(images)} images, {sum(len(image.entries) for image in images)} readings, "
+            f"{len({image.subject for image in images})} subjects"
+            for part, images in self.parts.items()
+        ]
+        return "\n".join([*lines, *self.notes])
 
 
 def _where(tree: GazeTree, index: int) -> str:
@@ -204,14 +170,16 @@ def _subject(tree: GazeTree, index: int) -> str:
     return subject
 
 
+@dataclass(frozen=True)
 class GazeSamples(Dataset):
     """Samples of some images: {"img": uint8 [1, S, S], "target": float32 [G, G], of sum 1}.
 
     `samples[epoch, i]` is `samples[i]`: nothing is augmented.
     """
 
-    def __init__(self, images: Sequence[GazeImage], input_size: int, map_size: int):
-        self.images, self.input_size, self.map_size = images, input_size, map_size
+    images: Sequence[GazeImage]
+    input_size: int
+    map_size: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -244,17 +212,15 @@ def draw_parts(subjects: Sequence[str]) -> dict[str, str]:
 
 
 def read_fixations(path: Path) -> dict[str, np.ndarray]:
-    """Fixations of a tree's readings by id, float64 [n, 3]: x, y (fractions of the image), duration (s); {} if there is
-    no such file.
+    """Fixations of a tree's readings by id, float64 [n, 2]: x, y (fractions of the image); {} if there is no such file.
 
     Raises:
         UserError: a column is missing, or a cell is no number or lies outside of the image.
     """
     if not path.exists():
         return {}
-    table = read_table(path, FIXATION_COLUMNS)
-    values = numeric_columns(table, FIXATION_COLUMNS[1:], path).to_numpy()  # [n, 3]
-    outside = np.flatnonzero((values[:, :2] < 0).any(1) | (values[:, :2] > 1).any(1))
-    if outside.size:
-        raise UserError(f"{path}: line {table.index[outside[0]]}: x and y are fractions of the image, 0 to 1")
-    return {name: values[rows] for name, rows in table.groupby("reflacx_id").indices.items()}
+    table = read_table(path, ("reflacx_id", "x", "y"))
+    places = numeric_columns(table, ("x", "y"), path).to_numpy()  # [n, 2]
+    if (outside := ((places < 0) | (places > 1)).any(1)).any():
+        raise UserError(f"{path}: line {table.index[outside][0]}: x and y are fractions of the image, 0 to 1")
+    return {name: places[rows] for name, rows in table.groupby("reflacx_id").indices.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gaze import metrics as saliency
 from gaze.data import FIXATIONS, TEST, GazeImage, GazeStudy, read_fixations, resize_whole
-from gaze.metrics import METRICS, TITLES
+from gaze.metrics import FIXATION_METRICS, MAP_METRICS, TITLES
 from gaze.model import GazeNet
 from util.bootstrap import bootstrap_means, interval
 from util.files import atomic_write
@@ -23,6 +23,7 @@ JUDGED_AT = (224, 224)  # the grid on which every map is judged: 14 x 14 patches
 MODEL, PRIOR, READERS = "model", "centre prior", "other readers"
 SEVERAL = "images read several times"
 DRAWS = 2000
+EXAMPLES = 9  # images in examples.png, from the best to the worst
 
 
 @torch.no_grad()
@@ -36,33 +37,33 @@ def judge(model: GazeNet, images: Sequence[GazeImage], device: torch.device) -> 
         One row per predictor and reading: predictor, subject, image, reading, several (whether the image was
         read several times), and the metrics of `gaze.metrics`; NaN if the tree has no fixations of the reading.
     """
-    tables = {image.tree: read_fixations(image.tree.root / FIXATIONS) for image in images}
+    tables = {tree: read_fixations(tree.root / FIXATIONS) for tree in {image.tree for image in images}}
     fixations = {  # of a reading that has some: int64 [n, 2]
-        (image, reading): saliency.fixation_pixels(*tables[image.tree][reading].T[:2], JUDGED_AT)
+        (image, reading): saliency.fixation_pixels(*tables[image.tree][reading].T, JUDGED_AT)
         for image in images
         for reading in image.readings
         if reading in tables[image.tree]
     }
+    none = torch.empty(0, 2, dtype=torch.int64)
     prior = _at_judged_size(model.log_prior[None])
     rows = []
     for image in images:
         _, predicted, levels = predict_image(model, image, device)
-        elsewhere = [pixels for (other, _), pixels in fixations.items() if other.subject != image.subject]
+        others = torch.cat([none, *(own for (other, _), own in fixations.items() if other.subject != image.subject)])
         for place, (reading, target) in enumerate(zip(image.readings, levels, strict=True)):
             predictions = {MODEL: predicted, PRIOR: prior}
-            if len(levels) > 1:
-                others = torch.cat([levels[:place], levels[place + 1 :]])
-                predictions[READERS] = saliency.density_of_levels(others).mean(0)
+            if several := len(levels) > 1:
+                rest = torch.cat([levels[:place], levels[place + 1 :]])
+                predictions[READERS] = saliency.density_of_levels(rest).mean(0)
+            own = fixations.get((image, reading))
             for predictor, prediction in predictions.items():
-                values = {name: getattr(saliency, name)(prediction, target) for name in saliency.MAP_METRICS}
-                if (own := fixations.get((image, reading))) is not None:
-                    values["nss"] = saliency.nss(prediction, own)
-                    values["auc_judd"] = saliency.auc_judd(prediction, own)
-                    if elsewhere:
-                        values["auc_shuffled"] = saliency.auc_shuffled(prediction, own, torch.cat(elsewhere))
-                about = (predictor, image.subject, image.name, reading, len(levels) > 1)
-                rows.append([*about, *(float(values.get(name, np.nan)) for name in METRICS)])
-    return pd.DataFrame(rows, columns=["predictor", "subject", "image", "reading", "several", *METRICS])
+                about = (predictor, image.subject, image.name, reading, several)
+                values = [metric(prediction, target) for metric in MAP_METRICS.values()]
+                if own is not None:
+                    values += [metric(prediction, own, others) for metric in FIXATION_METRICS.values()]
+                rows.append([*about, *map(float, values)])
+    names = ["predictor", "subject", "image", "reading", "several", *TITLES]
+    return pd.DataFrame(rows).reindex(columns=range(len(names))).set_axis(names, axis=1)
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -78,78 +79,63 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns predictor, metric, value, low, high, n (images). A metric that no reading has is left out.
     """
-    per_image = rows.groupby(["predictor", "several", "subject", "image"])[list(METRICS)].mean()
-    tables = {name: per_image.loc[name] for name in (MODEL, PRIOR)}
-    tables[f"{MODEL} - {PRIOR}"] = tables[MODEL] - tables[PRIOR]
-    if rows["several"].any():
-        shared = {name: per_image.xs((name, True), level=(0, 1)) for name in (MODEL, PRIOR, READERS)}
-        shared[f"{MODEL} - {READERS}"] = shared[MODEL] - shared[READERS]
-        tables |= {f"{name}, {SEVERAL}": table for name, table in shared.items()}
     lines = []
-    for name, table in tables.items():
-        subjects = table.index.get_level_values("subject").to_numpy()
-        means = bootstrap_means(table.to_numpy(dtype=np.float64), subjects, draws=DRAWS, seed=0)
-        lines += [
-            (name, metric, *interval(means[:, column]), n)
-            for column, (metric, n) in enumerate(table.notna().sum().items())
-            if n
-        ]
+    for suffix, part, other in (
+        ("", rows[rows["predictor"] != READERS], PRIOR),
+        (f", {SEVERAL}", rows[rows["several"]], READERS),
+    ):
+        per_image = part.groupby(["predictor", "several", "subject", "image"])[[*TITLES]].mean()
+        tables = {name: per_image.loc[name] for name in part["predictor"].unique()}
+        if tables:
+            tables[f"{MODEL} - {other}"] = tables[MODEL] - tables[other]
+        for name, table in tables.items():
+            subjects = table.index.get_level_values("subject").to_numpy()
+            means = bootstrap_means(table.to_numpy(dtype=np.float64), subjects, draws=DRAWS, seed=0)
+            lines += [
+                (name + suffix, metric, *interval(means[:, column]), n)
+                for column, (metric, n) in enumerate(table.notna().sum().items())
+                if n
+            ]
     return pd.DataFrame(lines, columns=["predictor", "metric", "value", "low", "high", "n"])
 
 
-def format_table(summary: pd.DataFrame) -> str:
-    """The summary as text: a line per predictor, a column per metric, intervals in brackets."""
-    cells = summary.assign(
-        cell=[
-            f"{value:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")  # of one subject no interval
-            for value, low, high in summary[["value", "low", "high"]].to_numpy()
-        ]
-    )
-    table = cells.pivot(index="predictor", columns="metric", values="cell")
-    table = table.loc[cells["predictor"].unique(), cells["metric"].unique()].fillna("-").rename(columns=TITLES)
-    table.insert(0, "images", cells.groupby("predictor")["n"].max())
-    return table.rename_axis(None).rename_axis(None, axis=1).to_string()
-
-
 def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.device) -> str:
-    """Judge a model on the test images; writes readings.csv, metrics.csv, metrics.png and examples.png to `out`, and
+    """Judge a model on the test images of subjects that it has not seen; writes readings.csv, metrics.csv, metrics.png and examples.png to `out`, and
     returns what to print: notes and the table."""
-    from gaze.pictures import Example, examples_figure, metrics_figure  # here, since matplotlib takes a second to load
+    from gaze.pictures import example, examples_figure, metrics_figure  # here, since matplotlib takes a second to load
     from util.figures import save_figure
 
-    images = study.part(TEST)
+    notes = [study.leave_out(model.seen)]
+    images = study.parts[TEST]
     rows = judge(model, images, device)
     summary = summarise(rows)
     for name, table in (("readings.csv", rows), ("metrics.csv", summary)):
         with atomic_write(out / name, "w") as file:
             table.to_csv(file, index=False)
     own = rows[rows["predictor"] == MODEL]
-    is_made_up = any(image.tree.entries[index].get("simulated") for image in images for index in image.entries)
-    title = f"{out.name} on {', '.join(str(tree.root) for tree in study.trees)}: {len(images)} test images, "
-    title += f"{len(own)} readings{', SIMULATED GAZE' if is_made_up else ''}"
     note = overlap_note("the encoder", model.encoder_seen, own["subject"], MIMIC)
+    title = f"{out.name} on {', '.join(str(tree.root) for tree in study.trees)}: {len(images)} test images"
+    if any(image.tree.entries[index].get("simulated") for image in images for index in image.entries):
+        title += ", SIMULATED GAZE"
     title = f"{title}\n{note}".strip()
-    save_figure(metrics_figure(summary, model=MODEL, title=title), out / "metrics.png")
-
+    save_figure(metrics_figure(summary, title=title), out / "metrics.png")
     scores = own.groupby("image")["cc"].mean()
     order = sorted(images, key=lambda image: -scores[image.name])
-    middle = max(0, len(order) // 2 - 1)
-    chosen = {"best": order[:3], "median": order[middle : middle + 3], "worst": order[-3:]}
-
-    def example(image: GazeImage) -> Example:
-        gray, predicted, levels = predict_image(model, image, device)
-        return Example(image.readings[0], gray, levels, predicted, f"CC {scores[image.name]:.2f}")
-
-    groups = [(heading, [example(image) for image in some]) for heading, some in chosen.items()]
-    save_figure(examples_figure(groups, title=title), out / "examples.png")
-    lines = [note, format_table(summary), f"wrote metrics.csv, readings.csv, metrics.png, examples.png to {out}"]
+    shown = [order[place] for place in np.unique(np.linspace(0, len(order) - 1, EXAMPLES, dtype=int))]
+    lines = [
+        example(f"{image.readings[0]}\nCC {scores[image.name]:.2f}", *predict_image(model, image, device))
+        for image in shown
+    ]
+    save_figure(examples_figure(lines, title=title), out / "examples.png")
     if lacking := int(own["nss"].isna().sum()):
-        lines.insert(
-            0,
+        notes.append(
             f"note: {lacking} of {len(own)} test readings have no fixations in their tree's {FIXATIONS}, so no NSS and no "
-            "AUC (prepare it again)",
+            "AUC (prepare it again)"
         )
-    return "\n".join(filter(None, lines))
+    cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
+    table = summary.assign(cell=cells).set_index(["predictor", "metric"])["cell"].unstack(sort=False)
+    notes += [note, table.rename_axis(index=None, columns=None).to_string()]
+    return "\n".join([*filter(None, notes), f"wrote metrics.csv, readings.csv, metrics.png, examples.png to {out}"])
 
 
 @torch.no_grad()

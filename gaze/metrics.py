@@ -17,13 +17,7 @@ from datasets.fixations import heatmap_to_uint8
 from util.masking import otsu_foreground, significant_patches
 
 Map = Tensor | np.ndarray
-
-MAP_METRICS = ("cc", "kld", "sim", "patch_iou")
-FIXATION_METRICS = ("nss", "auc_judd", "auc_shuffled")
-METRICS = (*MAP_METRICS, *FIXATION_METRICS)
-TITLES = dict(
-    zip(METRICS, ("CC", "KLD (less is better)", "SIM", "patch IoU", "NSS", "AUC-Judd", "shuffled AUC"), strict=True)
-)
+TINY = 1e-300  # in the place of a deviation of 0: what is divided by it is 0 too
 
 
 def density(values: Map) -> Tensor:
@@ -67,8 +61,7 @@ def cc(prediction: Map, target: Map) -> Tensor:
     """
     a, b = (torch.as_tensor(values).double().flatten(-2) for values in (prediction, target))
     a, b = (values - values.mean(-1, keepdim=True) for values in (a, b))
-    scale = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(scale > 0, (a * b).sum(-1) / torch.where(scale > 0, scale, 1.0), 0.0)
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=TINY)
 
 
 def sim(prediction: Map, target: Map) -> Tensor:
@@ -97,35 +90,32 @@ def gaze_patches(values: Map, patch_size: int) -> Tensor:
 
 def resize_density(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Densities [B, G, G] on another grid, bilinear: [B, height, width] of sum 1, in their dtype."""
-    if tuple(maps.shape[-2:]) != tuple(size):
-        maps = F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    maps = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     return maps / maps.sum((-2, -1), keepdim=True)
 
 
 def fixation_pixels(x: Map, y: Map, size: tuple[int, int]) -> Tensor:
     """Pixels that hold fixations at fractions of the image (0 = left or top edge, 1 = right or bottom edge):
     int64 [n, 2], (row, column), on a grid of `size` (height, width)."""
-    x, y = (torch.as_tensor(values).double() for values in (x, y))
-    rows = (y * size[0]).floor().long().clamp(0, size[0] - 1)
-    columns = (x * size[1]).floor().long().clamp(0, size[1] - 1)
-    return torch.stack([rows, columns], 1)
+    places = torch.stack([torch.as_tensor(values).double() for values in (y, x)], 1)
+    sides = torch.tensor(size)
+    return (places * sides).floor().long().minimum(sides - 1)
 
 
-def nss(prediction: Map, fixations: Tensor) -> Tensor:
+def nss(prediction: Map, fixations: Tensor, others: Tensor | None = None) -> Tensor:
     """Normalised scanpath saliency (Peters et al. 2005): the mean, over the fixations, of the prediction made
     zero-mean and of unit (population) variance over the image; 0 is chance. 0 for a constant prediction.
 
     Args:
         prediction: [H, W].
         fixations: int [n, 2], (row, column), see `fixation_pixels`; a pixel counts once per fixation in it.
+        others: not used.
     """
     prediction = torch.as_tensor(prediction).double()
-    values = _values(prediction, fixations) - prediction.mean()
-    deviation = prediction.std(correction=0)
-    return values.mean() / deviation if deviation > 0 else torch.zeros_like(deviation)
+    return (prediction[fixations.unbind(1)] - prediction.mean()).mean() / prediction.std(correction=0).clamp(min=TINY)
 
 
-def auc_judd(prediction: Map, fixations: Tensor) -> Tensor:
+def auc_judd(prediction: Map, fixations: Tensor, others: Tensor | None = None) -> Tensor:
     """Area under the ROC curve of the prediction as a classifier of fixations against all other pixels
     (Judd et al. 2009), 0.5 is chance: the chance that a fixation's value exceeds that of a pixel without
     fixation, ties counting half.
@@ -134,9 +124,9 @@ def auc_judd(prediction: Map, fixations: Tensor) -> Tensor:
     `AUC(nonfixations="uniform")` takes all pixels as negatives, those with fixations too.
     """
     prediction = torch.as_tensor(prediction).double()
-    free = torch.ones(prediction.shape, dtype=torch.bool, device=prediction.device)
-    free[fixations[:, 0], fixations[:, 1]] = False
-    return _auc(_values(prediction, fixations), prediction[free])
+    free = torch.ones_like(prediction, dtype=torch.bool)
+    free[fixations.unbind(1)] = False
+    return _auc(prediction[fixations.unbind(1)], prediction[free])
 
 
 def auc_shuffled(prediction: Map, fixations: Tensor, others: Tensor) -> Tensor:
@@ -145,14 +135,10 @@ def auc_shuffled(prediction: Map, fixations: Tensor, others: Tensor) -> Tensor:
 
     Args:
         others: int [m, 2], (row, column) of fixations on images of other subjects, on this map's grid. All are
-            used: no random subset, as in pysaliency's `sAUC`.
+            used: no random subset, as in pysaliency's `sAUC`. NaN without any.
     """
     prediction = torch.as_tensor(prediction).double()
-    return _auc(_values(prediction, fixations), _values(prediction, others))
-
-
-def _values(prediction: Tensor, fixations: Tensor) -> Tensor:
-    return prediction[fixations[:, 0], fixations[:, 1]]
+    return _auc(prediction[fixations.unbind(1)], prediction[others.unbind(1)])
 
 
 def _auc(positives: Tensor, negatives: Tensor) -> Tensor:
@@ -161,3 +147,16 @@ def _auc(positives: Tensor, negatives: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, positives, right=False)
     not_above = torch.searchsorted(ordered, positives, right=True)
     return (below + not_above).double().mean() / 2 / len(negatives)
+
+
+MAP_METRICS = {"cc": cc, "kld": kld, "sim": sim, "patch_iou": patch_iou}  # of (prediction, target)
+FIXATION_METRICS = {"nss": nss, "auc_judd": auc_judd, "auc_shuffled": auc_shuffled}  # of (prediction, own, others')
+TITLES = {
+    "cc": "CC",
+    "kld": "KLD (less is better)",
+    "sim": "SIM",
+    "patch_iou": "patch IoU",
+    "nss": "NSS",
+    "auc_judd": "AUC-Judd",
+    "auc_shuffled": "shuffled AUC",
+}

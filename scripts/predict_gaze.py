@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from util.cli import Parser, available_cpus, check_device, check_least
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.precision import set_tf32
-from util.radiograph import MIMIC_CXR_JPG, add_dicom_contrast
+from util.radiograph import add_dicom_contrast
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -37,11 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--images", type=Path, help="instead of --tree: a directory of PNG, JPG and DICOM files, any depth")
     add("--out", type=Path, help="where the heatmaps of --images go, 8-bit PNG of the images' sizes and names")
     add_dicom_contrast(parser)
-    add("--shard", metavar="i/n",
-        help="make a share: i from 0 to n - 1, in any order or at once; afterwards the same "
-             "command without --shard writes the index")
     add("--batch_size", type=int, default=32, help="images at a time; the last digit of a map may depend on it")
-    add("--workers", type=int, default=available_cpus(), help="processes that decode, and threads that write")
+    add("--workers", type=int, default=available_cpus(), help="threads that read and write")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda or cuda:N")
     add("--overwrite", action="store_true", help="replace what another predictor made")
     # fmt: on
@@ -50,21 +46,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    check_args(args)
-    model = load_gaze_net(local_file(args.weights)).to(check_device(args.device))
-    options = {"part": parse_shard(args.shard), "batch_size": args.batch_size, "workers": args.workers}
-    options["overwrite"] = args.overwrite
+    check_least(args, 1, "batch_size", "workers")
+    if (args.tree is None) == (args.images is None) or (args.images is None) != (args.out is None):
+        raise UserError("pass either --tree, or --images and --out")
+    if args.real and args.tree is None:
+        raise UserError("--real: only with --tree")
+    predictor = as_predictor(load_gaze_net(local_file(args.weights)).to(check_device(args.device)))
+    how = {"batch_size": args.batch_size, "workers": args.workers, "overwrite": args.overwrite}
     if args.tree is not None:
-        report = fill_tree(args.tree, as_predictor(model), real=args.real, **options)
+        report = fill_tree(args.tree, predictor, real=args.real, **how)
     else:
-        report = predict_files(
-            args.images, args.out, as_predictor(model), dicom_contrast=args.dicom_contrast, **options
-        )
+        report = predict_files(args.images, args.out, predictor, dicom_contrast=args.dicom_contrast, **how)
     print(report)
     if report.faults:
         print(f"{len(report.faults)} images left out for damaged input, listed above", file=sys.stderr)
         return 1
-    print(f"shard {args.shard} is done" if args.shard else f"{args.tree or args.out} is ready")
+    print(f"{args.tree or args.out} is ready")
     return 0
 
 
@@ -79,28 +76,6 @@ def as_predictor(model: GazeNet) -> Predictor:
         return model(images.to(device)).exp().cpu()
 
     return Predictor(maps, model.input_size, digest_of(model)[:16])
-
-
-def check_args(args: argparse.Namespace) -> None:
-    if (args.tree is None) == (args.images is None):
-        raise UserError("pass either --tree, or --images and --out")
-    if (args.images is None) != (args.out is None):
-        raise UserError("--images and --out belong together")
-    if args.real and args.tree is None:
-        raise UserError("--real: only with --tree")
-    if args.tree is not None and args.dicom_contrast != MIMIC_CXR_JPG:
-        raise UserError("--dicom_contrast: only with --images; a tree's images are 8-bit since they were prepared")
-    check_least(args, 1, "batch_size", "workers")
-
-
-def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """(i, n) of "i/n"."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard {text}: expected i/n with i from 0 to n - 1, such as 0/4")
-    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -11,35 +11,35 @@ from trees import save
 from datasets.fixations import heatmap_to_uint8
 
 SPLITS = ("train", "train", "train", "validate", "test", "train")
+SIZE = np.array([48, 40])  # px, height and width
 
 
-def disc(height: int, width: int, centre: tuple[float, float], radius: float) -> np.ndarray:
-    y, x = np.mgrid[:height, :width]
+def disc(centre: np.ndarray, radius: float) -> np.ndarray:
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
     return np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * radius**2))
 
 
 def make_gaze_tree(
     root: Path, n_images: int = 12, *, first_subject: int = 10000, splits: bool = True, fixations: bool = True
 ) -> Path:
-    """A REFLACX tree of `n_images` subjects, 48 x 40 px; every third image has two readings."""
+    """A REFLACX tree of `n_images` subjects; every third image has two readings."""
     rng = np.random.default_rng(first_subject)
     entries, rows = [], ["reflacx_id,x,y,duration"]
     for number in range(n_images):
-        subject, height, width = str(first_subject + number), 48, 40
-        centre = rng.uniform(0.25, 0.75, 2) * (height, width)
-        gray = 40 + 180 * disc(height, width, centre, 4) + rng.uniform(0, 20, (height, width))
+        subject = str(first_subject + number)
+        centre = rng.uniform(0.25, 0.75, 2) * SIZE
+        gray = 40 + 180 * disc(centre, 4) + rng.uniform(0, 20, SIZE)
         image = f"images/s{subject}/i{subject}.png"
         save(root / image, np.round(gray).clip(0, 255).astype(np.uint8))
         for reader in range(2 if number % 3 == 1 else 1):
             entry = {"image_path": image, "study_id": f"s{subject}", "reflacx_id": f"P{subject}R{reader}"}
             entry |= {"subject_id": subject, "split": SPLITS[number % len(SPLITS)] if splits else None}
-            seen = centre + rng.normal(0, 1, 2)
-            gaze = heatmap_to_uint8(disc(height, width, seen, 5) + 0.02)
-            save(root / "attention" / f"s{subject}" / f"{entry['reflacx_id']}.png", gaze)
-            save(root / "foreground" / f"s{subject}" / f"{entry['reflacx_id']}.png", (gaze > 100) * np.uint8(255))
             entries.append(entry)
-            for point in seen + rng.normal(0, 2, (5, 2)):
-                y, x = np.clip(point / (height, width), 0, 1)
+            seen = centre + rng.normal(0, 1, 2)
+            gaze = heatmap_to_uint8(disc(seen, 5) + 0.02)
+            for kind, plane in (("attention", gaze), ("foreground", (gaze > 100) * np.uint8(255))):
+                save(root / kind / f"s{subject}" / f"{entry['reflacx_id']}.png", plane)
+            for y, x in np.clip((seen + rng.normal(0, 2, (5, 2))) / SIZE, 0, 1):
                 rows.append(f"{entry['reflacx_id']},{x:.5f},{y:.5f},0.2")
     (root / "reflacx.json").write_text(json.dumps(entries))
     if fixations:

@@ -29,6 +29,11 @@ def fit_lines(text: str, inches: float, points: float) -> list[str]:
     return [plain(part) for line in text.split("\n") for part in textwrap.wrap(line, letters) or [""]]
 
 
+def set_title(figure: Figure, text: str, points: float) -> None:
+    """The title above all panels of a figure, in as many lines as it takes; nothing in it is cut."""
+    figure.suptitle("\n".join(fit_lines(text, figure.get_figwidth(), points)), fontsize=points)
+
+
 def check_picture_path(path: str | os.PathLike) -> Path:
     """The path, if a picture can be written there.
 
