@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 CHUNK_BYTES = 128 << 20  # of one array over (draws, images); a few of them are alive at once
 MIN_DRAWS = 200  # fewer give no interval
-
-
-def subject_draws(n_subjects: int, draws: int, seed: int, chunk: int) -> Iterator[np.ndarray]:
-    """How often each draw has each subject, `chunk` draws at a time: float32 [R, n_subjects].
-
-    The first row of the first chunk is 1 everywhere: the data themselves. The numbers don't depend on `chunk`.
-    """
-    rng = np.random.default_rng(seed)
-    first = np.ones((1, n_subjects), np.float32)
-    for start in range(0, draws, chunk) if draws else [0]:
-        rows = [
-            np.bincount(rng.integers(0, n_subjects, n_subjects), minlength=n_subjects)
-            for _ in range(min(chunk, draws - start))
-        ]
-        yield np.concatenate([first, np.array(rows, np.float32).reshape(-1, n_subjects)])
-        first = first[:0]
 
 
 def bootstrap_aucs(
@@ -47,49 +31,55 @@ def bootstrap_aucs(
     Returns:
         float64 [1 + draws, C]; NaN where a draw has one class only, and in all draws of a single subject.
     """
-    _, index = np.unique(subjects, return_inverse=True)
     folds = np.zeros(len(targets)) if folds is None else folds
-    parts = [[np.flatnonzero((folds == fold) & ~np.isnan(column)) for fold in np.unique(folds)] for column in targets.T]
-    labels = [
-        [(SortedScores(targets[rows, j], scores[rows, j]), index[rows]) for rows in own] for j, own in enumerate(parts)
-    ]
-    chunk = max(1, CHUNK_BYTES // (8 * max(1, len(targets))))
-    aucs = np.concatenate(
-        [
-            np.stack([mean_of_known([part.auc(counts, own) for part, own in label], 0) for label in labels], axis=1)
-            for counts in subject_draws(int(index.max()) + 1, draws, seed, chunk)
-        ]
-    )
-    return _without_lone_draws(aucs, int(index.max()) + 1)
+
+    def aucs(counts: np.ndarray, index: np.ndarray) -> np.ndarray:
+        columns = []
+        for target, score in zip(targets.T, scores.T):
+            parts = [np.flatnonzero((folds == fold) & ~np.isnan(target)) for fold in np.unique(folds)]
+            of_folds = [weighted_aucs(target[rows], score[rows], counts[index[rows]]) for rows in parts]
+            columns.append(mean_of_known(of_folds, 0))
+        return np.stack(columns, axis=1)
+
+    return _over_draws(aucs, subjects, draws, seed)
 
 
 def bootstrap_means(values: np.ndarray, subjects: np.ndarray, *, draws: int, seed: int) -> np.ndarray:
     """Mean of each column of `values` [N, C] (NaN: not counted), as `bootstrap_aucs`: [1 + draws, C]."""
-    _, index = np.unique(subjects, return_inverse=True)
-    n_subjects = int(index.max()) + 1
     known = ~np.isnan(values)
-    sums = np.stack([np.bincount(index, v, n_subjects) for v in np.nan_to_num(values).T], axis=1)  # [U, C]
-    counts = np.stack([np.bincount(index, k, n_subjects) for k in known.T], axis=1)
-    chunk = max(1, CHUNK_BYTES // (8 * n_subjects))
-    means = []
-    for drawn in subject_draws(n_subjects, draws, seed, chunk):
-        drawn = drawn.astype(np.float64)
+
+    def means(counts: np.ndarray, index: np.ndarray) -> np.ndarray:
+        weights = np.ascontiguousarray(counts.T, np.float64)  # [R, U]
+        sums, numbers = (
+            weights @ np.stack([np.bincount(index, column, len(counts)) for column in columns.T], axis=1)
+            for columns in (np.nan_to_num(values), known)
+        )
         with np.errstate(invalid="ignore"):
-            means.append((drawn @ sums) / (drawn @ counts))
-    return _without_lone_draws(np.concatenate(means), n_subjects)
+            return sums / numbers
+
+    return _over_draws(means, subjects, draws, seed)
+
+
+def _over_draws(
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], subjects: np.ndarray, draws: int, seed: int
+) -> np.ndarray:
+    """`statistic` [R, C] of how often each draw has each subject, float32 [U, R], and of the subject of each image,
+    int [N]; of the data themselves first, then of the draws. The numbers don't depend on the size of the chunks."""
+    names, index = np.unique(subjects, return_inverse=True)
+    rng, n = np.random.default_rng(seed), len(names)
+    chunk = max(1, CHUNK_BYTES // (8 * len(subjects)))
+    found = [statistic(np.ones((n, 1), np.float32), index)]
+    for start in range(0, draws, chunk):
+        counts = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(min(chunk, draws - start))]
+        # The draws of a single subject are all the same: an interval of no width would claim certainty.
+        found.append(statistic(np.array(counts, np.float32, order="F").T * (n > 1), index))
+    return np.concatenate(found)
 
 
 def mean_of_known(values: np.ndarray | list[np.ndarray], axis: int) -> np.ndarray:
     """Mean over an axis without its NaN; NaN where nothing is known."""
     with np.errstate(invalid="ignore"):
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
-
-
-def _without_lone_draws(values: np.ndarray, n_subjects: int) -> np.ndarray:
-    """NaN for the draws of a single subject: they are all the same, and would make an interval of no width."""
-    if n_subjects == 1:
-        values[1:] = np.nan
-    return values
 
 
 def n_drawn(values: np.ndarray) -> int:
@@ -105,53 +95,31 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values[0]), float(low), float(high)
 
 
-EXACT = 1 << 24  # counts up to here add up exactly in float32
-
-
-class SortedScores:
-    """The scores of one label in order, ready for any number of weightings.
+def weighted_aucs(targets: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve for many weightings of the images at once; NaN where one leaves one class only.
 
     Args:
         targets: 0/1 [N].
         scores: [N], finite; equal ones count half.
+        counts: whole numbers, float32 [N, R]: how often each draw has each image. Draws lie side by side in memory: rows
+            are gathered and summed whole, 5 times faster than columns.
+
+    Returns:
+        float64 [R].
     """
-
-    def __init__(self, targets: np.ndarray, scores: np.ndarray):
-        targets = np.asarray(targets)
-        if len(targets) >= EXACT:
-            raise ValueError(f"{len(targets)} images are more than {EXACT}")
-        negatives = np.flatnonzero(targets == 0)
-        self.positives = np.flatnonzero(targets == 1)
-        self.negatives = negatives[np.argsort(scores[negatives], kind="stable")]
-        ordered = scores[self.negatives]
-        # For each positive: how many negatives lie below it, and how many not above.
-        self.below = np.searchsorted(ordered, scores[self.positives], "left")
-        self.upto = np.searchsorted(ordered, scores[self.positives], "right")
-
-    def auc(self, counts: np.ndarray, index: np.ndarray | None = None) -> np.ndarray:
-        """AUC of each weighting; NaN where one leaves one class only.
-
-        Args:
-            counts: whole numbers [R, U]: how often each draw has each subject.
-            index: [N] subject of each image; None: every image is its own.
-
-        Returns:
-            float64 [R].
-        """
-        positives, negatives = self.positives, self.negatives
-        if index is not None:
-            positives, negatives = index[positives], index[negatives]
-        # Draws lie side by side in memory: rows are gathered and summed whole, 5 times faster than columns.
-        counts = np.ascontiguousarray(counts.T, np.float32)  # [U, R]
-        cumulated = np.zeros((len(negatives) + 1, counts.shape[1]), np.float32)
-        np.cumsum(counts[negatives], axis=0, out=cumulated[1:])
-        weight = counts[positives]
-        won = np.einsum("pr,pr->r", weight, cumulated[self.below] + cumulated[self.upto], dtype=np.float64)
-        total = 2 * weight.sum(0, dtype=np.float64) * cumulated[-1]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(total > 0, won / total, np.nan)
+    positives, negatives = (np.flatnonzero(targets == kind) for kind in (1, 0))
+    negatives = negatives[np.argsort(scores[negatives], kind="stable")]
+    cumulated = np.zeros((len(negatives) + 1, counts.shape[1]), np.float32)  # exact below 2**24 images
+    np.cumsum(counts[negatives], axis=0, out=cumulated[1:])
+    # For each positive: the negatives below it, and those not above.
+    below, upto = (np.searchsorted(scores[negatives], scores[positives], side) for side in ("left", "right"))
+    weight = counts[positives]
+    won = np.einsum("pr,pr->r", weight, cumulated[below] + cumulated[upto], dtype=np.float64)
+    total = 2 * weight.sum(0, dtype=np.float64) * cumulated[-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, won / total, np.nan)
 
 
 def auc(targets: np.ndarray, scores: np.ndarray) -> float:
     """The area under the ROC curve; NaN where there is one class only. targets: 0/1 [N], scores: [N]."""
-    return float(SortedScores(targets, scores).auc(np.ones((1, len(targets)), np.float32))[0])
+    return float(weighted_aucs(targets, scores, np.ones((len(targets), 1), np.float32))[0])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from util import bootstrap
-from util.bootstrap import SortedScores, auc, bootstrap_aucs, bootstrap_means, interval, subject_draws
+from util.bootstrap import auc, bootstrap_aucs, bootstrap_means, interval, weighted_aucs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,53 +23,41 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_auc_is_sklearns_under_any_counts(n, seed, distinct):
     rng = np.random.default_rng(seed)
     targets, scores = rng.integers(0, 2, n), rng.integers(0, distinct, n) / 7
-    subjects = rng.integers(0, 5, n)
-    counts = rng.integers(0, 3, (4, 5))
-    found = SortedScores(targets, scores).auc(counts, subjects)
-    for value, count in zip(found, counts, strict=True):
-        weight = count[subjects]
-        if len(np.unique(targets[weight > 0])) < 2:
+    counts = rng.integers(0, 3, (n, 4)).astype(np.float32)
+    for value, count in zip(weighted_aucs(targets, scores, counts), counts.astype(int).T, strict=True):
+        if len(np.unique(targets[count > 0])) < 2:
             assert np.isnan(value)
         else:
-            drawn = np.repeat(targets, weight), np.repeat(scores, weight)
+            drawn = np.repeat(targets, count), np.repeat(scores, count)
             assert value == pytest.approx(roc_auc_score(*drawn), abs=1e-12)
     if len(np.unique(targets)) == 2:
         assert auc(targets, scores) == pytest.approx(roc_auc_score(targets, scores), abs=1e-12)
 
 
-def test_draws_hold_as_many_subjects_as_there_are_and_do_not_depend_on_the_chunk():
-    whole = np.concatenate(list(subject_draws(7, 50, seed=1, chunk=50)))
-    assert whole.shape == (51, 7) and (whole[0] == 1).all() and (whole.sum(1) == 7).all()
-    assert len(np.unique(whole[1:], axis=0)) > 40
-    for chunk in (1, 7, 64):
-        assert np.array_equal(whole, np.concatenate(list(subject_draws(7, 50, seed=1, chunk=chunk))))
-    assert len(np.concatenate(list(subject_draws(7, 0, seed=1, chunk=5)))) == 1
+def drawn_images(subjects, draws, seed):
+    """The images of the data and of each draw of as many subjects as there are."""
+    names, rng = np.unique(subjects), np.random.default_rng(seed)
+    yield np.arange(len(subjects))
+    for _ in range(draws):
+        chosen = names[rng.integers(0, len(names), len(names))]
+        yield np.concatenate([np.flatnonzero(subjects == name) for name in chosen])
 
 
-def test_aucs_of_draws_are_those_of_the_drawn_images(monkeypatch):
+def test_draws_are_those_of_whole_subjects_whatever_the_chunk(monkeypatch):
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 2, (60, 2)).astype(np.float32)
     targets[rng.random((60, 2)) < 0.2] = np.nan
     scores, subjects = rng.random((60, 2)), rng.integers(0, 20, 60).astype(str)
-    found = bootstrap_aucs(targets, scores, subjects, draws=30, seed=3)
-    names, index = np.unique(subjects, return_inverse=True)
-    draws = np.concatenate(list(subject_draws(len(names), 30, seed=3, chunk=30))).astype(int)
-    for row, counts in zip(found, draws, strict=True):
-        drawn = np.concatenate([np.flatnonzero(index == i) for i, n in enumerate(counts) for _ in range(n)])
+    aucs = bootstrap_aucs(targets, scores, subjects, draws=30, seed=3)
+    means = bootstrap_means(targets, subjects, draws=30, seed=3)
+    for auc_row, mean_row, drawn in zip(aucs, means, drawn_images(subjects, 30, 3), strict=True):
         for j in range(2):
             known = drawn[~np.isnan(targets[drawn, j])]
-            assert row[j] == pytest.approx(roc_auc_score(targets[known, j], scores[known, j]))
+            assert auc_row[j] == pytest.approx(roc_auc_score(targets[known, j], scores[known, j]))
+            assert mean_row[j] == pytest.approx(targets[known, j].mean())
     monkeypatch.setattr(bootstrap, "CHUNK_BYTES", 1)
-    assert np.array_equal(found, bootstrap_aucs(targets, scores, subjects, draws=30, seed=3))
-
-
-def test_means_of_draws():
-    values = np.array([[1.0, np.nan], [0.0, 1.0], [1.0, 0.0]])
-    found = bootstrap_means(values, np.array(["a", "a", "b"]), draws=40, seed=0)
-    counts = np.concatenate(list(subject_draws(2, 40, seed=0, chunk=40)))
-    for row, (a, b) in zip(found, counts, strict=True):
-        assert row[0] == pytest.approx((a + b) / (2 * a + b))
-        assert row[1] == pytest.approx(a / (a + b))
+    assert np.array_equal(aucs, bootstrap_aucs(targets, scores, subjects, draws=30, seed=3))
+    assert len(bootstrap_aucs(targets, scores, subjects, draws=0, seed=3)) == 1
 
 
 def test_interval_covers_the_truth():
