@@ -23,6 +23,7 @@ from models_decoder import SCALES, ScaleDecoder, sincos_pos_embed
 from util.hog import HOGPyramid
 from util.masking import MASKINGS, MaskRequest, draw_mask, mask_cells, masked_count
 from util.precision import run_cast_once
+from util.weights import VIT_SIZES
 
 
 class CXRMIM(nn.Module):
@@ -74,24 +75,27 @@ class CXRMIM(nn.Module):
         super().__init__()
         self.config = config
         self.seen: list[str] = []
-        _check_taps(id_list, scale_list, depth)
-        for scale in scale_list:
-            if patch_size / scale % 1:
-                raise ValueError(f"scale_list {scale}: a patch of {patch_size} px has no whole cells at it")
-        cell_sizes = [int(patch_size / scale) for scale in scale_list]
+        _check(
+            id_list and len(id_list) == len(scale_list),
+            f"id_list has {len(id_list)} blocks and scale_list {len(scale_list)} scales; give as many of each",
+        )
+        _check(set(id_list) <= set(range(depth)), f"id_list {id_list} outside the encoder's blocks 0..{depth - 1}")
+        known = ", ".join(map(str, SCALES))
+        _check(SCALES.keys() >= set(scale_list), f"scale_list {scale_list} not among {known}")
+        cells = [patch_size / scale for scale in scale_list]
+        _check(not any(cell % 1 for cell in cells), f"scale_list: a patch of {patch_size} px has no whole cells")
+        cell_sizes = list(map(int, cells))
         for divisor in (patch_size, *cell_sizes):
-            if img_size % divisor:
-                raise ValueError(f"input_size {img_size} is not a multiple of {divisor} (patch or HOG cell, px)")
-        for name, width, heads in (
-            ("num_heads", embed_dim, num_heads),
-            ("decoder_num_heads", decoder_embed_dim, decoder_num_heads),
-        ):
-            if width % heads:
-                raise ValueError(f"{name} {heads} does not divide the width {width}")
-        if masking not in MASKINGS:
-            raise ValueError(f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
-        if gaze_temperature <= 0:
-            raise ValueError(f"gaze_temperature {gaze_temperature} is not positive")
+            _check(
+                img_size % divisor == 0, f"input_size {img_size} is not a multiple of {divisor} (patch or HOG cell, px)"
+            )
+        _check(embed_dim % num_heads == 0, f"num_heads {num_heads} does not divide the width {embed_dim}")
+        _check(
+            decoder_embed_dim % decoder_num_heads == 0,
+            f"decoder_num_heads {decoder_num_heads} does not divide the width {decoder_embed_dim}",
+        )
+        _check(masking in MASKINGS, f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
+        _check(gaze_temperature > 0, f"gaze_temperature {gaze_temperature} is not positive")
 
         self.img_size = img_size
         self.patch_size = patch_size
@@ -199,8 +203,6 @@ class CXRMIM(nn.Module):
         if img.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"images of {img.shape[-2]} x {img.shape[-1]} px, the model takes {self.img_size} px")
         if img.dtype == torch.uint8:
-            if img.shape[1] != 1:
-                raise ValueError(f"uint8 images must be gray, [B, 1, H, W], not {list(img.shape)}")
             prepared["img"] = (img.float() / 255 - self.mean) / self.std  # [B, 3, H, W]
             prepared["gray"] = prepared["img"][:, :1]
         if attention.dtype == torch.uint8:
@@ -208,21 +210,14 @@ class CXRMIM(nn.Module):
         return prepared
 
     def draw_mask(
-        self,
-        batch: Mapping[str, Tensor],
-        mask_ratio: float = 0.75,
-        clinical_ratio: float = 0.5,
-        generator: torch.Generator | None = None,
-        *,
-        epoch: int = 0,
-        step: int = 0,
+        self, batch: Mapping[str, Tensor], mask_ratio=0.75, clinical_ratio=0.5, generator=None, **place
     ) -> Tensor:
         """Draw a mask for each image of a prepared batch, as `masking` says: float [B, L], 1 = masked.
 
-        `epoch` and `step`, from 0, are for rules that change while training goes on. Where the batch
-        has no foreground it is the Otsu foreground of its attention.
+        Where the batch has no foreground it is the Otsu foreground of its attention. The other arguments, and `epoch` and
+        `step`, are those of `util.masking.MaskRequest`.
         """
-        ask = MaskRequest(batch, self.patch_size, mask_ratio, clinical_ratio, epoch, step, generator)
+        ask = MaskRequest(batch, self.patch_size, mask_ratio, clinical_ratio, generator=generator, **place)
         return draw_mask(self.masking, ask)
 
     def forward_encoder(self, img: Tensor, mask: Tensor, n_visible: int | None = None) -> list[Tensor]:
@@ -258,12 +253,6 @@ class CXRMIM(nn.Module):
     def hog_targets(self, img: Tensor) -> list[Tensor]:
         """HOG of a normalised image for each scale: list of [B, cells_k, 3*nbins]; see `HOGPyramid`."""
         return self.hog(img)
-
-    def forward_loss(
-        self, preds: Sequence[Tensor], targets: Sequence[Tensor], mask: Tensor, attention: Tensor | None = None
-    ) -> Tensor:
-        """Sum of `scale_losses`, a scalar."""
-        return self.scale_losses(preds, targets, mask, attention).sum()
 
     def scale_losses(
         self, preds: Sequence[Tensor], targets: Sequence[Tensor], mask: Tensor, attention: Tensor | None = None
@@ -318,15 +307,9 @@ class PatchEmbed(nn.Module):
         return F.linear(chosen, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def _check_taps(id_list: tuple[int, ...], scale_list: tuple[float, ...], depth: int) -> None:
-    if not id_list or len(id_list) != len(scale_list):
-        raise ValueError(
-            f"id_list has {len(id_list)} blocks and scale_list {len(scale_list)} scales; give as many of each"
-        )
-    if outside := [i for i in id_list if not 0 <= i < depth]:
-        raise ValueError(f"id_list {outside} outside the encoder's blocks 0..{depth - 1}")
-    if unknown := [scale for scale in scale_list if scale not in SCALES]:
-        raise ValueError(f"scale_list {unknown} not among {', '.join(map(str, SCALES))}")
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
 def _visible_ids(mask: Tensor, n_visible: int | None) -> Tensor:
@@ -341,13 +324,9 @@ def _visible_ids(mask: Tensor, n_visible: int | None) -> Tensor:
 
 # Names of --model. The heads of each are its own; nothing derives them from the width.
 ENCODERS = {
-    "cxrmim_vit_tiny_patch16": partial(CXRMIM, patch_size=16, embed_dim=192, depth=12, num_heads=3),
-    "cxrmim_vit_small_patch16": partial(CXRMIM, patch_size=16, embed_dim=384, depth=12, num_heads=6),
-    "cxrmim_vit_base_patch16": partial(CXRMIM, patch_size=16, embed_dim=768, depth=12, num_heads=12),
-    "cxrmim_vit_large_patch16": partial(CXRMIM, patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    f"cxrmim_vit_{size}_patch16": partial(CXRMIM, patch_size=16, embed_dim=width, depth=depth, num_heads=heads)
+    for (width, depth), (size, heads, patch_size) in VIT_SIZES.items()
+    if patch_size == 16
 }
 # The published ways to construct them.
-cxrmim_vit_tiny_patch16 = ENCODERS["cxrmim_vit_tiny_patch16"]
-cxrmim_vit_small_patch16 = ENCODERS["cxrmim_vit_small_patch16"]
-cxrmim_vit_base_patch16 = ENCODERS["cxrmim_vit_base_patch16"]
-cxrmim_vit_large_patch16 = ENCODERS["cxrmim_vit_large_patch16"]
+cxrmim_vit_tiny_patch16, cxrmim_vit_small_patch16, cxrmim_vit_base_patch16, cxrmim_vit_large_patch16 = ENCODERS.values()

@@ -100,8 +100,6 @@ def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> nn.Parameter:
     The first half of the channels encodes the column, the second half the row; each half is
     [sin(position * w), cos(position * w)] with w_i = 10000^(-i / (dim/4)).
     """
-    if dim % 4:
-        raise ValueError(f"width {dim} of a position embedding is not a multiple of 4")
     height, width = grid_size
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # [dim/4]
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -141,14 +140,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
     """Train as `args` say, to the end or to a request to stop; returns the exit status (util/stop.py)."""
-    with contextlib.ExitStack() as held:
-        with signals.default_handlers():
-            ranks = distributed.start(
-                args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
-            )
+    with signals.default_handlers():
+        ranks = distributed.start(
+            args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
+        )
+    settle_options(args, ranks)
+    with hold_output(args.output_dir, ranks=ranks):
         with signals.exit_at_signal():  # so far there is nothing to save
-            settle_options(args, ranks)
-            held.enter_context(hold_output(args.output_dir, ranks=ranks))
             training = set_up(args, ranks, signals)
         request = training.run()
         training.close()
@@ -164,7 +162,11 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
     resumed = distributed.on_main(
         ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume, auto_resume=args.auto_resume)
     )
-    if resumed is None and (path := initial_weights(args)):
+    if resumed is not None:
+        state = load_checkpoint(resumed)
+        with restoring(resumed):
+            check_same_model(state["model_config"], core.config, resumed)
+    elif path := initial_weights(args):
         ranks.say(load_initial_weights(core, path))
     dataset = build_data(args)  # after what fails sooner: a cache may be built first, which takes minutes
     since = args.start_epoch, 0
@@ -187,9 +189,7 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
         epoch=args.start_epoch,
     )
     if resumed is not None:
-        state = load_checkpoint(resumed)
         with restoring(resumed):
-            check_same_model(state["model_config"], core.config, resumed)
             since = unchanged_since(state, training.warn_of_changes(state, resumed))
             core.seen = list(state.get("seen", []))
         training.restore(state, resumed)
@@ -236,25 +236,21 @@ def check_args(args: argparse.Namespace) -> None:
     check_positive(args, "clip_grad")
     if args.log_dir:
         check_folder_place(args.log_dir, "--log_dir")
-    if not 0 < args.min_crop_ratio <= 1:
-        raise UserError(f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]")
-    if args.cache_size < args.input_size:
-        raise UserError(
+    fewest = math.ceil(args.input_size / max(args.min_crop_ratio, 1e-9) ** 0.5)
+    for holds, message in (
+        (0 < args.min_crop_ratio <= 1, f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]"),
+        (0 <= args.clinical_ratio <= 1, f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]"),
+        (args.start_epoch < args.epochs, f"--start_epoch {args.start_epoch}: must be below --epochs {args.epochs}"),
+        (
+            args.cache_size >= args.input_size,
             f"--cache_size {args.cache_size}: below --input_size {args.input_size}, so that even whole images would be "
-            f"enlarged; crops keep their detail from {math.ceil(args.input_size / args.min_crop_ratio**0.5)} on"
-        )
-    if not 0 <= args.clinical_ratio <= 1:
-        raise UserError(f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]")
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--start_epoch {args.start_epoch}: must be below --epochs {args.epochs}")
+            f"enlarged; crops keep their detail from {fewest} on",
+        ),
+    ):
+        if not holds:
+            raise UserError(message)
     with torch.device("meta"):  # no memory, no numbers: do sizes, blocks, scales and heads fit together?
-        n_patches = build_model(args).num_patches
-    try:
-        masked_count(n_patches, args.mask_ratio)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    if args.resume and not Path(args.resume).is_file():
-        raise UserError(f"--resume {args.resume}: no such file")
+        build_model(args)
 
 
 def check_data(args: argparse.Namespace) -> int:
@@ -279,17 +275,17 @@ def build_data(args: argparse.Namespace):
 
 def build_model(args: argparse.Namespace) -> models_cxrmim.CXRMIM:
     try:
-        return models_cxrmim.ENCODERS[args.model](img_size=args.input_size, **some(args, OF_MODEL))
+        model = models_cxrmim.ENCODERS[args.model](img_size=args.input_size, **some(args, OF_MODEL))
+        masked_count(model.num_patches, args.mask_ratio)
     except ValueError as error:
         raise UserError(f"--{error}") from None
+    return model
 
 
 def initial_weights(args: argparse.Namespace) -> str | None:
     """The file of initial weights that --pretrained and --model ask for."""
-    path = args.pretrained
-    if path is None and args.model == "cxrmim_vit_base_patch16":
-        path = BASE_WEIGHTS
-    if path is None or path.lower() == "none":
+    path = args.pretrained or (BASE_WEIGHTS if args.model == "cxrmim_vit_base_patch16" else "none")
+    if path.lower() == "none":
         return None
     if not Path(path).exists():
         raise UserError(

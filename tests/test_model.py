@@ -135,7 +135,7 @@ def test_loss_equals_the_slow_version(weighted):
     preds = model.forward_decoder(model.forward_encoder(batch["img"], mask), mask)
     targets = model.hog_targets(batch["img"])
     slow = slow_loss(model, preds, targets, mask, batch["attention"], weighted)
-    loss = model.forward_loss(preds, targets, mask, batch["attention"] if weighted else None)
+    loss = model.scale_losses(preds, targets, mask, batch["attention"] if weighted else None).sum()
     assert loss.item() == pytest.approx(slow, rel=1e-5)
     whole = model(batch, mask=mask)
     assert whole.item() == pytest.approx(slow, rel=1e-4)  # its targets come from one gray channel
@@ -183,9 +183,9 @@ def test_masking_by_attention_differs_from_random_and_block():
     ("options", "message"),
     [
         ({"id_list": (0, 4)}, "id_list has 2 blocks and scale_list 4"),
-        ({"id_list": (0, 1, 2, 4)}, r"id_list \[4\] outside"),
-        ({"id_list": (0, 1, 2, -1)}, r"id_list \[-1\] outside"),
-        ({"scale_list": (4, 2, 1, 3)}, r"scale_list \[3.0\]"),
+        ({"id_list": (0, 1, 2, 4)}, "id_list .* outside"),
+        ({"id_list": (0, 1, 2, -1)}, "id_list .* outside"),
+        ({"scale_list": (4, 2, 1, 3)}, "scale_list .* not among"),
         ({"id_list": (), "scale_list": ()}, "id_list"),
         ({"img_size": 48}, "input_size 48"),
         ({"masking": "gaze"}, "masking"),

@@ -257,7 +257,7 @@ def copy_tree(tree, target, change):
         ("--decoder_num_heads 7", "decoder_num_heads"),
         ("--pretrained /nowhere.pth", "/nowhere.pth"),
         ("--model cxrmim_vit_base_patch16", "fetch_weights"),
-        ("--resume /nowhere.pth", "--resume"),
+        ("--resume /nowhere.pth", "/nowhere.pth: can't be read"),
         ("--device tpu", "--device"),
         ("--world_size 2", "torchrun"),
         ("--gaze_temperature 0", "gaze_temperature"),

@@ -28,7 +28,7 @@ class HOGPyramid(nn.Module):
 
     Args:
         nbins: orientation bins over 180 degrees.
-        cell_sizes: side of a cell in pixels for each level, e.g. (4, 8, 16, 32); divisors of H and W.
+        cell_sizes: side of a cell in pixels for each level, e.g. (4, 8, 16, 32); they must divide H and W.
     """
 
     def __init__(self, nbins: int, cell_sizes: Sequence[int]):
@@ -49,20 +49,12 @@ class HOGPyramid(nn.Module):
             For each cell size c, float [B, (H/c)*(W/c), 3*nbins], cells row-major, channels R, G, B.
             A cell without any gradient is all zero.
         """
-        batch, channels, height, width = img.shape
-        if channels not in (1, 3):
-            raise ValueError(f"HOG takes 1 or 3 channels, not {channels}")
-        for cell in self.cell_sizes:
-            if height % cell or width % cell:
-                raise ValueError(f"image of {height} x {width} px is not divisible into cells of {cell} px")
-
-        finest = min(self.cell_sizes)
+        batch, channels = img.shape[:2]
         gx, gy = sobel(img.float().flatten(0, 1))  # [B*C, H, W]
-        pooled = {finest: self._histogram(gx, gy, finest)}  # [B*C, nbins, H/c, W/c]
-        for cell in sorted(set(self.cell_sizes) - {finest}):
-            divisors = [done for done in pooled if cell % done == 0]
-            fine = max(divisors) if divisors else None
-            pooled[cell] = self._histogram(gx, gy, cell) if fine is None else F.avg_pool2d(pooled[fine], cell // fine)
+        pooled = {}  # [B*C, nbins, H/c, W/c]
+        for cell in sorted(set(self.cell_sizes)):
+            fine = max((done for done in pooled if cell % done == 0), default=None)
+            pooled[cell] = F.avg_pool2d(pooled[fine], cell // fine) if fine else self._histogram(gx, gy, cell)
 
         targets = []
         for cell in self.cell_sizes:

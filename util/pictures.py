@@ -81,34 +81,34 @@ def reconstruct(
 
     height, width = model.grid_size
     grid_mask = mask.view(-1, 1, height, width).float()
-    constants = [level.mean(0) for level in means or [target.mean(0) for target in targets]]
-    guesses = {"model": predictions, "one constant for all cells": constants}
-    if means:
-        guesses["the mean of each place"] = means
-    errors = {name: torch.zeros_like(grid_mask) for name in guesses}
-    shown_targets, shown_predictions, predicted = [], [], []
-    for k, (scale, target, prediction) in enumerate(zip(model.scale_list, targets, predictions, strict=True)):
-        shape = (-1, int(height * scale), int(width * scale))
-        for name, guess in guesses.items():
-            cell_error = (guess[k].float() - target).square().mean(2).view(shape)[:, None]
-            # Cells back to patches: the inverse of bringing a mask to the cells.
-            errors[name] += mask_cells(cell_error, 1 / scale)
-        by_channel = (*shape, 3, model.hog.nbins)
-        shown_targets.append(target.float().view(by_channel).mean(3).cpu().numpy())
-        shown_predictions.append(prediction.float().view(by_channel).mean(3).cpu().numpy())
-        predicted.append((mask_cells(grid_mask, scale)[:, 0] > 0).cpu().numpy())
+    guesses = {
+        "model": predictions,
+        "one constant for all cells": [level.mean(0) for level in means or [target.mean(0) for target in targets]],
+    } | ({"the mean of each place": means} if means else {})
+
+    def patch_errors(guess: Sequence[Tensor]) -> np.ndarray:
+        total = torch.zeros_like(grid_mask)
+        for scale, guessed, target in zip(model.scale_list, guess, targets, strict=True):
+            cells = (guessed.float() - target).square().mean(2).view(-1, 1, int(height * scale), int(width * scale))
+            total += mask_cells(cells, 1 / scale)  # cells back to patches: the inverse of bringing a mask to the cells
+        return total[:, 0].cpu().numpy()
+
+    def histograms(levels: Sequence[Tensor]) -> list[np.ndarray]:
+        shapes = [(-1, int(height * scale), int(width * scale), 3, model.hog.nbins) for scale in model.scale_list]
+        return [level.float().view(shape).mean(3).cpu().numpy() for level, shape in zip(levels, shapes, strict=True)]
+
+    errors = {name: patch_errors(guess) for name, guess in guesses.items()}
     significant = significant_patches(foreground_of(batch), model.patch_size).view(-1, height, width)
-    by_patch = {name: error[:, 0].cpu().numpy() for name, error in errors.items()}
     return Reconstruction(
         gray=gray_image(model, batch),
         attention=batch["attention"].float().cpu().numpy(),
         significant=significant.cpu().numpy(),
         masked=(grid_mask[:, 0] > 0).cpu().numpy(),
-        targets=shown_targets,
-        predictions=shown_predictions,
-        predicted=predicted,
-        error=by_patch.pop("model"),
-        references=by_patch,
+        targets=histograms(targets),
+        predictions=histograms(predictions),
+        predicted=[(mask_cells(grid_mask, scale)[:, 0] > 0).cpu().numpy() for scale in model.scale_list],
+        error=errors.pop("model"),
+        references=errors,
         cell_sizes=list(model.hog.cell_sizes),
     )
 
@@ -219,11 +219,8 @@ def reconstruction_panels(found: Reconstruction, i: int, pixels: int = GLYPH_PIX
     """Two lines of (title, picture) of image i: radiograph, gaze, the targets of the scales; mask, error of the masked
     patches, the predictions. Pictures are [H, W] or [H, W, 3] in 0..1, glyphs of at least `pixels`."""
     gray, masked = found.gray[i], found.masked[i]
-    overlay, error = (
-        gaze_overlay(gray, found.attention[i]),
-        error_picture(gray, found.error[i], masked, found.largest_error),
-    )
-    above = [("radiograph", gray), ("gaze heatmap (bright: looked at longer)", overlay)]
+    error = error_picture(gray, found.error[i], masked, found.largest_error)
+    above = [("radiograph", gray), ("gaze heatmap (bright: looked at longer)", gaze_overlay(gray, found.attention[i]))]
     below = [("mask", mask_picture(gray, found.significant[i], masked)), ("squared error of masked patches", error)]
     scales = zip(found.cell_sizes, found.targets, found.predictions, found.predicted, strict=True)
     for size, target, prediction, predicted in scales:
