@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping
-from functools import partial
-from numbers import Integral, Real
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,29 +26,36 @@ from datasets.replay import training_batch
 from datasets.shown import chosen_samples, training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
-from scripts.figures.reconstruction import contact_sheet, mean_targets, reconstruction_figure
 from util.cli import Parser, check_device, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import build_model
-from util.figures import check_picture_path, page_path, save_figure
+from util.figures import check_picture_path, fit_lines, save_figure
 from util.masking import MASKINGS
-from util.pictures import reconstruct
-from util.radiograph import MIMIC_CXR_JPG, add_dicom_contrast
-from util.weights import read_state_dict
+from util.pictures import (
+    MASKED,
+    SIGNIFICANT,
+    Reconstruction,
+    gaze_overlay,
+    mask_picture,
+    reconstruct,
+    reconstruction_panels,
+)
+from util.radiograph import add_dicom_contrast
+from util.weights import WeightsInfo, read_state_dict
 
 # Options whose default is what the checkpoint stores.
-STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "id_list", "scale_list", "num_heads", "decoder_num_heads")
+STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "num_heads")
 
 # Of a large data set, so many images spread over it give the mean of each place.
 REFERENCE_IMAGES = 100
 
-# Of the options that a batch is made from.
-KINDS = {
-    **dict.fromkeys(("seed", "epochs", "batch_size", "accum_iter", "cache_size"), Integral),
-    **dict.fromkeys(("mask_ratio", "clinical_ratio", "min_crop_ratio"), Real),
-    "data_path": (str, list, tuple),
-}
+ENLARGED = "#CC79A7"  # purple
+SHEET_KEY = "significant: at least half of the patch is gaze foreground (Otsu)."
+KEY = (
+    " Glyphs: lines along the edges of a cell, brighter where more of its gradient has that direction. Squared error: "
+    "of a patch, summed over scales; dark 0, bright {:.3g}."
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -57,124 +68,193 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", help="checkpoint of pretraining, or a published one")
     add("--data_path", nargs="+", help="processed tree or trees (default: where the run had its data)")
-    add("--index", type=int, nargs="+", help="samples of the data set; with --epoch, places in the batch")
+    add("--index", type=int, nargs="+",
+        help="samples of the data set, or with --epoch places in the batch (default: the first 4, with --sheet 64)")
     add("--epoch", type=int, help="with --step: the batch of this training epoch, from 0")
     add("--step", type=int, help="step of that epoch, from 0")
     add("--rank", type=int, default=0, help="process whose batch it is")
     add("--image", help="one radiograph instead of a data set: JPG, PNG or DICOM")
-    add("--heatmap", help="its gaze heatmap, 8-bit gray, of the same size")
-    add("--fixations", help="its fixations as CSV, with REFLACX's columns or x, y, duration, sigma_x, ...")
+    gaze = parser.add_mutually_exclusive_group().add_argument
+    gaze("--heatmap", help="its gaze heatmap, 8-bit gray, of the same size")
+    gaze("--fixations", help="its fixations as CSV, with REFLACX's columns or x, y, duration, sigma_x, ...")
     add_dicom_contrast(parser)
     add("--masking", choices=MASKINGS, help="what chooses the masked patches")
     add("--mask_ratio", type=finite_float, help="share of masked patches")
     add("--clinical_ratio", type=finite_float, help="share of masked ones among the attended patches")
     add("--seed", type=seed_number, help="of the masks, and of the crops of --epoch and --step")
-    add("--id_list", type=int, nargs="+", help="for a file that doesn't say: blocks that it decodes")
-    add("--scale_list", type=finite_float, nargs="+", help="for a file that doesn't say: scale of each")
     add("--num_heads", type=int, help="for a file that doesn't say: attention heads of the encoder")
-    add("--decoder_num_heads", type=int, help="for a file that doesn't say: attention heads of the decoders")
-    add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images on a page")
-    add("--per_page", type=int, help="images on a page (default: 4, with --sheet 64)")
+    add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images")
     add("--device", default="cpu", help="replaying masks of a run on CUDA needs cuda")
-    add("--out", default="picture.png", help=".png, .pdf, .svg or .jpg; several pages are numbered")
+    add("--out", default="picture.png", help=".png, .pdf, .svg or .jpg")
     # fmt: on
     return parser
 
 
-def check_options(options: Mapping[str, Any], path: Path) -> None:
-    """Refuse stored options that no run has: the file may be another program's."""
-    for name, kind in KINDS.items():
-        if name in options and not isinstance(options[name], kind):
-            raise UserError(f"{path}: its stored {name} is {str(options[name])[:60]!r}, of which no batch can be made")
-
-
-def _listed(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
-
-
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    out = check_picture_path(args.out)
-    if (args.epoch is None) != (args.step is None):
+    out, replay, means = check_picture_path(args.out), args.epoch is not None, None
+    if replay != (args.step is not None):
         raise UserError("--epoch and --step belong together")
-    if args.image and (args.data_path or args.index or args.epoch is not None):
+    if args.image and (args.data_path or args.index or replay):
         raise UserError("--image shows one image; leave out --data_path, --index, --epoch and --step")
     if not args.image and (args.heatmap or args.fixations):
         raise UserError("--heatmap and --fixations belong to --image")
-    if not args.image and args.dicom_contrast != MIMIC_CXR_JPG:
-        raise UserError("--dicom_contrast belongs to --image; images of a tree are 8-bit")
-    if args.heatmap and args.fixations:
-        raise UserError("--heatmap and --fixations: give one of them")
-    if args.per_page is not None and args.per_page < 1:
-        raise UserError(f"--per_page {args.per_page}: must be at least 1")
     check_device(args.device)
-
     state, info = read_state_dict(local_file(args.checkpoint))
-    given = {name: value for name, value in vars(args).items() if name in STORED and value is not None}
+    given = {name: vars(args)[name] for name in STORED if vars(args)[name] is not None}
     options = {**info.args, **given}
-    check_options(options, info.path)
     model = build_model(CXRMIM, state, info, given).to(args.device)
 
-    means = None
     if args.image:
         gaze = {"heatmap": args.heatmap, "fixations": args.fixations}
         shown = single_image(model, options, args.image, **gaze, dicom_contrast=args.dicom_contrast)
         if model.masking == "attention" and not (args.heatmap or args.fixations):
             print("no --heatmap or --fixations: no patch is significant, the mask is random")
     else:
-        replay = args.epoch is not None
         dataset = training_dataset(options, args.data_path, model.img_size, augment=replay)
+        most = 64 if args.sheet else 4
         if replay:
-            if info.entries.get("samples") not in (None, dataset.identity()):
-                raise UserError(
-                    "--data_path: holds other images or heatmaps than the run trained on, in another order, or cached "
-                    "otherwise, so its steps can't be shown; leave out --epoch and --step"
-                )
-            since = tuple(info.entries.get("unchanged_since", (0, 0)))
-            if (args.epoch, args.step) < since:
-                raise UserError(
-                    f"--epoch {args.epoch} --step {args.step}: the run went on with other options or data from epoch "
-                    "{} step {} on; earlier steps need a checkpoint from before that".format(*since)
-                )
-            drawn_on = "cuda" if info.entries.get("threads", 1) is None else "cpu"
-            if "threads" in info.entries and drawn_on != args.device:
-                raise UserError(
-                    f"--device {args.device}: the run drew its masks on {drawn_on}; pass --device {drawn_on}"
-                )
-            place = {
-                "epoch": args.epoch,
-                "step": args.step,
-                "rank": args.rank,
-                "world_size": info.entries.get("world_size", 1),
-            }
-            shown = training_batch(model, dataset, options, **place)
-            if args.index:
-                shown = shown.take(args.index)
+            check_unchanged(args, info, dataset.identity())
+            place = {"epoch": args.epoch, "step": args.step, "rank": args.rank}
+            world_size = info.entries.get("world_size", 1)
+            shown = training_batch(model, dataset, options, **place, world_size=world_size)
+            shown = shown.take(args.index or range(min(most, len(shown.names))))
         else:
-            indices = args.index or range(min(4, len(dataset)))
+            indices = args.index or range(min(most, len(dataset)))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
         if not args.sheet:
             chosen = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))
             means = mean_targets(model, (default_collate([dataset[(args.epoch or 0, index)]]) for index in chosen))
 
-    data = args.image or " ".join(args.data_path or [str(path) for path in _listed(info.args.get("data_path"))])
-    where = f"training step {args.step} of epoch {args.epoch}" if args.epoch is not None else "whole images"
+    found = reconstruct(model, shown.batch, shown.mask, means)
+    data = args.image or args.data_path or info.args.get("data_path")
+    data = data if isinstance(data, str) else " ".join(data)
+    where = f"training step {args.step} of epoch {args.epoch}" if replay else "whole images"
     trained = "" if info.epoch is None else f" after {info.epoch + 1} epochs"
     title = f"{Path(args.checkpoint).resolve().parent.name}/{info.path.name}{trained}, {data}, {where}"
-    draw = contact_sheet if args.sheet else partial(reconstruction_figure, means=means)
-    per_page = args.per_page or (64 if args.sheet else 4)
-    starts = range(0, len(shown.names), per_page)
-    for page, start in enumerate(starts):
-        some = shown.take(range(start, min(start + per_page, len(shown.names))))
-        path = page_path(out, page, len(starts))
-        save_figure(draw(model, some.batch, some.mask, names=some.names, title=title), path)
-        print(f"wrote {path}: {', '.join(some.names)}")
+    save_figure(reconstruction_figure(found, shown.names, title, args.sheet), out)
+    print(f"wrote {out}: {', '.join(shown.names)}")
     if means:
-        found = reconstruct(model, shown.batch, shown.mask, means)
         values = {"the model": found.error} | found.references
         told = ", ".join(f"{error[found.masked].mean():.4f} of {name}" for name, error in values.items())
         print(f"mean squared error of masked patches, {len(shown.names)} images: {told} ({len(chosen)} images)")
     return 0
+
+
+def check_unchanged(args: argparse.Namespace, info: WeightsInfo, samples: str) -> None:
+    """Refuse a training step that this checkpoint's run did not see so: with other data, options or device."""
+    if info.entries.get("samples") not in (None, samples):
+        raise UserError(
+            "--data_path: holds other images or heatmaps than the run trained on, in another order, or cached "
+            "otherwise, so its steps can't be shown; leave out --epoch and --step"
+        )
+    since = tuple(info.entries.get("unchanged_since", (0, 0)))
+    if (args.epoch, args.step) < since:
+        raise UserError(
+            f"--epoch {args.epoch} --step {args.step}: the run went on with other options or data from epoch "
+            "{} step {} on; earlier steps need a checkpoint from before that".format(*since)
+        )
+    drawn_on = "cuda" if info.entries.get("threads", 1) is None else "cpu"
+    if "threads" in info.entries and drawn_on != args.device:
+        raise UserError(f"--device {args.device}: the run drew its masks on {drawn_on}; pass --device {drawn_on}")
+
+
+@torch.no_grad()
+def mean_targets(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Mean HOG target of each cell over all images of the batches: for each scale float [cells_k, 3*nbins]."""
+    sums, count = [0.0] * len(model.scale_list), 0
+    for batch in batches:
+        prepared = model.prepare_batch(batch)
+        targets = model.hog_targets(prepared.get("gray", prepared["img"]))
+        sums = [total + target.double().sum(0) for total, target in zip(sums, targets, strict=True)]
+        count += len(prepared["img"])
+    return [(total / count).float() for total in sums]
+
+
+def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: str, sheet: bool = False) -> Figure:
+    """Figure of B images, each with its caption: two lines of panels, radiograph, gaze, targets; mask, error,
+    predictions, and last the finest cells enlarged where most is masked; or with `sheet` gaze and mask alone, four
+    images side by side.
+
+    Args:
+        names, title: a line of text per image; what is shown: run, data, epoch.
+    """
+    images, side, points = len(found.gray), 1.5 if sheet else 2.26, 5.5 if sheet else 8.5
+    columns = min(4, images) if sheet else 1
+    inches = side * (2 if sheet else 3 + len(found.cell_sizes))  # of an image
+    width = max(columns * inches, 5)
+    captions = [fit_lines(f"{name}\n{caption(found, i, sheet)}", inches, points) for i, name in enumerate(names)]
+    height = (1 if sheet else 2) * (side + 0.2) + points / 45 * max(map(len, captions))
+    rows = math.ceil(images / columns)
+    figure = Figure((width, rows * height + 1.1), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("\n".join(fit_lines(f"{title}, {images} image{'s' * (images > 1)}", width, 9)), fontsize=9)
+    for i, band in zip(range(images), figure.subfigures(rows, columns, squeeze=False).flat):
+        band.suptitle("\n".join(captions[i]), fontsize=points, x=0.005, ha="left")
+        draw_image(band, found, i, sheet)
+    key = SHEET_KEY if sheet else SHEET_KEY + KEY.format(found.largest_error)
+    handles = [
+        Patch(fc=MASKED, alpha=0.8, label="masked"),
+        Patch(fc=SIGNIFICANT, alpha=0.8, label="masked, significant (gazed at)"),
+        Patch(fc="none", ec=SIGNIFICANT, lw=1.2, label="visible, significant"),
+    ]
+    if not sheet:
+        hatched = {"fc": 0.22 * np.array(to_rgb(MASKED)), "ec": 0.45 * np.array(to_rgb(MASKED)), "hatch": "//////"}
+        handles += [Patch(**hatched, label="in predictions: visible, not predicted")]
+        handles += [Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")]
+    key = {"title": "\n".join(fit_lines(key, width, 7)), "fontsize": 7, "title_fontsize": 7, "frameon": False}
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **key)
+    return figure
+
+
+def caption(found: Reconstruction, i: int, sheet: bool) -> str:
+    """Counts of an image, and its error beside what needs no image."""
+    significant, masked = found.significant[i], found.masked[i]
+    if sheet:
+        return f"{significant.sum()} significant, {(masked & significant).sum()} of them masked"
+    references = "".join(f"; of {what} {error[i][masked].mean():.3f}" for what, error in found.references.items())
+    return (
+        f"Mean squared error of masked patches: {found.error[i][masked].mean():.3f}{references}. "
+        f"{significant.sum()} of {masked.size} patches significant; masked: {masked.sum()}, of which significant: "
+        f"{(masked & significant).sum()}"
+    )
+
+
+def draw_image(band, found: Reconstruction, i: int, sheet: bool) -> None:
+    """Draw the panels of image i into a subfigure."""
+    masked, mask_place = found.masked[i], (0, 1) if sheet else (1, 0)
+    if sheet:
+        mask = mask_picture(found.gray[i], found.significant[i], masked)
+        lines = [[("", gaze_overlay(found.gray[i], found.attention[i])), ("", mask)]]
+    else:
+        lines, finest, side = (
+            reconstruction_panels(found, i),
+            2 + int(np.argmin(found.cell_sizes)),
+            min(4, *masked.shape),
+        )
+        counts = np.lib.stride_tricks.sliding_window_view(masked, (side, side)).sum((2, 3))
+        top, left = np.array(np.unravel_index(counts.argmax(), counts.shape))  # of where most is masked
+        for line, what in zip(lines, ("target", "prediction"), strict=True):
+            picture = line[finest][1]
+            size = picture.shape[0] // masked.shape[0]  # of a patch
+            enlarged = picture[top * size : (top + side) * size, left * size : (left + side) * size]
+            line.append((f"{what}, framed part enlarged", enlarged))
+    panels = band.subplots(len(lines), len(lines[0]), squeeze=False)
+    for axes, (text, picture) in zip(panels.flat, [panel for line in lines for panel in line], strict=True):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes.set_title(text, fontsize=8, pad=2.5)
+        axes.set_axis_off()
+    for place in np.argwhere(found.significant[i] & ~masked):
+        frame(panels[mask_place], masked, place, 1, ec=SIGNIFICANT, lw=0.8)
+    for axes in () if sheet else (panels[mask_place], *panels[:, finest]):
+        frame(axes, masked, (top, left), side, ec=ENLARGED, lw=1.4)
+
+
+def frame(axes, masked: np.ndarray, place: Sequence[int], side: int, **style) -> None:
+    """Frame `side` x `side` patches of a picture, from that at `place` = (row, column) on."""
+    size = axes.get_images()[0].get_array().shape[0] / masked.shape[0]
+    row, column = np.asarray(place) * size - 0.5
+    axes.add_patch(Rectangle((column, row), side * size, side * size, fill=False, **style))
 
 
 if __name__ == "__main__":

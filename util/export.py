@@ -326,9 +326,7 @@ def _published_config(state: Mapping[str, Tensor], info: WeightsInfo, args: Mapp
     """Constructor arguments of a published checkpoint, which has no "model_config", from shapes and options."""
     options = ("id_list", "scale_list", "decoder_num_heads")
     if lacking := [name for name in options if args.get(name) is None]:
-        raise UserError(
-            f"{info.path}: the file does not say with which {lacking[0]} it was trained; pass --{lacking[0]}"
-        )
+        raise UserError(f"{info.path}: the file does not say with which {lacking[0]} it was trained")
     last = max(numbers(state, "decoder.0.pred"))
     decoder = {
         "in_chans": state[PATCHES].shape[1],

@@ -59,12 +59,6 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
         figure.savefig(file, format=kind, metadata=metadata if kind != "jpg" else None)
 
 
-def page_path(path: str | os.PathLike, page: int, pages: int) -> Path:
-    """`path` itself for a single page, else name-001.png, name-002.png, ... from page 0 on."""
-    path = Path(path)
-    return path if pages == 1 else path.with_name(f"{path.stem}-{page + 1:03d}{path.suffix}")
-
-
 # Told apart by every common kind of colour vision (Okabe and Ito 2008).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
