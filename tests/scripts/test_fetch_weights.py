@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +11,8 @@ import safetensors.torch
 import timm
 import torch
 
-from models_cxrmim import CXRMIM, cxrmim_vit_tiny_patch16
-from scripts.fetch_weights import TAG, main, tagged_name
+from models_cxrmim import cxrmim_vit_tiny_patch16
+from scripts.fetch_weights import TAG, VITS, main
 from util.errors import UserError
 from util.export import stored_weights
 from util.weights import load_initial_weights, read_state_dict
@@ -21,45 +20,57 @@ from util.weights import load_initial_weights, read_state_dict
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory):
-    """Random weights in the file that timm's page offers for ViT-Ti."""
-    torch.manual_seed(3)
-    model = timm.create_model("vit_tiny_patch16_224")
-    path = tmp_path_factory.mktemp("download") / "model.safetensors"
-    safetensors.torch.save_file(model.state_dict(), path)
-    return path, model.state_dict()
+    """Random weights in the files that timm's pages offer, by the model's name."""
+    found = {}
+    for name in ("vit_tiny_patch16_224", "test_resnet"):
+        path = tmp_path_factory.mktemp(name) / "model.safetensors"
+        safetensors.torch.save_file(timm.create_model(name).state_dict(), path)
+        found[name] = path
+    return found
 
 
-def test_local_file_becomes_weights_with_checksum_and_heads(downloaded, tmp_path, capsys):
-    path, expected = downloaded
-    out = tmp_path / "preTrain" / "vit_tiny_p16_224_timm.pth"
-    assert main(["--model", "cxrmim_vit_tiny_patch16", "--file", str(path), "--out", str(out)]) == 0
-    state, info = read_state_dict(out)
-    assert state.keys() == expected.keys() and info.metadata["num_heads"] == "3"
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
-    digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    assert (out.parent / f"{out.name}.sha256").read_text() == f"{digest}  {out.name}\n"
-    printed = capsys.readouterr().out
-    assert digest in printed and TAG in printed
-    report = load_initial_weights(cxrmim_vit_tiny_patch16(), out)
-    assert "matched  148" in report
+@pytest.mark.parametrize(
+    ("model", "name", "told"),
+    [
+        ("tiny", "vit_tiny_patch16_224", TAG),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224", TAG),
+        ("test_resnet", "test_resnet", "test_resnet.r160_in1k"),
+    ],
+)
+def test_local_file_lands_where_programs_look_for_it(downloaded, tmp_path, monkeypatch, capsys, model, name, told):
+    monkeypatch.setattr("util.export.FOLDER", tmp_path / "preTrain")
+    assert main(["--model", model, "--file", str(downloaded[name])]) == 0
+    state, info = read_state_dict(stored_weights(name))
+    expected = safetensors.torch.load_file(downloaded[name])
+    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+    assert told in capsys.readouterr().out
+    if name != "test_resnet":
+        assert info.metadata["num_heads"] == "3"
+        assert "matched  148" in load_initial_weights(cxrmim_vit_tiny_patch16(), stored_weights(name))
 
 
 def test_every_tag_exists_in_the_installed_timm():
-    assert all(f"vit_{size}_patch16_224.{TAG}" in timm.list_pretrained() for size in ("tiny", "small", "base", "large"))
+    assert {f"{name}.{TAG}" for name in VITS.values()} <= set(timm.list_pretrained()) and "base" in VITS
+    assert stored_weights("vit_base_patch16_224").name == "vit_base_p16_224_timm.pth"
 
 
-def test_file_of_another_model_is_refused(tmp_path):
-    other, out = tmp_path / "other.pth", tmp_path / "w.pth"
-    model = CXRMIM(img_size=64, embed_dim=64, depth=2, num_heads=1, id_list=(0, 1), scale_list=(1.0, 0.5))
-    torch.save(model.state_dict(), other)
-    with pytest.raises(UserError, match="other.pth: not the weights of timm's vit_tiny") as caught:
-        main(["--model", "tiny", "--file", str(other), "--out", str(out)])
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="none.pth: no such"):
-        main(["--model", "tiny", "--file", str(tmp_path / "none.pth"), "--out", str(out)])
-    with pytest.raises(UserError, match="--model resnet51: timm has no"):
-        main(["--model", "resnet51", "--out", str(out)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pth"]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "tiny", "--file", "{other}"], "not the weights of timm's vit_tiny"),
+        (["--model", "tiny", "--file", "none.pth"], "none.pth: no such"),
+        (["--model", "resnet51"], "--model resnet51: timm has no"),
+        (["--model", "large"], r"can't be downloaded.*127.0.0.1:9/timm/vit_large.*--file"),
+    ],
+)
+def test_what_can_not_work_is_one_line_and_writes_nothing(downloaded, tmp_path, monkeypatch, words, told):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    words = [word.format(other=downloaded["test_resnet"]) for word in words]
+    with pytest.raises(UserError, match=told) as caught:
+        main([*words, "--out", str(tmp_path / "w.pth")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "w.pth").exists()
 
 
 def test_weights_are_downloaded_from_the_hub(downloaded, tmp_path, monkeypatch):
@@ -68,7 +79,8 @@ def test_weights_are_downloaded_from_the_hub(downloaded, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     page = tmp_path / f"timm/vit_tiny_patch16_224.{TAG}/resolve/main"
     page.mkdir(parents=True)
-    (page / "model.safetensors").write_bytes(downloaded[0].read_bytes())
+    source = downloaded["vit_tiny_patch16_224"]
+    (page / "model.safetensors").write_bytes(source.read_bytes())
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -76,27 +88,4 @@ def test_weights_are_downloaded_from_the_hub(downloaded, tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     state, _ = read_state_dict(tmp_path / "w.pth")
-    assert all(torch.equal(state[name], tensor) for name, tensor in downloaded[1].items())
-
-
-def test_without_a_connection_the_manual_steps_are_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"can't be downloaded.*127.0.0.1:9/timm/vit_large.*--file") as caught:
-        main(["--model", "large", "--out", str(tmp_path / "w.pth")])
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "w.pth").exists()
-
-
-def test_any_of_timms_models_where_the_gaze_predictor_looks_for_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("util.export.FOLDER", tmp_path)
-    model = timm.create_model("test_resnet")
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    assert main(["--model", "test_resnet", "--file", str(tmp_path / "model.safetensors")]) == 0
-    assert "test_resnet.r160_in1k" in capsys.readouterr().out
-    state, _ = read_state_dict(stored_weights("test_resnet"))
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    assert tagged_name("base") == tagged_name("cxrmim_vit_base_patch16") == f"vit_base_patch16_224.{TAG}"
-    assert tagged_name("resnet50").startswith("resnet50.")
-    assert stored_weights("vit_base_patch16_224").name == "vit_base_p16_224_timm.pth"
+    assert all(torch.equal(state[name], tensor) for name, tensor in safetensors.torch.load_file(source).items())
