@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -25,9 +24,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,9 +34,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
@@ -49,14 +47,14 @@ from datasets import build_dataset
 from gaze.model import GazeNet
 from scripts import make_phantom, predict_gaze, prepare_mimic, prepare_reflacx
 from util.checkpoint import FORMAT, KEYS, save_checkpoint
-from util.cli import Parser, available_cpus, check_least, finite_float
-from util.errors import UserError, run_cli
+from util.cli import Parser, available_cpus, check_device
+from util.errors import run_cli
 from util.files import atomic_write, check_file_place
 from util.hog import GRADIENT_TOLERANCE, HOGPyramid
 from util.lr_sched import parameter_groups
 from util.masking import masked_count
+from util.output import versions
 from util.precision import set_tf32
-from util.stop import StopSignals
 
 REFLACX_IMAGES, PUBLISHED_EPOCHS = 2616, 400
 CELL_SIZES, NBINS = (4, 8, 16, 32), 9
@@ -67,10 +65,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if PyTorch can use a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 128 on a GPU")
-    parser.add_argument("--compile", action="store_true", help="also measure compiled steps (on a GPU always)")
-    parser.add_argument("--minutes", type=finite_float, default=math.inf, help="begin no part after so long")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
     # fmt: on
     return parser
@@ -78,46 +74,34 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    if args.batch_size is not None:
-        check_least(args, 1, "batch_size")
+    check_device(args.device)
     if args.json:
         check_file_place(args.json, "--json")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU that PyTorch can use")
     set_tf32(False)
-    deadline = time.monotonic() + 60 * args.minutes
-    with StopSignals() as signals, signals.exit_at_signal():  # inputs are removed
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
-            bench = Benchmark(args, Path(root))
-            bench.write()  # so that a place that can't be written to ends the run now
-            print(f"{'':44} {'baseline':>9} {'ours':>9} {'':10} ratio (quartiles)", flush=True)
-            for name, part in bench.parts().items():
-                if time.monotonic() >= deadline:
-                    bench.skipped.append(name)
-                    continue
-                try:
-                    part()
-                except Exception as error:  # costs its own rows alone
-                    traceback.print_exc()
-                    bench.failures[name] = f"{type(error).__name__}: {error}"
-    bench.write(whole=True)
-    if bench.skipped:
-        print(f"not measured, --minutes {args.minutes:g} are over: {'; '.join(bench.skipped)}")
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
+        bench = Benchmark(args, Path(root))
+        print(f"{'':44} baseline  ours      ratio     quartiles", flush=True)
+        for name, part in bench.parts().items():
+            try:
+                part()
+            except Exception:  # costs its own rows alone
+                traceback.print_exc()
+                bench.failures.append(name)
+    bench.write()
     if bench.failures:
         print(f"error: {len(bench.failures)} parts failed: {'; '.join(bench.failures)}", file=sys.stderr)
-    return 1 if bench.failures or not bench.rows else 0
+    return 1 if bench.failures else 0
 
 
-def published_sample(files, size: int = 224) -> Tensor:
-    """Baseline: decode three native files in full, to float tensors, crop and resize those: [5, S, S]."""
+def published_sample(files) -> Tensor:
+    """Baseline: decode three native files in full, to float tensors, crop and resize those: [5, 224, 224]."""
     image = TF.to_tensor(Image.open(files.image).convert("RGB"))
     maps = [TF.to_tensor(Image.open(file).convert("L")) for file in (files.attention, files.foreground)]
     planes = torch.cat([image, *maps])  # [5, H, W]
     box = RandomResizedCrop.get_params(planes, (0.2, 1.0), (3 / 4, 4 / 3))
-    planes = TF.resized_crop(planes, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return torch.cat([TF.normalize(planes[:3], mean, std), planes[3:].clamp(0, 1)])
+    planes = TF.resized_crop(planes, *box, [224, 224], InterpolationMode.BICUBIC, antialias=True)
+    image = TF.normalize(planes[:3], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return torch.cat([image, planes[3:].clamp(0, 1)])
 
 
 def direct_hog(img: Tensor) -> list[Tensor]:
@@ -137,37 +121,40 @@ def direct_hog(img: Tensor) -> list[Tensor]:
     return targets
 
 
-@dataclass
 class Benchmark:
     """What is measured, with its inputs in `root`, and the rows so far."""
 
-    args: argparse.Namespace
-    root: Path
-
-    def __post_init__(self):
-        self.quick, self.device = self.args.quick, self.args.device
+    def __init__(self, args: argparse.Namespace, root: Path):
+        self.root, self.json, self.quick, self.device = root, args.json, args.quick, args.device
         self.gpu = self.device == "cuda"
-        self.batch_size = self.args.batch_size or (2 if self.quick else 128 if self.gpu else 8)
-        self.repeats = 2 if self.quick else 10 if self.gpu else 5
-        self.input_size = 64 if self.quick else 224
-        self.height, self.width = (640, 560) if self.quick else (3056, 2544)
-        self.model = f"cxrmim_vit_{'tiny' if self.quick else 'base'}_patch16"
-        self.rows, self.failures, self.skipped = [], {}, []
+        self.batch_size = args.batch_size or self.of(2, 8, 128)
+        self.repeats = self.of(2, 5, 10)
+        self.input_size = self.of(64, 224, 224)
+        self.model = f"cxrmim_vit_{self.of('tiny', 'base', 'base')}_patch16"
+        self.rows: list[dict] = []
+        self.failures: list[str] = []
+
+    def of(self, quick, cpu, gpu):
+        """A size for this run."""
+        return quick if self.quick else gpu if self.gpu else cpu
 
     def parts(self) -> dict[str, Callable[[], None]]:
         """All measurements by name, the most important first."""
         # Those of a GPU also in a quick run: they must work the first time.
-        many = self.gpu or self.quick
-        formats = ("bfloat16", "float16", "TF32", "float32") if many else ("bfloat16", "float32")
-        found = {"samples": self.samples, "HOG targets": self.hog}
-        found |= {f"step: {name}": partial(self.step, name, False) for name in formats}
-        for workers in (1,) if self.quick else (4, 16) if self.gpu else (2,):
-            found[f"training, {workers} workers"] = partial(self.training, workers)
-        found |= {"encoding": self.encoding, "gaze prediction": self.prediction, "linear evaluation": self.heads}
-        if many or self.args.compile:  # compiling takes a minute or more each
-            for name in formats[:1] if self.quick else formats:
-                found[f"step: {name}, compiled"] = partial(self.step, name, True)
-        return found
+        formats = ("bfloat16", "float16", "TF32", "float32")
+        formats = self.of(formats, formats[::3], formats)
+        workers = self.of([1], [2], [4, 16])
+        compiled = self.of(formats[:1], (), formats)  # a minute or more each
+        return {
+            "samples": self.samples,
+            "HOG targets": self.hog,
+            **{f"step: {name}": partial(self.step, name) for name in formats},
+            **{f"training, {n} workers": partial(self.training, n) for n in workers},
+            "encoding": self.encoding,
+            "gaze prediction": self.prediction,
+            "linear evaluation": self.heads,
+            **{f"step: {name}, compiled": partial(self.step, name, compiled=True) for name in compiled},
+        }
 
     def timed(self, function: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -176,94 +163,70 @@ class Benchmark:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def compare(self, name: str, baseline: Callable, ours: Callable, note: str = "", calls: int = 1) -> float:
-        """Add a row of two functions called in turns, after one call each to warm up; returns the median of ours,
-        which does `calls` times in a turn what `baseline` does once."""
-        turns = [[self.timed(function) for function in (baseline, ours)] for _ in range(self.repeats + 1)]
-        return self.add_turns(name, np.array(turns[1:]) / [1, calls], note)
+    def in_turns(self, *functions: Callable[[], object]) -> np.ndarray:
+        """Seconds of baseline and ours, called in turns after one call each to warm up: [turns, 2]."""
+        return np.array([[self.timed(function) for function in functions] for _ in range(self.repeats + 1)][1:])
 
-    def add_turns(self, name: str, turns: np.ndarray, note: str) -> float:
-        """Add a row of seconds [turns, 2], baseline and ours; returns the median of ours."""
-        low, ratio, high = np.percentile(turns[:, 0] / turns[:, 1], (25, 50, 75)).tolist()
-        before, after = np.median(turns, 0).tolist()
-        self.add(name, "s", after, note, before, ratio, (low, high))
-        return after
-
-    def add(self, name, unit, ours, note="", baseline=None, ratio=None, quartiles=None) -> None:
-        row = {"name": name, "unit": unit, "baseline": baseline, "ours": ours, "ratio": ratio}
-        self.rows.append(
-            row | {"ratio_quartiles": quartiles, "repeats": len(quartiles or ()) and self.repeats, "note": note}
-        )
-        before, ratio = (f"{value:.4g}" if value is not None else "" for value in (baseline, ratio))
-        spread = "({:.3g}..{:.3g})".format(*quartiles) if quartiles else ""
-        print(f"{name:44} {before:>9} {ours:9.4g} {unit:10} {ratio:>6} {spread:14} {note}".rstrip(), flush=True)
+    def add(self, name: str, note: str, turns: np.ndarray, unit: str = "s") -> None:
+        """Add a row of `turns`: baseline and ours [n, 2], or ours alone [n, 1]."""
+        *baseline, ours = np.median(turns, 0).tolist()
+        low, ratio, high = np.percentile(turns[:, 0] / turns[:, -1], (25, 50, 75)).tolist() if baseline else [None] * 3
+        row = {"name": name, "unit": unit, "baseline": baseline[0] if baseline else None, "ours": ours, "ratio": ratio}
+        self.rows.append(row | {"ratio_quartiles": (low, high), "repeats": len(turns), "note": note})
+        shown = [f"{value or '':9.4}" for value in (row["baseline"], ours, ratio, low, high)]
+        print(f"{name:44} {' '.join(shown)} {unit} {note}", flush=True)
         self.write()
 
-    def write(self, whole: bool = False) -> None:
-        """Raises `UserError`."""
-        if self.args.json is None:
+    def write(self) -> None:
+        if self.json is None:
             return
-        cpu = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), cpu)
-        machine = {"cpu": cpu, "cores": available_cpus(), "threads": torch.get_num_threads()}
-        machine |= {"gpu": torch.cuda.get_device_name() if self.gpu else None, "python": platform.python_version()}
-        machine |= {module.__name__: module.__version__ for module in (torch, torchvision, Image)}
+        machine = {"platform": platform.platform(), "cores": available_cpus(), "threads": torch.get_num_threads()}
+        machine |= {"gpu": torch.cuda.get_device_name() if self.gpu else None, **versions()}
         settings = {"device": self.device, "quick": self.quick, "batch_size": self.batch_size, "repeats": self.repeats}
-        report = {"machine": machine, "settings": settings, "rows": self.rows, "failures": self.failures}
-        try:
-            with atomic_write(self.args.json, "w") as file:
-                json.dump(report | {"skipped": self.skipped, "whole": whole}, file, indent=2)
-        except OSError as error:
-            raise UserError(f"--json {self.args.json}: can't be written: {error.strerror}") from None
+        with atomic_write(self.json, "w") as file:
+            report = {"machine": machine, "settings": settings, "rows": self.rows, "failures": self.failures}
+            json.dump(report, file, indent=2)
 
-    def run(self, program, *words) -> None:
-        """Call one of our programs, which speaks on stderr."""
+    def run(self, program, text: str, **values) -> None:
+        """Call one of our programs, which speaks on stderr, with the words of a text; {NAME} in it is one word."""
         with contextlib.redirect_stdout(sys.stderr):
-            status = program.main([str(word) for word in words])
+            status = program.main([word.format(root=self.root, **values) for word in text.split()])
         if status:  # a signal ended it: of this program, too
             raise SystemExit(status)
 
     @cached_property
     def tree(self) -> Path:
         """A processed tree in native resolution with JPG images, as the published program reads it."""
-        raw, tree = self.root / "raw", self.root / "tree"
-        size = ("--height", self.height, "--width", self.width)
-        self.run(make_phantom, "--out", raw, "--n_images", 2 if self.quick else 8, "--shared_images", 0, *size)
-        source = ("--raw", raw / "reflacx", "--images", raw / "mimic")
-        self.run(prepare_reflacx, *source, "--out", tree, "--size", 0, "--workers", available_cpus())
-        entries = json.loads((tree / "reflacx.json").read_text())
-        originals = {path.stem: path for path in (raw / "mimic").rglob("*.jpg")}
-        for entry in entries:  # MIMIC-CXR-JPG's own file in place of the lossless copy
-            image = tree / entry["image_path"]
-            entry["image_path"] = str(Path(entry["image_path"]).with_suffix(".jpg"))
-            originals[image.stem].rename(image.with_suffix(".jpg"))
+        size = self.of("2 --width 560 --height 640", *["8 --width 2544 --height 3056"] * 2)
+        self.run(make_phantom, f"--out {{root}}/raw --shared_images 0 --n_images {size}")
+        source = "--raw {root}/raw/reflacx --images {root}/raw/mimic --out {root}/tree --size 0"
+        self.run(prepare_reflacx, f"{source} --workers {available_cpus()}")
+        tree = self.root / "tree"
+        for image in tree.glob("images/**/*.png"):  # MIMIC-CXR-JPG's own file in place of the lossless copy
+            next(self.root.glob(f"raw/mimic/**/{image.stem}.jpg")).rename(image.with_suffix(".jpg"))
             image.unlink()
-        (tree / "reflacx.json").write_text(json.dumps(entries))
+        index = tree / "reflacx.json"
+        index.write_text(index.read_text().replace(".png", ".jpg"))
         return tree
 
     def samples(self) -> None:
         """One sample in one thread, as a loader's worker has: from native files and from the cache."""
         native, cached = (build_dataset(self.tree, preload=True, use_cache=use) for use in (False, True))
-        n, turn, threads, many = len(native), count(), torch.get_num_threads(), 50
+        turn, threads, many, note = count(), torch.get_num_threads(), 50, "one thread, stored foreground"
 
         def published() -> Tensor:
-            return published_sample(native.files(next(turn) % n))
+            return published_sample(native.files(next(turn) % len(native)))
 
-        def several() -> None:  # a cached sample takes less than the clock's noise
-            for _ in range(many):
-                cached[0, next(turn) % n]
+        def several(dataset, n: int) -> None:
+            for _ in range(n):
+                dataset[0, next(turn) % len(native)]
 
-        note = "one thread, stored foreground"
         torch.set_num_threads(1)
-        try:
-            self.compare("sample from native files", published, lambda: native[0, next(turn) % n], note)
-            self.compare("sample from the cache", published, several, note, many)
-        finally:
-            torch.set_num_threads(threads)
-        for key in ("img", "attention"):
-            means = [(native[0, i][key].float() - cached[0, i][key].float()).abs().mean().item() for i in range(n)]
-            self.add(f"cached vs native {key}, mean difference", "gray levels", float(np.mean(means)))
+        self.add("sample from native files", note, self.in_turns(published, partial(several, native, 1)))
+        # A cached sample takes less than the clock's noise.
+        turns = self.in_turns(published, partial(several, cached, many)) / [1, many]
+        self.add("sample from the cache", note, turns)
+        torch.set_num_threads(threads)
 
     def ready_batch(self, size: int) -> dict[str, Tensor]:
         """A batch as the loader hands it on."""
@@ -279,13 +242,13 @@ class Benchmark:
         plain, ours = (lambda: direct_hog(batch["img"])), (lambda: pyramid(batch["gray"]))
         difference = max((a - b).abs().max().item() for a, b in zip(plain(), ours(), strict=True))
         note = f"{self.batch_size} images of 224 px; largest difference {difference:.1g}"
-        self.compare("HOG targets of a batch", plain, ours, note)
+        self.add("HOG targets of a batch", note, self.in_turns(plain, ours))
 
     def training_step(self, dtype: torch.dtype, plain: bool = False, compiled: bool = False) -> Callable[[], None]:
         """A step; `plain`: the same model with direct HOG of three channels and AdamW tensor by tensor."""
         batch = self.ready_batch(self.input_size)
         torch.manual_seed(0)
-        smaller = {"depth": 2, "id_list": (0, 0, 1, 1)} if self.quick else {}
+        smaller = self.of({"depth": 2, "id_list": (0, 0, 1, 1)}, {}, {})
         model = models_cxrmim.ENCODERS[self.model](img_size=self.input_size, gaze_weighted=True, **smaller)
         model.to(self.device).train()
         how = {"foreach": False} if plain else {"fused": True}
@@ -293,7 +256,7 @@ class Benchmark:
         if plain:
             model.hog.forward = direct_hog
         if compiled:  # a quick run is to show that it runs, not to wait for a compiler
-            model.compile(backend="eager" if self.quick else "inductor")
+            model.compile(backend=self.of("eager", "inductor", "inductor"))
 
         def step() -> None:
             ready = model.prepare_batch(batch)
@@ -308,24 +271,21 @@ class Benchmark:
 
         return step
 
-    def step(self, name: str, compiled: bool) -> None:
+    def step(self, name: str, compiled: bool = False) -> None:
         """`name`: float32, TF32, float16 or bfloat16; the baseline is in float32, or float16 on a GPU, as published."""
         plain = torch.float16 if self.gpu else torch.float32
         dtype = torch.float32 if name == "TF32" else getattr(torch, name)
         baseline, ours = self.training_step(plain, plain=True), self.training_step(dtype, compiled=compiled)
         set_tf32(name == "TF32")
-        try:
-            first = self.timed(ours)
-            note = f"baseline: {plain}; first step {first:.3g} s"
-            seconds = self.compare(f"step: {name}" + ", compiled" * compiled, baseline, ours, note)
-        finally:
-            set_tf32(False)
-            torch.compiler.reset()
-        rate = self.batch_size / seconds
+        first = self.timed(ours)
+        turns = self.in_turns(baseline, ours)
+        set_tf32(False)
+        torch.compiler.reset()
+        rate = self.batch_size / np.median(turns[:, 1])
         hours = REFLACX_IMAGES * PUBLISHED_EPOCHS / rate / 3600
-        self.rows[-1]["note"] += f"; {rate:.4g} images/s, so {hours:.3g} h for the published 400 epochs"
-        self.rows[-1]["note"] += f"; at most {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB so far" * self.gpu
-        print(f"{'':44} {self.rows[-1]['note']}", flush=True)
+        note = f"baseline: {plain}; first step {first:.3g} s; {rate:.4g} images/s, so {hours:.3g} h for the published "
+        note += f"400 epochs; {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory at most so far"
+        self.add(f"step: {name}" + ", compiled" * compiled, note, turns)
 
     def training(self, workers: int) -> None:
         """Images per second of a run of run_pretrain.py, by its log."""
@@ -333,24 +293,21 @@ class Benchmark:
         trees = [f"{output}-tree{i}" for i in range(64 if self.gpu else 2)]  # a tree may be named once only
         for copy in trees:
             shutil.copytree(self.tree, copy, copy_function=os.link)
-        n_images = len(build_dataset(trees, preload=True))
-        batch_size = min(self.batch_size, n_images)
-        flags = ["--data_path", *trees, "--preload", "--gaze_weighted", "--model", self.model, "--pretrained", "none"]
-        flags += ["--device", self.device, "--batch_size", batch_size, "--num_workers", workers]
-        flags += ["--epochs", 2 if self.quick else 8, "--warmup_epochs", 1, "--output_dir", output]
-        self.run(run_pretrain, *flags)
+        n_images = len(trees) * len(build_dataset(self.tree, preload=True))
+        text = f"--data_path {' '.join(trees)} --preload --gaze_weighted --model {self.model} --pretrained none"
+        text += f" --device {self.device} --batch_size {self.batch_size} --num_workers {workers} --output_dir {output}"
+        self.run(run_pretrain, f"{text} --warmup_epochs 1 --epochs {self.of(2, 8, 8)}")
         records = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-        seconds = sum(record["time_s"] for record in records[1:])  # a device warms up in the first epoch
-        per_image = seconds / (len(records) - 1) / (n_images // batch_size * batch_size)
-        note = f"{1 / per_image:.4g} images/s at batch {batch_size}, {workers} workers"
-        self.add(f"real training, {workers} workers, per image", "s", per_image, note)
+        # A device warms up in the first epoch.
+        per_image = np.mean([record["time_s"] for record in records[1:]]) / n_images
+        note = f"{1 / per_image:.4g} images/s at batch {self.batch_size}"
+        self.add(f"real training, {workers} workers, per image", note, np.array([[per_image]]))
 
-    def labelled(self, name: str, n: int, model: str) -> tuple[Path, list]:
-        """Made-up labelled images, and the flags to judge an encoder with random weights on them."""
-        made = ("--layout", "rsna", "--format", "jpg", "--height", 192, "--width", 160, "--normal_fraction", 0.5)
-        self.run(make_phantom, "--out", self.root / name, "--n_images", n, "--lesion_kinds", "consolidation", *made)
-        flags = ["--dataset", "rsna", "--data_path", self.root / name / "rsna", "--weights", f"random@{model}"]
-        return self.root / name / "rsna", [*flags, "--device", self.device]
+    def labelled(self, name: str, n: int, model: str) -> str:
+        """Make labelled images; the flags to judge an encoder with random weights on them."""
+        made = "--layout rsna --format jpg --height 192 --width 160 --normal_fraction 0.5 --lesion_kinds consolidation"
+        self.run(make_phantom, f"--out {{root}}/{name} --n_images {n} {made}")
+        return f"--dataset rsna --data_path {{root}}/{name}/rsna --weights random@{model} --device {self.device}"
 
     def encoder(self, model: str) -> torch.nn.Module:
         return timm.create_model(model, num_classes=0).eval().to(self.device)
@@ -360,12 +317,13 @@ class Benchmark:
 
         Ours is a call of run_downstream.py less a second one that finds all features there.
         """
-        name = "vit_tiny_patch16_224" if self.quick else f"vit_{'base' if self.gpu else 'small'}_patch16_224"
-        n, size = (40, 8) if self.quick else (2048, 256) if self.gpu else (128, 32)
-        _, flags = self.labelled("encoded", n, name)
+        name = f"vit_{self.of('tiny', 'small', 'base')}_patch16_224"
+        n, size = self.of((24, 8), (128, 32), (2048, 256))
         dtype = torch.bfloat16 if self.gpu else torch.float32
-        flags += ["--method", "probe", "--encode_batch", size, "--dtype", str(dtype).removeprefix("torch.")]
-        flags += ["--bootstrap", 200, "--num_workers", 8 if self.gpu else 0]
+        flags = f"{self.labelled('encoded', n, name)} --method probe --encode_batch {size} --bootstrap 200"
+        flags += (
+            f" --dtype {str(dtype).removeprefix('torch.')} --num_workers {8 if self.gpu else 0} --output_dir {{out}}"
+        )
         model, batch = self.encoder(name), torch.rand(size, 3, 224, 224, device=self.device)
 
         @torch.inference_mode()
@@ -376,21 +334,20 @@ class Benchmark:
 
         turns = []
         for turn in range(self.repeats):
-            output = ["--output_dir", self.root / f"encoding-{turn}"]
-            first, again = [self.timed(partial(self.run, run_downstream, *flags, *output)) for _ in range(2)]
+            judge = partial(self.run, run_downstream, flags, out=self.root / f"encoding-{turn}")
+            first, again = self.timed(judge), self.timed(judge)
             turns.append((self.timed(bare), max(first - again, 1e-9)))
         note = f"{name}, {dtype}, batch {size}, {n} images"
-        ours = self.add_turns("downstream encoding: of bare rate", np.array(turns), note)
-        self.add("downstream encoding", "images/s", n / ours, note)
+        self.add("downstream encoding: of bare rate", note, np.array(turns))
+        self.add("downstream encoding", note, np.array([[n / self.rows[-1]["ours"]]]), "images/s")
 
     def heads(self) -> None:
         """3 fractions x 3 seeds of linear heads on a frozen encoder, against the published loop for each: in every
         epoch read and encode the training images, then the validation images. One seed of each fraction is timed."""
         name = "vit_tiny_patch16_224"
-        n, epochs, size = (40, 1, 4) if self.quick else (240, 5, 16)
-        folder, flags = self.labelled("heads", n, name)
-        files = sorted(folder.rglob("*.jpg"))
-        model = self.encoder(name)
+        n, epochs, size = self.of((24, 1, 4), (240, 5, 16), (240, 5, 16))
+        flags, model = self.labelled("heads", n, name), self.encoder(name)
+        files = sorted(self.root.glob("heads/rsna/**/*.jpg"))
 
         @torch.inference_mode()
         def encode(paths: list[Path]) -> Tensor:
@@ -401,33 +358,29 @@ class Benchmark:
             for fraction in FRACTIONS:
                 head = torch.nn.Linear(model.num_features, 1).to(self.device)
                 optimizer = torch.optim.Adam(head.parameters())
-                train, valid = files[: round(0.7 * fraction * n)], files[round(0.85 * n) :]
-                for _ in range(epochs):
-                    for start in range(0, len(train), size):
-                        optimizer.zero_grad()
-                        scores = head(encode(train[start : start + size]).clone())
-                        F.binary_cross_entropy_with_logits(scores, torch.ones_like(scores)).backward()
-                        optimizer.step()
-                    for start in range(0, len(valid), size):
-                        head(encode(valid[start : start + size]).clone())
+                parts = (files[: round(0.7 * fraction * n)], True), (files[round(0.85 * n) :], False)
+                for _, (paths, learns) in product(range(epochs), parts):
+                    for start in range(0, len(paths), size):
+                        scores = head(encode(paths[start : start + size]).clone())
+                        if learns:
+                            optimizer.zero_grad()
+                            F.binary_cross_entropy_with_logits(scores, torch.ones_like(scores)).backward()
+                            optimizer.step()
 
-        flags += ["--method", "linear", "--fractions", *FRACTIONS, "--seeds", *SEEDS, "--epochs", epochs]
-        flags += ["--patience", epochs, "--batch_size", size, "--bootstrap", 200, "--num_workers", 0]
-        ours = self.timed(lambda: self.run(run_downstream, *flags, "--output_dir", self.root / "judged"))
-        baseline = len(SEEDS) * self.timed(plain)
+        flags += f" --method linear --fractions {' '.join(map(str, FRACTIONS))} --seeds {' '.join(map(str, SEEDS))}"
+        flags += f" --epochs {epochs} --patience {epochs} --batch_size {size} --bootstrap 200 --num_workers 0"
+        ours = self.timed(partial(self.run, run_downstream, f"{flags} --output_dir {{root}}/judged"))
+        turns = np.array([[len(SEEDS) * self.timed(plain), ours]])
         note = f"{name}, {n} images, {epochs} epochs; baseline: one seed timed, times {len(SEEDS)}"
-        title = f"linear evaluation, {len(FRACTIONS)} fractions x {len(SEEDS)} seeds"
-        self.add(title, "s", ours, note, baseline, baseline / ours)
+        self.add(f"linear evaluation, {len(FRACTIONS)} fractions x {len(SEEDS)} seeds", note, turns)
 
     def prediction(self) -> None:
         """Bare forward passes of the gaze predictor, and from the files of a tree to the files of a tree."""
-        batches, size = 6, 2 if self.quick else 32 if self.gpu else 8
-        n, films, tree = batches * size, self.root / "films", self.root / "images"
-        height, width = (640, 560) if self.quick else (624, 512)  # as prepare_mimic.py scales a film
-        how = ("--n_images", n, "--shared_images", 0, "--height", height, "--width", width)
-        self.run(make_phantom, "--out", films, *how)
-        words = ("--images", films / "mimic", "--out", tree, "--views", "all", "--workers", available_cpus())
-        self.run(prepare_mimic, *words)
+        batches, size = 6, self.of(2, 8, 32)
+        n = batches * size  # films as prepare_mimic.py scales them
+        self.run(make_phantom, f"--out {{root}}/films --n_images {n} --shared_images 0 --height 624 --width 512")
+        cpus = available_cpus()
+        self.run(prepare_mimic, f"--images {{root}}/films/mimic --out {{root}}/images --views all --workers {cpus}")
         torch.manual_seed(0)
         model = GazeNet("test_resnet", input_size=64) if self.quick else GazeNet()
         about = {"config": model.config, "seen": [], "encoder_seen": [], "format": FORMAT}
@@ -440,10 +393,10 @@ class Benchmark:
             for _ in range(batches):
                 model(batch.to(self.device)).exp().cpu()
 
-        words = ("--weights", self.root / "best.pth", "--tree", tree, "--device", self.device, "--overwrite")
-        fill = partial(self.run, predict_gaze, *words, "--batch_size", size, "--workers", available_cpus())
-        note = f"{model.config['backbone']} at {model.input_size} px, {n} images of {width} x {height} px"
-        self.compare("gaze prediction of a tree", forward, fill, note)
+        flags = f"--weights {{root}}/best.pth --tree {{root}}/images --device {self.device} --overwrite"
+        fill = partial(self.run, predict_gaze, f"{flags} --batch_size {size} --workers {cpus}")
+        note = f"{model.config['backbone']} at {model.input_size} px, {n} images of 512 x 624 px"
+        self.add("gaze prediction of a tree", note, self.in_turns(forward, fill))
 
 
 if __name__ == "__main__":

@@ -30,15 +30,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    backbone = export_backbone(
-        local_file(args.checkpoint),
-        args.out,
-        fmt=args.format,
-        tap=args.tap,
-        img_size=args.img_size,
-        num_heads=args.num_heads,
-    )
-    print(usage(backbone, args.out, args.format))
+    how = {"fmt": args.format, "tap": args.tap, "img_size": args.img_size, "num_heads": args.num_heads}
+    print(usage(export_backbone(local_file(args.checkpoint), args.out, **how), args.out, args.format))
     return 0
 
 

@@ -28,12 +28,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    places = {PurePosixPath(reading.image_path) for reading in read_reflacx(args.raw).readings}
     # The last four parts are p10/p<subject>/s<study>/<dicom_id>, whatever stands before them.
-    tails = ("/".join(place.with_suffix(f".{args.format}").parts[-4:]) for place in places)
+    places = {PurePosixPath(reading.image_path).parts[-4:] for reading in read_reflacx(args.raw).readings}
+    tails = [PurePosixPath(*parts).with_suffix(f".{args.format}") for parts in sorted(places)]
     with atomic_write(args.out, "w") as file:
-        file.writelines(f"{SITES[args.format]}/files/{tail}\n" for tail in sorted(tails))
-    print(f"wrote {len(places)} images to {args.out}; with your PhysioNet name:")
+        file.writelines(f"{SITES[args.format]}/files/{tail}\n" for tail in tails)
+    print(f"wrote {len(tails)} images to {args.out}; with your PhysioNet name:")
     print(f"wget -x -N -c --user NAME --ask-password -i {args.out}")
     return 0
 

@@ -38,13 +38,11 @@ def read_log(run: str) -> pd.DataFrame:
 def loss_figure(logs: Mapping[str, pd.DataFrame]) -> Figure:
     """Loss curves of several runs, by name: a panel for the whole loss, and one for each scale. Axes are linear; those
     of the scales are the same, so that heights compare."""
-    found = {name for log in logs.values() for name in log if name.startswith(SCALE_PREFIX)}
-    # Fine scales first; a name is "4.0", or "4.0_block_3" where a scale comes twice.
-    scales = sorted(found, key=lambda name: (-float(name.removeprefix(SCALE_PREFIX).partition("_")[0]), name))
-    rows = math.ceil((1 + len(scales)) / 3)
+    names = dict.fromkeys(name for log in logs.values() for name in log if name.startswith(SCALE_PREFIX))
+    rows = math.ceil((1 + len(names)) / 3)
     figure = Figure((10, 2.8 * rows + 0.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for place, name in enumerate(["train_loss", *scales], 1):
+    for place, name in enumerate(["train_loss", *names], 1):
         axes = figure.add_subplot(rows, 3, place, sharey=figure.axes[1] if place > 2 else None)
         axes.set(title=f"scale {name.removeprefix(SCALE_PREFIX)}" if place > 1 else "sum of the scales", xlabel="epoch")
         for log, color in zip(logs.values(), itertools.cycle(COLORS)):

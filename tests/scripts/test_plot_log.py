@@ -14,7 +14,7 @@ from util.errors import UserError
 
 def write_run(folder: Path, epochs: int, factor: float = 1.0) -> str:
     folder.mkdir(parents=True)
-    shares = {"train_loss": 1, "train_loss_scale_0.5": 0.25, "train_loss_scale_4.0": 0.75}
+    shares = {"train_loss": 1, "train_loss_scale_4.0": 0.75, "train_loss_scale_0.5": 0.25}
     lines = [{"epoch": e} | {key: share * factor / (e + 1) for key, share in shares.items()} for e in range(epochs)]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
