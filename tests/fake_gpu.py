@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from util.distributed import Ranks
 
@@ -24,29 +25,17 @@ needs_fake_gpu = pytest.mark.skipif(
 )
 
 
-class HostWaitError(AssertionError):
-    """An operation that makes the host wait for the GPU."""
-
-
 class _NoWaits(TorchDispatchMode):
-    """Refuses copies between devices that are waited for. (That a value is read back, fake tensors refuse.)"""
+    """Refuses what takes tensors of both devices, such as a copy or an index, unless it says that it need not be waited
+    for. (That a value is read back, fake tensors refuse.)"""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        name = function.overloadpacket.__name__
-        if name == "_to_copy":
-            devices, waits = {args[0].device.type, result.device.type}, not kwargs.get("non_blocking", False)
-        elif name == "copy_":
-            devices = {args[0].device.type, args[1].device.type}
-            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-        elif name.strip("_").startswith("index") and name != "index_select":  # an index is moved without a word
-            tensors = [args[0], *(index for index in args[1] if index is not None)]
-            devices, waits = {tensor.device.type for tensor in tensors}, True
-        else:
-            return result
-        if waits and devices == {"cpu", "cuda"}:
-            raise HostWaitError(f"{function} between the host and the GPU, {tuple(result.shape)}")
+        tensors = [leaf for leaf in tree_leaves([args, result]) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        unwaited = any(value is True for value in (kwargs.get("non_blocking"), *args[2:]))
+        if len({tensor.device for tensor in tensors}) > 1 and not unwaited:
+            raise AssertionError(f"{function} makes the host wait for the GPU")
         return result
 
 
@@ -74,8 +63,7 @@ def fake_gpu(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ran
 def _move(module: nn.Module) -> None:
     """As `module.to(CUDA)`: its parameters and buffers are there afterwards, and nothing else."""
     for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            moved = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=CUDA)
-            setattr(part, name, nn.Parameter(moved, requires_grad=parameter.requires_grad))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA))
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
+            is_trained = isinstance(tensor, nn.Parameter)
+            setattr(part, name, nn.Parameter(moved, tensor.requires_grad) if is_trained else moved)

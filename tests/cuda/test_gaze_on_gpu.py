@@ -9,29 +9,23 @@ import math
 
 import pytest
 import torch
-from host_waits import GivenBatches, no_host_waits
+from host_waits import DEVICES, means_of_epoch, no_host_waits, pinned, training_of
 
 import gaze.main
 from gaze.model import GazeNet
 from util import distributed
-from util.output import Progress
 from util.precision import set_tf32
-from util.stop import GO_ON, StopSignals
-from util.training import Training
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SIZE, BATCH = 64, 4
 
 
 def batches(n, device):
-    """Batches as the loader gives them, in pinned memory for a GPU."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(n):
         target = torch.rand(BATCH, SIZE // 4, SIZE // 4, generator=generator) ** 4
         img = torch.randint(256, (BATCH, 1, SIZE, SIZE), dtype=torch.uint8, generator=generator)
-        batch = {"img": img, "target": target / target.sum((1, 2), keepdim=True)}
-        made.append({name: t.pin_memory() if device == "cuda" else t for name, t in batch.items()})
+        made.append(pinned({"img": img, "target": target / target.sum((1, 2), keepdim=True)}, device))
     return made
 
 
@@ -42,20 +36,8 @@ def losses_of(given, n, device, dtype):
     torch.manual_seed(0)
     core = GazeNet("test_resnet", input_size=SIZE, width=16)
     torch.nn.init.normal_(core.out.weight, std=0.1)  # zero at first: the loss would be the prior's, whatever else
-    core = core.to(ranks.device)
-    with StopSignals() as signals:
-        training = Training(
-            core=core,
-            optimizer=torch.optim.AdamW(core.parameters(), lr=0.0, fused=True),
-            ranks=ranks,
-            signals=signals,
-            options=vars(args) | {"warmup_epochs": 0, "print_every": None},
-            n_values=2,
-            losses=gaze.main.batch_losses,
-        )
-        training.start(GivenBatches(given, n), log=object(), progress=Progress("training", n, "steps", enabled=False))
-        assert training.train_epoch() == GO_ON and training.step == n
-    return training.sums.means()
+    training = training_of(core.to(ranks.device), args, ranks, 2, gaze.main.batch_losses, warmup_epochs=0)
+    return means_of_epoch(training, given, n)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

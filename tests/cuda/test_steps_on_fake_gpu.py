@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from fake_gpu import CUDA, fake_gpu, needs_fake_gpu
-from host_waits import GivenBatches
+from host_waits import NO_SIGNALS, begin, training_of
 from torch import nn
 
 import engine_pretrain
@@ -20,27 +20,12 @@ from downstream.finetune import make_training
 from downstream.forward import Encoder, read_back
 from downstream.heads import RECIPES
 from gaze.model import GazeNet
-from util.distributed import Ranks
-from util.lr_sched import parameter_groups
 from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
-from util.output import Progress
-from util.stop import GO_ON, PAUSE
+from util.stop import GO_ON
 from util.training import Training
 
 pytestmark = needs_fake_gpu
 SIDE, BATCH = 64, 2
-
-
-class _StopAfter:
-    """Asks to stop after so many optimiser steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    @property
-    def request(self) -> int:
-        self.left -= 1
-        return PAUSE if self.left <= 0 else GO_ON
 
 
 @pytest.fixture(autouse=True)
@@ -57,18 +42,9 @@ def pixels(*shape):
     return torch.zeros(*shape, dtype=torch.uint8)
 
 
-def steps_until_stop(training: Training, batch) -> int:
-    """Steps done of an epoch of 9 such batches, which is to stop after 2 updates."""
-    training.signals = _StopAfter(2)
-    training.start(GivenBatches([batch] * 9, 9), log=object(), progress=Progress("training", 9, "steps", enabled=False))
-    training.train_epoch()
-    return training.step
-
-
-def training(model: nn.Module, args, ranks: Ranks, n_values: int, losses) -> Training:
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, fused=True)
-    shared = {"core": model, "optimizer": optimizer, "ranks": ranks, "signals": None, "options": vars(args)}
-    return Training(**shared, n_values=n_values, losses=losses)
+def train(training: Training, batch, steps: int = 2) -> None:
+    begin(training, [batch] * steps, steps)
+    assert training.train_epoch() == GO_ON and training.step == steps
 
 
 @pytest.mark.parametrize(
@@ -89,11 +65,10 @@ def test_pretraining(masking, flags, monkeypatch):
     # A generator of a GPU's numbers can't be made without one.
     monkeypatch.setattr(engine_pretrain, "mask_generator", lambda *place: asked.append(place))
     with fake_gpu(model, monkeypatch) as ranks:
-        planes = {"attention": pixels(BATCH, SIDE, SIDE), "foreground": pixels(BATCH, SIDE, SIDE)}
-        batch = {"img": pixels(BATCH, 1, SIDE, SIDE), **planes}
+        batch = {"img": pixels(BATCH, 1, SIDE, SIDE)}
+        batch |= {name: pixels(BATCH, SIDE, SIDE) for name in ("attention", "foreground")}
         losses = partial(engine_pretrain.batch_losses, args=args)
-        place = training(model, args, ranks, 5, losses)
-        assert steps_until_stop(place, batch) == 2 * args.accum_iter
+        train(training_of(model, args, ranks, 5, losses), batch, 2 * args.accum_iter)
     assert {place[-1] for place in asked} == {CUDA}
 
 
@@ -102,19 +77,17 @@ def test_gaze_training(monkeypatch):
     model = GazeNet("test_resnet", input_size=SIDE, width=16)
     with fake_gpu(model, monkeypatch) as ranks:
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE), "target": torch.zeros(BATCH, SIDE // 4, SIDE // 4)}
-        place = training(model, args, ranks, 2, gaze.main.batch_losses)
-        assert steps_until_stop(place, batch) == 2
+        train(training_of(model, args, ranks, 2, gaze.main.batch_losses), batch)
 
 
 @pytest.mark.parametrize(("recipe", "task"), [("published", MULTILABEL), ("layer_decay", MULTICLASS)])
 def test_fine_tuning(recipe, task, monkeypatch):
     options = {"drop_path_rate": RECIPES[recipe].drop_path, "global_pool": RECIPES[recipe].pool}
     model = small_vit(num_classes=3, **options)
-
     with fake_gpu(model, monkeypatch) as ranks:
-        how = dict(task=task, seed=0, steps=9, dtype=torch.bfloat16, ranks=ranks, signals=None)
-        place = make_training(model, RECIPES[recipe], normalisation("imagenet"), **how)
-        assert steps_until_stop(place, (pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3))) == 2
+        how = dict(task=task, seed=0, steps=9, dtype=torch.bfloat16, ranks=ranks, signals=NO_SIGNALS)
+        training = make_training(model, RECIPES[recipe], normalisation("imagenet"), **how)
+        train(training, (pixels(BATCH, 1, 80, 80), torch.zeros(BATCH, 3)))
 
 
 def small_vit(**options) -> nn.Module:
