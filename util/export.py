@@ -7,12 +7,12 @@ import io
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import safetensors.torch
 import timm
@@ -194,38 +194,31 @@ def load_timm(
     """
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(f"{path}: timm has no model {name}; timm.list_models() lists its names")
-    seen: dict[str, Any] = {}
-    load_state_dict = nn.Module.load_state_dict
-
-    def load(model: nn.Module, found: Mapping[str, Tensor], strict: bool = True) -> Any:
-        for first in config_names(model, "first_conv"):
-            wanted = dict(model.named_parameters()).get(f"{first}.weight")  # timm would resample one of another size
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, args = create_timm(name, **options)
+        own = model.state_dict()
+        for first in config_names(model, "first_conv"):  # timm would resample one of another size
+            wanted = own.get(f"{first}.weight")
             if wanted is not None and not any(tensor.numel() == wanted.numel() for tensor in state.values()):
                 raise ValueError(f"no tensor has the size of {first}.weight, {list(wanted.shape)}")
-        result = load_state_dict(model, found, strict=False)
-        model.pretrained_cfg.pop("state_dict")  # else the model would keep the file's tensors
-        seen.update(own=model.state_dict().keys(), missing=result.missing_keys, left=result.unexpected_keys)
-        return result
-
-    try:
-        overlay = {"state_dict": dict(state), "custom_load": False}
-        with torch.random.fork_rng(devices=[]), mock.patch.object(nn.Module, "load_state_dict", load):
-            model, args = create_timm(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        # timm's modules have the filter of their models' files under this name.
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        found = convert(dict(state), model) if convert else state
+        missing, left = model.load_state_dict(found, strict=False)
     except MISFITS as error:
         raise UserError(f"{path}: not the weights of timm's {name}: {' '.join(str(error).split())[:200]}") from None
-    if missing := [key for key in seen["missing"] if not key.endswith("num_batches_tracked")]:
+    if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
         raise UserError(
-            f"{path}: not the weights of timm's {name}: it lacks {len(missing)} of {len(seen['own'])} tensors "
+            f"{path}: not the weights of timm's {name}: it lacks {len(missing)} of {len(own)} tensors "
             f"({summarize_keys(missing)[:80]}); name the model that they are of"
         )
-    parts = {tuple(key.split(".")[:2]) for key in seen["own"]}  # such as layer1.0
-    attends = any("attn" in key for key in seen["own"])  # a transformer computes with tokens and tables of any name
-    if unknown := [
-        key for key in seen["left"] if tuple(key.split(".")[:2]) in parts or (attends and not is_behind(key))
-    ]:
+    parts = {tuple(key.split(".")[:2]) for key in own}  # such as layer1.0
+    attends = any("attn" in key for key in own)  # a transformer computes with tokens and tables of any name
+    if unknown := [key for key in left if tuple(key.split(".")[:2]) in parts or (attends and not is_behind(key))]:
         raise unknown_names(path, unknown, f"timm's {name}")
-    heads = [key for key in state if is_behind(key) and key not in seen["own"]]
-    return model, args, list(dict.fromkeys([*seen["left"], *heads]))
+    heads = [key for key in state if is_behind(key) and key not in own]
+    return model, args, list(dict.fromkeys([*left, *heads]))
 
 
 def build_encoder(encoder: Encoder, num_classes: int = 0, *, trained: bool = True, **options) -> nn.Module:
@@ -277,10 +270,7 @@ def split_model(text: str) -> tuple[str, str | None]:
 
 def stored_weights(timm_name: str) -> Path:
     """Where the pretrained weights of a timm model are kept, or would be."""
-    for size, _, patch in VIT_SIZES.values():
-        if timm_name == f"vit_{size}_patch{patch}_224":
-            return FOLDER / f"vit_{size}_p{patch}_224_timm.pth"  # as pretraining's --pretrained has it
-    return FOLDER / f"{timm_name}_timm.pth"
+    return FOLDER / f"{timm_name.replace('_patch', '_p')}_timm.pth"  # vit_base_p16_224_timm.pth, as --pretrained has it
 
 
 # ---------------------------------------------------------------- CXRMIM

@@ -7,10 +7,13 @@ was seen to end the whole process (segmentation fault) on a PNG with two flipped
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -66,20 +69,33 @@ def read_intensities(path: str | os.PathLike) -> np.ndarray:
 
 
 def _decode(path: str | os.PathLike, *, deep: bool = False, colour: bool = True) -> np.ndarray:
-    data = _read_bytes(path)
-    with _open(path, data, deep=deep) as image:
-        turn = TURNS.get(_orientation(image))  # as the header says, like `image_size`
-        try:
+    with _naming(path):
+        data = Path(path).read_bytes()
+        _check_whole(path, data)
+        with _open(path, io.BytesIO(data), deep=deep) as image:
+            turn = TURNS.get(_orientation(image))  # as the header says, like `image_size`
             if image.mode.startswith("I"):
                 gray = np.array(image).astype(np.uint16)
             else:
                 if not colour and image.mode in COLOUR_MODES:
                     _refuse_colour(path, image)
                 gray = np.array(image if image.mode == "L" else image.convert("L"))
-        except (OSError, SyntaxError, ValueError) as error:
-            message = f"{path}: the image is truncated or damaged ({error}); get the file again"
-            raise UserError(message) from None
     return gray if turn is None else np.ascontiguousarray(turn(gray))
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """What reading a file meets is a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a PNG or JPG image, or its header is damaged; get the file again") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{path}: can't be read ({error.strerror})") from None
+        raise UserError(f"{path}: the image is truncated or damaged ({error}); get the file again") from None
 
 
 def _refuse_colour(path: str | os.PathLike, image: Image.Image) -> None:
@@ -93,11 +109,9 @@ def _refuse_colour(path: str | os.PathLike, image: Image.Image) -> None:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8, as far as the header before the pixels tells; 1 where nothing sensible is said."""
-    if not (data := image.info.get("exif")):
-        return 1
     exif = Image.Exif()
     try:
-        exif.load(data)
+        exif.load(image.info.get("exif"))
         return int(exif.get(0x0112, 1))
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error, EOFError, OSError):
         return 1  # no reader turns an image by damaged EXIF data
@@ -110,60 +124,42 @@ def image_size(path: str | os.PathLike, *, deep: bool = False) -> tuple[int, int
     Raises UserError as `read_gray` does, or with `deep` as `read_intensities`, for what can be seen in the
     header.
     """
-    try:
-        with open(path, "rb") as file, _open(path, file, deep=deep) as image:
-            size = image.height, image.width
-            return size[::-1] if _orientation(image) in SIDEWAYS else size
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with _naming(path), open(path, "rb") as file, _open(path, file, deep=deep) as image:
+        size = image.height, image.width
+        return size[::-1] if _orientation(image) in SIDEWAYS else size
 
 
 def write_gray(path: str | os.PathLike, gray: np.ndarray) -> None:
     """Write uint8 [H, W] atomically as .png (lossless) or .jpg / .jpeg (quality 95), by suffix.
 
-    Raises ValueError for another type or shape, UserError for another suffix.
+    Raises UserError for another suffix.
     """
-    if gray.dtype != np.uint8 or gray.ndim != 2:
-        raise ValueError(f"write_gray takes uint8 [H, W], got {gray.dtype} {list(gray.shape)}")
-    suffix = Path(path).suffix.lower()
-    if suffix == ".png":
-        # Level 1: a third of the default level's time for files an eighth larger (radiograph).
-        options = {"format": "PNG", "compress_level": 1}
-    elif suffix in (".jpg", ".jpeg"):
-        options = {"format": "JPEG", "quality": 95}
-    else:
+    # Level 1: a third of the default level's time for files an eighth larger (radiograph).
+    png, jpg = {"format": "PNG", "compress_level": 1}, {"format": "JPEG", "quality": 95}
+    options = {".png": png, ".jpg": jpg, ".jpeg": jpg}.get(Path(path).suffix.lower())
+    if options is None:
         raise UserError(f"{path}: can only write .png and .jpg images")
     with atomic_write(path) as file:
         Image.fromarray(gray).save(file, **options)
 
 
-def _read_bytes(path: str | os.PathLike) -> bytes:
-    """The whole file, checked for being complete as far as its container tells."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise _unreadable(path, error) from None
+def _check_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Refuse a file that is not complete, as far as its container tells."""
     if data.startswith(PNG_SIGNATURE):
         # To decode a PNG, Pillow checks neither the pixels' checksums, so that a damaged file can pass as another
         # picture, nor that the end is there.
         if PNG_END not in data[-65536:]:
             raise UserError(f"{path}: the PNG is truncated (no end chunk); get the file again")
-        with _open(path, data, deep=True) as image:
-            try:
-                image.verify()
-            except (OSError, SyntaxError, ValueError) as error:
-                raise UserError(f"{path}: the PNG is truncated or damaged ({error}); get the file again") from None
+        with _open(path, io.BytesIO(data), deep=True) as image:
+            image.verify()
     elif data.startswith(b"\xff\xd8") and JPEG_END not in data[-65536:]:
         # libjpeg makes up an end marker and Pillow then returns gray stripes for the missing part.
         raise UserError(f"{path}: the JPG is truncated (no end marker); get the file again")
-    return data
 
 
-def _open(path: str | os.PathLike, source: bytes | io.BufferedReader, *, deep: bool = False) -> Image.Image:
+def _open(path: str | os.PathLike, file: IO[bytes], *, deep: bool = False) -> Image.Image:
     """Pillow's lazy image, with the header checked: PNG or JPG of at most 8 bits a channel, or with `deep`
     also 16-bit gray and CMYK."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     head = file.read(32)
     file.seek(0)
     if not head:
@@ -173,14 +169,7 @@ def _open(path: str | os.PathLike, source: bytes | io.BufferedReader, *, deep: b
     if head.startswith(PNG_SIGNATURE) and len(head) > 25 and head[24] > 8 and not (deep and head[25] == 0):
         expected = "8-bit, or 16-bit gray" if deep else "8-bit"
         raise UserError(f"{path}: the PNG is {head[24]}-bit, expected {expected}; scale it to 0..255 first")
-    try:
-        image = Image.open(file, formats=("PNG", "JPEG"))
-    except UnidentifiedImageError:
-        if head.startswith((PNG_SIGNATURE, b"\xff\xd8")):
-            raise UserError(f"{path}: the header is truncated or damaged; get the file again") from None
-        raise UserError(f"{path}: not a PNG or JPG image") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: the header is damaged ({error}); get the file again") from None
+    image = Image.open(file, formats=("PNG", "JPEG"))
     if image.width * image.height > MAX_PIXELS:
         raise UserError(
             f"{path}: {image.width} x {image.height} px are more than the {MAX_PIXELS:,} that are read; scale it down"
@@ -188,9 +177,3 @@ def _open(path: str | os.PathLike, source: bytes | io.BufferedReader, *, deep: b
     if image.mode not in GRAY_MODES and not (deep and image.mode in MORE_MODES):
         raise UserError(f"{path}: pixels of type {image.mode}, expected 8-bit gray or RGB")
     return image
-
-
-def _unreadable(path: str | os.PathLike, error: OSError) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: no such file")
-    return UserError(f"{path}: can't be read ({error.strerror or error})")

@@ -1,6 +1,6 @@
 """Reading weights of several origins safely, and starting a model from them.
 
-A weights file may be a ViT's state dict under timm's or mmpretrain's names and any prefix (MAE, SimMIM, DINO, Lightning),
+A weights file may be a ViT's state dict under timm's names and any prefix (MAE, SimMIM, DINO, Lightning),
 a CXR-MIM checkpoint of the published code or of this one, a `.safetensors` file, or a Hugging Face-style folder. None of
 them is ever allowed to run code: files are opened with `weights_only=True`, and beside tensors and plain types only
 `argparse.Namespace` and NumPy scalars are accepted, which MAE-style programs store under "args". What is in a file
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from util.checkpoint import read_torch
 from util.errors import UserError
+from util.resume import as_text
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 WRAPPER_KEYS = ("model", "state_dict", "teacher", "student")  # where checkpoints keep the tensors
@@ -47,14 +48,6 @@ BEHIND = re.compile(
     r"|.*_(head|decoder|predictor|projector|classifier|loss|queue)$"
 )
 OTHER_MODEL = "of a model that timm has: run_downstream.py and run_gaze.py take FILE@TIMM_MODEL"
-MMPRETRAIN = (
-    (r"\bpatch_embed\.projection\.", "patch_embed.proj."),
-    (r"\blayers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-    (r"\blayers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"\blayers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
-    (r"\blayers\.(\d+)\.", r"blocks.\1."),
-    (r"\bln1\.", "norm."),
-)
 # Of twin encoders the ones that nobody uses afterwards: DINO's student, MoCo's key encoder, moving averages.
 LESSER_TWINS = ("student", "encoder_k", "target", "momentum", "ema")
 # (width, depth) -> (size, attention heads, patch size of timm's model), as timm and the ViT and MAE papers define the
@@ -68,6 +61,9 @@ VIT_SIZES = {
 }
 # Sizes that others use with other heads: MoCo v3's small and several MAE forks' tiny have 12.
 SEVERAL_HEADS = ("tiny", "small")
+# The options of pretraining that say these arguments of the model; --model says the others.
+OPTIONS = {name: f"--{name}" for name in ("id_list", "scale_list", "decoder_depth", "decoder_num_heads", "hog_nbins")}
+OPTIONS["img_size"] = "--input_size"
 # Choices of training that a model may change without its weights meaning something else.
 FREE_CONFIG = ("gaze_weighted", "gaze_temperature", "masking")
 
@@ -209,9 +205,6 @@ def find_vit(state: Mapping[str, Tensor], path: object) -> tuple[dict[str, Tenso
         UserError: no whole ViT, several, or tensors that may be part of the encoder and that a plain ViT does not have;
             it names the file at `path`.
     """
-    if any(name.endswith("patch_embed.projection.weight") for name in state):
-        for theirs, timms in MMPRETRAIN:
-            state = {re.sub(theirs, timms, name): tensor for name, tensor in state.items()}
     prefixes = [name.removesuffix(PATCHES) for name in state if f".{name}".endswith(f".{PATCHES}")] or [""]
     better = [prefix for prefix in prefixes if not any(word in prefix for word in LESSER_TWINS)] or prefixes
     prefix = "" if "" in prefixes else better[0]
@@ -375,16 +368,14 @@ def check_same_model(config: Mapping[str, Any], own: Mapping[str, Any], path: st
     Raises:
         UserError: they differ in more than `FREE_CONFIG`, though shapes may agree. {} passes.
     """
-    names = [name for name in own if name not in FREE_CONFIG]
-    if differs := [f"{name} {theirs} there, {ours} here" for name, theirs, ours in _differences(config, own, names)]:
-        raise UserError(f"{path}: of another model ({'; '.join(differs)}); choose the --model it was made with")
+    differs = _differences(config, own, [name for name in own if name not in FREE_CONFIG])
+    if differs:
+        told = "; ".join(f"{name} {theirs} there, {ours} here" for name, theirs, ours in differs)
+        flags = sorted({OPTIONS.get(name, "--model") for name, _, _ in differs})
+        raise UserError(f"{path}: of another model ({told}); choose the {', '.join(flags)} it was made with")
 
 
 def _differences(config: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(name, theirs, ours) of what differs, as text; a list and a tuple of the same values don't."""
-
-    def text(value: Any) -> str:
-        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-    texts = [(name, text(config[name]), text(own[name])) for name in names if name in config]
+    """(name, theirs, ours) of what differs, as text."""
+    texts = [(name, as_text(config[name]), as_text(own[name])) for name in names if name in config]
     return [(name, theirs, ours) for name, theirs, ours in texts if theirs != ours]

@@ -176,17 +176,6 @@ def other(state: dict) -> dict:
     return {name: torch.randn_like(tensor) for name, tensor in state.items()}
 
 
-def mmpretrain(state: dict) -> dict:
-    pairs = {"patch_embed.proj.": "patch_embed.projection.", ".norm1.": ".ln1.", ".norm2.": ".ln2."}
-    pairs |= {".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1.", "blocks.": "layers."}
-    renamed = {}
-    for name, tensor in state.items():
-        for timms, theirs in pairs.items():
-            name = name.replace(timms, theirs)
-        renamed[f"ln1.{name[5:]}" if name.startswith("norm.") else name] = tensor
-    return renamed
-
-
 ONE = torch.zeros(2)
 LAYOUTS = {
     "timm, with a head": lambda s: s | {"head.weight": ONE},
@@ -199,8 +188,6 @@ LAYOUTS = {
     "both twins in one dict": lambda s: {
         "state_dict": under("student.backbone.", other(s)) | under("teacher.backbone.", s)
     },
-    "mmpretrain": lambda s: {"state_dict": under("backbone.", mmpretrain(s)) | {"head.layers.head.weight": ONE}},
-    "mmpretrain, without prefix": lambda s: {"state_dict": mmpretrain(s)},
     "Lightning": lambda s: {"state_dict": under("model.", s) | {"criterion.weight": ONE}, "epoch": 4},
     "GLoRIA-like": lambda s: {
         "state_dict": under("img_encoder_k.model.", other(s))
