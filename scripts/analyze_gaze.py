@@ -12,10 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.analysis.measure import analyze
 from datasets.prepare.readings import add_raw_options
-from util.cli import Parser, available_cpus, check_least, finite_float, seed_number
+from util.cli import Parser, available_cpus, check_least, finite_float
 from util.errors import run_cli
 from util.files import check_folder_place
-from util.radiograph import add_dicom_contrast
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -34,10 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--size_thresholds", type=finite_float, nargs=2, default=[0.01, 0.05], metavar=("MEDIUM", "LARGE"),
         help="shares of the image's area from which an abnormality is medium, and large")
     add("--min_certainty", type=int, choices=range(1, 6), default=1, help="least certainty of the ellipses used")
-    add("--bootstrap", type=int, default=2000, help="bootstrap samples of the intervals")
     add("--examples", type=int, default=3, help="images to show")
-    add("--seed", type=seed_number, default=0, help="of the bootstrap")
-    add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     # fmt: on
     return parser

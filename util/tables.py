@@ -43,13 +43,6 @@ def check_truth(value: str, what: str) -> bool:
     return TRUTH[value.lower()]
 
 
-def check_among(value: str, what: str, allowed: Collection[str]) -> str:
-    """`value` if it is one of those `allowed`; else `UserError`."""
-    if value not in allowed:
-        raise UserError(f"{what} {value!r} is none of {', '.join(allowed)}")
-    return value
-
-
 def check_whole(value: str, what: str, allowed: range) -> int:
     """`value` as one of the whole numbers `allowed`; else `UserError`."""
     text = value.removesuffix(".0")

@@ -36,7 +36,7 @@ def analysis_figure(
         for axes, (name, picture) in zip(np.ravel(subfigure.subplots(1, len(examples))), examples):
             axes.imshow(picture)
             axes.set_axis_off()
-            axes.set_title("\n".join(fit_lines(name, 4, 8)), fontsize=8)
+            axes.set_title(name, fontsize=8)
     return figure
 
 

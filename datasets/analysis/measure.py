@@ -12,6 +12,7 @@ computed within the chest box alone, so that the empty borders, at which nobody 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,11 @@ from util.pictures import gaze_overlay
 from util.radiograph import MIMIC_CXR_JPG, radiograph_size, read_radiograph
 
 NOT_ABNORMAL = ("Support devices", "Quality issue")  # findings that make an ellipse no abnormality
+BOX = list(RECTANGLE)
 # Columns of the ratios, and within what they are computed.
 REGIONS = {"ratio_image": "whole image", "ratio_chest": "chest box"}
 TABLES = ("ellipses", "size_by_finding", "readings", "ratio_by_finding", "significant_patches")
+DRAWS = 2000  # of subjects, for the intervals
 EXAMPLE_SIZE = 512  # short side, px
 
 
@@ -59,9 +62,9 @@ class Analysis:
         out.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
             (out / f"{name}.csv").unlink(missing_ok=True)
-        for name, table in self.tables.items():
-            with atomic_write(out / f"{name}.csv", "w") as file:
-                table.to_csv(file, index=False, float_format="%.6g")
+            if name in self.tables:
+                with atomic_write(out / f"{name}.csv", "w") as file:
+                    self.tables[name].to_csv(file, index=False, float_format="%.6g")
         save_figure(analysis_figure(self.tables, self.examples, self.title), out / "gaze_analysis.png")
 
     def __str__(self) -> str:
@@ -82,12 +85,9 @@ def analyze(
     size: int = 256,
     size_thresholds: tuple[float, float] = (0.01, 0.05),
     min_certainty: int = 1,
-    bootstrap: int = 2000,
     examples: int = 3,
-    seed: int = 0,
     sigma: float | None = None,
     metadata: Path | None = None,
-    dicom_contrast: str = MIMIC_CXR_JPG,
     workers: int = 1,
 ) -> Analysis:
     """Analyse all usable readings of a raw gaze data set.
@@ -98,10 +98,8 @@ def analyze(
         size: short side of the heatmaps, px.
         size_thresholds: area shares of the image at which medium and large begin.
         min_certainty: ellipses below this certainty (1-5) are not used.
-        bootstrap: draws of subjects for the intervals.
         examples: how many images to show, evenly spread over the density ratios.
         sigma, metadata: of EGD-CXR, see `read_egd`; an error for other data sets.
-        dicom_contrast: of the examples, one of `util.radiograph.CONTRASTS`.
 
     A damaged reading is left out and listed. Raises `UserError` where nothing can be analysed.
     """
@@ -112,9 +110,7 @@ def analyze(
     source = source or detect_source(root)
     find, read = SOURCES[source]
     found = read(root, **egd_options(source, sigma, metadata, images))
-    chosen = {reading.id: reading for reading in found.readings if split in ("all", reading.split)}
-    if not chosen:
-        raise UserError(f"{root}: {found.none_of(split)}")
+    chosen = found.of_split(split)
     measure = partial(_measure, size=size, min_certainty=min_certainty)
     measured = []
     for result in run_tasks(measure, [*chosen.values()], workers, name="analyze"):
@@ -141,7 +137,7 @@ def analyze(
         tables["ellipses"] = ellipses.assign(findings=ellipses["findings"].str.join("|"))
         tables["size_by_finding"] = _size_table(ellipses)
         ratios = pd.DataFrame([row for _, _, rows in measured for row in rows])
-        tables["ratio_by_finding"] = _ratio_table(ratios, bootstrap, seed)
+        tables["ratio_by_finding"] = _ratio_table(ratios)
 
     pictures = []
     paths = find_images(images, {own.image_id: own.image_path for own in chosen.values()}).paths if images else {}
@@ -151,7 +147,7 @@ def analyze(
     for row in np.linspace(0, len(shown) - 1, min(examples, len(shown))).astype(int):
         reading = chosen[shown["id"].iloc[row]]
         try:
-            picture = _picture(reading, paths[reading.image_id], min_certainty, dicom_contrast)
+            picture = _picture(reading, paths[reading.image_id], min_certainty)
             pictures.append((reading.id, picture))
         except UserError as error:
             found.exclusions.append(Exclusion(reading.id, "no example", str(error), is_fault=True))
@@ -183,7 +179,9 @@ def _measure(
     _, heatmap = gaze
     who = {"id": reading.id, "subject_id": reading.subject_id}
     by_finding = {ANY: ellipses} | dict(iter(ellipses.explode("findings").groupby("findings")))
-    masks = {name: _mask(own, image_size, heatmap.shape) for name, own in by_finding.items()}
+    masks = {
+        name: ellipse_mask(own[BOX].to_numpy(float), image_size, heatmap.shape) for name, own in by_finding.items()
+    }
     in_chest = np.bool_(False) if chest is None else box_mask(chest, image_size, heatmap.shape)
     ratios = {
         name: {
@@ -215,42 +213,40 @@ def _abnormalities(reading: Reading, min_certainty: int) -> pd.DataFrame:
     return ellipses.assign(findings=findings)[marks & (ellipses["certainty"] >= min_certainty)]
 
 
-def _mask(ellipses: pd.DataFrame, image_size: tuple[int, int], out_size: tuple[int, int]) -> np.ndarray:
-    return ellipse_mask(ellipses[list(RECTANGLE)].to_numpy(float), image_size, out_size)
-
-
-def _ranked(findings: pd.Series) -> pd.Categorical:
-    """The findings in the order of the tables: `ANY` first, then by number."""
-    counts = findings.value_counts()
-    return pd.Categorical(findings, sorted(counts.index, key=lambda name: (name != ANY, -counts[name], name)))
+def _by_number(rows: pd.DataFrame, column: str) -> Iterable[tuple[str, pd.DataFrame]]:
+    """The rows of each finding in a column; `ANY` first, then by number."""
+    return sorted(rows.groupby(column), key=lambda group: (group[0] != ANY, -len(group[1]), group[0]))
 
 
 def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
     """Per finding: ellipses, the share of each size class, median area share."""
-    each = pd.concat([ellipses.assign(findings=ANY), ellipses.explode("findings").dropna(subset="findings")])
-    each = each.assign(finding=_ranked(each["findings"])).groupby("finding", observed=True)
-    shares = {size: ("size", lambda own, size=size: (own == size).mean()) for size in SIZES}
-    table = each.agg(ellipses=("size", "size"), **shares, median_area_share=("area_share", "median"))
-    return table.reset_index().astype({"finding": str})
+    each = pd.concat([ellipses.assign(findings=ANY), ellipses.explode("findings")])
+    rows = [
+        [finding, len(own), *((own["size"] == size).mean() for size in SIZES), own["area_share"].median()]
+        for finding, own in _by_number(each, "findings")
+    ]
+    return pd.DataFrame(rows, columns=["finding", "ellipses", *SIZES, "median_area_share"])
 
 
-def _ratio_table(ratios: pd.DataFrame, bootstrap: int, seed: int) -> pd.DataFrame:
+def _ratio_table(ratios: pd.DataFrame) -> pd.DataFrame:
     """Per finding and region (`within`): readings, subjects, mean with its 95% interval, median."""
-    each = ratios.rename(columns=REGIONS).melt(["subject_id", "finding"], REGIONS.values(), "within", "ratio")
-    each = each.assign(finding=_ranked(each["finding"]), within=pd.Categorical(each["within"], REGIONS.values()))
     rows = []
-    for names, own in each.dropna().groupby(["finding", "within"], observed=True):
-        means = bootstrap_means(own[["ratio"]].to_numpy(), own["subject_id"], draws=bootstrap, seed=seed)
-        rows.append([*names, len(own), own["subject_id"].nunique(), *interval(means[:, 0]), own["ratio"].median()])
+    for finding, own in _by_number(ratios, "finding"):
+        for column, within in REGIONS.items():
+            known = own.dropna(subset=column)
+            if len(known):
+                means = bootstrap_means(known[[column]].to_numpy(), known["subject_id"], draws=DRAWS, seed=0)
+                counts = len(known), known["subject_id"].nunique()
+                rows.append([finding, within, *counts, *interval(means[:, 0]), known[column].median()])
     return pd.DataFrame(rows, columns=["finding", "within", "readings", "subjects", "mean", "low", "high", "median"])
 
 
-def _picture(reading: Reading, path: str, min_certainty: int, dicom_contrast: str) -> np.ndarray:
+def _picture(reading: Reading, path: str, min_certainty: int) -> np.ndarray:
     """The radiograph and beside it the same below its gaze, both with the abnormalities' outlines: RGB [H, 2W, 3]."""
     file_size = radiograph_size(path)
     image_size, size = reading.original_size(file_size), scaled_size(file_size, EXAMPLE_SIZE)
-    gray = resize_gray(read_radiograph(path, dicom_contrast), size) / 255
+    gray = resize_gray(read_radiograph(path, MIMIC_CXR_JPG), size) / 255
     heatmap = fixation_heatmap(reading.load_fixations().table, image_size, size)
-    mask = _mask(_abnormalities(reading, min_certainty), image_size, size)
+    mask = ellipse_mask(_abnormalities(reading, min_certainty)[BOX].to_numpy(float), image_size, size)
     picture = np.hstack([np.dstack([gray] * 3), gaze_overlay(gray, heatmap / heatmap.max())])
     return mark_boundaries(picture, np.hstack([mask, mask]), color=(0.3, 0.7, 0.9))

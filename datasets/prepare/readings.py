@@ -141,9 +141,7 @@ def prepare(
     with making:
         found_readings = SOURCES[source][1](raw, **read_options)
         split = chosen_options.split
-        chosen = {reading.id: reading for reading in found_readings.readings if split in ("all", reading.split)}
-        if not chosen:
-            raise UserError(f"{raw}: {found_readings.none_of(split)}")
+        chosen = found_readings.of_split(split)
         found = _find(raw, images, out, found_readings, chosen)
         make_units(making, found, chosen_options, workers)
 

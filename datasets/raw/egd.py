@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datasets.fixations import RECTANGLE
 from datasets.raw.findings import LABELS
 from datasets.raw.mimic_cxr import ids_beginning, read_sizes
 from datasets.raw.readings import (
@@ -54,14 +53,12 @@ class EgdReading(Reading):
     def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
         """As `Reading.load_fixations`; fixations off the picture are left out, the picture was always shown whole."""
         numbers = self.rows[list(_NUMBERS)].astype(np.float64)
-        _, x, y, duration = (numbers[name] for name in _NUMBERS)
-        height, width = self.image_size
-        whole = dict(zip(RECTANGLE, (-np.inf, -np.inf, np.inf, np.inf)))
-        fixations = pd.DataFrame(
-            {"x": x, "y": y, "duration": duration, "sigma_x": self.sigma, "sigma_y": self.sigma, **whole}
+        fixations = numbers.set_axis(["time", "x", "y", "duration"], axis=1).assign(
+            sigma_x=self.sigma, sigma_y=self.sigma, xmin=-np.inf, ymin=-np.inf, xmax=np.inf, ymax=np.inf
         )
-        off = (x < 0) | (y < 0) | (x >= width) | (y >= height)
-        return usable_fixations(numbers, fixations, self.fixations_path, {"off the picture": off})
+        height, width = self.image_size
+        on = fixations["x"].between(0, width, "left") & fixations["y"].between(0, height, "left")
+        return usable_fixations(numbers, fixations, self.fixations_path, {"off the picture": ~on})
 
 
 def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None = None) -> RawReadings:
@@ -76,25 +73,17 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None =
             f"{raw}: EGD-CXR does not say how large its images are; give MIMIC-CXR's table of metadata by --metadata, "
             "or --images with it"
         )
-    result = RawReadings("egd", [])
-    path = (find_egd_root(raw) or raw) / "master_sheet.csv"
-    sheet = parse_rows(path, _CHECKS, partial(_fields, read_sizes(metadata)), result)
-
-    path = path.with_name("fixations.csv")
+    result = RawReadings([])
+    sheet_path = (find_egd_root(raw) or raw) / "master_sheet.csv"
+    path = sheet_path.with_name("fixations.csv")
+    make = partial(_reading, sizes=read_sizes(metadata), source="egd", sigma=sigma, fixations_path=path)
+    sheet = parse_rows(sheet_path, _CHECKS, make, result)
     table = read_table(path, (*_IDS, *_NUMBERS))
-    known = sorted({*sheet} | {exclusion.id for exclusion in result.exclusions})
-    images = _image_ids(table["DICOM_ID"], known, path, result)
+    images = _image_ids(table["DICOM_ID"], sorted({*sheet} | {own.id for own in result.exclusions}), path, result)
     rows = pd.concat([images, table["SESSION_ID"], to_numbers(table, _NUMBERS)], axis=1)
     for (image, session), own in rows[images.isin([*sheet])].groupby(list(_IDS)):
-        reading = EgdReading(
-            id=check_id(f"{image}-{session}", f"{path}: line {own.index[0]}, column 'SESSION_ID':"),
-            source="egd",
-            fixations_path=path,
-            rows=own,
-            sigma=sigma,
-            **sheet[image],
-        )
-        result.readings.append(reading)
+        name = check_id(f"{image}-{session}", f"{path}: line {own.index[0]}, column 'SESSION_ID':")
+        result.readings.append(sheet[image](id=name, rows=own))
     for image in sorted({*sheet} - {*images}):
         result.exclusions.append(Exclusion(image, "no fixations", f"{path}: none of DICOM_ID {image}", is_fault=True))
     return result
@@ -122,18 +111,22 @@ def _image_ids(written: pd.Series, known: list[str], path: Path, result: RawRead
     return written.map({name: images[0] for name, images in fits.items() if len(images) == 1})
 
 
-def _fields(sizes: dict[str, tuple[int, int]], cell: Callable[[str], Any]) -> dict[str, Any]:
-    """The part of a reading's fields that the master sheet gives."""
-    path, image_id = cell("path"), cell("dicom_id")
-    if PurePosixPath(path).stem != image_id:
-        raise UserError(f"column 'path': {path!r} is not the image of dicom_id {image_id!r}")
+def _reading(
+    cell: Callable[[str], Any], *, sizes: dict[str, tuple[int, int]], **common: Any
+) -> Callable[..., EgdReading]:
+    """What makes the readings of a row of the master sheet, given their `id` and `rows`."""
+    image_id = cell("dicom_id")
+    if PurePosixPath(cell("path")).stem != image_id:
+        raise UserError(f"column 'path': {cell('path')!r} is not the image of dicom_id {image_id!r}")
     if image_id not in sizes:
         raise UserError(f"column 'dicom_id': {image_id} is not in the table of metadata, which has the images' sizes")
-    return {
-        "image_id": image_id,
-        "study_id": cell("study_id"),
-        "subject_id": cell("patient_id"),
-        "image_path": path,
-        "image_size": sizes[image_id],
-        "labels": {label: cell(label) for label in LABELS["egd"]},
-    }
+    return partial(
+        EgdReading,
+        image_id=image_id,
+        study_id=cell("study_id"),
+        subject_id=cell("patient_id"),
+        image_path=cell("path"),
+        image_size=sizes[image_id],
+        labels={label: cell(label) for label in LABELS["egd"]},
+        **common,
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +22,9 @@ from datasets.raw.findings import LABELS
 from util.errors import UserError
 from util.tables import check_truth, check_whole, read_table
 
-Parsed = TypeVar("Parsed")
 Check = Callable[[str, str], Any]  # of a cell and what a message calls it, as those of `util.tables`
 # In the root of a raw data set whose gaze is made up; see `is_simulated`.
 SIMULATED_FILE = "SIMULATED_GAZE.txt"
-ELLIPSE_COLUMNS = (*RECTANGLE, "certainty", "findings")
 CHECKS: Mapping[str, Check] = {
     "certainty": partial(check_whole, allowed=range(6)),
     "yes/no": check_truth,
@@ -143,7 +141,7 @@ class Reading:
         """One row per marked abnormality: the box xmin, ymin, xmax, ymax (pixels of the original
         image) around an axis-aligned ellipse, certainty 1-5, and its common findings (a list). No rows where
         the data set has none."""
-        return pd.DataFrame(columns=list(ELLIPSE_COLUMNS))
+        return pd.DataFrame(columns=[*RECTANGLE, "certainty", "findings"])
 
     def load_chest_box(self) -> tuple[float, float, float, float] | None:
         """(xmin, ymin, xmax, ymax) around the lungs and heart, pixels; None if the data set has none."""
@@ -199,7 +197,6 @@ def first_of(exclusions: Sequence[Exclusion]) -> str:
 class RawReadings:
     """The readings of a raw data set, in the order of their ids, and those already left out."""
 
-    source: str
     readings: list[Reading]
     exclusions: list[Exclusion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -208,10 +205,13 @@ class RawReadings:
     def n_found(self) -> int:
         return len(self.readings) + len(self.exclusions)
 
-    def none_of(self, split: str) -> str:
-        """What to say where no reading of a split is left."""
-        text = f"no usable reading of split {split!r} ({self.n_found} in all)"
-        return "; ".join([text + first_of(self.exclusions), *self.notes])
+    def of_split(self, split: str) -> dict[str, Reading]:
+        """Those of a split, or of all, by id; `UserError` if there are none."""
+        chosen = {reading.id: reading for reading in self.readings if split in ("all", reading.split)}
+        if not chosen:
+            text = f"no usable reading of split {split!r} ({self.n_found} in all)"
+            raise UserError("; ".join([text + first_of(self.exclusions), *self.notes]))
+        return chosen
 
 
 def label_checks(asked: int | str) -> dict[str, Check]:
@@ -220,8 +220,8 @@ def label_checks(asked: int | str) -> dict[str, Check]:
 
 
 def parse_rows(
-    path: Path, checks: Mapping[str, Check], make: Callable[[Callable[[str], Any]], Parsed], result: RawReadings
-) -> dict[str, Parsed]:
+    path: Path, checks: Mapping[str, Check], make: Callable[[Callable[[str], Any]], Any], result: RawReadings
+) -> dict[str, Any]:
     """What `make` makes of each row of a table, by its id, which is the first of the columns that `checks` read.
 
     `make` is given a function from a column to the row's value of it. Rows with a cell that it refuses, and ids given

@@ -30,25 +30,14 @@ from datasets.raw.readings import (
     usable_fixations,
 )
 from util.errors import UserError
-from util.tables import (
-    check_among,
-    check_id,
-    check_relative_path,
-    check_truth,
-    check_whole,
-    numeric_columns,
-    read_table,
-    to_numbers,
-)
+from util.tables import check_id, check_relative_path, check_truth, check_whole, numeric_columns, read_table, to_numbers
 
 PHASES = (1, 2, 3)
-SPLITS = ("train", "validate", "test")
 _DISCARDED = "eye_tracking_data_discarded"
 _CHECKS = {
-    **dict.fromkeys(("id", "dicom_id", "subject_id"), check_id),
+    **dict.fromkeys(("id", "dicom_id", "subject_id", "split"), check_id),
     **dict.fromkeys(("image_size_x", "image_size_y"), partial(check_whole, allowed=range(1, 100_000))),
     "image": check_relative_path,
-    "split": partial(check_among, allowed=SPLITS),
     _DISCARDED: check_truth,
 }
 
@@ -92,7 +81,7 @@ def read_reflacx(raw: Path) -> RawReadings:
 
     `raw` holds main_data/, or is the directory above. Rows that cannot be used are exclusions.
     """
-    result = RawReadings("reflacx", [])
+    result = RawReadings([])
     for phase in PHASES:
         path = (find_reflacx_root(raw) or raw) / "main_data" / f"metadata_phase_{phase}.csv"
         make = partial(_reading, phase, path.parent)

@@ -442,7 +442,7 @@ def read_left_eye(raw):
         source="left_eye",
         fixations_path=raw / "left_eye.txt",
     )
-    return RawReadings("left_eye", [reading])
+    return RawReadings([reading])
 
 
 def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
