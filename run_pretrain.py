@@ -149,7 +149,7 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         with signals.exit_at_signal():  # so far there is nothing to save
             training = set_up(args, ranks, signals)
         request = training.run()
-        training.close()
+        training.log.close()
     distributed.stop()
     if request != GO_ON:
         ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")

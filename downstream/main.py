@@ -28,7 +28,7 @@ from util.cli import Parser, check_least, check_positive, finite_float, seed_num
 from util.errors import UserError
 from util.export import stored_weights
 from util.figures import save_figure
-from util.output import hold_output, writing_results
+from util.output import hold_output
 from util.precision import set_tf32
 from util.stop import StopSignals
 
@@ -239,15 +239,14 @@ def ignored_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 def start_output(work: Work) -> None:
     """Write split.csv. `UserError` if the directory holds another study."""
     folder = Path(work.args.output_dir)
-    with writing_results(folder):
-        if (folder / "study.json").exists():
-            found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-            if found != study_of(work):
-                raise UserError(
-                    f"--output_dir {folder}: holds results of {found['dataset']}, {found['method']}, of another method, or "
-                    "of other images, parts or labels than these; choose another"
-                )
-        write_split(work.images, folder / "split.csv")
+    if (folder / "study.json").exists():
+        found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        if found != study_of(work):
+            raise UserError(
+                f"--output_dir {folder}: holds results of {found['dataset']}, {found['method']}, of another method, or "
+                "of other images, parts or labels than these; choose another"
+            )
+    write_split(work.images, folder / "split.csv")
 
 
 def without_damaged(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks) -> LabelledImages:
@@ -273,10 +272,9 @@ def report(work: Work, outcomes: list[Outcome]) -> None:
     table, text, first = results_table(outcomes), markdown_table(outcomes, notes), outcomes[0]
     title = [f"{first.dataset}, {first.method}: {len(first.ids):,} test images", left_out(first), *notes]
     figure = results_figure(table, [line for line in title if line])
-    with writing_results(folder):
-        write_predictions(outcomes, folder / "predictions.csv")
-        write_text(table.to_csv(index=False, float_format="%.9g"), folder / "results.csv")
-        write_text(text, folder / "table.md")
-        save_figure(figure, folder / "results.png")
+    write_predictions(outcomes, folder / "predictions.csv")
+    write_text(table.to_csv(index=False, float_format="%.9g"), folder / "results.csv")
+    write_text(text, folder / "table.md")
+    save_figure(figure, folder / "results.png")
     print(text)
     print(f"wrote results.csv, predictions.csv, table.md and results.png into {folder}")

@@ -26,7 +26,7 @@ from util.errors import UserError
 from util.export import read_encoder, split_model, stored_weights
 from util.loading import SampleLoader, ignore_stop_signals
 from util.lr_sched import parameter_groups
-from util.output import hold_output, writing_results
+from util.output import hold_output
 from util.precision import set_tf32
 from util.stop import GO_ON, StopSignals
 from util.training import Training
@@ -168,7 +168,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     ranks.say(f"{core.config['backbone']}, {args.dtype} on {ranks.device}; {about}\n{study.describe()}")
     training.start(loader, sync_buffers=True)
     request = training.run()
-    training.close()
+    training.log.close()
     if request != GO_ON:
         ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")
         return request
@@ -250,5 +250,4 @@ def open_study(args: argparse.Namespace, input_size: int) -> GazeStudy:
 def judge(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     """Judge the best model on the test images; for rank 0."""
     model = load_gaze_net(local_file(args.judge) or Path(args.output_dir) / BEST).to(ranks.device)
-    with writing_results(args.output_dir):
-        print(write_judgement(model, open_study(args, model.input_size), Path(args.output_dir), ranks.device))
+    print(write_judgement(model, open_study(args, model.input_size), Path(args.output_dir), ranks.device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import time
@@ -147,20 +146,10 @@ def parallel(model: nn.Module, ranks: Ranks, *, sync_buffers: bool = False) -> n
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_hook(partial(_in_layout_of, parameter))
-    return DistributedDataParallel(
-        model,
-        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{_SYNCHRONISE_BUFFERS: sync_buffers},
-    )
-
-
-# Renamed in torch 2.14.
-_SYNCHRONISE_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel.__init__).parameters
-)
+    device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = sync_buffers  # as an argument it was renamed in torch 2.14
+    return wrapped
 
 
 def _in_layout_of(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
     The data is flushed and fsynced before the rename and the directory after it, so that after a
     crash or a power cut `path` holds either the old content or the new. On an exception the
-    temporary file is removed and `path` is left as it was. The file gets the usual permissions
+    temporary file is removed, `path` is left as it was, and an error of the system names it. The file gets the usual permissions
     (0666 less the umask), not mkstemp's 0600. Where `path` is a symbolic link, what it points to is
     replaced and the link stays.
     """
@@ -66,9 +66,11 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     fsync_directory(path.parent)
 

@@ -121,8 +121,6 @@ def significant_patches(foreground: Tensor, patch_size: int) -> Tensor:
         Bool [B, L], L = (H/p) * (W/p), row-major.
     """
     batch, height, width = foreground.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"foreground of {height} x {width} px is not divisible into patches of {patch_size} px")
     if foreground.dtype != torch.bool:
         full_scale = torch.where(foreground.flatten(1).amax(1) <= 1, 1.0, 255.0)  # [B]
         foreground = foreground >= 0.5 * full_scale[:, None, None]

@@ -55,19 +55,6 @@ def hold_output(output_dir: str | os.PathLike, *, ranks: Ranks) -> Iterator[None
         yield
 
 
-@contextlib.contextmanager
-def writing_results(output_dir: str | os.PathLike) -> Iterator[None]:
-    """A full or lost disk while results are written is one line: what they are made of is kept elsewhere."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"--output_dir {output_dir}: the results can't be written: {reason}; make room and run the same command "
-            "again, which trains nothing twice"
-        ) from None
-
-
 class RunLog:
     """Records of one run in `output_dir`, written by rank 0 and silent elsewhere.
 

@@ -30,9 +30,7 @@ def set_tf32(enabled: bool) -> None:
 
 def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
     """What scales the loss of a run that computes in `dtype`, a name of torch's."""
-    if dtype == "float16":
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0)
+    return torch.amp.GradScaler(device.type, init_scale=65536.0 if dtype == "float16" else 1.0)
 
 
 def update_scale(scaler: torch.amp.GradScaler, dtype: str) -> None:

@@ -287,9 +287,6 @@ class Training:
 
         distributed.on_main(self.ranks, write)
 
-    def close(self) -> None:
-        self.log.close()
-
     def setting(self) -> dict[str, Any]:
         """On what the numbers depend beside the options."""
         return {
