@@ -76,7 +76,7 @@ def picture(training: Training, args, epoch: int) -> None:
 
     core = training.core
     try:
-        dataset = training_dataset(vars(args), None, core.img_size, augment=False)
+        dataset = training_dataset(vars(args), args.data_path, core.img_size, augment=False)
         shown = chosen_samples(core, dataset, vars(args), range(min(4, len(dataset))), epoch - 1)
     except (OSError, UserError) as error:  # a file that is gone meanwhile: training reads the cache
         print(f"warning: no picture after epoch {epoch}: {error}", flush=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-import datasets
 import models_cxrmim
-from datasets.build import detect_trees
+from datasets.build import build_dataset
+from datasets.check import check_data
 from datasets.sampler import train_loader
 from datasets.tree import entry_subject
 from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     args.resume, args.pretrained = local_file(args.resume), local_file(args.pretrained)
     check_args(args)
     if args.check_data:
-        return check_data(args)
+        return check(args)
     with StopSignals(args.max_minutes) as signals:
         return pretrain(args, signals)
 
@@ -194,10 +194,6 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
             core.seen = list(state.get("seen", []))
         training.restore(state, resumed)
         announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
-    if len(args.data_path) > 1 and (shared := dataset.n_shared_images()):
-        ranks.say(
-            f"warning: {shared} images are in several trees of --data_path and are drawn once for each in an epoch"
-        )
     subjects = set(map(entry_subject, dataset.entries)) - {""}
     core.seen = sorted({*core.seen, *subject_marks(subjects, MIMIC)})
     loader = train_loader(
@@ -253,9 +249,9 @@ def check_args(args: argparse.Namespace) -> None:
         build_model(args)
 
 
-def check_data(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> int:
     """Read the whole tree, and its cache where there is one, and list every bad entry; returns the exit status."""
-    problems = datasets.check_data(args.data_path, fallback_dir=args.output_dir, **some(args, OF_DATA))
+    problems = check_data(args.data_path, **some(args, OF_DATA))
     for problem in problems:
         print(problem)
     n_errors, n_warnings = (sum(p.severity == kind for p in problems) for kind in ("error", "warning"))
@@ -268,9 +264,7 @@ def some(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def build_data(args: argparse.Namespace):
-    detect_trees(args.data_path)  # none twice
-    options = some(args, ["input_size", "min_crop_ratio", "seed", *OF_DATA])
-    return datasets.build_dataset(args.data_path, fallback_dir=args.output_dir, **options)
+    return build_dataset(args.data_path, **some(args, ["input_size", "min_crop_ratio", "seed", *OF_DATA]))
 
 
 def build_model(args: argparse.Namespace) -> models_cxrmim.CXRMIM:

@@ -28,73 +28,37 @@ import numpy as np
 
 from datasets.plane import Plane, open_plane
 from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
-from datasets.tree import GazeTree, Problem, check_same_size
-from util.errors import UserError
+from datasets.tree import GazeTree
 from util.images import read_gray, read_map
 
 PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
-ADVICE = " (run_pretrain.py --check_data lists every bad file)"
 
 
-def add_cache(
-    tree: GazeTree,
-    cache_dir: str | os.PathLike | None = None,
-    *,
-    fallback_dir: str | os.PathLike | None = None,
-    num_workers: int | None = None,
-) -> None:
+def add_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> None:
     """Let a tree read its planes from the cache, building what is missing or out of date.
 
     Safe to call from any number of processes at once: one builds, the others wait and use the result.
 
     Args:
         cache_dir: where the cache goes; each tree gets a directory of its own in it. Default: `.cache`
-            in the tree, or, where that can't be written, `fallback_dir`.
-        num_workers: threads that build; default all CPUs.
+            in the tree.
 
     Raises:
-        UserError: a missing or damaged original, a damaged cache, planes of different sizes, no place to write, disk
-            full.
+        UserError: a missing or damaged original, a damaged cache, no place to write, disk full.
     """
-    planes = [_open(tree, role, cache_dir, fallback_dir, num_workers=num_workers) for role in range(tree.n_planes)]
-    image_sizes, *other_sizes = (plane.native_size(slice(None)) for plane in planes)  # [n, 2] each
-    for role, sizes in enumerate(other_sizes, start=1):
-        for index in np.flatnonzero((sizes != image_sizes).any(1))[:1]:
-            files = tree.files(index)
-            check_same_size(files[role], sizes[index], files.image, image_sizes[index])
-    tree.cache = planes
+    tree.cache = [cached_plane(tree, role, cache_dir) for role in range(tree.n_planes)]
 
 
-def check_cache(
-    tree: GazeTree, cache_dir: str | os.PathLike | None = None, *, fallback_dir: str | os.PathLike | None = None
-) -> list[Problem]:
-    """Read what `add_cache` would use of the cache, and change nothing: a note for each plane that is there, an error
-    for a damaged one, or a note that there is no cache yet."""
-    found = []
-    for role in range(tree.n_planes):
-        try:
-            if (plane := _open(tree, role, cache_dir, fallback_dir, build=False)) is not None:
-                plane.check()
-                text = f"{plane.path}: {len(plane.table)} cached pictures, all as they were written"
-                found.append(Problem("note", text))
-        except UserError as error:
-            found.append(Problem("error", str(error)))
-    return found or [Problem("note", f"{tree.root}: no cache of these settings yet, so none was checked")]
-
-
-def _open(
-    tree: GazeTree, role: int, cache_dir: str | os.PathLike | None, fallback_dir: str | os.PathLike | None, **options
+def cached_plane(
+    tree: GazeTree, role: int, cache_dir: str | os.PathLike | None = None, *, build: bool = True
 ) -> Plane | None:
-    """One of the planes of a tree, see `open_plane`."""
+    """One of the planes of a tree, by its place in `EntryFiles`; see `open_plane`."""
     kind = Path(tree.index_file).stem
-    own = f"{kind}-{hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]}"
-    directories = [tree.root / ".cache" / kind] if cache_dir is None else [Path(cache_dir, own)]
-    if cache_dir is None and fallback_dir is not None:
-        directories.append(Path(fallback_dir, ".cache", own))
+    place = hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]
+    directory = Path(cache_dir, f"{kind}-{place}") if cache_dir else tree.root / ".cache" / kind
     files = [tree.entry_files(entry)[role] for entry in tree.entries]
-    name, size = PLANES[role], tree.cache_size
-    picture = partial(_picture, name, size)
-    return open_plane(directories, f"{name}-{size}", files, picture, root=tree.root, advice=ADVICE, **options)
+    picture = partial(_picture, PLANES[role], tree.cache_size)
+    return open_plane(directory, f"{PLANES[role]}-{tree.cache_size}", files, picture, root=tree.root, build=build)
 
 
 def _picture(name: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[int, int]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+from datasets.build import DataPath, detect_trees
+from datasets.cache import cached_plane
 from datasets.plane import in_threads
-from datasets.tree import EntryFiles, GazeTree, Problem, check_same_size
+from datasets.tree import EntryFiles, GazeTree, check_same_size, read_index
 from util.errors import UserError
 from util.images import read_gray, read_map
 
@@ -18,7 +22,43 @@ ALL_EQUAL = {
 }
 
 
-def check_tree(tree: GazeTree) -> list[Problem]:
+class Problem(NamedTuple):
+    """One finding: severity is "error", "warning" or, where all is well, "note"; the message begins with the file."""
+
+    severity: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.message}"
+
+
+def check_data(
+    data_path: DataPath,
+    *,
+    preload: bool = False,
+    use_cache: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    cache_size: int = 512,
+) -> list[Problem]:
+    """Read every file of the trees and return every bad entry, or those of the index alone where it has some.
+
+    With `use_cache` the planes of the cache that `build_dataset` would use with these settings are read too if no file is
+    bad: a note for each that is whole, an error for a damaged one. Raises UserError for an unreadable index.
+    """
+    found = []
+    for tree_type, root in detect_trees(data_path):
+        index = root / tree_type.index_file
+        problems = [Problem("error", f"{index}: {problem}") for problem in tree_type.entry_problems(read_index(index))]
+        if not problems:
+            tree = tree_type(root, preload=preload, cache_size=cache_size)
+            problems = check_files(tree)
+            if use_cache and not any(problem.severity == "error" for problem in problems):
+                problems += check_cache(tree, cache_dir)
+        found += problems
+    return found
+
+
+def check_files(tree: GazeTree) -> list[Problem]:
     """Read all files of a tree and return what is wrong with each entry, in the order of the index.
 
     A tree may do without a directory of foregrounds unless it was made with `preload`; where it has one, it should be
@@ -46,3 +86,17 @@ def _check_entry(tree: GazeTree, roles: tuple[str, ...], index: int) -> list[Pro
         if plane.min() == plane.max():
             problems.append(Problem("warning", f"{file}: {ALL_EQUAL[role]} {where}"))
     return problems
+
+
+def check_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> list[Problem]:
+    """Read the planes of a tree's cache that are there, and change nothing."""
+    found = []
+    for role in range(tree.n_planes):
+        try:
+            if (plane := cached_plane(tree, role, cache_dir, build=False)) is not None:
+                for _ in in_threads(plane.__getitem__, range(len(plane))):
+                    pass
+                found.append(Problem("note", f"{plane.path}: {len(plane)} cached pictures, all as they were written"))
+        except UserError as error:
+            found.append(Problem("error", str(error)))
+    return found

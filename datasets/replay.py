@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,12 @@ from torch.utils.data import default_collate
 from datasets.sampler import TrainBatches
 from datasets.shown import Shown, draw_mask, picture_name
 from util.errors import UserError
+
+
+def take(shown: Shown, places: Sequence[int]) -> Shown:
+    """Some of the images, by their places in the batch."""
+    batch = {key: value[places] for key, value in shown.batch.items()}
+    return Shown(batch, shown.mask[places], [shown.names[place] for place in places])
 
 
 def training_batch(

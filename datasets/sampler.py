@@ -58,24 +58,21 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
                 f"the data set ({dataset_size} samples)"
             )
 
-    def epoch_order(self, epoch: int) -> list[int]:
-        """This rank's samples of an epoch, in order."""
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """The samples that this rank trains on in the steps of an epoch from `start` on."""
         self.sampler.set_epoch(epoch)
-        return list(self.sampler)
+        order, size = list(self.sampler), self.batch_size
+        for step in range(start, self.steps_per_epoch):
+            yield order[step * size : (step + 1) * size]
 
     def batch(self, epoch: int, step: int) -> list[int]:
         """The samples that this rank trains on in one step."""
-        return self.epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        return next(self.batches(epoch, step))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.start_epoch, self.epochs):
-            order = self.epoch_order(epoch)
-            first = self.start_step if epoch == self.start_epoch else 0
-            for step in range(first, self.steps_per_epoch):
-                yield [(epoch, index) for index in order[step * self.batch_size : (step + 1) * self.batch_size]]
-
-    def __len__(self) -> int:
-        return (self.epochs - self.start_epoch) * self.steps_per_epoch - self.start_step
+            for batch in self.batches(epoch, self.start_step if epoch == self.start_epoch else 0):
+                yield [(epoch, index) for index in batch]
 
 
 def train_loader(
@@ -87,7 +84,6 @@ def train_loader(
     step: int,
     num_workers: int,
     pin_memory: bool = True,
-    mend: str = "",
     **order: int,
 ) -> SampleLoader:
     """This rank's batches from a place, (`epoch`, `step`), to the end of training; its `batch_sampler` is a
@@ -95,17 +91,13 @@ def train_loader(
 
     Args:
         pin_memory: on a GPU; never on the CPU.
-        mend: what to do about a data set that fills no step, added to the message.
         order: seed, epochs and accum_iter of `TrainBatches`.
 
     Raises:
         UserError: the data set doesn't fill a single optimiser step, or an epoch has no such step.
     """
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "start_epoch": epoch, "start_step": step}
-    try:
-        sampler = TrainBatches(len(dataset), batch_size, **place, **order)
-    except UserError as error:
-        raise UserError(f"{error}{mend}") from None
+    sampler = TrainBatches(len(dataset), batch_size, **place, **order)
     if step >= sampler.steps_per_epoch:
         raise UserError(
             f"the checkpoint is at step {step} of epoch {epoch + 1}, and an epoch has {sampler.steps_per_epoch}; go on "

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-import datasets
+from datasets.build import DataPath, build_dataset
 from util.errors import UserError
 from util.masking import mask_generator
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """A batch with its masks and the names of its images.
 
     Attributes:
@@ -29,36 +27,19 @@ class Shown:
     mask: Tensor
     names: list[str]
 
-    def take(self, places: Sequence[int]) -> Shown:
-        """Some of the images, by their places in the batch; `UserError` for a place outside it."""
-        check_index(places, len(self.names), "the batch has images")
-        batch = {key: value[places] for key, value in self.batch.items()}
-        return Shown(batch, self.mask[places], [self.names[place] for place in places])
 
-
-def check_index(chosen: Sequence[int], n: int, what: str) -> None:
-    """Raise UserError for an --index outside of 0 to n - 1."""
-    for index in chosen:
-        if not 0 <= index < n:
-            raise UserError(f"--index {index}: {what} 0 to {n - 1}")
-
-
-def training_dataset(args: Mapping[str, Any], data_path: Sequence[str] | None, input_size: int, augment: bool):
-    """The data set with a run's stored options; `data_path` where the data lie elsewhere now.
+def training_dataset(args: Mapping[str, Any], data_path: DataPath, input_size: int, augment: bool):
+    """The data set with a run's stored options, from where its data lie now.
 
     Options that a checkpoint of another program lacks have the published defaults.
     """
-    path = data_path or args.get("data_path")
-    if not path:
-        raise UserError("--data_path is needed: the checkpoint does not say where its data were")
     names = ("min_crop_ratio", "seed", "preload", "cache_dir", "cache_size")
-    return datasets.build_dataset(
-        path,
+    return build_dataset(
+        data_path,
         input_size=input_size,
         augment=augment,
         # A few samples are read faster from their files; a replay takes its pixels where training did.
         use_cache=augment and args.get("use_cache", False),
-        fallback_dir=args.get("output_dir"),
         **{name: args[name] for name in names if name in args},
     )
 
@@ -68,12 +49,8 @@ def chosen_samples(model: nn.Module, dataset, args: Mapping[str, Any], indices: 
 
     Args:
         epoch: whose masks a rule that changes with the epoch is asked for; of step 0.
-
-    Raises:
-        UserError: an index outside the data set.
     """
-    check_index(indices, len(dataset), "the data set has samples")
-    samples = [default_collate([dataset[(0, index)]]) for index in indices]
+    samples = [default_collate([dataset[0, index]]) for index in indices]
     masks = [draw_mask(model, one, args, (0, index, 0), epoch) for one, index in zip(samples, indices)]
     batch = {key: torch.cat([one[key] for one in samples]) for key in samples[0]}
     return Shown(batch, torch.cat(masks), [picture_name(dataset, index) for index in indices])

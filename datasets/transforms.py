@@ -71,8 +71,6 @@ def centre_box(height: int, width: int) -> Box:
 
 def scale_box(box: Box, grid: tuple[int, int], size: tuple[int, int]) -> Box:
     """The box at the same place of the picture at another size (both (height, width)), rounded to pixels."""
-    if grid == size:
-        return box
     rows, columns = size[0] / grid[0], size[1] / grid[1]
     top, left = round(box.top * rows), round(box.left * columns)
     bottom, right = round((box.top + box.height) * rows), round((box.left + box.width) * columns)

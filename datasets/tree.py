@@ -8,10 +8,8 @@ import itertools
 import json
 import os
 import re
-from abc import abstractmethod
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -38,10 +36,6 @@ from util.masking import otsu_foreground
 _SUBJECT_FOLDER = re.compile(r"(?:^|/)p(\d{3,})(?=/)")
 
 
-class SampleError(UserError):
-    """A sample that can't be read; from the workers of `util.loading.SampleLoader` it comes as it is."""
-
-
 class EntryFiles(NamedTuple):
     """The files of one entry. As text from `GazeTree.entry_files`: of 377,000 entries, paths would take 20 s."""
 
@@ -50,28 +44,17 @@ class EntryFiles(NamedTuple):
     foreground: str | Path
 
 
-class Problem(NamedTuple):
-    """One finding of `check_data`: severity is "error", "warning" or, where all is well, "note"; the message begins
-    with the file."""
-
-    severity: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {self.message}"
-
-
 @dataclass(eq=False)
 class GazeTree(Dataset):
     """Data set over a processed tree; `Reflacx` and `Mimic` say where its files are.
 
-    Samples are `{"img": uint8 [1, S, S] gray, "attention": uint8 [S, S] 0..255, "foreground": uint8
-    [S, S] 0/1}`, cut by one crop and flip that are a function of (seed, epoch, index): `dataset[(epoch, i)]`;
-    `dataset[i]` is that of epoch 0. `preload` reads the stored foreground; otherwise it is the Otsu foreground of the
-    cropped attention. With `augment=False` samples are the resized centre square.
+    `dataset[epoch, i]` is `{"img": uint8 [1, S, S] gray, "attention": uint8 [S, S] 0..255, "foreground": uint8
+    [S, S] 0/1}`, cut by one crop and flip that are a function of (seed, epoch, i). `preload` reads the stored foreground;
+    otherwise it is the Otsu foreground of the cropped attention. With `augment=False` samples are the resized centre
+    square.
 
     Making one reads the index only. Samples come from the native files until `datasets.cache` gives
-    the planes from memory-mapped files (`datasets.build_dataset` does).
+    the planes from memory-mapped files (`datasets.build.build_dataset` does).
 
     Attributes:
         image_prefix, map_prefix: "files/" or "", whatever is between the tree's root or a kind's directory and the
@@ -79,8 +62,7 @@ class GazeTree(Dataset):
 
     Raises:
         UserError: directory or index missing or malformed, an entry without a key, or a path that
-            leaves the tree.
-        SampleError: on reading a sample whose files are missing, damaged, or differ in size.
+            leaves the tree; on reading a sample, files that are missing, damaged, or differ in size.
     """
 
     index_file: ClassVar[str]
@@ -101,49 +83,41 @@ class GazeTree(Dataset):
         self.first_index = 0  # of this tree among several, see ConcatTrees
         self.cache: list[Plane] | None = None  # of gray, attention and, with `preload`, foreground
         self.entries = read_index(self.root / self.index_file)
-        for problem in self.entry_problems(self.entries).values():
+        for problem in self.entry_problems(self.entries):
             raise UserError(f"{self.root / self.index_file}: {problem}")
-        self.image_prefix, self.map_prefix = self._find_prefixes()
+        places = itertools.product(self.prefixes, repeat=2)
+        for entry, prefixes in itertools.product(self.entries, places):
+            self.image_prefix, self.map_prefix = prefixes
+            if all(map(os.path.exists, self.entry_files(entry)[:2])):
+                break
+        else:  # no sample is whole
+            self.image_prefix = self.map_prefix = self.prefixes[0]
 
-    @abstractmethod
     def entry_files(self, entry: dict[str, Any]) -> EntryFiles:
         """Where the files of an entry are, or should be."""
-        raise NotImplementedError(f"{type(self).__name__}.entry_files: a tree type says where its files are")
+        raise NotImplementedError
 
     @classmethod
-    def entry_problems(cls, entries: Sequence[Any]) -> dict[int, str]:
+    def entry_problems(cls, entries: Sequence[Any]) -> Iterator[str]:
         """What is wrong with the malformed ones among the entries of an index."""
-        found = ((i, cls._entry_problem(entry)) for i, entry in enumerate(entries))
-        return {i: f"entry {i}: {problem}" for i, problem in found if problem}
-
-    @classmethod
-    def _entry_problem(cls, entry: Any) -> str:
-        if not isinstance(entry, dict):
-            return f"expected an object, got {json.dumps(entry)[:40]}"
-        for key in cls.required_keys:
-            value = entry.get(key)
-            is_path = key == "image_path"
-            parts = str(value).split("/")
-            # Ids may be numbers in JSON.
-            if (
-                type(value) not in ((str,) if is_path else (str, int))
-                or not parts[0]  # empty, or from the root
-                or not set(parts) - {"", "."}
-                or ".." in parts
-                or "\0" in str(value)
-                or (len(parts) > 1 and not is_path)
-            ):
-                expected = "a path inside the tree" if is_path else "a plain name"
-                return f'"{key}" is {json.dumps(value)[:80]}, expected {expected}' if key in entry else f'lacks "{key}"'
-        return ""
-
-    def _find_prefixes(self) -> tuple[str, str]:
-        both = list(itertools.product(self.prefixes, repeat=2))
-        for entry in self.entries:
-            for self.image_prefix, self.map_prefix in both:
-                if all(map(os.path.exists, self.entry_files(entry)[:2])):
-                    return self.image_prefix, self.map_prefix
-        return both[0]
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                yield f"entry {i}: expected an object, got {json.dumps(entry)[:40]}"
+                continue
+            for key in cls.required_keys:
+                value = entry.get(key)
+                is_path = key == "image_path"
+                inner = os.path.normpath(str(value))
+                if (
+                    not isinstance(value, str if is_path else (str, int))  # ids may be numbers in JSON
+                    or inner == "."
+                    or inner.startswith(("/", ".."))
+                    or "\0" in inner
+                    or ("/" in inner and not is_path)
+                ):
+                    expected = "a path inside the tree" if is_path else "a plain name"
+                    yield f'entry {i}: "{key}" is {json.dumps(value)[:80]}, expected {expected}'
+                    break
 
     def files(self, index: int) -> EntryFiles:
         """The files of sample `index`, as absolute paths where `data_path` is one."""
@@ -167,7 +141,7 @@ class GazeTree(Dataset):
         """Differs where the pixels of these samples differ: checksums of the cached planes, or without a cache the
         sizes of the files."""
         if self.cache is not None:
-            return b"".join(plane.checksums(list(indices)).tobytes() for plane in self.cache)
+            return b"".join(plane.checksums[list(indices)].tobytes() for plane in self.cache)
         sizes = []
         for index in indices:
             for file in self.entry_files(self.entries[index])[: self.n_planes]:
@@ -183,12 +157,12 @@ class GazeTree(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
         try:
             planes, native_size = self.read_planes(index)
         except UserError as error:
-            raise SampleError(f"{error} (sample {self.sample_name(index)})") from None
+            raise UserError(f"{error} (sample {self.sample_name(index)})") from None
         grid = grid_size(*native_size, self.cache_size)
         flip = False
         if self.augment:
@@ -208,16 +182,18 @@ class GazeTree(Dataset):
     def read_planes(self, index: int) -> tuple[list[np.ndarray], tuple[int, int]]:
         """Gray, attention and (with `preload`) foreground of a sample, uint8 of one size [H, W], from the
         cache where there is one; and the (height, width) of the native image."""
+        files = self.entry_files(self.entries[index])
         if self.cache is not None:
-            native_size = self.cache[0].native_size(index).tolist()
-            return [plane[index] for plane in self.cache], tuple(native_size)
-        files = self.files(index)
-        planes = [read_gray(files.image), read_map(files.attention)]
-        if self.preload:
-            planes.append(full_scale_foreground(read_map(files.foreground)))
-        for file, plane in zip(files[1:], planes[1:]):
-            check_same_size(file, plane.shape, files.image, planes[0].shape)
-        return planes, planes[0].shape
+            planes = [plane[index] for plane in self.cache]
+            sizes = [tuple(plane.native_size[index].tolist()) for plane in self.cache]
+        else:
+            planes = [read_gray(files.image), read_map(files.attention)]
+            if self.preload:
+                planes.append(full_scale_foreground(read_map(files.foreground)))
+            sizes = [plane.shape for plane in planes]
+        for file, size in zip(files, sizes):
+            check_same_size(file, size, files.image, sizes[0])
+        return planes, sizes[0]
 
 
 class ConcatTrees(Dataset):
@@ -242,22 +218,12 @@ class ConcatTrees(Dataset):
     def identity(self) -> str:
         return hashlib.sha256("\n".join(tree.identity() for tree in self.trees).encode()).hexdigest()
 
-    def n_shared_images(self) -> int:
-        """Number of images, by subject and file name, that several trees have."""
-        names = Counter(
-            name
-            for tree in self.trees
-            for name in {(entry_subject(e), e["image_path"].rpartition("/")[2].partition(".")[0]) for e in tree.entries}
-        )
-        return sum(count > 1 for count in names.values())
-
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        tree, inner = self._locate(index)
-        return tree[(epoch, inner)]
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        tree, inner = self._locate(key[1])
+        return tree[key[0], inner]
 
 
 def entry_subject(entry: Mapping[str, Any]) -> str:
@@ -279,9 +245,9 @@ def read_index(path: Path) -> list[Any]:
     return entries
 
 
-def check_same_size(file: Path, shape: tuple[int, int], image: Path, image_shape: tuple[int, int]) -> None:
+def check_same_size(file: str | Path, shape: tuple[int, int], image: str | Path, image_shape: tuple[int, int]) -> None:
     """Raise UserError unless a plane has its image's (height, width)."""
-    if tuple(shape) != tuple(image_shape):
+    if shape != image_shape:
         raise UserError(
             f"{file}: {shape[1]} x {shape[0]} px, but its image {image} has {image_shape[1]} x {image_shape[0]}"
         )

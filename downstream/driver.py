@@ -86,7 +86,7 @@ class Work:
             self.ranks.say(note)
         if args.use_cache:
             place = args.cache_dir or Path(args.output_dir) / "cache"
-            open_plane = partial(open_squares, self.images, place, reading=reading, num_workers=args.num_workers)
+            open_plane = partial(open_squares, self.images, place, reading=reading)
             with self.signals.exit_at_signal():
                 on_main(self.ranks, lambda: open_plane() and None)
                 plane = open_plane()

@@ -252,7 +252,7 @@ def start_output(work: Work) -> None:
 def without_damaged(args: argparse.Namespace, images: LabelledImages, ranks: distributed.Ranks) -> LabelledImages:
     """The images that can be read; rank 0 decodes them, and prints what is wrong with the others."""
     place = args.cache_dir or Path(args.output_dir) / "cache"
-    decode = partial(leave_out_damaged, images, place, reading=reading_from_args(args), num_workers=args.num_workers)
+    decode = partial(leave_out_damaged, images, place, reading=reading_from_args(args))
     distributed.on_main(ranks, lambda: decode() and None)
     sound, damaged = decode()
     if damaged:

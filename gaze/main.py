@@ -243,7 +243,7 @@ def open_study(args: argparse.Namespace, input_size: int) -> GazeStudy:
     """The images of --data_path, cached at a size that enlarges none of them."""
     study = GazeStudy(args.data_path, cache_size=max(CACHE_SIZE, input_size))
     for tree in study.trees if args.use_cache else ():
-        add_cache(tree, args.cache_dir, fallback_dir=args.output_dir)
+        add_cache(tree, args.cache_dir)
     return study
 
 

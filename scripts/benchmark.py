@@ -43,7 +43,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 import models_cxrmim
 import run_downstream
 import run_pretrain
-from datasets import build_dataset
+from datasets.build import build_dataset
 from gaze.model import GazeNet
 from scripts import make_phantom, predict_gaze, prepare_mimic, prepare_reflacx
 from util.checkpoint import FORMAT, KEYS, save_checkpoint

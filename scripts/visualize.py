@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.replay import training_batch
+from datasets.replay import take, training_batch
 from datasets.shown import chosen_samples, training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
@@ -90,6 +90,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def chosen_indices(args: argparse.Namespace, n: int, what: str) -> Sequence[int]:
+    """What --index names among `n`, or the first few. Raises UserError."""
+    chosen = args.index or range(min(64 if args.sheet else 4, n))
+    for index in chosen:
+        if not 0 <= index < n:
+            raise UserError(f"--index {index}: {what} 0 to {n - 1}")
+    return chosen
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     out, replay, means = check_picture_path(args.out), args.epoch is not None, None
@@ -111,16 +120,17 @@ def main(argv: list[str] | None = None) -> int:
         if model.masking == "attention" and not (args.heatmap or args.fixations):
             print("no --heatmap or --fixations: no patch is significant, the mask is random")
     else:
-        dataset = training_dataset(options, args.data_path, model.img_size, augment=replay)
-        most = 64 if args.sheet else 4
+        if not (path := args.data_path or options.get("data_path")):
+            raise UserError("--data_path is needed: the checkpoint does not say where its data were")
+        dataset = training_dataset(options, path, model.img_size, augment=replay)
         if replay:
             check_unchanged(args, info, dataset.identity())
             place = {"epoch": args.epoch, "step": args.step, "rank": args.rank}
             world_size = info.entries.get("world_size", 1)
             shown = training_batch(model, dataset, options, **place, world_size=world_size)
-            shown = shown.take(args.index or range(min(most, len(shown.names))))
+            shown = take(shown, chosen_indices(args, len(shown.names), "the batch has images"))
         else:
-            indices = args.index or range(min(most, len(dataset)))
+            indices = chosen_indices(args, len(dataset), "the data set has samples")
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
         if not args.sheet:
             chosen = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))

@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 
 from downstream.data.labelled import LabelledImages
 from datasets.plane import Plane, open_plane
-from datasets.tree import SampleError
 from util.cli import finite_float
 from util.errors import UserError
 from util.images import read_intensities
@@ -158,12 +157,9 @@ class Views(Dataset):
 
     def square(self, index: int) -> np.ndarray:
         """The whole image: uint8 [256, 256]."""
-        try:
-            if self.plane is not None:
-                return pad_to_square(self.plane[index])
-            gray = self.reading.read(self.files[index])
-        except UserError as error:  # stays one line where a loader's worker meets it
-            raise SampleError(str(error)) from None
+        if self.plane is not None:
+            return pad_to_square(self.plane[index])
+        gray = self.reading.read(self.files[index])
         return pad_to_square(area_resize(gray, fitted_size(*gray.shape)))
 
     def __getitem__(self, place: tuple[int, int]) -> Tensor:
@@ -182,7 +178,6 @@ def open_squares(
     cache_dir: str | os.PathLike,
     *,
     reading: Reading | None = None,
-    num_workers: int | None = None,
 ) -> Plane:
     """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
 
@@ -191,7 +186,7 @@ def open_squares(
     Raises:
         UserError: images that can't be read, which are printed, no place to write, disk full.
     """
-    squares, damaged = _decode(images, cache_dir, reading or Reading(), num_workers)
+    squares, damaged = _decode(images, cache_dir, reading or Reading())
     if damaged:
         print("\n".join(damaged.values()), flush=True)
         raise UserError(
@@ -202,10 +197,10 @@ def open_squares(
 
 
 def leave_out_damaged(
-    images: LabelledImages, cache_dir: str | os.PathLike, *, reading: Reading, num_workers: int | None = None
+    images: LabelledImages, cache_dir: str | os.PathLike, *, reading: Reading
 ) -> tuple[LabelledImages, list[str]]:
     """The images that can be read, the others' parts as they were; and what is wrong with those left out."""
-    _, damaged = _decode(images, cache_dir, reading, num_workers)
+    _, damaged = _decode(images, cache_dir, reading)
     if not damaged:
         return images, []
     tallies = {"damaged images": Counter(images.parts[list(damaged)])}
@@ -215,7 +210,7 @@ def leave_out_damaged(
 
 
 def _decode(
-    images: LabelledImages, cache_dir: str | os.PathLike, reading: Reading, num_workers: int | None
+    images: LabelledImages, cache_dir: str | os.PathLike, reading: Reading
 ) -> tuple[Plane, dict[int, str]]:
     """The decoded images, and what is wrong with those that can't be read, by their place. The file of the cache is the same
     whatever the split, and whatever is left out for damage."""
@@ -225,11 +220,11 @@ def _decode(
     root = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
     scale = "range" if reading.intensity_max is None else f"{reading.intensity_max:g}"
     name = f"fitted-{reading.dicom_contrast}-{scale}-{SQUARE}"
-    plane = open_plane([root], name, files, partial(_fitted_picture, reading), root=root, num_workers=num_workers)
+    plane = open_plane(root, name, files, partial(_fitted_picture, reading), root=root)
     place_of = {file: place for place, file in enumerate(files)}
     places = np.array([place_of[file] for file in images.files])
     damaged = {}
-    for i in np.flatnonzero(plane.native_size(places)[:, 0] == 0).tolist():
+    for i in np.flatnonzero(plane.native_size[places, 0] == 0).tolist():
         damaged[i] = f"{images.files[i]}: was damaged when {plane.path} was made; delete that cache"
         try:
             reading.read(images.files[i])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from datasets.build import build_dataset, detect_trees
+from datasets.build import build_dataset
 from datasets.tree import entry_subject
 from downstream.data.labelled import PARTS, TEST, TRAIN, VALID
 from downstream.data.rows import Rows, one_spelling
@@ -30,7 +30,6 @@ def read_tree(paths: Sequence[Path], choices: argparse.Namespace, notes: list[st
     if not 0 < choices.min_certainty <= 5:
         raise UserError(f"--min_certainty {choices.min_certainty:g}: expected more than 0, at most 5")
     name = ", ".join(map(str, paths))
-    detect_trees(paths)  # none twice
     dataset = build_dataset(paths, use_cache=False)
     rows, findings = [], []
     for i, entry in enumerate(dataset.entries):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from reliability_runs import start_process
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import build_dataset
+from datasets.build import build_dataset
 from datasets.sampler import TrainBatches
 from models_cxrmim import CXRMIM
 from util import distributed

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import datasets
 import run_pretrain
+from datasets.build import build_dataset
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import prepare
 from datasets.replay import training_batch
@@ -168,7 +168,7 @@ def test_reconstruction_of_a_coarse_scale(model):
 
 def test_training_batch_comes_back_exactly(model, tree):
     """Crops, flips and masks of a step equal those of the loader and the generator that training uses."""
-    seen = datasets.build_dataset(tree, input_size=64, seed=ARGS["seed"], use_cache=False)
+    seen = build_dataset(tree, input_size=64, seed=ARGS["seed"], use_cache=False)
     sampler = TrainBatches(len(seen), 2, seed=ARGS["seed"], epochs=2)
     batches = list(DataLoader(seen, batch_sampler=sampler))
     dataset = training_dataset(ARGS | {"use_cache": False}, [str(tree)], 64, augment=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from datasets.tree import SampleError
+from util.errors import UserError
 from util.loading import SampleLoader
 
 
@@ -14,7 +14,7 @@ class Damaged(Dataset):
 
     def __getitem__(self, index):
         if index == 5:
-            raise SampleError("five.png: cut SampleError: short")  # a text that looks like a traceback's end
+            raise UserError("five.png: cut UserError: short")  # a text that looks like a traceback's end
         return {"img": torch.tensor([index])}
 
 
@@ -22,6 +22,6 @@ class Damaged(Dataset):
 def test_an_error_is_the_one_that_was_raised(workers):
     batches = iter(SampleLoader(Damaged(), 2, num_workers=workers))
     assert [next(batches)["img"].flatten().tolist() for _ in range(2)] == [[0, 1], [2, 3]]
-    with pytest.raises(SampleError) as caught:
+    with pytest.raises(UserError) as caught:
         next(batches)
-    assert str(caught.value) == "five.png: cut SampleError: short"
+    assert str(caught.value) == "five.png: cut UserError: short"

@@ -36,7 +36,7 @@ def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int 
 
 def sample(step: int) -> str:
     """Name of the sample that a step trains on."""
-    return f"rank0sample{BATCHES.epoch_order(0)[step]}.png"
+    return f"rank0sample{BATCHES.batch(0, step)[0]}.png"
 
 
 def note(training: Training, step: int, *, loss: float = 1.0, skipped: bool = False) -> None:

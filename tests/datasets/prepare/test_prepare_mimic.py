@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from trees import contents
 
-import datasets.build
-from datasets import build_dataset, check_data
+from datasets import build
+from datasets.build import build_dataset
+from datasets.check import check_data
 from datasets.fixations import heatmap_to_uint8
 from datasets.mimic import Mimic
 from datasets.phantom.reflacx import make_study
@@ -88,7 +89,7 @@ def test_builds_a_tree_that_trains(source, tmp_path):
     assert check_data(tmp_path / "out", preload=True) == []
     dataset = build_dataset(tmp_path / "out", preload=True, augment=False, use_cache=False)
     assert len(dataset) == 5
-    assert dataset[0]["foreground"].float().mean() > 0.02
+    assert dataset[0, 0]["foreground"].float().mean() > 0.02
 
 
 def test_views_and_size_are_options(source, tmp_path):
@@ -103,7 +104,7 @@ def test_views_and_size_are_options(source, tmp_path):
 
 def test_images_alone(source, tmp_path):
     study, heatmaps = source
-    assert (INDEX, IMAGES_INDEX) == (Mimic.index_file, datasets.build.IMAGES_INDEX)
+    assert (INDEX, IMAGES_INDEX) == (Mimic.index_file, build.IMAGES_INDEX)
     out = tmp_path / "out"
     report = prepare_mimic(study.images, None, out)
     assert report.counts["entries"] == 5 and not report.faults

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from trees import brightness
 
-from datasets import build_dataset
+from datasets.build import build_dataset
 from datasets.prepare.mimic import prepare_mimic
 from datasets.transforms import centre_box, crop_resize_flip
 from gaze.fill import Predictor, fill_tree
@@ -79,8 +79,8 @@ def test_the_published_rule_finds_the_same_samples(made, study, tree, tmp_path):
             np.testing.assert_array_equal(theirs, mine)
         assert set(np.unique(planes[2])) == {0, 255} and planes[1].max() == 255
         sample = crop_resize_flip(planes, centre_box(*size), (64, 64))
-        assert torch.equal(ours[place]["img"], sample[:1])
-        assert torch.equal(ours[place]["attention"], sample[1])
-        assert torch.equal(ours[place]["foreground"] > 0, sample[2] > 127)
+        assert torch.equal(ours[0, place]["img"], sample[:1])
+        assert torch.equal(ours[0, place]["attention"], sample[1])
+        assert torch.equal(ours[0, place]["foreground"] > 0, sample[2] > 127)
         seen.add(planes[0].tobytes())
     assert len(seen) == 12  # and not one of them twice

@@ -32,7 +32,6 @@ from downstream.data.images import (
     pad_to_square,
 )
 from downstream.data.labelled import LabelledImages
-from datasets.tree import SampleError
 from util.errors import UserError
 
 
@@ -206,7 +205,7 @@ def test_bad_files_are_one_line_from_the_cache_and_from_workers(files, tmp_path)
     images = labelled([files[1], tmp_path / "cut.png"])
     with pytest.raises(UserError, match="cut.png.*truncated"):
         open_squares(images, tmp_path)
-    with pytest.raises(SampleError, match="cut.png.*truncated"):
+    with pytest.raises(UserError, match="cut.png.*truncated"):
         Views(images)[1, 0]
     with pytest.raises(UserError, match="no-such.png"):
         open_squares(replace(images, files=[files[1], tmp_path / "no-such.png"]), tmp_path)
