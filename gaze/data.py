@@ -184,9 +184,6 @@ class GazeSamples(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def sample_name(self, index: int) -> str:
-        return self.images[index].name
-
     def identity(self) -> str:
         """Digest of the samples' readings, their order and their content (`GazeTree.content`)."""
         digest = hashlib.sha256()

@@ -193,10 +193,7 @@ def _make(
     )
 
 
-Sample = tuple[Tensor, tuple[int, int], Tensor | None]
-
-
-def _read(read: Callable[[str], np.ndarray], side: int, unit: Unit) -> Sample | UserError:
+def _read(read: Callable[[str], np.ndarray], side: int, unit: Unit) -> tuple | UserError:
     """The whole image at the predictor's size, uint8 [1, S, S]; its own (height, width); its real readings' mean map at
     that size, None if it has none. Or what is wrong with it."""
     image, *readings = unit.sources
@@ -212,7 +209,7 @@ def _read(read: Callable[[str], np.ndarray], side: int, unit: Unit) -> Sample | 
     return resize_whole(gray, side), gray.shape, torch.cat(maps).mean(0) if maps else None
 
 
-def _write(out: Path, unit: Unit, predicted: Tensor, sample: Sample | UserError) -> Made:
+def _write(out: Path, unit: Unit, predicted: Tensor, sample: tuple | UserError) -> Made:
     if isinstance(sample, UserError):
         return Made(exclusions=[Exclusion(unit.key, "unreadable", str(sample), is_fault=True)])
     _, size, heatmap = sample

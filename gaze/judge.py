@@ -100,8 +100,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.device) -> str:
-    """Judge a model on the test images of subjects that it has not seen; writes readings.csv, metrics.csv, metrics.png and examples.png to `out`, and
-    returns what to print: notes and the table."""
+    """Judge a model on the test images of subjects that it has not seen; writes readings.csv, metrics.csv, metrics.png
+    and examples.png to `out`, and returns what to print: notes and the table."""
     from gaze.pictures import example, examples_figure, metrics_figure  # here, since matplotlib takes a second to load
     from util.figures import save_figure
 
@@ -121,10 +121,9 @@ def write_judgement(model: GazeNet, study: GazeStudy, out: Path, device: torch.d
     save_figure(metrics_figure(summary, title=title), out / "metrics.png")
     scores = own.groupby("image")["cc"].mean()
     order = sorted(images, key=lambda image: -scores[image.name])
-    shown = [order[place] for place in np.unique(np.linspace(0, len(order) - 1, EXAMPLES, dtype=int))]
     lines = [
         example(f"{image.readings[0]}\nCC {scores[image.name]:.2f}", *predict_image(model, image, device))
-        for image in shown
+        for image in (order[place] for place in np.unique(np.linspace(0, len(order) - 1, EXAMPLES, dtype=int)))
     ]
     save_figure(examples_figure(lines, title=title), out / "examples.png")
     if lacking := int(own["nss"].isna().sum()):

@@ -139,7 +139,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         save_due=lambda: True,
         write=partial(save_and_prune, output_dir=args.output_dir, keep=2),
         more_state=lambda: about_model() | {"best": best},
-        sample_name=samples.sample_name,
+        sample_name=lambda index: samples.images[index].name,
         # Of the validation too: the best epoch so far was chosen by it.
         samples=f"{samples.identity()} {held_out.identity()}",
         dataset_size=len(samples),
@@ -148,7 +148,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     if resumed is None:
         core.set_prior(distributed.on_main(ranks, lambda: centre_prior(in_order(samples, 32))))
     else:
-        check_same_run(state := load_checkpoint(resumed), args, training, resumed)
+        check_same_run(state := load_checkpoint(resumed), training, resumed)
         best = state["best"] or best
         training.restore(state, resumed)
         announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
@@ -178,18 +178,18 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     return GO_ON
 
 
-def check_same_run(state: Mapping[str, Any], args: argparse.Namespace, training: Training, path: Path) -> None:
+def check_same_run(state: Mapping[str, Any], training: Training, path: Path) -> None:
     """UserError unless the run of a checkpoint can go on: the same model, images and heatmaps. Prints other changes."""
     if not state.get("optimizer"):
         raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
-    for flag in ("backbone", "weights", "input_size"):
-        if (was := state["args"][flag]) != (now := getattr(args, flag)):
-            raise UserError(f"{path}: of another model (--{flag} {was}, now {now}); go on with the flags of its run")
-    training.warn_of_changes(state, path)
-    if (state["dataset_size"], state["samples"]) != (training.dataset_size, training.samples):
+    wrong = [
+        name for name in training.warn_of_changes(state, path) if name in ("--backbone", "--weights", "--input_size")
+    ]
+    if state["samples"] != training.samples:
+        wrong.append("images or heatmaps, in training or validation (in another order, or cached otherwise)")
+    if wrong:
         raise UserError(
-            f"{path}: was trained and validated on other images or heatmaps than --data_path has now (in another "
-            "order, or cached otherwise); bring those back, or start anew in another --output_dir"
+            f"{path}: of a run with other {', '.join(wrong)}; bring those back, or start anew in another --output_dir"
         )
 
 

@@ -43,7 +43,7 @@ def backbone(tmp_path_factory):
 
 
 # Not needed by what runs on a GPU node; the tests that need one of them are skipped where it is not installed.
-OPTIONAL = ("hypothesis", "pydicom", "torchxrayvision", "cv2", "pysaliency")
+OPTIONAL = ("hypothesis", "pydicom", "torchxrayvision", "cv2")
 
 
 @pytest.hookimpl(wrapper=True)

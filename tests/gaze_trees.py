@@ -19,21 +19,19 @@ def disc(centre: np.ndarray, radius: float) -> np.ndarray:
     return np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / (2 * radius**2))
 
 
-def make_gaze_tree(
-    root: Path, n_images: int = 12, *, first_subject: int = 10000, splits: bool = True, fixations: bool = True
-) -> Path:
+def make_gaze_tree(root: Path, n_images: int = 12) -> Path:
     """A REFLACX tree of `n_images` subjects; every third image has two readings."""
-    rng = np.random.default_rng(first_subject)
+    rng = np.random.default_rng(10000)
     entries, rows = [], ["reflacx_id,x,y,duration"]
     for number in range(n_images):
-        subject = str(first_subject + number)
+        subject = str(10000 + number)
         centre = rng.uniform(0.25, 0.75, 2) * SIZE
         gray = 40 + 180 * disc(centre, 4) + rng.uniform(0, 20, SIZE)
         image = f"images/s{subject}/i{subject}.png"
         save(root / image, np.round(gray).clip(0, 255).astype(np.uint8))
         for reader in range(2 if number % 3 == 1 else 1):
             entry = {"image_path": image, "study_id": f"s{subject}", "reflacx_id": f"P{subject}R{reader}"}
-            entry |= {"subject_id": subject, "split": SPLITS[number % len(SPLITS)] if splits else None}
+            entry |= {"subject_id": subject, "split": SPLITS[number % len(SPLITS)]}
             entries.append(entry)
             seen = centre + rng.normal(0, 1, 2)
             gaze = heatmap_to_uint8(disc(seen, 5) + 0.02)
@@ -42,14 +40,12 @@ def make_gaze_tree(
             for y, x in np.clip((seen + rng.normal(0, 2, (5, 2))) / SIZE, 0, 1):
                 rows.append(f"{entry['reflacx_id']},{x:.5f},{y:.5f},0.2")
     (root / "reflacx.json").write_text(json.dumps(entries))
-    if fixations:
-        (root / "fixations.csv").write_text("\n".join(rows) + "\n")
+    (root / "fixations.csv").write_text("\n".join(rows) + "\n")
     return root
 
 
 def edit_index(root: Path, change) -> None:
-    """Apply `change` to each entry of a tree's index, in place."""
+    """Update each entry of a tree's index by what `change` gives for its number and itself."""
     entries = json.loads((root / "reflacx.json").read_text())
-    for number, entry in enumerate(entries):
-        change(number, entry)
+    entries = [entry | change(number, entry) for number, entry in enumerate(entries)]
     (root / "reflacx.json").write_text(json.dumps(entries))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HIDDEN = ("pydicom", "torchxrayvision", "hypothesis", "cv2", "pysaliency", "xdist", "pytest_timeout")
+HIDDEN = ("pydicom", "torchxrayvision", "hypothesis", "cv2", "xdist", "pytest_timeout")
 # In place of the finder of installed packages, one that does not see these.
 HIDE = f"""
 import sys

@@ -42,8 +42,8 @@ def test_readings_of_an_image_are_one_sample(tree, tmp_path):
 
 
 def test_parts_without_a_split_are_drawn_by_subject(tmp_path):
-    tree = make_gaze_tree(tmp_path / "a", 20, splits=False)
-    edit_index(tree, lambda number, entry: entry.update(subject_id=str(int(entry["subject_id"]) // 2)))
+    tree = make_gaze_tree(tmp_path, 20)
+    edit_index(tree, lambda _, entry: {"subject_id": str(int(entry["subject_id"]) // 2), "split": None})
     study = GazeStudy([tree])
     parts = [set(names) for names in subjects(study)]
     assert [len(names) for names in parts] == [7, 1, 2] and len(set.union(*parts)) == 10
@@ -54,11 +54,11 @@ def test_parts_without_a_split_are_drawn_by_subject(tmp_path):
 @pytest.mark.parametrize("spelling", ["{}", "p{} "])
 def test_a_subject_follows_its_part_in_another_tree_under_any_spelling(tree, tmp_path, spelling):
     other = make_gaze_tree(tmp_path / "b")
-    edit_index(other, lambda _, entry: entry.update(subject_id=spelling.format(entry["subject_id"]), split=None))
+    edit_index(other, lambda _, entry: {"subject_id": spelling.format(entry["subject_id"]), "split": None})
     study = GazeStudy([tree, other])
     assert subjects(study) == [2 * names for names in subjects(GazeStudy([tree]))]
     assert ("taken for one" in study.describe()) == (spelling != "{}")
-    edit_index(other, lambda number, entry: number == 0 and entry.update(split="test"))
+    edit_index(other, lambda number, _: {} if number else {"split": "test"})
     with pytest.raises(UserError, match=r"b/reflacx.json: entry 0: subject 10000 is in test here and in train"):
         GazeStudy([tree, other])
 
@@ -74,15 +74,16 @@ def test_a_subject_follows_its_part_in_another_tree_under_any_spelling(tree, tmp
 )
 def test_entries_that_are_refused(tmp_path, entry, change, message):
     tree = make_gaze_tree(tmp_path)
-    edit_index(tree, lambda number, own: entry in (None, number) and own.update(change))
+    edit_index(tree, lambda number, _: change if entry in (None, number) else {})
     with pytest.raises(UserError, match=message):
         GazeStudy([tree])
 
 
 def test_subject_from_the_folder(tree, tmp_path):
     other = make_gaze_tree(tmp_path)
-    edit_index(other, lambda _, entry: entry.update(image_path=entry["image_path"].replace("images/s", "p10/p")))
-    edit_index(other, lambda _, entry: entry.pop("subject_id"))
+    edit_index(
+        other, lambda _, entry: {"image_path": entry["image_path"].replace("images/s", "p10/p"), "subject_id": None}
+    )
     assert subjects(GazeStudy([other])) == subjects(GazeStudy([tree]))
 
 
@@ -113,7 +114,7 @@ def test_test_images_of_subjects_that_a_model_has_seen_are_left_out(tree, tmp_pa
     seen = GazeStudy([tree]).seen()
     assert seen == subject_marks([str(10000 + n) for n in range(12) if n % 6 != 4], "mimic")
     other = make_gaze_tree(tmp_path / "more", 18)  # the same twelve and six new subjects
-    edit_index(other, lambda _, entry: entry.update(split=(*PARTS[::-1], "train")[int(entry["subject_id"]) % 4]))
+    edit_index(other, lambda _, entry: {"split": (*PARTS[::-1], "train")[int(entry["subject_id"]) % 4]})
     study = GazeStudy([other])
     assert study.leave_out(seen).startswith("warning: 2 of 5 test images")
     assert subjects(study)[2] == ["10004", "10012", "10016"]

@@ -110,32 +110,27 @@ def test_killed_anywhere_the_next_run_ends_with_the_same_bytes(images_only, tmp_
 
 
 def test_real_gaze_is_kept_and_predictions_are_not_taken_for_it(tree, images_only, study, tmp_path):
-    real = tmp_path / "real"
+    real, other = tmp_path / "real", shutil.copytree(images_only, tmp_path / "other")
     prepare(raw=study.raw, images=study.images, out=real, size=64, readings="each")
-    report = fill(tree, real=[real])
     readings: dict[str, list[Path]] = {}
     for entry in json.loads((real / "reflacx.json").read_text()):
         path = real / "attention" / entry["study_id"] / f"{entry['reflacx_id']}.png"
         readings.setdefault(entry["dicom_id"], []).append(path)
-    assert report.counts["- of real readings"] == len(readings)
+    report = fill(tree, real=[real])
+    assert report.counts["- of real readings"] == len(readings) and {*map(len, readings.values())} > {1}
     for entry in json.loads((tree / INDEX).read_text()):
         stored = read_gray(tree / "attention" / Path(entry["image_path"]).with_suffix(".png"))
-        paths = readings.get(entry["dicom_id"])
-        assert entry["gaze"] == ("real" if paths else "predicted")
-        if paths and len(paths) == 1:
-            assert np.array_equal(stored, read_gray(paths[0]))
-        elif paths:
-            maps = [read_gray(path) / read_gray(path).sum() for path in paths]
-            assert np.array_equal(stored, heatmap_to_uint8(np.mean(maps, 0)))
-    assert {len(paths) for paths in readings.values()} > {1}
+        maps = [read_gray(path) for path in readings.get(entry["dicom_id"], ())]
+        assert entry["gaze"] == ("real" if maps else "predicted")
+        if maps:
+            mean = np.mean([levels / levels.sum() for levels in maps], 0)
+            assert np.array_equal(stored, heatmap_to_uint8(mean) if maps[1:] else maps[0])
     assert fill(tree, real=[real]).counts["made by this run"] == 0
+    assert fill(other, real=[tree]).counts["- of real readings"] == len(readings)
     write_gray(path := next(iter(readings.values()))[0], np.zeros_like(read_gray(path)))
     with pytest.raises(UserError, match=r"would lose|the heatmap is zero"):
         fill(tree, real=[real])
     assert (tree / INDEX).exists()
-    plain, other = (shutil.copytree(images_only, tmp_path / name) for name in ("plain", "other"))
-    fill(plain)
-    assert fill(other, real=[plain]).counts["- of real readings"] == 0
 
 
 def test_an_unreadable_image_is_left_out_and_made_later(tree):
@@ -179,15 +174,14 @@ def test_a_changed_image_is_predicted_anew(study, tmp_path, place):
 
 
 def test_trees_with_heatmaps_are_refused(study, tmp_path):
-    prepare(raw=study.raw, images=study.images, out=tmp_path / "reflacx", size=64)
     predict_files(study.images, tmp_path / "loose", PLAIN)
     report = prepare_mimic(study.images, tmp_path / "loose", tmp_path / "mimic", views=("all",), size=32)
     assert report.counts["entries"] == len(study.truth) and not report.faults  # heatmaps of loose files make a tree
-    for root in (tmp_path / "reflacx", tmp_path / "mimic", tmp_path):
-        before = contents(root)
+    before = contents(tmp_path)
+    for root in (tmp_path / "mimic", tmp_path):
         with pytest.raises(UserError, match="no images.json in it"):
             fill(root)
-        assert contents(root) == before
+    assert contents(tmp_path) == before
 
 
 def test_loose_files(tmp_path):

@@ -1,4 +1,4 @@
-"""Saliency metrics: against NumPy, scikit-learn, scikit-image and pysaliency, and their bounds."""
+"""Saliency metrics: against NumPy, scikit-learn and scikit-image, and their bounds."""
 
 from __future__ import annotations
 
@@ -99,8 +99,7 @@ def test_equal_maps_and_chance():
 
 
 def test_kld_of_zero_prediction_is_infinite_and_half_a_level_mends_it():
-    levels = np.full((4, 4), 200, np.uint8)
-    levels[0, 0] = 0
+    levels = np.arange(16, dtype=np.uint8).reshape(4, 4)
     assert float(saliency.kld(levels, np.ones((4, 4)))) == math.inf
     assert 0 < float(saliency.kld(saliency.density_of_levels(levels), np.ones((4, 4)))) < 1
 
@@ -118,8 +117,6 @@ def test_loss_is_the_metric_and_has_the_softmax_gradient():
 
 def test_density_on_another_grid():
     p = saliency.density(random_maps(3)[0])[None]
-    large = saliency.resize_density(p, (50, 31))
-    assert large.shape == (1, 50, 31) and float(large.sum()) == pytest.approx(1)
     assert torch.allclose(saliency.resize_density(p, SHAPE), p, atol=1e-15)
     flat = saliency.resize_density(torch.full((2, 4, 4), 0.7), (9, 5))
     assert torch.allclose(flat, torch.full((2, 9, 5), 1 / 45))
@@ -128,14 +125,3 @@ def test_density_on_another_grid():
 def test_fixation_pixels():
     x, y = np.array([0.0, 0.999, 1.0, 0.5]), np.array([0.0, 1.0, 0.26, 0.5])
     assert saliency.fixation_pixels(x, y, (4, 10)).tolist() == [[0, 0], [3, 9], [1, 9], [2, 5]]
-
-
-def test_metrics_equal_pysaliency():
-    metrics = pytest.importorskip("pysaliency.metrics")
-    p, t = random_maps(0)
-    fixations = random_fixations(0)
-    rows, columns = fixations.T.numpy()
-    assert float(saliency.cc(p, t)) == close(metrics.CC(p, t))
-    assert float(saliency.sim(p, t)) == close(metrics.SIM(p, t))
-    assert float(saliency.kld(p, t)) == close(metrics.image_based_kl_divergence(p, t))
-    assert float(saliency.nss(p, fixations)) == close(metrics.NSS(p, columns, rows).mean())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import predict_gaze
 import pytest
 import torch
-from trees import contents
 
 from datasets.prepare.mimic import prepare_mimic
 from gaze.model import GazeNet
@@ -32,20 +29,16 @@ def run(*arguments) -> int:
     return predict_gaze.main([*map(str, arguments), "--device", "cpu", "--workers", "1", "--batch_size", "4"])
 
 
-def test_a_tree_is_filled(study, weights, tmp_path, capsys):
-    tree = tmp_path / "tree"
+def test_a_tree_and_loose_files(study, weights, tmp_path, capsys):
+    tree, out = tmp_path / "tree", tmp_path / "out"
     prepare_mimic(study.images, None, tree, views=("all",), size=64)
     assert run("--weights", weights, "--tree", tree) == 0
+    assert run("--weights", weights, "--images", study.images, "--out", out) == 0
     assert f"{tree} is ready" in capsys.readouterr().out
-    assert len({content for name, content in contents(tree).items() if name.startswith("attention")}) == 12
-
-
-def test_loose_dicom_files(study, weights, tmp_path):
-    assert run("--weights", weights, "--images", study.images, "--out", tmp_path / "out") == 0
-    entries = json.loads((tmp_path / "out" / "heatmaps.json").read_text())
-    assert len(entries) == 12
-    heatmap = read_gray(tmp_path / "out" / entries[0]["heatmap"])
-    assert heatmap.shape == read_gray(study.images / entries[0]["image"]).shape and heatmap.max() == 255
+    for folder, shape in ((tree / "attention", (75, 64)), (out, (224, 192))):
+        maps = [read_gray(path) for path in folder.rglob("*.png")]
+        assert len({levels.tobytes() for levels in maps}) == 12
+        assert all(levels.shape == shape and levels.max() == 255 for levels in maps)
 
 
 @pytest.mark.parametrize(
