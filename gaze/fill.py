@@ -2,7 +2,7 @@
 
 `fill_tree` makes the layer `gaze` of a tree that `scripts/prepare_mimic.py` made without heatmaps: attention/,
 foreground/ and the index that pretraining and the published loader read. `predict_files` writes a heatmap for each
-radiograph below a directory. Both find units, which `_make` makes as a run of `datasets.prepare.making`: it goes on where
+radiograph below a directory. Both find units, which `_make` makes as a run of `datasets.prepare.store`: it goes on where
 it was stopped, and keeps what is made from the same image by the same predictor.
 
 An image's prediction does not depend on the images around it: batches are always full, the last one padded, so that
@@ -27,10 +27,9 @@ from datasets.build import IMAGES_INDEX, detect_tree
 from datasets.files_by_id import FileIndex
 from datasets.mimic import Mimic
 from datasets.prepare.heatmaps import LOOSE_INDEX
-from datasets.prepare.layout import Unit, finished_lines, origin_of, stamp
-from datasets.prepare.making import TreeMaking
 from datasets.prepare.pixels import attention_maps, count_significant, write_image
-from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, versions
+from datasets.prepare.store import TreeMaking, finished_lines
+from datasets.prepare.units import Made, Report, Unit, origin_of, stamp
 from datasets.raw.readings import Exclusion
 from datasets.tree import read_index
 from gaze.data import resize_whole
@@ -70,7 +69,7 @@ class Task(NamedTuple):
 
 def fill_tree(
     root: Path, predictor: Predictor, *, real: Sequence[Path] = (), overwrite: bool = False, **how: int
-) -> PrepareReport:
+) -> Report:
     """Make the heatmaps of a tree of images, or finish those that are there.
 
     Args:
@@ -92,10 +91,11 @@ def fill_tree(
             f"--images ... --out {root}` makes one"
         )
     options = {"source": LAYER, "predictor": predictor.digest}
-    with TreeMaking(root, options, index=Mimic.index_file, layer=LAYER, overwrite=overwrite) as making:
+    making = TreeMaking(root, options, index=Mimic.index_file, layer=LAYER, overwrite=overwrite)
+    with making.running():
         units = _tree_units(root, _real_readings(real))
-        found = Found(units, {"images": len(units)}, record={"real": [str(path.resolve()) for path in real]})
-        return _make(making, found, predictor, read_gray, **how)
+        report = Report(units, {"images": len(units)}, record={"real": [str(path.resolve()) for path in real]})
+        return _make(making, report, predictor, read_gray, **how)
 
 
 def predict_files(
@@ -106,17 +106,18 @@ def predict_files(
     dicom_contrast: str = MIMIC_CXR_JPG,
     overwrite: bool = False,
     **how: int,
-) -> PrepareReport:
+) -> Report:
     """A heatmap of its size for each radiograph (PNG, JPG, DICOM) below `images`: 8-bit gray PNG under the same name
     below `out`; see `fill_tree`. `dicom_contrast`: one of `util.radiograph.CONTRASTS`."""
     images, out = images.resolve(), out.resolve()
     if not images.is_dir():
         raise UserError(f"--images {images}: no such directory")
     options = {"source": "predict_gaze", "predictor": predictor.digest, "dicom_contrast": dicom_contrast}
-    with TreeMaking(out, options, index=LOOSE_INDEX, overwrite=overwrite) as making:
+    making = TreeMaking(out, options, index=LOOSE_INDEX, overwrite=overwrite)
+    with making.running():
         units = _loose_units(images, out)
-        found = Found(units, {"images": len(units)}, record={"images": str(images)})
-        return _make(making, found, predictor, partial(read_radiograph, contrast=dicom_contrast), **how)
+        report = Report(units, {"images": len(units)}, record={"images": str(images)})
+        return _make(making, report, predictor, partial(read_radiograph, contrast=dicom_contrast), **how)
 
 
 def _tree_units(root: Path, real: Mapping[str, list[str]]) -> list[Unit]:
@@ -162,15 +163,15 @@ def _loose_units(images: Path, out: Path) -> list[Unit]:
 
 def _make(
     making: TreeMaking,
-    found: Found,
+    report: Report,
     predictor: Predictor,
     read: Callable[[str], np.ndarray],
     *,
     batch_size: int = 32,
     workers: int = 1,
-) -> PrepareReport:
+) -> Report:
     """Make what is not there yet: threads read the images by `read` and write, this one predicts. Then write the index."""
-    todo, side = making.begin(found.units, versions()), predictor.input_size
+    todo, side = making.begin(report), predictor.input_size
     with Progress("predicting", len(todo), "images", enabled=bool(todo)) as steps, ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(todo), batch_size):
             units = todo[start : start + batch_size]
@@ -181,14 +182,11 @@ def _make(
                     image.copy_(sample[0])
             written = pool.map(partial(_write, making.staging), units, predictor.maps(images), samples)
             for unit, made in zip(units, written, strict=True):
-                found.exclusions += made.exclusions
-                making.place(unit, made.files, made.note, settled=not made.exclusions)
+                making.place(unit, made)
                 steps.add(1)
     kinds = Counter(note["gaze"] for _, note in making.notes())
-    return finish_tree(
-        making,
-        found,
-        lambda: ({**unit.task.entry, "gaze": note["gaze"]} for unit, note in making.notes()),
+    return making.finish(
+        ({**unit.task.entry, "gaze": note["gaze"]} for unit, note in making.notes()),
         {"entries": kinds.total(), "- predicted": kinds[PREDICTED], "- of real readings": kinds[REAL]},
     )
 

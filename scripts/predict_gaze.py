@@ -57,12 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         report = fill_tree(args.tree, predictor, real=args.real, **how)
     else:
         report = predict_files(args.images, args.out, predictor, dicom_contrast=args.dicom_contrast, **how)
-    print(report)
-    if report.faults:
-        print(f"{len(report.faults)} images left out for damaged input, listed above", file=sys.stderr)
-        return 1
-    print(f"{args.tree or args.out} is ready")
-    return 0
+    return report.conclude("images", f"{args.tree or args.out} is ready")
 
 
 def as_predictor(model: GazeNet) -> Predictor:

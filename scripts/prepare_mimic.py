@@ -50,13 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parsed)
     accepted = args.pop("accept_damaged")
     report = prepare_mimic(**args)
-    print(report)
-    if report.faults:
-        print(f"{len(report.faults)} images left out for damaged input, listed above", file=sys.stderr)
-        if not accepted:
-            return 1
-    print("nothing written (--dry_run)" if report.dry_run else f"{args['out']} is ready")
-    return 0
+    done = "nothing written (--dry_run)" if args["dry_run"] else f"{args['out']} is ready"
+    return report.conclude("images", done, accept_damaged=accepted)
 
 
 if __name__ == "__main__":

@@ -52,13 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parsed)
     source, accepted = args.pop("source"), args.pop("accept_damaged")
     report = prepare(**args, source=None if source == "auto" else source)
-    print(report)
-    if report.faults:
-        print(f"{len(report.faults)} readings left out for damaged input, listed above", file=sys.stderr)
-        if not accepted:
-            return 1
-    print("nothing written (--dry_run)" if report.dry_run else f"{args['out']} is ready")
-    return 0
+    done = "nothing written (--dry_run)" if args["dry_run"] else f"{args['out']} is ready"
+    return report.conclude("readings", done, accept_damaged=accepted)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,7 @@ def find_heatmaps(root: Path, *, without: Iterable[Path] = ()) -> FoundFiles:
     """Heatmap files (.png, .npy) below `root` by dicom_id (`heatmap_id`) in small letters: `<dicom_id>.png`,
     `pred_<dicom_id>_gaze.npy`, ..."""
     check_originals(root, "--heatmaps holds one PNG or NPY per image, as a predictor wrote them", but=LOOSE_INDEX)
-    found = FileIndex(root, without, but=LOOSE_INDEX).search(lambda stem: heatmap_id(stem).casefold(), (".npy", ".png"))
-    if not (found.paths or found.ambiguous):
-        raise UserError(f"{root}: no .png or .npy file is in it or below")
-    return found
+    return FileIndex(root, without, but=LOOSE_INDEX).search(lambda stem: heatmap_id(stem).casefold(), (".npy", ".png"))
 
 
 def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
@@ -45,12 +42,9 @@ def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
         values = read_map(path).astype(np.float64)
     else:
         try:
-            loaded = np.load(path, allow_pickle=False)
+            values = np.load(path, allow_pickle=False).astype(np.float64).squeeze()
         except Exception as error:  # NumPy has a kind of its own for each kind of damage
             raise UserError(f"{path}: cannot be read as NPY ({' '.join(str(error).split())})") from None
-        if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "fiub":
-            raise UserError(f"{path}: holds no array of numbers")
-        values = loaded.astype(np.float64).squeeze()
     if values.ndim != 2:
         raise UserError(f"{path}: is of shape {list(values.shape)}, expected one map [height, width]")
     if not np.isfinite(values).all() or values.min() < 0:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from datasets.fixations import heatmap_to_uint8
-from datasets.prepare.work import Made
+from datasets.prepare.units import Made
 from datasets.raw.readings import Exclusion
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
@@ -26,14 +26,14 @@ def make_image(task: Any, *, out: Path | None, options: Any) -> Made:
 
     `task` is a `datasets.prepare.mimic.MimicTask` or a `datasets.prepare.readings.ReadingsTask`: `image` is the
     radiograph, `stored` its path in the tree, `ids` what is left out if it can't be used, and `heatmaps` gives
-    (name, heatmap) of each entry, None if nothing is left to store. `options` are those of the tree.
+    (name, heatmap) of each entry. `options` are those of the tree.
     """
     made = Made()
     try:
         file_size = radiograph_size(task.image)
         size = scaled_size(file_size, options.size)
         heatmaps = task.heatmaps(file_size, size, options, made)
-        if heatmaps is None:
+        if made.exclusions and not heatmaps:
             return made
         gray = read_radiograph(task.image, options.dicom_contrast) if out is not None else None
     except UserError as error:
@@ -42,16 +42,14 @@ def make_image(task: Any, *, out: Path | None, options: Any) -> Made:
             Exclusion(i, "image unusable", str(error), is_fault=True) for i in task.ids if i not in named
         ]
         return made
-    made.files.append(task.stored)
-    if out is not None:
-        write_image(out / task.stored, resize_gray(gray, size))
+    pixels = {task.stored: None if gray is None else resize_gray(gray, size)}
     for name, heatmap in heatmaps:
-        attention, foreground = attention_maps(heatmap)
-        made.note.setdefault("significant", []).append(count_significant(foreground))
-        for kind, pixels in (("attention", attention), ("foreground", foreground)):
-            made.files.append(f"{kind}/{name}.png")
-            if out is not None:
-                write_image(out / made.files[-1], pixels)
+        maps = attention_maps(heatmap)
+        made.note.setdefault("significant", []).append(count_significant(maps[1]))
+        pixels |= {f"attention/{name}.png": maps[0], f"foreground/{name}.png": maps[1]}
+    made.files += pixels
+    for name in pixels if out is not None else ():
+        write_image(out / name, pixels[name])
     return made
 
 

@@ -1,6 +1,6 @@
 """From a raw gaze data set and MIMIC-CXR's images to the processed tree that pretraining reads.
 
-The tree (`out`), beside what `datasets.prepare.making` keeps in it:
+The tree (`out`), beside what `datasets.prepare.store` keeps in it:
 - reflacx.json: list of entries, see `entry`; written last, so that a tree with it is complete;
 - images/<study_id>/<dicom_id>.png, attention/ and foreground/<study_id>/<reflacx_id>.png, 8-bit gray,
   all three of the same size (PNG for the images too: JPG of quality 95 takes two fifths of the room, but
@@ -16,33 +16,31 @@ the same file. Nothing depends on the number of processes or on where an earlier
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from datasets.files_by_id import FoundFiles
 from datasets.fixations import fixation_heatmap, inside_image, merge_heatmaps
-from datasets.prepare.layout import Unit, origin_of, stamp
-from datasets.prepare.making import TreeMaking
-from datasets.prepare.work import Found, Made, PrepareReport, finish_tree, make_units
+from datasets.prepare.store import TreeMaking
+from datasets.prepare.units import Made, Report, Unit, no_image, origin_of, stamp
+from datasets.prepare.work import make_units
 from datasets.raw.egd import DEFAULT_SIGMA, find_egd_root, read_egd
 from datasets.raw.findings import merge_findings, unify
-from datasets.raw.mimic_cxr import find_images, find_metadata, why_none
-from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, first_of, is_simulated
+from datasets.raw.mimic_cxr import find_images, find_metadata
+from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, is_simulated
 from datasets.raw.reflacx import find_reflacx_root, read_reflacx
 from util.cli import finite_float
 from util.errors import UserError
 from util.radiograph import MIMIC_CXR_JPG
 
 INDEX, FIXATIONS = "reflacx.json", "fixations.csv"
-Mapped = tuple[Reading, Fixations, np.ndarray]  # a reading, what is used of it, and its map
 
 # Data set -> (where a directory holds it, its reader). A further data set is one more line here.
 SOURCES: dict[str, tuple[Callable[[Path], Path | None], Callable[..., RawReadings]]] = {
@@ -87,8 +85,6 @@ class Options:
 
 def detect_source(raw: Path) -> str:
     """Name of the data set that `raw` holds."""
-    if not raw.is_dir():
-        raise UserError(f"{raw}: no such directory; --raw is the root of the gaze data set")
     names = [name for name, (find, _) in SOURCES.items() if find(raw) is not None]
     if len(names) == 1:
         return names[0]
@@ -125,7 +121,7 @@ def prepare(
     overwrite: bool = False,
     dry_run: bool = False,
     **options: Any,
-) -> PrepareReport:
+) -> Report:
     """Build the processed tree in `out`, or finish or check the one that is there; `options` are those of `Options`.
 
     Raises `UserError` where nothing sensible can be done; a single bad file or reading is reported.
@@ -134,102 +130,65 @@ def prepare(
     raw, images, out = raw.resolve(), images.resolve(), out.resolve()
     source = source or detect_source(raw)
     read_options = egd_options(source, sigma, metadata and metadata.resolve(), images)
-    chosen_options = Options(source, sigma=read_options.get("sigma"), **options)
-    if chosen_options.screen_filter and source != "reflacx":
+    chosen = Options(source, sigma=read_options.get("sigma"), **options)
+    if chosen.screen_filter and source != "reflacx":
         raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
-    making = TreeMaking(out, asdict(chosen_options), index=INDEX, overwrite=overwrite, dry_run=dry_run)
-    with making:
-        found_readings = SOURCES[source][1](raw, **read_options)
-        split = chosen_options.split
-        chosen = found_readings.of_split(split)
-        found = _find(raw, images, out, found_readings, chosen)
-        make_units(making, found, chosen_options, workers)
+    making = TreeMaking(out, asdict(chosen), index=INDEX, overwrite=overwrite, dry_run=dry_run)
+    with making.running():
+        gaze = SOURCES[source][1](raw, **read_options)
+        readings = gaze.of_split(chosen.split)
+        record = {
+            "raw": str(raw),
+            "images": str(images),
+            "metadata": (table := read_options.get("metadata")) and str(table),
+        }
+        report = Report([], {"readings found": gaze.n_found}, [*gaze.exclusions], gaze.notes, record)
+        place = find_images(
+            images, {reading.image_id: reading.image_path for reading in readings.values()}, without=[out]
+        )
+        groups: dict[str, list[Reading]] = {}
+        for reading in readings.values():
+            groups.setdefault(reading.image_id, []).append(reading)
+        for image_id, group in groups.items():
+            if not (path := place.paths.get(image_id)):
+                report.exclusions += [no_image(reading.id, image_id, place, images) for reading in group]
+                continue
+            sources = (path, *dict.fromkeys(str(reading.fixations_path) for reading in group))
+            stamps = tuple(map(stamp, sources))
+            origin = origin_of(path.removeprefix(f"{images}/"), stamps[0], [reading.origin() for reading in group])
+            report.units.append(Unit(image_id, origin, ReadingsTask(path, group), sources, stamps))
+        make_units(making, report, chosen, workers)
 
+        notes = [note for _, note in making.notes()]
         samples = sorted(
             (
-                ([chosen[name] for name in group], text)
-                for _, note in making.notes()
-                for group, text in zip(note["used"], note["fixations"])
+                ([readings[name] for name in names], rows)
+                for note in notes
+                for names, rows in zip(note["used"], note["fixations"])
             ),
             key=lambda sample: entry_id(sample[0]),
         )
-        if not overwrite:
-            _refuse_other_readings(
-                out, [group for group, _ in samples], chosen.keys() - {e.id for e in found.exclusions}
-            )
-        left_out: Counter = Counter()
-        bad: list[str] = []
-        for _, note in making.notes():
-            left_out.update(note.get("left_out", {}))
-            bad += note.get("bad", [])
-        bad.sort()
+        left_out = sum((Counter(note.get("left_out", {})) for note in notes), Counter())
+        bad = sorted(text for note in notes for text in note.get("bad", ()))
         if bad:
-            found.notes.append(f"{len(bad)} bad fixations were left out, listed in prepare.json, such as {bad[0]}")
-        found.record |= {"metadata": (table := read_options.get("metadata")) and str(table), "bad_fixations": bad}
+            report.notes.append(f"{len(bad)} bad fixations were left out, listed in prepare.json, such as {bad[0]}")
+        report.record["bad_fixations"] = bad
         mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
-        n_other_split = len(found_readings.readings) - len(chosen)
-        n_used = sum(len(group) for group, _ in samples)
-        n_spare = found_readings.n_found - len(found.exclusions) - n_other_split - n_used
-        return finish_tree(
-            making,
-            found,
-            lambda: (entry(group) | mark for group, _ in samples),
-            {
-                "- of another split": n_other_split,
-                "- further readings of an image, not needed": n_spare,
-                "readings used": n_used,
-                "images": len({stored_image(group[0]) for group, _ in samples}),
-                "entries": len(samples),
-                **{f"fixations left out: {reason}": n for reason, n in sorted(left_out.items())},
-            },
-            {FIXATIONS: _fixation_table(samples)},
-        )
-
-
-def _find(raw: Path, images: Path, out: Path, found: RawReadings, chosen: Mapping[str, Reading]) -> Found:
-    """The images of the readings, those that are left out, and a unit for each image that is there, with all its
-    readings."""
-    place = find_images(images, {r.image_id: r.image_path for r in chosen.values()}, without=[out])
-    exclusions = [*found.exclusions, *without_image(chosen.values(), place, images)]
-    groups: dict[str, list[Reading]] = {}
-    for reading in chosen.values():
-        if reading.image_id in place.paths:
-            groups.setdefault(reading.image_id, []).append(reading)
-    if not groups:
-        raise UserError(f"{images}: holds none of the {len(chosen)} readings' images{first_of(exclusions)}")
-    units = []
-    for image_id, group in groups.items():
-        path = place.paths[image_id]
-        sources = (path, *dict.fromkeys(str(reading.fixations_path) for reading in group))
-        stamps = tuple(map(stamp, sources))
-        own = [reading.origin() for reading in group]
-        origin = origin_of(path.removeprefix(f"{images}/"), stamps[0], own)
-        units.append(Unit(image_id, origin, ReadingsTask(path, group), sources, stamps))
-    record = {"raw": str(raw), "images": str(images)}
-    return Found(units, {"readings found": found.n_found}, exclusions, found.notes, record)
-
-
-def without_image(chosen: Iterable[Reading], place: FoundFiles, images: Path) -> Iterator[Exclusion]:
-    """Readings whose images were not found, or found more than once."""
-    for reading in chosen:
-        if (name := reading.image_id) not in place.paths:
-            several = name in place.ambiguous
-            reason = "several images" if several else "image missing"
-            yield Exclusion(reading.id, reason, why_none(images, name, place), is_fault=several)
-
-
-def _refuse_other_readings(out: Path, groups: Sequence[Sequence[Reading]], usable: Collection[str]) -> None:
-    """UserError where the finished tree has entries of `usable` readings that other readings take the place of now."""
-    if not (out / INDEX).exists():
-        return
-    now = {tuple(reading.id for reading in group): group[0].image_id for group in groups}
-    for old in json.loads((out / INDEX).read_text(encoding="utf-8")):
-        if (ids := tuple(old["raw_ids"])) not in now and usable >= set(ids):
-            others = ", ".join(name for own, image in now.items() if image == old["dicom_id"] for name in own)
-            raise UserError(
-                f"{out}: has image {old['dicom_id']} with reading {', '.join(ids)}, and is to have it with {others} now, "
-                "which can be used or was added since; choose another --out, or --overwrite to make the tree afresh"
-            )
+        n_other_split, n_used = len(gaze.readings) - len(readings), sum(len(group) for group, _ in samples)
+        counted = {
+            "- of another split": n_other_split,
+            "- further readings of an image, not needed": gaze.n_found
+            - len(report.exclusions)
+            - n_other_split
+            - n_used,
+            "readings used": n_used,
+            "images": len(notes),
+            "entries": len(samples),
+            **{f"fixations left out: {reason}": n for reason, n in sorted(left_out.items())},
+        }
+        rows = (f"{entry_id(group)},{row}" for group, text in samples for row in text.splitlines())
+        table = chain(["reflacx_id,x,y,duration"], rows)
+        return making.finish((entry(group) | mark for group, _ in samples), counted, {FIXATIONS: table})
 
 
 # --- one image with all its readings ---------------------------------------------------------------
@@ -250,39 +209,32 @@ class ReadingsTask:
     def ids(self) -> list[str]:
         return [reading.id for reading in self.readings]
 
-    def heatmaps(self, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]] | None:
+    def heatmaps(self, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]]:
         """See `datasets.prepare.pixels.make_image`; `options` are `Options`.
 
         The note has, for each entry, the ids of its readings ("used") and its fixations, "x,y,duration" a line, x and y
         in 0..1 of the image; and of all its readings how many fixations were left out by reason ("left_out"), and the
         damaged ones ("bad").
         """
-        mapped: list[Mapped] = []
+        mapped = []
+        left_out: Counter = Counter()
+        bad = []
         for reading in self.readings:
             gaze = reading_gaze(reading, self.image, file_size, size, screen_filter=options.screen_filter)
             if isinstance(gaze, Exclusion):
                 made.exclusions.append(gaze)
                 continue
-            mapped.append((reading, *gaze))
+            fixations, heatmap = gaze
+            mapped.append((reading, _fixation_rows(fixations.table, reading.original_size(file_size)), heatmap))
+            left_out.update(fixations.left_out)
+            bad += [f"{reading.id}: {text}" for text in fixations.bad]
             if options.readings == "one":
                 break
         groups = [mapped] if options.readings == "merge" and mapped else [[one] for one in mapped]
-        if not groups:
-            return None
-        if len({reading.split for reading, _, _ in groups[0]}) > 1:
-            splits = ", ".join(f"{reading.id} {reading.split}" for reading, _, _ in mapped)
-            raise UserError(f"{splits}: to be merged, but of different splits; choose one with --split")
         made.note["used"] = [[reading.id for reading, _, _ in group] for group in groups]
-        made.note["fixations"] = [
-            "".join(
-                _fixation_rows(fixations.table, reading.original_size(file_size)) for reading, fixations, _ in group
-            )
-            for group in groups
-        ]
-        left_out = sum((Counter(fixations.left_out) for _, fixations, _ in mapped), Counter())
+        made.note["fixations"] = ["".join(rows for _, rows, _ in group) for group in groups]
         if left_out:
-            made.note["left_out"] = dict(left_out)
-            made.note["bad"] = [f"{reading.id}: {text}" for reading, fixations, _ in mapped for text in fixations.bad]
+            made.note |= {"left_out": dict(left_out), "bad": bad}
         return [
             (
                 f"{group[0][0].study_id}/{entry_id([reading for reading, _, _ in group])}",
@@ -302,22 +254,20 @@ def reading_gaze(
 ) -> tuple[Fixations, np.ndarray] | Exclusion:
     """Usable fixations of one reading, see `Reading.load_fixations`, and its gaze map, float64 [H, W] of `out_size`; or
     why there is none. Sizes are (height, width); the file may be a scaled copy, see `Reading.original_size`."""
+    reason, where = "image size differs", path
     try:
         size = reading.original_size(file_size)
-    except UserError as error:
-        return Exclusion(reading.id, "image size differs", f"{path}: {error}", is_fault=True)
-    try:
+        reason, where = "unusable fixations", reading.fixations_path
         found = replace(reading, image_size=size).load_fixations(screen_filter=screen_filter)
-        if found.table.empty:
-            detail = f"{reading.fixations_path}: none that can be used {dict(found.left_out) or ''}".rstrip()
-            return Exclusion(reading.id, "no fixations", detail)
-        if not inside_image(found.table, size).any():
-            detail = f"{reading.fixations_path}: all {len(found.table)} lie outside the image"
-            return Exclusion(reading.id, "all fixations outside", detail)
-        return found, fixation_heatmap(found.table, size, out_size)
+        if inside_image(found.table, size).any():
+            return found, fixation_heatmap(found.table, size, out_size)
     except UserError as error:
-        where = "" if str(reading.fixations_path) in str(error) else f"{reading.fixations_path}: "
-        return Exclusion(reading.id, "unusable fixations", f"{where}{error}", is_fault=True)
+        named = "" if str(where) in str(error) else f"{where}: "
+        return Exclusion(reading.id, reason, f"{named}{error}", is_fault=True)
+    if found.table.empty:
+        detail = f"{where}: none that can be used {dict(found.left_out) or ''}".rstrip()
+        return Exclusion(reading.id, "no fixations", detail)
+    return Exclusion(reading.id, "all fixations outside", f"{where}: all {len(found.table)} lie outside the image")
 
 
 def _fixation_rows(fixations: pd.DataFrame, size: tuple[int, int]) -> str:
@@ -360,10 +310,3 @@ def entry(readings: Sequence[Reading]) -> dict[str, Any]:
         "source": first.source,
         "labels": labels[0] if len(labels) == 1 else merge_findings(labels),
     }
-
-
-def _fixation_table(samples: Iterable[tuple[Sequence[Reading], str]]) -> Iterator[str]:
-    yield "reflacx_id,x,y,duration"
-    for group, text in samples:
-        name = entry_id(group)
-        yield from (f"{name},{line}" for line in text.splitlines())

@@ -42,7 +42,7 @@ def test_other_heatmaps_of_the_same_sizes_and_times(root):
             np.save(root / name / path.name, np.random.default_rng(number).random((4, 4)))
             os.utime(root / name / path.name, (315532800, 315532800))
     mimic(root, heatmaps="first")
-    assert mimic(root, heatmaps="second").counts["- of these anew, as they had changed"] == 3
+    assert mimic(root, heatmaps="second").counts["made by this run"] == 3
     mimic(root, "fresh", "second")
     assert contents(root / "out") == contents(root / "fresh")
 
@@ -111,7 +111,7 @@ def test_a_tree_without_its_record_is_no_source(root):
     (inner / "prepare.json").unlink()
     for path in (root / "mimic/files").rglob("*.jpg"):
         path.unlink()
-    with pytest.raises(UserError, match="holds none of the 3 readings' images"):
+    with pytest.raises(UserError, match="not one entry is left .*image missing"):
         prepare(root / "reflacx", root / "mimic", root / "out")
 
 

@@ -137,8 +137,7 @@ def test_a_reading_that_was_mended_changes_no_finished_tree(tmp_path, readings):
     path.write_text(whole[:30])
     assert prepare(study.raw, study.images, tmp_path / "out", readings=readings).faults[0].id == first
     path.write_text(whole)
-    now = first if readings == "one" else f"{first}, {second}"
-    with pytest.raises(UserError, match=f"with reading {second}, and is to have it with {now} now, .* --overwrite"):
+    with pytest.raises(UserError, match=f"would lose 2 of its files, .*give others now, .*{second}.* --overwrite"):
         prepare(study.raw, study.images, tmp_path / "out", readings=readings)
     assert entries_of(tmp_path / "out")[0]["raw_ids"] == [second]
     prepare(study.raw, study.images, tmp_path / "out", readings=readings, overwrite=True)
@@ -278,15 +277,10 @@ def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):
 def test_unusable_arguments(mixed, tmp_path):
     with pytest.raises(UserError, match="no such directory; --images"):
         prepare(mixed.raw, tmp_path / "none", tmp_path / "out")
-    with pytest.raises(UserError, match="holds none of the 17 readings' images"):
+    with pytest.raises(UserError, match="not one entry is left .*image missing"):
         prepare(mixed.raw, tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="--size -1"):
         main(["--raw", "x", "--images", "x", "--out", "x", "--size", "-1"])
-    (tmp_path / "other").mkdir()
-    for text in ("", "[]", "{}", '{"options": 3}'):
-        (tmp_path / "other" / "prepare.json").write_text(text)
-        with pytest.raises(UserError, match="prepare.json: not the record this script writes"):
-            prepare(mixed.raw, mixed.images, tmp_path / "other", overwrite=True)
 
 
 # --- again, interrupted, with other options --------------------------------------------------------

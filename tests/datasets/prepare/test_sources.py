@@ -81,7 +81,7 @@ def test_of_different_files_for_one_image_none_is_taken(small, images, tmp_path)
     (fault,) = report.faults
     assert fault.id == image.reading_ids[0] and fault.reason == "several images"
     assert str(other / image.path.name) in fault.detail and str(images / "mine") in fault.detail
-    with pytest.raises(UserError, match="would lose 1 of what it holds"):
+    with pytest.raises(UserError, match="would lose 3 of its files"):
         prepare(small.raw, images, tmp_path / "out")
 
 

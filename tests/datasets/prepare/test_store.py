@@ -1,4 +1,4 @@
-"""datasets/prepare/making.py alone: units of small text files; what is refused, parts, layers (the rest: test_preparation_machine.py)."""
+"""datasets/prepare/store.py alone: units of small text files; what is refused, layers (the rest: test_preparation_machine.py)."""
 
 import os
 import resource
@@ -6,30 +6,27 @@ import resource
 import pytest
 from trees import contents
 
-from datasets.prepare.layout import Unit, origin_of, stamp
-from datasets.prepare.making import TreeMaking
+from datasets.prepare.store import TreeMaking
+from datasets.prepare.units import Made, Report, Unit, origin_of, stamp
 from util.errors import UserError
 
 
-def run(root, out, suffix="!", *, layer="prepare", part=None, **options):
+def run(root, out, suffix="!", *, layer="prepare", **options):
     """Copies the files of `root`, with `suffix`, into the tree `out`; files that say "bad" are left out."""
     units = []
     for source in sorted(root.iterdir()):
         origin = origin_of(source.name, source.read_text())
         units.append(Unit(source.name, origin, source, (str(source),), (stamp(source),)))
     folder, index = ("copies", "index.json") if layer == "prepare" else ("above", "above.json")
-    making = TreeMaking(out, {"suffix": suffix}, index=index, layer=layer, part=part, **options)
-    with making:
-        for unit in making.begin(units, versions="1"):
+    making = TreeMaking(out, {"suffix": suffix}, index=index, layer=layer, **options)
+    with making.running():
+        for unit in making.begin(Report(units, {})):
             text = unit.task.read_text()
             name = f"{folder}/{unit.key}/{text[:1]}.txt"
-            if not making.dry_run:
-                (making.staging / name).parent.mkdir(parents=True, exist_ok=True)
-                (making.staging / name).write_text(text + suffix)
-            making.place(unit, [] if "bad" in text else [name], len(text))
-        if part is None:
-            entries = lambda: ({"key": unit.key, "length": note} for unit, note in making.notes())  # noqa: E731
-            making.finish(entries(), {"n": len(list(entries()))}, {})
+            (making.staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (making.staging / name).write_text(text + suffix)
+            making.place(unit, Made([] if "bad" in text else [name], {"length": len(text)}))
+        making.finish(({"key": unit.key, **note} for unit, note in making.notes()), {})
     return making.n_made
 
 
@@ -65,31 +62,15 @@ def test_a_directory_that_is_not_ours_is_never_touched(sources, tmp_path):
 
 def test_a_source_that_changes_meanwhile_is_an_error(sources, tmp_path):
     unit = Unit("a", "0", None, (str(sources / "a"),), (stamp(sources / "a"),))
-    with pytest.raises(UserError, match="a: changed while"):
-        with TreeMaking(tmp_path / "out", {}, index="index.json") as making:
-            making.begin([unit])
-            (sources / "a").write_text("longer")
-            making.place(unit, [])
+    making = TreeMaking(tmp_path / "out", {}, index="index.json")
+    with pytest.raises(UserError, match="a: changed while"), making.running():
+        making.begin(Report([unit], {}))
+        (sources / "a").write_text("longer")
+        making.place(unit, Made())
 
 
-def test_parts_share_a_tree_but_no_two_runs_a_part(sources, tmp_path):
+def test_the_layer_above_follows_the_tree_of_images(sources, tmp_path):
     out = tmp_path / "out"
-    run(sources, out)
-    assert run(sources, out, layer="gaze", part=(2, 4)) < 6
-    assert not (out / "above.json").exists()
-    with TreeMaking(out, {"suffix": "!"}, index="above.json", layer="gaze", part=(3, 4)):
-        for layer, part in (("prepare", None), ("gaze", None), ("gaze", (3, 4)), ("gaze", (0, 3))):
-            with pytest.raises(UserError, match="is in use by process"):
-                run(sources, out, layer=layer, part=part)
-        assert run(sources, out, layer="gaze", part=(2, 4)) == 0
-    with pytest.raises(UserError, match="other options"):
-        run(sources, out, "?", layer="gaze", part=(0, 2))
-
-
-def test_the_layer_above_is_made_from_a_finished_tree_of_images(sources, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(UserError, match="holds no finished tree of images"):
-        run(sources, out, layer="gaze")
     run(sources, out)
     run(sources, out, layer="gaze")
     (sources / "a").write_text("aa new")
