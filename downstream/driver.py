@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +17,69 @@ from downstream.data.choices import AUTO, PUBLISHED
 from downstream.data.images import Reading, Views, deep_note, open_squares, reading_from_args
 from downstream.data.labelled import TEST, LabelledImages, files_digest, study_digest
 from downstream.data.partition import Rows, folds_of, in_folds, partitions
-from downstream.data.tree import ANY_FINDING
 from downstream.encoders import Candidate
 from downstream.forward import FORWARD_BATCH
-from downstream.heads import RECIPES, Recipe
-from downstream.jobs import digest, load_array, save_array
+from downstream.jobs import digest
 from downstream.results import PUBLISHED_IMAGES, Outcome
 from util.distributed import Ranks, on_main
+from util.files import atomic_write
 from util.stop import StopSignals
 from util.subjects import overlap_note
 
-CHECKPOINT = "checkpoint.pth"  # of a run that is not done, in its folder below `runs`
+Scores = Iterator[tuple[int, np.ndarray]]  # seeds, each with float32 [K, n, C] between 0 and 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a linear head, or a whole encoder, is trained; the defaults are the published ones, the same for both.
+
+    Attributes:
+        batch_size: images per step, over all processes.
+        warmup: share of all steps in which the learning rate rises.
+        patience: epochs without a lower validation loss before stopping.
+        layer_decay: fine-tuning: learning rate of a block over that of the next one; 1: the same for all.
+        drop_path: fine-tuning: stochastic depth of the last block.
+        pool: fine-tuning: what the head sees: token (cls) or avg (mean of the patches).
+        optimizer: fine-tuning: adam or adamw.
+    """
+
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 1e-5
+    warmup: float = 0.4
+    patience: int = 10
+    layer_decay: float = 1.0
+    drop_path: float = 0.0
+    pool: str = "token"
+    optimizer: str = "adam"
+
+
+RECIPES = {
+    "published": Recipe(),
+    # Rates and decay are ours, for small data: not those that MAE fine-tunes with.
+    "layer_decay": Recipe(30, 32, 5e-4, 0.05, 0.1, 10, layer_decay=0.75, drop_path=0.1, pool="avg", optimizer="adamw"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that models are trained and tested on.
+
+    Attributes:
+        fraction: of the labels.
+        seeds: of the models that go side by side.
+        fold: from 1; 0 for the data's own parts.
+    """
+
+    fraction: float
+    seeds: Sequence[int]
+    fold: int
+    rows: Rows
+
+    @property
+    def what(self) -> str:
+        return f"{self.fraction:g} of the labels" + f", fold {self.fold}" * bool(self.fold)
 
 
 @dataclass(frozen=True)
@@ -49,48 +102,62 @@ class Work:
         return [files_digest(self.images), asdict(reading_from_args(self.args)), self.images.strong_augmentation]
 
     @property
+    def recipe(self) -> Recipe:
+        """How models are trained: --recipe, with the options that replace its values."""
+        recipe = RECIPES[self.args.recipe if self.args.method == "finetune" else "published"]
+        given = {name: value for name, value in vars(self.args).items() if hasattr(recipe, name) and value is not None}
+        return replace(recipe, **given)
+
+    @property
     def dtype(self) -> torch.dtype:
         default = "bfloat16" if self.ranks.device.type == "cuda" else "float32"
         return getattr(torch, self.args.dtype or default)
 
     @property
-    def recipe(self) -> Recipe:
-        """How models are trained: --recipe for fine-tuning, else the published one, with the options that replace its values."""
-        recipe = RECIPES[self.args.recipe if self.args.method == "finetune" else "published"]
-        given = {field.name: getattr(self.args, field.name, None) for field in fields(Recipe)}
-        return replace(recipe, **{name: value for name, value in given.items() if value is not None})
-
-    @property
-    def forward_options(self) -> dict:
-        """Of `forward_all`."""
+    def loading(self) -> dict[str, object]:
+        """Options of `all_outputs`."""
         device = self.ranks.device
-        return {
-            "device": device,
-            "batch_size": self.args.encode_batch or FORWARD_BATCH[device.type],
-            "num_workers": self.args.num_workers,
-            "signals": self.signals,
-        }
-
-    def input_scale(self, candidate: Candidate) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of an encoder's input."""
-        return candidate.normalisation(self.args.normalisation)
+        size = self.args.encode_batch or FORWARD_BATCH[device.type]
+        how = {"device": device, "dtype": self.dtype, "batch_size": size, "num_workers": self.args.num_workers}
+        return how | {"signals": self.signals}
 
     @cached_property
     def views(self) -> Views:
         return self.open_views(reading_from_args(self.args))
 
     def open_views(self, reading: Reading) -> Views:
-        """The images' views, from the cache of decoded images unless --no_cache; rank 0 builds it."""
-        args, plane = self.args, None
+        """The images' views, from the cache of decoded images; rank 0 builds it."""
         for note in deep_note(self.images.files, reading):
             self.ranks.say(note)
-        if args.use_cache:
-            place = args.cache_dir or Path(args.output_dir) / "cache"
-            open_plane = partial(open_squares, self.images, place, reading=reading)
-            with self.signals.exit_at_signal():
-                on_main(self.ranks, lambda: open_plane() and None)
-                plane = open_plane()
+        decode = partial(open_squares, self.images, self.args.cache_dir, reading=reading)
+        with self.signals.exit_at_signal():
+            plane = main_first(self.ranks, decode)
         return Views(self.images, plane=plane, reading=reading)
+
+    def plan(self, *, trains: bool) -> list[Part]:
+        """Everything that one model is judged by.
+
+        Args:
+            trains: whether a fold needs validation images, and every seed is another run.
+        """
+        args, images = self.args, self.images
+        folded, seeds = in_folds(images), list(dict.fromkeys(args.seeds))
+        # With the data's own parts all seeds train on the same images and go side by side.
+        groups = [[seed] for seed in seeds] if folded else [seeds if trains else seeds[:1]]
+        return [
+            Part(fraction, group, k * folded, rows)
+            for fraction in dict.fromkeys(args.fractions)
+            for group in groups
+            for k, rows in enumerate(
+                partitions(images, fraction, seed=group[0], n_folds=args.folds, validate=trains), 1
+            )
+        ]
+
+
+def main_first(ranks: Ranks, make: Callable[[], Any]) -> Any:
+    """What `make` returns, on every rank; rank 0 is the first, and writes files that the others find."""
+    on_main(ranks, lambda: make() and None)
+    return make()
 
 
 class Method:
@@ -101,30 +168,20 @@ class Method:
         seen: `subject_marks` of the subjects whose images trained it.
         key: what its scores depend on beside the study, label fraction and seed: plain content.
         kinds: K names of scores that come together, behind the model's name; "" for the only ones.
-        fractions, seeds, label_names: of its scores.
+        label_names: of its scores.
+        plan: as `Work.plan`.
     """
 
-    validates = True  # whether it needs validation images in every fold
+    trains = True  # of `Work.plan`
     kinds: Sequence[str] = ("",)
 
     def __init__(self, work: Work, candidate: Candidate):
         self.work, self.candidate = work, candidate
         self.name, self.seen = candidate.name, candidate.seen
-        self.fractions, self.seeds = work.args.fractions, work.args.seeds
-        self.label_names = work.images.label_names
+        self.label_names, self.plan = work.images.label_names, work.plan(trains=self.trains)
 
-    def partitions(self, fraction: float, seed: int) -> list[Rows]:
-        folds = self.work.args.folds
-        return partitions(self.work.images, fraction, seed=seed, n_folds=folds, validate=self.validates)
-
-    def scores(
-        self, rows: Rows, names: Mapping[int, str], fraction: float, what: str
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """(seed, scores of `rows.test`, float32 [K, n, C] between 0 and 1) of each seed in `names`, which says how the
-        run of a seed is called.
-
-        Args:
-            what: for the progress line.
+    def scores(self, part: Part, runs: Mapping[int, str]) -> Scores:
+        """Scores of the test images by each seed of `runs`, which says how its run is called.
 
         Raises:
             Stopped: a stop was requested.
@@ -136,75 +193,56 @@ class Method:
 def judge(work: Work, method: Method) -> list[Outcome]:
     """Scores of the test images by a model, for every kind of scores, label fraction and seed. Raises `Stopped`,
     `UserError`."""
-    args, images = work.args, work.images
-    found: dict[tuple[float, int], list[tuple[np.ndarray, np.ndarray]]] = {}
-    for fraction in method.fractions:
-        # With the data's own parts all seeds train on the same images and go side by side.
-        for seeds in [[seed] for seed in method.seeds] if in_folds(images) else [method.seeds]:
-            parts = method.partitions(fraction, seeds[0])
-            for k, rows in enumerate(parts, 1):
-                fold = k if len(parts) > 1 else 0
-                names = {seed: run_name(work, method, fraction, seed, fold) for seed in seeds}
-                what = f"{method.name}, {fraction:g} of the labels{f', fold {fold}' * bool(fold)}"
-                for seed, scores in scores_of(work, method, rows, names, fraction, what).items():
-                    found.setdefault((fraction, seed), []).append((rows.test, scores))
-    tested = {k: np.concatenate([rows for rows, _ in pieces]) for k, pieces in found.items()}
-    note = overlap_note(method.name, method.seen, images.subjects[next(iter(tested.values()))], images.study)
+    args, images, name = work.args, work.images, method.name
+    found = {}  # (label fraction, seed) -> images and scores of each fold
+    for part in method.plan:
+        scores = scores_of(work, method, part)
+        for seed in part.seeds:
+            found.setdefault((part.fraction, seed), []).append((part.rows.test, scores[seed]))
+    columns = [images.label_names.index(label) for label in method.label_names]
+    judged = replace(images, label_names=method.label_names, labels=images.labels[:, columns])
+    tested = {run: np.concatenate([rows for rows, _ in pieces]) for run, pieces in found.items()}
+    note = overlap_note(name, method.seen, images.subjects[next(iter(tested.values()))], images.study)
     if note:
         work.ranks.say(note)
-    columns = [images.label_names.index(label) for label in method.label_names]
-    return [
-        Outcome(
-            weights=f"{method.name}, {kind}" if kind else method.name,
-            dataset=images.name,
-            method=args.method,
-            fraction=fraction,
-            seed=seed,
-            task=images.task,
-            label_names=method.label_names,
-            ids=[images.ids[row] for row in rows],
-            subjects=images.subjects[rows],
-            targets=images.labels[rows][:, columns],
-            scores=np.concatenate([scores[k] for _, scores in found[fraction, seed]]),
-            min_count=args.min_positives,
-            draws=args.bootstrap,
-            not_in_mean=(ANY_FINDING,) if args.dataset == "tree" else (),
-            folds=folds_of(images, seed, args.folds)[rows] if in_folds(images) else None,
-            note=note,
-            study=work.study,
-            as_published=as_published(work),
-        )
-        for k, kind in enumerate(method.kinds)
-        for (fraction, seed), rows in tested.items()
-    ]
+    same = {"min_count": args.min_positives, "draws": args.bootstrap, "note": note, "study": work.study}
+    outcomes = []
+    for k, kind in enumerate(method.kinds):
+        for (fraction, seed), rows in tested.items():
+            weights = f"{name}, {kind}" if kind else name
+            run = {
+                "weights": weights,
+                "dataset": images.name,
+                "method": args.method,
+                "fraction": fraction,
+                "seed": seed,
+            }
+            scores = np.concatenate([scores[k] for _, scores in found[fraction, seed]])
+            folds = folds_of(images, seed, args.folds)[rows] if in_folds(images) else None
+            outcomes.append(Outcome(run, judged.take(rows), scores, folds, as_published=as_published(work), **same))
+    return outcomes
 
 
-def run_name(work: Work, method: Method, fraction: float, seed: int, fold: int) -> str:
-    """A readable name of a run, with a digest of all that its scores depend on."""
-    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", method.name)
-    key = digest([work.args.method, work.study, method.key, fraction, seed, fold])
-    return f"{plain}-{fraction:g}-{seed}{f'-fold{fold}' * bool(fold)}-{key[:12]}"
+def scores_of(work: Work, method: Method, part: Part) -> dict[int, np.ndarray]:
+    """Scores of each seed: kept ones, or else new ones, which are then kept under a readable name with a digest of all
+    that they depend on."""
+    output_dir, ranks, runs = Path(work.args.output_dir), work.ranks, {}
+    for seed in part.seeds:
+        key = digest([work.args.method, work.study, method.key, part.fraction, seed, part.fold])
+        plain = re.sub(r"[^A-Za-z0-9.-]+", "_", method.name)
+        runs[seed] = f"{plain}-{part.fraction:g}-{seed}" + f"-fold{part.fold}" * bool(part.fold) + f"-{key[:12]}"
+    paths = {seed: output_dir / "scores" / f"{run}.npy" for seed, run in runs.items()}
+    kept = on_main(ranks, lambda: {seed: np.load(path) for seed, path in paths.items() if path.exists()})
 
+    def keep() -> None:
+        paths[seed].parent.mkdir(exist_ok=True)
+        with atomic_write(paths[seed]) as file:
+            np.save(file, scores)
 
-def scores_of(
-    work: Work, method: Method, rows: Rows, names: dict[int, str], fraction: float, what: str
-) -> dict[int, np.ndarray]:
-    """Scores [K, n, C] of `rows.test` by the run of each seed: kept ones, or else new ones, which are then kept."""
-    ranks, output_dir = work.ranks, Path(work.args.output_dir)
-    paths = {seed: output_dir / "scores" / f"{name}.npy" for seed, name in names.items()}
-    shape = (len(method.kinds), len(rows.test), len(method.label_names))
-    kept = on_main(ranks, lambda: {seed: load_array(path, shape) for seed, path in paths.items()})
-    left = {seed: name for seed, name in names.items() if kept[seed] is None}
-    if left:
-        for seed, scores in method.scores(rows, left, fraction, what):
+    if left := {seed: run for seed, run in runs.items() if seed not in kept}:
+        for seed, scores in method.scores(part, left):
             kept[seed] = scores
-            on_main(ranks, lambda seed=seed, scores=scores: save_array(paths[seed], scores))
-
-    def remove_checkpoints() -> None:
-        for name in names.values():
-            (output_dir / "runs" / name / CHECKPOINT).unlink(missing_ok=True)
-
-    on_main(ranks, remove_checkpoints)
+            on_main(ranks, keep)
     return kept
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,22 @@ from util.weights import key_report
 RANDOM, IMAGENET, PIXELS = "random", "imagenet", "pixels"
 RANDOM_SEED = 0  # of random weights that stay frozen: the same for all seeds of the heads
 DEFAULT_MODEL = "vit_base_patch16_224"  # of random weights that stand alone
+PIXEL_SIDE = 56  # of the baseline without a network: a quarter of 224
+
+
+class Pixels(nn.Module):
+    """No encoder: the features are gray values."""
+
+    source = f"no encoder, gray values of {PIXEL_SIDE} x {PIXEL_SIDE} px"
+    architecture: Sequence = ()
+    scaling = (0.0,) * 3, (1.0,) * 3
+    pretrained_cfg = MappingProxyType({"input_size": (3, 224, 224)})
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(images[:, 0], PIXEL_SIDE)
+
+    def forward_head(self, found: Tensor, pre_logits: bool = True) -> Tensor:
+        return found.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -28,38 +45,32 @@ class Candidate:
 
     Attributes:
         kind: "file", or one of the three words.
-        encoder: what is loaded; for "random" whose architecture it has; None for "pixels" and for a folder.
-        folder: the model of a folder of transformers.
+        encoder: what is loaded; for "random" whose architecture it has; None if there is a module.
+        module: for "pixels" and a folder of transformers, the model itself.
     """
 
     name: str
     kind: str
     encoder: Encoder | None = None
-    folder: FolderEncoder | None = None
+    module: nn.Module | None = None
 
     @property
     def seen(self) -> frozenset[str]:
         """`subject_marks` of the subjects whose images trained it, as far as its file says."""
-        return frozenset() if self.encoder is None or self.kind == RANDOM else self.encoder.source.seen
+        return self.encoder.source.seen if self.encoder and self.kind != RANDOM else frozenset()
 
     @property
-    def model(self) -> tuple[str, dict]:
-        """Name and arguments of `timm.create_model`."""
-        return self.encoder.timm_name, self.encoder.timm_args
-
-    @property
-    def architecture(self) -> list:
+    def architecture(self) -> Sequence:
         """What the weights' own numbers don't show of the model, such as how many heads share them: plain content."""
-        if self.folder:
-            return [self.folder.config, self.folder.pretrained_cfg]
-        return [*self.model, self.encoder.block] if self.encoder else []
+        encoder = self.encoder
+        return [encoder.timm_name, encoder.timm_args, encoder.block] if encoder else self.module.architecture
 
     def normalisation(self, name: str | None) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and std of the input, by --normalisation or, without it, as the encoder's configuration says."""
         if self.kind == IMAGENET:  # timm's configuration says 0.5, whatever ours were pretrained with
             return normalisation("half")
-        own = self.folder.scaling if self.folder else self.encoder and self.encoder.scaling
-        return own if own and name is None else normalisation(name or "half")
+        own = (self.encoder or self.module).scaling
+        return own if self.kind == PIXELS or (own and name is None) else normalisation(name or "half")
 
     def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> nn.Module:
         """The model; of an inner tap with the blocks up to that tap only, as its norm was trained.
@@ -69,14 +80,11 @@ class Candidate:
             seed: of "random" weights. (A head is the caller's to start.)
             options: of `timm.create_model`.
         """
-        if self.folder:
-            return self.folder
-        if self.kind != RANDOM:
-            model = build_encoder(self.encoder, n_outputs, **options)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = build_encoder(self.encoder, n_outputs, trained=False, **options)
+        if self.module:
+            return self.module
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build_encoder(self.encoder, n_outputs, trained=self.kind != RANDOM, **options)
         if self.encoder.block is not None:
             model.blocks = model.blocks[: self.encoder.block + 1]
         return model
@@ -92,13 +100,11 @@ def named_files(texts: Sequence[str]) -> list[tuple[str, str, str | None]]:
     for text in texts:
         file, model = split_model(text)
         alone = address_name(file)  # an address may have an equals sign in it
-        name, equals, path = ("", "", "") if alone else file.partition("=")
-        if equals and not (name and path):
-            raise UserError(f"--weights {text}: expected NAME=FILE, NAME=FILE@TIMM_MODEL, imagenet, random or pixels")
+        name, equals, path = ("", "", file) if alone else file.partition("=")
         if not equals:
             name, path = text if file == RANDOM else Path(alone or file).stem, file
-        if not name.isprintable() or name != name.strip():
-            raise UserError(f"--weights {name!r}: a name of printable characters without blanks around it")
+        if not (name and path and name.isprintable()):
+            raise UserError(f"--weights {text!r}: expected NAME=FILE, NAME=FILE@TIMM_MODEL, imagenet, random or pixels")
         if name in found:
             raise UserError(f"--weights: {name} is named twice; give each NAME=FILE a name of its own")
         found[name] = path, model
@@ -123,27 +129,26 @@ def read_candidates(
     """
     candidates = []
     for text, (name, path, model) in zip(texts, named_files(texts), strict=True):
+        kind, encoder, module = text if text in (RANDOM, IMAGENET, PIXELS) else "file", None, None
         if path == RANDOM and model:
-            candidates.append(Candidate(name, RANDOM, _untrained(model, img_size)))
-        elif text in (RANDOM, PIXELS):
-            candidates.append(Candidate(name, text))
-        elif text == IMAGENET:
+            kind, encoder = RANDOM, _untrained(model, img_size)
+        elif kind == PIXELS:
+            module = Pixels()
+        elif kind == IMAGENET:
             path = local_file(imagenet)
             if not Path(path).exists():
                 raise UserError(
                     f"--weights imagenet: {path} is not there; scripts/fetch_weights.py makes it, or name it by --imagenet"
                 )
-            candidates.append(Candidate(name, IMAGENET, read_encoder(path, img_size=img_size)))
-        elif is_transformers_folder(path):
-            candidates.append(Candidate(name, "file", folder=FolderEncoder(path, img_size)))
-        else:
+            encoder = read_encoder(path, img_size=img_size)
+        elif kind == "file" and is_transformers_folder(path):
+            module = FolderEncoder(path, img_size)
+        elif kind == "file":
             encoder = read_encoder(path, model, tap=tap, img_size=img_size, num_heads=num_heads)
-            candidates.append(Candidate(name, "file", encoder))
-    read = sorted((c for c in candidates if c.encoder and c.kind != RANDOM), key=lambda c: c.kind == IMAGENET)
-    template = read[0] if read else Candidate("", RANDOM, replace(_untrained(DEFAULT_MODEL, img_size), scaling=None))
-    return [
-        replace(template, name=c.name, kind=RANDOM) if c.kind == RANDOM and c.encoder is None else c for c in candidates
-    ]
+        candidates.append(Candidate(name, kind, encoder, module))
+    files = [c.encoder for kind in ("file", IMAGENET) for c in candidates if c.kind == kind and c.encoder]
+    alike = files[0] if files else replace(_untrained(DEFAULT_MODEL, img_size), scaling=None)
+    return [c if c.encoder or c.module else replace(c, encoder=alike) for c in candidates]
 
 
 def _untrained(timm_model: str, img_size: int | None) -> Encoder:
@@ -177,9 +182,9 @@ def pooled(model: nn.Module, found: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def feature_widths(model: nn.Module) -> dict[str, int]:
-    """The names of the features that `pooled` gives, with their widths; the model in eval mode, on the CPU or a GPU."""
-    images = torch.zeros(1, 3, *input_size(model), device=next(model.parameters()).device)
-    return {name: feature.shape[1] for name, feature in pooled(model, model.forward_features(images)).items()}
+    """The names of the features that `pooled` gives, with their widths; the model in eval mode, on the CPU."""
+    found = model.forward_features(torch.zeros(1, 3, *input_size(model)))
+    return {name: feature.shape[1] for name, feature in pooled(model, found).items()}
 
 
 def digest_of(model: nn.Module) -> str:
@@ -194,18 +199,12 @@ def digest_of(model: nn.Module) -> str:
 def describe(candidate: Candidate, normalisation: str | None = None) -> str:
     """What was found in a file, or what stands in for one."""
     encoder = candidate.encoder
-    if candidate.kind == PIXELS:
-        return f"{candidate.name}: no encoder, gray values of 56 x 56 px"
     mean, std = (", ".join(f"{value:g}" for value in values) for values in candidate.normalisation(normalisation))
-    scaled = f"mean {mean}, std {std}"
-    if candidate.folder:
-        size = input_size(candidate.folder)[0]
-        return f"{candidate.name}: {candidate.folder.path}, of transformers; input {size} px, {scaled}"
-    told = f", input {input_size(candidate.build())[0]} px, {scaled}" if encoder.scaling else ""
+    scaled = f"input {input_size(candidate.build())[0]} px, mean {mean}, std {std}"
+    if encoder is None:
+        return f"{candidate.name}: {candidate.module.source}; {scaled}"
     if candidate.kind == RANDOM:
-        depth = f" of {encoder.depth} blocks" if encoder.depth else ""
-        return f"{candidate.name}: random weights, {encoder.timm_name}{depth}{told}"
+        return f"{candidate.name}: random weights, {encoder.timm_name}; {scaled}"
     heads = f", {encoder.num_heads} heads ({encoder.heads_from})" if encoder.num_heads else ""
-    prefix = f", prefix {encoder.prefix}" if encoder.prefix else ""
     keys = key_report(matched=list(encoder.state), missing=[], ignored=encoder.ignored)
-    return f"{candidate.name}: {encoder.source.path}, {encoder.timm_name}{heads}{prefix}{told}\n{keys}"
+    return f"{candidate.name}: {encoder.source.path}, {encoder.timm_name}{heads}; {scaled}\n{keys}"

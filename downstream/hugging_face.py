@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,8 @@ class FolderEncoder(nn.Module):
         img_size: side of the input in pixels; None: as its configuration says.
 
     Attributes:
-        config: text of config.json.
+        source: says where it comes from.
+        architecture: text of config.json, and the input's size.
         scaling: mean and std of the input, as preprocessor_config.json says; None without it.
         num_prefix_tokens: tokens before those of the patches; None for a model without tokens.
 
@@ -40,33 +42,29 @@ class FolderEncoder(nn.Module):
         try:
             from transformers import AutoModel
         except ImportError:
-            raise UserError(
-                f"{folder}: a folder of transformers, which is not there: pip install transformers"
-            ) from None
-        self.path = Path(folder)
-        self.config = (self.path / "config.json").read_text(encoding="utf-8")
+            raise UserError(f"{folder}: a folder of transformers, which is missing: pip install transformers") from None
+        self.source = f"{folder}, of transformers"
         options = dict(local_files_only=True, trust_remote_code=False, use_safetensors=True)
         try:
             model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{folder}: transformers can't load it: {' '.join(str(error).split())[:200]}") from None
-        lacking = [name for name in report["missing_keys"] if "pooler" not in name]  # which is behind the tokens
-        if lacking := lacking + [str(name) for name in report["mismatched_keys"]]:
-            raise UserError(f"{folder}: lacks {len(lacking)} tensors of its model, such as {sorted(lacking)[0]}")
+        lacking = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
+        if lacking := [name for name in lacking if "pooler" not in name]:  # which is behind the tokens
+            raise UserError(f"{folder}: lacks {len(lacking)} tensors of its model, such as {min(lacking)}")
         self.model = getattr(model, "vision_model", model).eval()
         config = self.model.config
         config.mask_ratio = 0.0  # of a masked autoencoder
-        size = img_size or config.image_size
-        size = [size, size] if isinstance(size, int) else list(size)
+        size = np.broadcast_to(img_size or config.image_size, 2).tolist()
         self.pretrained_cfg = {"input_size": [3, *size]}
-        scaling = self.path / "preprocessor_config.json"
+        self.architecture = [Path(folder, "config.json").read_text(encoding="utf-8"), size]
+        scaling = Path(folder, "preprocessor_config.json")
         scaling = json.loads(scaling.read_text(encoding="utf-8")) if scaling.is_file() else {}
         self.scaling = (scaling["image_mean"], scaling["image_std"]) if "image_mean" in scaling else None
         accepted = inspect.signature(self.model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if img_size and "interpolate_pos_encoding" in accepted else {}
-        self.n_patches = (
-            (size[0] // config.patch_size) * (size[1] // config.patch_size) if "patch_size" in config else 0
-        )
+        patch = getattr(config, "patch_size", None)
+        self.n_patches = (size[0] // patch) * (size[1] // patch) if patch else 0
         self.shuffles = "noise" in accepted
         self.fc_norm = nn.Identity()
         with torch.no_grad():

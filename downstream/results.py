@@ -7,23 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from downstream.data.labelled import MULTICLASS, LabelledImages
+from downstream.data.tree import ANY_FINDING
 from downstream.jobs import digest
-from util.bootstrap import bootstrap_aucs, bootstrap_means, interval, mean_of_known, n_drawn
+from util.bootstrap import bootstrap_aucs, bootstrap_means, interval, mean_of_known
 from util.files import atomic_write
 
 MEAN = "mean"
-MULTICLASS = "multiclass"
 # Images to train and validate with, and test images, that published results are of.
 PUBLISHED_IMAGES = {"rsna": (22_681, 4_003), "nih": (86_524, 25_596)}
 # Of VP-MIM, the same group's follow-up (J-SMU 2026, 46(4):946), on all training data; percent.
 PUBLISHED = {
-    ("rsna", "linear"): [("VP-MIM, pretrained on REFLACX's 2,616 images", 86.83)],
-    ("nih", "linear"): [("VP-MIM, pretrained on REFLACX's 2,616 images", 72.82)],
-    ("nih", "finetune"): [("VP-MIM, pretrained on more images with predicted gaze", 85.49)],
+    ("rsna", "linear"): "published for VP-MIM, pretrained on REFLACX's 2,616 images: 86.83",
+    ("nih", "linear"): "published for VP-MIM, pretrained on REFLACX's 2,616 images: 72.82",
+    ("nih", "finetune"): "published for VP-MIM, pretrained on more images with predicted gaze: 85.49",
 }
 
 
@@ -32,105 +34,87 @@ class Outcome:
     """The scores that one encoder, label fraction and seed gave the test images.
 
     Attributes:
-        ids, subjects: of the N test images.
-        label_names: C.
-        targets: float32 [N, C], NaN where unknown; of classes one-hot.
+        run: weights, dataset, method, fraction, seed: what rows of results.csv begin with.
+        images: the N test images, with the C labels that are judged.
         scores: float32 [N, C] between 0 and 1.
+        folds: int [N] of grouped folds: which model scored each image; the AUC is the mean of the folds'.
         min_count: fewest images with and without a label that counts in the mean.
         draws: of the bootstrap.
-        not_in_mean: labels that hold others, e.g. "Any finding".
-        folds: int [N] of grouped folds: which model scored each image; the AUC is the mean of the folds'.
         note: what a reader of the results must know of these.
         study: says which images, parts and labels: only results of the same belong into one column.
         as_published: whether these are all those of the published results.
     """
 
-    weights: str
-    dataset: str
-    method: str
-    fraction: float
-    seed: int
-    task: str
-    label_names: Sequence[str]
-    ids: Sequence[str]
-    subjects: np.ndarray
-    targets: np.ndarray
+    run: dict[str, Any]
+    images: LabelledImages
     scores: np.ndarray
+    folds: np.ndarray | None = None
     min_count: int = 1
     draws: int = 1000
-    not_in_mean: Sequence[str] = ()
     note: str = ""
-    folds: np.ndarray | None = None
     study: str = ""
     as_published: bool = False
 
     @property
     def measure(self) -> str:
-        return "accuracy" if self.task == MULTICLASS else "auc"
+        return "accuracy" if self.images.task == MULTICLASS else "auc"
 
     @cached_property
-    def counts(self) -> np.ndarray:
-        """Test images with (first row) and without each label: [2, C]."""
-        return np.stack([(self.targets == value).sum(0) for value in (1, 0)])
+    def found(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which labels count in the mean, bool [C], and values, float64 [1 + draws, C + 1]: AUC of each label, or share
+        of each class that is told right, and last the mean (of classes: over all images).
 
-    @property
-    def judged(self) -> np.ndarray:
-        """Which labels count in the mean: bool [C]; both kinds must be there `min_count` times."""
-        if self.task == MULTICLASS:
-            return self.counts[0] > 0
-        single = np.array([name not in self.not_in_mean for name in self.label_names])
-        enough = (self.counts >= max(1, self.min_count)).all(0) & np.isfinite(self.aucs[0])
-        return enough & single if (enough & single).any() else enough
-
-    @property
-    def lone(self) -> np.ndarray:
-        """Which labels have test images of one subject at most with, or, of AUCs, without: bool [C]. Their draws would
-        make an interval that is too narrow."""
-        kinds = (1,) if self.task == MULTICLASS else (1, 0)
-        subjects = [[self.subjects[column == kind] for kind in kinds] for column in self.targets.T]
-        return np.array([any((own == own[:1]).all() for own in label) for label in subjects])
-
-    @cached_property
-    def aucs(self) -> np.ndarray:
-        return bootstrap_aucs(self.targets, self.scores, self.subjects, self.folds, draws=self.draws, seed=0)
-
-    @cached_property
-    def values(self) -> np.ndarray:
-        """AUC of each label, or share of each class that is told right, and last the mean (of classes: over
-        images): float64 [1 + draws, C + 1], the first row on the data, the others on draws of subjects (NaN of
-        `lone` labels). A draw's mean is over the labels that it has both kinds of."""
-        if self.task == MULTICLASS:
-            right = (self.scores.argmax(1) == self.targets.argmax(1)).astype(float)
-            of_class = np.where(self.targets == 1, right[:, None], np.nan)
-            columns = np.column_stack([of_class, right])
-            values = bootstrap_means(columns, self.subjects, draws=self.draws, seed=0)
-            values[1:, np.r_[self.lone, False]] = np.nan
-            return values
-        values = np.column_stack([self.aucs, mean_of_known(self.aucs[:, self.judged], 1)])
-        values[1:, np.r_[self.lone, self.lone[self.judged].all()]] = np.nan
-        return values
+        The first row is on the data, the others on draws of subjects; a draw's mean is over the labels that it has both
+        kinds of. If the images with a label, or, of AUCs, those without it, are of one subject, its draws are NaN: their
+        interval would be too narrow.
+        """
+        targets, subjects, how = self.images.labels, self.images.subjects, {"draws": self.draws, "seed": 0}
+        kinds = (1,) if self.measure == "accuracy" else (1, 0)
+        lone = np.array([min(len(set(subjects[column == kind])) for kind in kinds) < 2 for column in targets.T])
+        if self.measure == "accuracy":
+            judged, right = np.ones(len(lone), bool), (self.scores.argmax(1) == targets.argmax(1)).astype(float)
+            of_class = np.where(targets == 1, right[:, None], np.nan)
+            values = bootstrap_means(np.column_stack([of_class, right]), subjects, **how)
+            lone = [*lone, False]
+        else:
+            aucs = bootstrap_aucs(targets, self.scores, subjects, self.folds, **how)
+            counts = np.stack([(targets == kind).sum(0) for kind in kinds])
+            enough = (counts >= max(1, self.min_count)).all(0) & np.isfinite(aucs[0])
+            single = enough & (np.array(self.images.label_names) != ANY_FINDING)
+            judged = single if single.any() else enough
+            values = np.column_stack([aucs, mean_of_known(aucs[:, judged], 1)])
+            lone = [*lone, lone[judged].all()]
+        values[1:, lone] = np.nan
+        return judged, values
 
 
 def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """One row for each outcome and label, and one for the mean: weights, dataset, method, fraction, seed,
     label, auc or accuracy with its 95% interval over subjects (low, high), n known images, n_positive, draws (how many
     draws of subjects had a value, which the interval is taken from), study, as_published and, of the mean, note
-    (`Outcome`; study and as_published are of the mean's labels, too)."""
-    rows = []
+    (`Outcome`; study and as_published are of the mean's labels, too), with a published number if all images, parts and
+    labels are the published ones."""
+    tables = []
     for outcome in outcomes:
-        names = [*outcome.label_names, MEAN]
-        same = {name: getattr(outcome, name) for name in ("weights", "dataset", "method", "fraction", "seed")}
-        last = {
-            "study": digest([outcome.study, list(outcome.label_names), outcome.judged.tolist()]),
-            "as_published": outcome.as_published and bool(outcome.judged.all()),
+        names, labels, (judged, values) = outcome.images.label_names, outcome.images.labels, outcome.found
+        published = outcome.as_published and bool(judged.all())
+        number = published and PUBLISHED.get((outcome.run["dataset"], outcome.run["method"]))
+        value, low, high = np.transpose([interval(column) for column in values.T])
+        columns = {
+            **outcome.run,
+            "label": [*names, MEAN],
+            outcome.measure: value,
+            "low": low,
+            "high": high,
+            "n": [*np.isfinite(labels).sum(0), len(labels)],
+            "n_positive": pd.array([*(labels == 1).sum(0), None], "Int64"),
+            "draws": np.isfinite(values[1:]).sum(0),
+            "study": digest([outcome.study, names, judged.tolist()]),
+            "as_published": published,
+            "note": [""] * len(names) + ["; ".join(filter(None, [outcome.note, number]))],
         }
-        n_known, positives = [*outcome.counts.sum(0), len(outcome.ids)], [*outcome.counts[0], pd.NA]
-        for label, n, positive, values in zip(names, n_known, positives, outcome.values.T, strict=True):
-            value, low, high = interval(values)
-            numbers = {outcome.measure: value, "low": low, "high": high, "n": n, "n_positive": positive}
-            note = outcome.note if label == MEAN else ""
-            rows.append({**same, "label": label, **numbers, "draws": n_drawn(values), **last, "note": note})
-    return pd.DataFrame(rows).astype({"n_positive": "Int64"})
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
 
 
 def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> None:
@@ -138,68 +122,47 @@ def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> N
     image and label once."""
     with atomic_write(path, "w") as file:
         for i, outcome in enumerate(outcomes):
-            n, c = outcome.scores.shape
-            fold = {} if outcome.folds is None else {"fold": np.repeat(outcome.folds + 1, c)}
-            long = pd.DataFrame(
-                {
-                    "weights": outcome.weights,
-                    "fraction": outcome.fraction,
-                    "seed": outcome.seed,
-                    **fold,
-                    "id": np.repeat(np.asarray(outcome.ids, object), c),
-                    "label": np.tile(np.asarray(outcome.label_names, object), n),
-                    "target": pd.array(outcome.targets.ravel(), dtype="Int8"),
-                    "score": outcome.scores.ravel(),
-                }
-            )
-            long.to_csv(file, index=False, header=i == 0, float_format="%.9g", chunksize=100_000)
+            images, (n, c) = outcome.images, outcome.scores.shape
+            columns = {
+                **{name: outcome.run[name] for name in ("weights", "fraction", "seed")},
+                **({} if outcome.folds is None else {"fold": np.repeat(outcome.folds + 1, c)}),
+                "id": np.repeat(images.ids, c),
+                "label": np.tile(images.label_names, n),
+                "target": pd.array(images.labels.ravel(), dtype="Int8"),
+                "score": outcome.scores.ravel(),
+            }
+            pd.DataFrame(columns).to_csv(file, index=False, header=i == 0, float_format="%.9g", chunksize=100_000)
 
 
 def left_out(outcome: Outcome) -> str:
     """What the mean leaves out, as text; "" where it holds every label."""
-    if outcome.task == MULTICLASS:
-        return ""
-    out = [name for name, kept in zip(outcome.label_names, outcome.judged, strict=True) if not kept]
-    whole = [name for name in out if name in outcome.not_in_mean]
-    rare = [name for name in out if name not in whole]
-    texts = [f"{', '.join(whole)} (it holds the others)"] if whole else []
-    if rare:
-        fold = "" if outcome.folds is None else ", or no fold with both"
-        texts.append(f"{', '.join(rare)} (fewer than {max(1, outcome.min_count)} test images with or without it{fold})")
-    return f"the mean leaves out {' and '.join(texts)}" if texts else ""
+    names = ", ".join(np.array(outcome.images.label_names)[~outcome.found[0]])
+    least = max(1, outcome.min_count)
+    reason = f"another label holds it, or fewer than {least} test images are with or without it"
+    return names and f"the mean leaves out {names}: {reason}"
 
 
-def markdown_table(outcomes: Sequence[Outcome], notes: Sequence[str]) -> str:
+def markdown_table(outcomes: Sequence[Outcome], table: pd.DataFrame, notes: Sequence[str]) -> str:
     """The paper's table: percent, mean +- standard deviation over seeds, per label and mean, per weights and
-    fraction, with the mean's 95% interval over test subjects; published numbers in rows of their own, if all images,
-    parts and labels are the published ones.
+    fraction, with the mean's 95% interval over test subjects.
 
     Args:
         outcomes: of the same test images and labels.
+        table: their `results_table`.
     """
-    first = outcomes[0]
-    groups: dict[tuple[str, float], list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome.weights, outcome.fraction), []).append(outcome)
-    measure, mean = ("Accuracy", "all images") if first.task == MULTICLASS else ("AUC", MEAN)
-    shown = [*first.label_names, mean] if len(first.label_names) > 1 else list(first.label_names)
-    rows = []
-    for (weights, fraction), group in groups.items():
-        values = np.stack([outcome.values for outcome in group])  # [S, 1 + draws, C + 1]
-        cells = [_spread(100 * values[:, 0, j]) for j in range(len(shown))]
-        _, low, high = interval(values[:, :, len(shown) - 1].mean(0))
-        between = "" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
-        rows.append([weights, f"{100 * fraction:g}%", str(len(group)), *cells, between])
-    if first.as_published and first.judged.all():
-        for name, value in PUBLISHED.get((first.dataset, first.method), ()):
-            rows.append([f"*{name} (published)*", "100%", "", *[""] * (len(shown) - 1), f"*{value:.2f}*", ""])
+    first, images = outcomes[0], outcomes[0].images
+    cells = _cells(table, "label", first.measure)
+    cells.insert(0, "seeds", table.groupby(["weights", "fraction"], sort=False)["seed"].nunique().astype(str))
+    for key in cells.index:
+        own = [outcome for outcome in outcomes if (outcome.run["weights"], outcome.run["fraction"]) == key]
+        _, low, high = interval(np.mean([outcome.found[1][:, -1] for outcome in own], axis=0))
+        cells.loc[key, "95% interval"] = "" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+    measure = "Accuracy of each class and of all images" if first.measure == "accuracy" else "AUC"
     text = (
-        f"{measure} in percent on {len(first.ids):,} test images of {len(np.unique(first.subjects)):,} subjects, mean ± "
-        "standard deviation over seeds. The 95% interval is over test subjects (bootstrap), of the "
-        f"{'mean' if len(shown) > 1 else 'label'} averaged over seeds."
+        f"{measure} in percent on {len(images):,} test images of {len(set(images.subjects)):,} subjects, mean ± standard "
+        "deviation over seeds. The 95% interval is over test subjects (bootstrap), of the mean averaged over seeds."
     )
-    title, columns = f"{first.dataset}, {first.method}", ["weights", "labels used", "seeds", *shown, "95% interval"]
-    return _page(title, text, [left_out(first), *notes], columns, rows)
+    return _page("{dataset}, {method}".format_map(first.run), text, notes, cells)
 
 
 def summary_table(means: pd.DataFrame) -> str:
@@ -210,28 +173,15 @@ def summary_table(means: pd.DataFrame) -> str:
             "auc" or "accuracy" in `measure`, and the title of its column, one per study and method, in `run`.
 
     Returns:
-        Markdown; percent, mean ± standard deviation over seeds, published numbers in rows of their own, beside results
-        of all the same images, parts and labels only.
+        Markdown; percent, mean ± standard deviation over seeds.
     """
-    runs = means.drop_duplicates("run").set_index("run")
-    rows = []
-    for (weights, fraction), group in means.groupby(["weights", "fraction"], sort=False):
-        cells = {run: _spread(100 * own.to_numpy(float)) for run, own in group.groupby("run")["value"]}
-        rows.append([weights, f"{100 * fraction:g}%", *(cells.get(run, "") for run in runs.index)])
-    published = [
-        dict(PUBLISHED.get((run.dataset, run.method), ()) if run.as_published else ()) for run in runs.itertuples()
-    ]
-    for name in dict.fromkeys(name for numbers in published for name in numbers):
-        cells = [f"*{numbers[name]:.2f}*" if name in numbers else "" for numbers in published]
-        rows.append([f"*{name} (published)*", "100%", *cells])
+    cells = _cells(means, "run", "value")
     text = (
         "Percent on the test images: AUC (its mean over labels), or accuracy where a column says so; mean ± standard "
         "deviation over seeds."
     )
-    noted = means[means["note"] != ""].drop_duplicates(["run", "note"])
-    notes = [f"{run}: {note}" for run, note in zip(noted["run"], noted["note"], strict=True)]
-    titles = [run.Index + " (accuracy)" * (run.measure != "auc") for run in runs.itertuples()]
-    return _page("Downstream results", text, notes, ["weights", "labels used", *titles], rows)
+    notes = [f"{run}: {note}" for run, note in means[["run", "note"]].drop_duplicates().to_numpy() if note]
+    return _page("Downstream results", text, notes, cells)
 
 
 def write_text(text: str, path: str | os.PathLike) -> None:
@@ -240,15 +190,22 @@ def write_text(text: str, path: str | os.PathLike) -> None:
         file.write(text)
 
 
-def _page(title: str, text: str, notes: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown of a table under a title, a text, and notes, of which empty ones are left out."""
-    table = [columns, ["---"] * len(columns), *rows]
+def _cells(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
+    """Text of mean ± standard deviation over seeds, in percent: a row per weights and fraction, in the table's order, and
+    a column for each value of `column`."""
+
+    def spread(values: pd.Series) -> str:
+        mean, std = (100 * values).mean(skipna=False), (100 * values).std()
+        return "" if np.isnan(mean) else f"{mean:.2f}" + f" ± {std:.2f}" * (len(values) > 1)
+
+    return table.pivot_table(value, ["weights", "fraction"], column, aggfunc=spread, sort=False)
+
+
+def _page(title: str, text: str, notes: Sequence[str], cells: pd.DataFrame) -> str:
+    """Markdown of `_cells` under a title, a text, and notes, of which empty ones are left out."""
+    cells = cells.fillna("").reset_index()
+    cells.insert(1, "labels used", [f"{100 * fraction:g}%" for fraction in cells.pop("fraction")])
+    table = [list(cells), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     noted = [f"\n{note[0].upper()}{note[1:]}." for note in notes if note]
     return "\n".join([f"# {title}", "", text, *noted, "", *lines, ""])
-
-
-def _spread(values: np.ndarray) -> str:
-    if np.isnan(values).any():
-        return ""
-    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")

@@ -20,20 +20,8 @@ from util.errors import UserError, run_cli
 from util.figures import save_figure
 from util.tables import read_table, to_numbers
 
-COLUMNS = (
-    "weights",
-    "dataset",
-    "method",
-    "fraction",
-    "seed",
-    "label",
-    "low",
-    "high",
-    "n",
-    "study",
-    "as_published",
-    "note",
-)
+NUMBERS = ("fraction", "seed", "low", "high", "n")
+COLUMNS = ("weights", "dataset", "method", "label", "study", "note", *NUMBERS)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -55,11 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{twice['file'].iloc[0]}: {', '.join(map(str, twice[key].iloc[0]))} stands in another file too"
         )
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(summary_table(results), out / "table.md")
-    except OSError as error:
-        raise UserError(f"--out {out}: can't be written: {error.strerror}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(summary_table(results), out / "table.md")
     save_figure(summary_figure(results), out / "results.png")
     print(f"wrote {out / 'table.md'} and {out / 'results.png'}")
     return 0
@@ -69,6 +54,7 @@ def run_names(results: pd.DataFrame) -> pd.Series:
     """The column's title of each row: data set and method, with a file's name where these were tested on other images,
     trained on others, or judged by other labels."""
     names = results["dataset"] + " " + results["method"]
+    names += results["measure"].map({"auc": "", "accuracy": " (accuracy)"})
     several = results["study"].groupby(names).transform("nunique") > 1
     return names.where(~several, names + ", " + results["file"].groupby([names, results["study"]]).transform("first"))
 
@@ -76,17 +62,13 @@ def run_names(results: pd.DataFrame) -> pd.Series:
 def read_means(path: Path) -> pd.DataFrame:
     """The rows of the mean over labels, with the measure's name and its value in columns of their own."""
     table = read_table(path, COLUMNS)
-    measures = [name for name in ("auc", "accuracy") if name in table]
-    if len(measures) != 1:
-        raise UserError(f"{path}: has neither a column 'auc' nor 'accuracy'; give a results.csv of run_downstream.py")
-    table = table[table["label"] == MEAN]
-    if table.empty:
-        raise UserError(f"{path}: has no row of the label {MEAN!r}; give a results.csv of run_downstream.py")
-    numbers = to_numbers(table, ["fraction", "seed", "low", "high", "n", *measures])
-    published = table["as_published"] == "True"
-    return table.assign(
-        **numbers, as_published=published, measure=measures[0], value=numbers[measures[0]], file=str(path)
-    )
+    measure = "accuracy" if "accuracy" in table else "auc"
+    if measure not in table or not (means := table[table["label"] == MEAN]).size:
+        raise UserError(
+            f"{path}: has no column {measure!r} or no row of {MEAN!r}; give a results.csv of run_downstream.py"
+        )
+    numbers = to_numbers(means, [*NUMBERS, measure])
+    return means.assign(**numbers, measure=measure, value=numbers[measure], file=str(path))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ OPTIONS = {
     "split": (NAMES, {"choices": SPLITS, "default": AUTO,
         "help": "auto: the official or published split, if none by subject; published: to the row, "
         "even where subjects are in two parts; subject: 70/15/15%% by subject; folds: none, for grouped "
-        "folds; test: all images are test images"}),
+        "folds; test: all images are test images (default: %(default)s)"}),
     "split_lists": (NAMES, {"nargs": 3, "type": Path, "metavar": ("TRAIN", "VALID", "TEST"),
         "help": "lists of a split, text or csv: the first word of a line names an image; images in none are left out"}),
-    "split_seed": (NAMES, {"type": seed_number, "default": 0, "help": "of the draws by subject"}),
+    "split_seed": (NAMES, {"type": seed_number, "default": 0, "help": "of the draws by subject (default: %(default)s)"}),
     "uncertain": (CELLS, {"choices": (PUBLISHED, *CELL_RULES),
         "help": "what -1 counts as: ignore: neither in the loss nor in the AUC; published: 1 for Atelectasis, Edema "
         "and Pleural Effusion, else 0 (default: published for chexpert and mimic, ignore for csv)"}),
@@ -39,15 +39,15 @@ OPTIONS = {
     "pretrained_on": (MIMICS, {"nargs": "+", "metavar": "TREE",
         "help": "processed trees that the encoders were pretrained on: counts the test subjects that are in them"}),
     "leave_out_pretrained": (MIMICS, {"action": "store_true", "help": "leave these subjects out of the test"}),
-    "image_column": (CSV, {"default": "path", "help": "csv: column of the image's path, file name or id"}),
+    "image_column": (CSV, {"default": "path", "help": "csv: column of the image's path, file name or id (default: %(default)s)"}),
     "label_columns": (CSV, {"nargs": "+", "default": ["labels"],
-        "help": "csv: one column per label, or one column of names joined by --separator"}),
-    "separator": (CSV, {"default": "|", "help": "csv: between the names in a joined column"}),
+        "help": "csv: one column per label, or one column of names joined by --separator (default: %(default)s)"}),
+    "separator": (CSV, {"default": "|", "help": "csv: between the names in a joined column (default: %(default)s)"}),
     "subject_column": (CSV, {"help": "csv: column of the subject (default: subject_id, if there is one)"}),
     "split_column": (CSV, {"help": "csv: column of train, valid, test (default: split, if there is one)"}),
     "study": (CSV, {"help": "csv: study that its subjects are patients of, e.g. mimic or nih: shows if they trained an encoder"}),
     "min_certainty": (("tree",), {"type": finite_float, "default": 3,
-        "help": "tree: a finding counts as present from this certainty (0-5) on"}),
+        "help": "tree: a finding counts as present from this certainty (0-5) on (default: %(default)s)"}),
 }
 # fmt: on
 

@@ -13,31 +13,29 @@ from host_waits import DEVICES, NO_SIGNALS, means_of_epoch, no_host_waits, pinne
 
 from downstream.data.images import normalisation
 from downstream.data.labelled import MULTICLASS, MULTILABEL
-from downstream.features import FeatureFile, fill
+from downstream.data.partition import Rows
+from downstream.driver import RECIPES, Recipe
 from downstream.finetune import make_training
-from downstream.forward import Encoder
-from downstream.heads import RECIPES, Recipe, train_heads
+from downstream.forward import all_outputs
+from downstream.frozen import train_heads
 from util import distributed
 from util.precision import set_tf32
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
-def features_on(device, dtype, folder, n=10, side=32):
-    """Cls tokens of made-up images, written and read back as run_downstream.py does: float32 [n, D]."""
+def features_on(device, dtype, n=10, side=32):
+    """Cls tokens and means of made-up images, as run_downstream.py makes them: float32 [n, 2 D]."""
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=side, num_classes=0, **SMALL)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=side, num_classes=0, **SMALL).eval().to(device)
     images = torch.randint(256, (n, 1, side, side), dtype=torch.uint8)
 
     class Views(torch.utils.data.Dataset):
         def __getitem__(self, key):
             return images[key[0]]
 
-    file, rows = FeatureFile(folder / "centre.npy", n, model.embed_dim), np.arange(n)
-    encoder = Encoder(model.eval().to(device), *normalisation("half"), torch.device(device), dtype)
-    how = dict(device=torch.device(device), batch_size=4, num_workers=0, signals=NO_SIGNALS, what="test")
-    assert fill(folder, {-1: file}, {-1: rows}, encoder, Views(), **how) == n
-    return torch.from_numpy(np.array(file.read(rows)))
+    how = dict(dtype=dtype, device=torch.device(device), batch_size=4, num_workers=0, signals=NO_SIGNALS)
+    return torch.cat(list(all_outputs(model, Views(), np.arange(n), 0, normalisation("half"), **how)))
 
 
 # LayerNorm makes the features of size 1; bfloat16 keeps 8 bits of each product's result.
@@ -45,10 +43,10 @@ def features_on(device, dtype, folder, n=10, side=32):
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)], ids=str
 )
 @pytest.mark.parametrize("device", DEVICES)
-def test_features_are_those_of_the_cpu_in_float32(device, dtype, tolerance, tmp_path):
+def test_features_are_those_of_the_cpu_in_float32(device, dtype, tolerance):
     set_tf32(False)
-    expected = features_on("cpu", torch.float32, tmp_path / "cpu")
-    found = features_on(device, dtype, tmp_path / "device")
+    expected = features_on("cpu", torch.float32)
+    found = features_on(device, dtype)
     assert expected.std() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
@@ -65,10 +63,12 @@ def test_stacked_heads_have_the_weights_of_heads_trained_alone_on_the_cpu(device
         labels = torch.nn.functional.one_hot(scores.argmax(1), 3).float()
 
     def heads_on(where, seeds):
-        views = [lambda view=view: view.to(where) for view in features]
-        valid = features[0, :20].to(where), labels[:20].to(where)
-        how = dict(task=task, seeds=seeds, recipe=Recipe(epochs=6, batch_size=16), signals=NO_SIGNALS, what="test")
-        return train_heads(views, labels.to(where), *valid, **how)
+        def read(view, images):
+            return features[max(view, 0)][images].to(where)
+
+        rows, recipe = Rows(np.arange(48), np.arange(20), None), Recipe(epochs=6, batch_size=16)
+        how = dict(task=task, seeds=seeds, recipe=recipe, signals=NO_SIGNALS, what="test")
+        return train_heads(read, range(2), labels.to(where), rows, **how)
 
     together = heads_on(device, [43, 44])
     for seed, head in zip([43, 44], together, strict=True):

@@ -16,9 +16,9 @@ import gaze.main
 import run_pretrain
 from downstream.data.images import normalisation
 from downstream.data.labelled import MULTICLASS, MULTILABEL
+from downstream.driver import RECIPES
 from downstream.finetune import make_training
-from downstream.forward import Encoder, read_back
-from downstream.heads import RECIPES
+from downstream.forward import outputs, read_back
 from gaze.model import GazeNet
 from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
 from util.stop import GO_ON
@@ -97,8 +97,8 @@ def small_vit(**options) -> nn.Module:
 def test_frozen_encoder(monkeypatch):
     model = small_vit(num_classes=0)
     with fake_gpu(model, monkeypatch):
-        encoder = Encoder(model, *normalisation("imagenet"), CUDA, torch.bfloat16)
-        features = encoder(pixels(BATCH, 1, 80, 80).to(CUDA, non_blocking=True))
+        gray = pixels(BATCH, 1, 80, 80).to(CUDA, non_blocking=True)
+        features = outputs(model, gray, normalisation("imagenet"), torch.bfloat16)
     assert features.device == CUDA and features.shape == (BATCH, 96)
 
 

@@ -12,11 +12,11 @@ import torchvision
 from timm.models import register_model
 from torch import nn
 
+from downstream.driver import RECIPES
 from downstream.encoders import Candidate, describe, feature_widths, input_size, pooled, read_candidates
 from downstream.evaluate import read_tuned, write_tuned
 from downstream.finetune import build, build_optimizer
-from downstream.forward import Encoder
-from downstream.heads import RECIPES
+from downstream.forward import outputs
 from util.errors import UserError
 
 TOKENS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -216,7 +216,7 @@ def test_flags_go_before_the_configuration(made):
     built = small.build().eval()
     gray = torch.full((1, 1, 224, 224), 128, dtype=torch.uint8)
     assert input_size(built) == (64, 64)
-    assert Encoder(built, *small.normalisation(None), torch.device("cpu"))(gray).shape == (1, built.num_features)
+    assert outputs(built, gray, small.normalisation(None), torch.float32).shape == (1, built.num_features)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from reliability_runs import run, run_ranks, signal_at_call
 from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401  (fixtures)
-from test_tuned import FACTS, save
 
-from downstream.encoders import Candidate, read_candidates
+from downstream.driver import RECIPES, Recipe
+from downstream.encoders import read_candidates
+from downstream.evaluate import write_tuned
 from downstream.finetune import build, build_optimizer
-from downstream.heads import RECIPES, Recipe
 from downstream.main import main
 from util.errors import UserError
-from util.export import read_encoder
+from util.export import build_encoder, read_encoder
 
 
 def tune(root: Path, out: Path, weights: object, *options: object) -> list[str]:
@@ -51,9 +51,7 @@ def test_best_pth_is_the_epoch_with_the_lowest_validation_loss(tuned):
     (path,) = tuned.glob("runs/ours-1-43-*/best.pth")
     assert not list(tuned.glob("runs/*/checkpoint*"))
     facts = torch.load(path, weights_only=True)["metadata"]
-    best = min(entries, key=lambda entry: entry["valid_loss"])
-    assert int(facts["epoch"]) == best["epoch"]
-    assert float(facts["valid_loss"]) == pytest.approx(best["valid_loss"])
+    assert int(facts["epoch"]) == np.argmin([entry["valid_loss"] for entry in entries])
     # timm loads it strictly with the stored arguments
     arguments = json.loads(facts["timm_args"])
     model = timm.create_model(facts["timm_model"], checkpoint_path=str(path), **arguments)
@@ -97,31 +95,40 @@ def test_evaluate_judges_best_pth_on_another_folder(rsna, encoder, tuned, tmp_pa
         main(command(rsna, tmp_path / "x", "--method", "evaluate", "--weights", encoder))
 
 
-def best_pth(path: Path, labels: list[str], task: str = "multilabel") -> str:
+def best_pth(path: Path, labels: list[str], task: str = "multilabel", **facts: object) -> str:
     """A small best.pth, as an argument of --weights."""
-    arguments = FACTS["timm_args"] | {"num_classes": len(labels)}
-    state = timm.create_model(FACTS["timm_model"], **arguments).state_dict()
-    save(state, path, labels=labels, task=task, timm_args=arguments)
+    arguments = {"embed_dim": 32, "depth": 1, "num_heads": 1, "img_size": 32, "num_classes": len(labels)}
+    state = timm.create_model("vit_base_patch16_224", **arguments).state_dict()
+    told = {
+        "timm_model": "vit_base_patch16_224",
+        "timm_args": arguments,
+        "labels": labels,
+        "task": task,
+        "mean": [0.5] * 3,
+    }
+    told |= {"std": [0.5] * 3, "reading": {}, "fraction": 1.0, "seed": 3, "num_heads": 1} | facts
+    metadata = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in told.items()}
+    torch.save({"state_dict": state, "metadata": metadata}, path)
     return f"{path.stem}={path}"
 
 
-def test_one_table_holds_models_of_the_same_labels_only(tmp_path):
-    """Each number would stand under the first model's labels, and the means would be of different ones."""
+def test_models_are_judged_by_the_labels_that_all_share(tmp_path, capsys):
+    """One table and one mean hold them all."""
     table = pd.DataFrame({"path": [f"{i}.png" for i in range(20)], "subject_id": range(20), "split": "test"})
     for i, label in enumerate(("Cardiomegaly", "Edema", "Effusion")):
         table[label] = np.arange(20) >> i & 1
     table.to_csv(tmp_path / "labels.csv", index=False)
-    first = best_pth(tmp_path / "a.pth", ["Cardiomegaly", "Edema"])
-    second = best_pth(tmp_path / "b.pth", ["Effusion", "Edema"])
-    argv = (
+    models = [best_pth(tmp_path / f"{labels[0]}.pth", labels) for labels in (["Cardiomegaly", "Edema"], ["Edema", "x"])]
+    options = (
         f"--dataset csv --data_path {tmp_path} --label_columns Cardiomegaly Edema Effusion --method evaluate --dry_run"
     )
-    argv = [*argv.split(), "--output_dir", str(tmp_path / "out"), "--weights", first, second]
-    with pytest.raises(
-        UserError, match="only a by Cardiomegaly, Edema and b by Edema, Effusion can be judged; choose common"
-    ):
-        main(argv)
-    assert main([*argv, "--labels", "Edema"]) == 0
+    argv = [*options.split(), "--output_dir", str(tmp_path / "out"), "--weights"]
+    assert main([*argv, *models]) == 0
+    assert capsys.readouterr().out.count("judged by Edema\n") == 2
+    with pytest.raises(UserError, match="Edema .*: all weights and the images need a label in common"):
+        main([*argv, models[0], best_pth(tmp_path / "x.pth", ["x"])])
+    with pytest.raises(UserError, match="odd.pth: not a model of this timm: [^\n]*nothing"):
+        main([*argv, best_pth(tmp_path / "odd.pth", ["Edema"], timm_model="nothing")])
 
 
 def test_classes_that_the_model_lacks_are_refused(tmp_path):
@@ -168,26 +175,34 @@ def test_published_recipe_is_adam_with_one_rate(encoder):  # noqa: F811
     head = torch.nn.Linear(64, 2)
     assert torch.equal(model.head.weight, head.weight) and torch.equal(model.head.bias, head.bias)
     images, labels = torch.randn(4, 3, 224, 224), torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])
-    optimizer = build_optimizer(model, Recipe())
+    torch.testing.assert_close(plain(images), plain.head(plain.forward_features(images)[:, 0]))
     reference = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=1e-5)
-    for net, step in ((model, optimizer), (plain, reference)):
+    for net, step in ((model, build_optimizer(model, Recipe())), (plain, reference)):
         F.binary_cross_entropy_with_logits(net(images), labels).backward()
         step.step()
-    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(own, other)
-    tokens = plain.forward_features(images)
-    torch.testing.assert_close(plain(images), plain.head(tokens[:, 0]))
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
 def test_layer_decay_moves_early_layers_less(backbone):
-    candidate = Candidate("x", "file", read_encoder(backbone))
-    recipe = RECIPES["layer_decay"]
-    model = build(candidate, recipe, 2, seed=0)
+    model = build(read_candidates([str(backbone)], imagenet="")[0], recipe := RECIPES["layer_decay"], 2, seed=0)
     scale = {id(p): group["lr_scale"] for group in build_optimizer(model, recipe).param_groups for p in group["params"]}
     assert len(scale) == len(list(model.parameters()))
-    assert scale[id(model.head.weight)] == 1
     first, second = (scale[id(block.attn.qkv.weight)] for block in model.blocks)
     assert scale[id(model.patch_embed.proj.weight)] < first == pytest.approx(0.75 * second)
+    assert scale[id(model.head.weight)] == 1
+
+
+def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
+    """A tiny ViT with 6 heads, where timm's has 3."""
+    tiny = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, num_heads=6)
+    torch.save({"state_dict": tiny.state_dict(), "metadata": {"num_heads": "6"}}, tmp_path / "tiny.pth")
+    (candidate,) = read_candidates([str(tmp_path / "tiny.pth")], imagenet="")
+    model = candidate.build(2).eval()
+    write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, pool="token", labels=["a", "b"])
+    again = build_encoder(read_encoder(tmp_path / "best.pth")).eval()
+    img = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(img), model.forward_features(img))
 
 
 def test_the_layer_decay_recipe_runs_and_other_options_are_another_run(rsna, encoder, tmp_path, capsys):  # noqa: F811
@@ -201,9 +216,8 @@ def test_the_layer_decay_recipe_runs_and_other_options_are_another_run(rsna, enc
 
 def test_bad_input_is_one_line(rsna, encoder, tmp_path):  # noqa: F811
     for options, reason in [
-        (["--layer_decay", "2"], "--layer_decay 2"),
         (["--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
-        (["--weights", "pixels"], "--weights pixels: there is no encoder to fine-tune"),
+        (["--weights", "pixels"], "--weights pixels: only timm's encoders are fine-tuned"),
         (["--lr", "1e30"], "lower --lr, or use --dtype float32$"),
     ]:
         with pytest.raises(UserError, match=reason) as caught:

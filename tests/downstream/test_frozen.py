@@ -1,96 +1,156 @@
-"""Heads from stored features are those of the published loop, which encodes every image anew in every epoch."""
+"""Linear heads from kept features are those of plain loops, which encode every image anew in every epoch, whatever is
+beside them."""
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import signal
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
+from reliability_runs import run, signal_at_call
+from test_run_downstream import command, rsna  # noqa: F401  (a fixture)
 
-from downstream.data.images import CENTRE, normalisation
+from downstream.data.images import CENTRE, Views, normalisation
 from downstream.data.labelled import LabelledImages
-from downstream.data.partition import Rows, partitions
-from downstream.driver import Work, judge
+from downstream.data.partition import Rows
+from downstream.driver import Recipe, Work, judge
 from downstream.encoders import read_candidates
-from downstream.forward import Encoder, Keyed
-from downstream.heads import Recipe, epoch_order, known_loss, new_head, probabilities, schedule
-from downstream.main import get_args_parser, read_weights
+from downstream.forward import outputs
+from downstream.frozen import Linear, epoch_order, known_loss, probabilities, train_heads
+from downstream.main import get_args_parser, main
 from util import distributed
+from util.errors import UserError
+from util.stop import StopSignals
 
 
-@pytest.fixture
-def images(tmp_path) -> LabelledImages:
-    """24 images, of which 12 train; the positives are brighter."""
+def plain_head(features, labels, rows: Rows, seed: int, options: Recipe, task: str):
+    """The published training of one head, written out: best weights, their epoch, epochs run.
+
+    features: (view, images) -> [n, D], the epoch's view of the training images; labels: [N, C].
+    """
+    valid = features(CENTRE, rows.valid)
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(valid.shape[1], labels.shape[1])
+    optimizer = torch.optim.Adam(head.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    n_steps = len(rows.train) // options.batch_size
+    total, warm = n_steps * options.epochs, options.warmup * n_steps * options.epochs
+    best, best_loss, best_epoch, step = None, math.inf, -1, 0
+
+    def loss_of(logits, wanted):
+        if task == "multiclass":
+            return F.cross_entropy(logits, wanted.argmax(1))
+        known = ~wanted.isnan()
+        return F.binary_cross_entropy_with_logits(logits[known], wanted[known])
+
+    for epoch in range(options.epochs):
+        order = rows.train[epoch_order(seed, epoch, len(rows.train))]
+        for i in range(n_steps):
+            rate = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+            optimizer.param_groups[0]["lr"] = options.lr * rate
+            batch = order[i * options.batch_size : (i + 1) * options.batch_size]
+            optimizer.zero_grad()
+            loss_of(head(features(epoch, batch)), labels[batch]).backward()
+            optimizer.step()
+            step += 1
+        with torch.no_grad():
+            loss = loss_of(head(valid), labels[rows.valid]).item()
+        if loss < best_loss:
+            best, best_loss, best_epoch = [p.detach().clone() for p in head.parameters()], loss, epoch
+        elif epoch - best_epoch >= options.patience:
+            break
+    return best, best_epoch, epoch + 1
+
+
+def test_a_view_per_epoch_is_the_published_loop(backbone, tmp_path):
+    """The same draws, so the same scores; fewer views than epochs are another training."""
     rng, files = np.random.default_rng(0), []
     labels = rng.permutation(np.repeat([0, 1], 12)).astype(np.float32)[:, None]
     for i, label in enumerate(labels[:, 0]):
         files.append(tmp_path / f"{i}.png")
         gray = rng.normal(90 + 40 * label, 30, (48, 40)).clip(0, 255)
         Image.fromarray(gray.astype(np.uint8)).save(files[-1])
-    parts = np.repeat(["train", "valid", "test"], (12, 4, 8)).astype(object)
-    names = [file.stem for file in files]
-    return LabelledImages("x", names, files, np.array(names), parts, ["x"], labels, strong_augmentation=True)
-
-
-def test_a_view_per_epoch_is_the_published_loop(images, backbone, tmp_path):
-    """The same draws, so the same scores; fewer views than epochs are another training."""
-    flags = f"--dataset rsna --data_path none --weights {backbone} --epochs 4 --batch_size 4 --lr 5e-2 --patience 4"
-    flags += f" --seeds 43 44 --encode_batch 5 --num_workers 0 --device cpu --output_dir {tmp_path}"
-    (rows,) = partitions(images, 1.0, seed=0, n_folds=2, validate=True)
-
-    def work(n_views: int) -> Work:
-        args = get_args_parser().parse_args([*flags.split(), "--views", str(n_views)])
-        return Work(args, images, distributed.start("cpu"), SimpleNamespace(request=0, exit_at_signal=nullcontext))
-
-    def judged(one: Work) -> list:
-        (make,) = read_weights(one)
-        return judge(one, make())
-
-    one = work(4)
-    full, fewer = judged(one), judged(work(2))
+    names, parts = [file.stem for file in files], np.repeat(["train", "valid", "test"], (12, 4, 8)).astype(object)
+    images = LabelledImages("x", names, files, np.array(names), parts, ["x"], labels, strong_augmentation=True)
+    flags = "--dataset rsna --data_path none --epochs 4 --batch_size 4 --lr 5e-2 --patience 4 --seeds 43 44"
+    flags += f" --num_workers 0 --device cpu --encode_batch 5 --cache_dir {tmp_path} --output_dir {tmp_path}"
     (candidate,) = read_candidates([str(backbone)], imagenet="")
-    encoder = Encoder(candidate.build().eval(), *normalisation("half"), torch.device("cpu"))
-    for outcome, other in zip(full, fewer, strict=True):
-        logits = published_head(encoder, one.views, images, rows, outcome.seed, one.recipe)
-        assert outcome.ids == [images.ids[row] for row in rows.test]
-        expected = probabilities(torch.from_numpy(logits), "multilabel")
+
+    def judged(n_views: int) -> list:
+        args = get_args_parser().parse_args([*flags.split(), "--views", str(n_views)])
+        with StopSignals() as signals:
+            work = Work(args, images, distributed.start("cpu"), signals)
+            return judge(work, Linear(work, candidate))
+
+    model, views = candidate.build().eval(), Views(images)
+
+    def features(view: int, some: np.ndarray) -> torch.Tensor:
+        gray = torch.stack([views[int(i), view] for i in some])
+        return outputs(model, gray, normalisation("half"), torch.float32)[:, : model.embed_dim]
+
+    rows, options = Rows(*map(images.indices, ("train", "valid", "test"))), Recipe(4, 4, 5e-2, patience=4)
+    for outcome, other in zip(judged(4), judged(2), strict=True):
+        head, *_ = plain_head(features, torch.from_numpy(labels), rows, outcome.run["seed"], options, "multilabel")
+        assert outcome.images.ids == [names[row] for row in rows.test]
+        expected = probabilities(F.linear(features(CENTRE, rows.test), *head), "multilabel")
         np.testing.assert_allclose(outcome.scores, expected, atol=1e-5)
         assert np.abs(outcome.scores - other.scores).max() > 1e-3
 
 
-def published_head(encoder: Encoder, views, images, rows: Rows, seed: int, options: Recipe) -> np.ndarray:
-    """The published loop: in every epoch read, augment and encode the training images, then the validation
-    images; test the best epoch. Returns the test images' logits, [n, C]."""
+def heads_of(views, labels, rows, seeds, options, task="multilabel"):
+    how = dict(task=task, seeds=seeds, recipe=options, signals=SimpleNamespace(request=0), what="ours")
+    return train_heads(lambda view, some: views[view][some], range(len(views) - 1), labels, rows, **how)
 
-    def features(keys: list[tuple[int, int]]):
-        for gray in DataLoader(Keyed(views, keys), options.batch_size):
-            width = encoder.model.embed_dim
-            yield encoder(gray.to(encoder.device))[:, :width]
 
-    def logits_of(part: np.ndarray) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([head(batch) for batch in features([(CENTRE, int(i)) for i in part])])
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+def test_heads_side_by_side_are_plain_loops(task):
+    """More features than images can tell: heads stop early, at other epochs."""
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(104, 40, generator=generator) for _ in range(3)]  # the last, -1, is the centre view
+    scores = views[0] @ torch.randn(40, 3, generator=generator) + 6 * views[1][:, :3]
+    labels = (scores > 0).float()
+    if task == "multiclass":
+        labels = F.one_hot(scores.argmax(1), 3).float()
+    else:
+        labels[5, 1] = labels[17, 0] = labels[70, 2] = torch.nan  # unknown
+    options, rows = Recipe(epochs=60, batch_size=16, lr=5e-2, patience=3), Rows(np.arange(64), np.arange(64, 104), None)
+    together = heads_of(views, labels, rows, [1, 2, 3], options, task)
+    assert len({len(head.valid_losses) for head in together}) > 1
+    features = lambda view, some: views[view if view == CENTRE else view % 2][some]  # noqa: E731
+    for seed, head in zip([1, 2, 3], together, strict=True):
+        (weight, bias), epoch, epochs = plain_head(features, labels, rows, seed, options, task)
+        assert head.epoch == epoch and len(head.valid_losses) == epochs == epoch + 4 < 60
+        torch.testing.assert_close(head.weight, weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(head.bias, bias, atol=1e-4, rtol=0)
+        (alone,) = heads_of(views, labels, rows, [seed], options, task)
+        assert torch.equal(alone.weight, head.weight) and alone.valid_losses == head.valid_losses
 
-    labels = torch.from_numpy(images.labels).to(encoder.device)
-    head = new_head(encoder.model.embed_dim, labels.shape[1], seed).to(encoder.device)
-    optimizer = torch.optim.Adam(head.parameters(), lr=options.lr, weight_decay=options.weight_decay)
-    steps, best, state = len(rows.train) // options.batch_size, math.inf, {}
-    for epoch in range(options.epochs):
-        order = rows.train[epoch_order(seed, epoch, len(rows.train))][: steps * options.batch_size]
-        for step, batch in enumerate(features([(epoch, int(i)) for i in order])):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(epoch * steps + step, steps, options)
-            wanted = labels[order[step * options.batch_size : (step + 1) * options.batch_size]]
-            optimizer.zero_grad()
-            known_loss(head(batch), wanted, images.task).backward()
-            optimizer.step()
-        loss = known_loss(logits_of(rows.valid), labels[rows.valid], images.task).item()
-        if loss < best:
-            best, state = loss, {name: tensor.clone() for name, tensor in head.state_dict().items()}
-    head.load_state_dict(state)
-    return logits_of(rows.test).cpu().numpy()
+
+def test_unknown_labels_have_no_say():
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.randint(0, 2, (4, 3)).float()
+    labels[1, 2] = labels[3, 0] = torch.nan
+    known_loss(logits, labels, "multilabel").backward()
+    assert torch.equal(logits.grad != 0, ~labels.isnan())
+
+
+def test_bad_heads_are_one_line():
+    views, labels, rows = [torch.randn(9, 5)] * 2, torch.eye(9, 3), Rows(np.arange(9), np.arange(9), None)
+    with pytest.raises(UserError, match="--batch_size 10: there are only 9 images"):
+        heads_of(views, labels, rows, [1], Recipe(batch_size=10))
+    with pytest.raises(UserError, match="ours, epoch 1: the validation loss is not finite; lower --lr"):
+        heads_of([view * math.inf for view in views], labels, rows, [1], Recipe(1, 8))
+
+
+def test_a_stop_keeps_what_was_encoded(rsna, tmp_path, capsys):  # noqa: F811
+    argv = command(rsna, tmp_path, "--weights", "pixels", "--method", "probe", "--encode_batch", "8")
+    stop = partial(signal_at_call, "downstream.forward", "outputs", 3, signal.SIGTERM)
+    status, output = run(argv, tmp_path / "log", main=main, fault=stop)
+    assert status == 128 + signal.SIGTERM, output
+    assert main(argv) == 0
+    assert "pixels: 96 images encoded, 24 were there already" in capsys.readouterr().out
