@@ -172,5 +172,3 @@ def test_damaged_images_are_listed_at_once_or_left_out(ten, capsys):
     assert "2 damaged images are left out" in printed and "damaged images  " in printed
     split = pd.read_csv(ten / "out/split.csv").set_index("id")["split"]
     assert split.to_dict() == {name: part for name, part in zip(table["path"], table["split"]) if name[2] not in "17"}
-    with pytest.raises(UserError, match="leave --no_cache out"):
-        main([*argv, "--skip_damaged", "--no_cache"])
