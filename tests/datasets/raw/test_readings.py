@@ -130,23 +130,22 @@ def read(study, **options):
 
 def test_egd_readings(egd):
     table = pd.read_csv(egd.raw / "fixations.csv")
-    calibration = ~table["DICOM_ID"].isin(pd.read_csv(egd.raw / "master_sheet.csv")["dicom_id"])
-    assert calibration.sum() > 0 and (table["X_ORIGINAL"] < 0).any()
+    images = {image.dicom_id: image for image in egd.truth}
+    n_calibration = (~table["DICOM_ID"].isin([*images])).sum()
     raw = read(egd, sigma=12)
     (note,) = raw.notes
-    assert note.startswith(f"{calibration.sum()} fixations of 2 ids ('calibration-0', 'calibration-3', ...) are of no")
-    assert [reading.image_id for reading in raw.readings] == sorted(image.dicom_id for image in egd.truth)
-    images = {image.dicom_id: image for image in egd.truth}
+    assert note.startswith(f"{n_calibration} fixations of 2 ids ('calibration-0', 'calibration-3', ...) are of no")
+    assert [reading.image_id for reading in raw.readings] == sorted(images)
     for reading in raw.readings:
         image = images[reading.image_id]
         assert (reading.study_id, reading.subject_id) == (image.study_id, image.subject_id)
         assert (reading.split, reading.phase, reading.image_size) == (None, None, (120, 96))
         assert list(reading.labels) == ["Normal", "CHF", "pneumonia"] and reading.load_ellipses().empty
-        rows = table[table["DICOM_ID"] == reading.image_id]
-        on = rows[(rows["X_ORIGINAL"] >= 0) & (rows["Y_ORIGINAL"] >= 0)]
-        fixations = reading.load_fixations().table
-        assert list(fixations.columns) == list(FIXATION_COLUMNS) and (fixations["sigma_x"] == 12).all()
-        np.testing.assert_allclose(fixations[["x", "duration"]], on[["X_ORIGINAL", "FPOGD"]])
+        on = table[(table["DICOM_ID"] == reading.image_id) & (table["X_ORIGINAL"] >= 0)]
+        found = reading.load_fixations()
+        assert list(found.table) == list(FIXATION_COLUMNS) and (found.table["sigma_x"] == 12).all()
+        np.testing.assert_allclose(found.table[["x", "duration"]], on[["X_ORIGINAL", "FPOGD"]])
+    assert found.left_out["off the picture"] > 0
     assert detect_source(egd.raw) == "egd" and find_egd_root(egd.raw.parent) == egd.raw
 
 
