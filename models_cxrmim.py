@@ -275,8 +275,6 @@ class CXRMIM(nn.Module):
         mask = mask.view(-1, 1, *self.grid_size).float()  # [B, 1, h, w]
         losses = []
         for scale, pred, target in zip(self.scale_list, preds, targets, strict=True):
-            if pred.shape != target.shape:  # else one would be broadcast to the other
-                raise ValueError(f"scale {scale}: prediction of shape {list(pred.shape)}, target {list(target.shape)}")
             weight = mask_cells(mask, scale).flatten(1)  # [B, cells_k]
             if attention is not None:
                 attention_k = F.avg_pool2d(attention[:, None].float(), int(self.patch_size / scale)).flatten(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from util.cli import Parser, add_launch_arguments, check_least, check_positive, 
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.files import check_folder_place
-from util.lr_sched import absolute_lr, parameter_groups
+from util.lr_sched import parameter_groups
 from util.masking import MASKINGS, masked_count
 from util.output import hold_output
 from util.precision import set_tf32
@@ -144,7 +143,12 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         ranks = distributed.start(
             args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
         )
-    settle_options(args, ranks)
+    # Defaults that depend on the device and on the number of processes, and the seed of the weights.
+    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
+    if args.lr is None:
+        args.lr = args.blr * (args.batch_size * args.accum_iter * ranks.world_size) / 256  # per 256 images
+    set_tf32(args.tf32)
+    torch.manual_seed(args.seed)
     with hold_output(args.output_dir, ranks=ranks):
         with signals.exit_at_signal():  # so far there is nothing to save
             training = set_up(args, ranks, signals)
@@ -216,15 +220,6 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
     return training
 
 
-def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    """Fill in the defaults that depend on the device and on the number of processes, and seed the weights."""
-    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
-    set_tf32(args.tf32)
-    torch.manual_seed(args.seed)
-    if args.lr is None:
-        args.lr = absolute_lr(args.blr, args.batch_size * args.accum_iter * ranks.world_size)
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
     for least, flags in LEAST.items():
@@ -232,15 +227,13 @@ def check_args(args: argparse.Namespace) -> None:
     check_positive(args, "clip_grad")
     if args.log_dir:
         check_folder_place(args.log_dir, "--log_dir")
-    fewest = math.ceil(args.input_size / max(args.min_crop_ratio, 1e-9) ** 0.5)
     for holds, message in (
         (0 < args.min_crop_ratio <= 1, f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]"),
         (0 <= args.clinical_ratio <= 1, f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]"),
         (args.start_epoch < args.epochs, f"--start_epoch {args.start_epoch}: must be below --epochs {args.epochs}"),
         (
             args.cache_size >= args.input_size,
-            f"--cache_size {args.cache_size}: below --input_size {args.input_size}, so that even whole images would be "
-            f"enlarged; crops keep their detail from {fewest} on",
+            f"--cache_size {args.cache_size}: below --input_size {args.input_size}; even whole images would be enlarged",
         ),
     ):
         if not holds:

@@ -46,7 +46,7 @@ import run_pretrain
 from datasets.build import build_dataset
 from gaze.model import GazeNet
 from scripts import make_phantom, predict_gaze, prepare_mimic, prepare_reflacx
-from util.checkpoint import FORMAT, KEYS, save_checkpoint
+from util.checkpoint import FORMAT, save_checkpoint
 from util.cli import Parser, available_cpus, check_device
 from util.errors import run_cli
 from util.files import atomic_write, check_file_place
@@ -384,7 +384,7 @@ class Benchmark:
         torch.manual_seed(0)
         model = GazeNet("test_resnet", input_size=64) if self.quick else GazeNet()
         about = {"config": model.config, "seen": [], "encoder_seen": [], "format": FORMAT}
-        save_checkpoint(dict.fromkeys(KEYS) | {"model": model.state_dict()} | about, self.root / "best.pth")
+        save_checkpoint({"model": model.state_dict()} | about, self.root / "best.pth")
         model.eval().to(self.device)
         batch = torch.randint(0, 256, (size, 1, *[model.input_size] * 2), dtype=torch.uint8)
 

@@ -5,8 +5,8 @@ archive, as torch writes it, with a CRC-32 of each record, which torch itself do
 anything is unpickled. Files are written whole under another name, fsynced and renamed (`util.files.atomic_write`), so a
 crash leaves the old file or the new one.
 
-Keys: `KEYS`, with "epoch", the last finished one (-1 before the first), and "step", the micro-steps done in epoch + 1 (0
-between epochs); "samples", "threads" (`util.resume`), "watch" (`util.training`), and what a task adds.
+Keys: "format", those of `util.training.Training.state`, with "epoch", the last finished one (-1 before the first), and
+"step", the micro-steps done in epoch + 1 (0 between epochs), and what a task adds.
 
 Names: `checkpoint-{epoch}.pth` at the end of an epoch, `checkpoint-{epoch+1}-step{step}.pth` inside one.
 """
@@ -33,7 +33,6 @@ from util.errors import UserError
 from util.files import atomic_write, fsync_directory
 
 FORMAT = 1
-KEYS = ("model", "optimizer", "scaler", "epoch", "step", "args", "meters", "world_size", "dataset_size", "format")
 
 _NAME = re.compile(r"checkpoint-(\d+)(?:-step(\d+))?\.pth")
 _MEND = (

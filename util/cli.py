@@ -47,10 +47,7 @@ def add_accept_damaged(parser: argparse.ArgumentParser) -> None:
 
 def finite_float(text: str) -> float:
     """The `type` of every number with a fraction: nan and inf pass comparisons that no use of them survives."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
@@ -58,10 +55,7 @@ def finite_float(text: str) -> float:
 
 def seed_number(text: str) -> int:
     """The `type` of every seed: what all generators take, NumPy's, scikit-learn's and torch's."""
-    try:
-        seed = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    seed = int(text)
     if not 0 <= seed < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not in 0 to {2**32 - 1}")
     return seed

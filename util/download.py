@@ -24,10 +24,9 @@ def address_name(text: str | None) -> str | None:
     if not re.match("https?:", text or "", re.IGNORECASE):
         return None
     try:
-        name = Path(unquote(urlsplit(text).path)).name
+        return Path(unquote(urlsplit(text).path)).name
     except ValueError as error:
         raise UserError(f"{text}: is no address ({error})") from None
-    return "" if name == ".." else name
 
 
 def local_file(name: str | None) -> str | None:

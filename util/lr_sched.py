@@ -15,11 +15,6 @@ def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: floa
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def absolute_lr(blr: float, effective_batch: int) -> float:
-    """Base learning rate, stated for 256 samples, scaled linearly to the effective batch."""
-    return blr * effective_batch / 256
-
-
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Groups for AdamW: no weight decay on biases, norms and other 1-D parameters.
 

@@ -228,11 +228,6 @@ def find_vit(state: Mapping[str, Tensor], path: object) -> tuple[dict[str, Tenso
     return found, prefix, [name for name in state if name not in inside]
 
 
-def is_plain_vit(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file's tensors are those of a plain ViT under timm's names, and what may stand behind it."""
-    return PATCHES in state and all(ENCODER.fullmatch(name) or is_behind(name) for name in state)
-
-
 def is_behind(name: str) -> bool:
     """Whether a tensor is known to stand behind an encoder, in a head or decoder, by its name."""
     return bool(BEHIND.match(name.partition(".")[0]))

@@ -28,7 +28,7 @@ def test_numbers_are_taken_and_words_are_not(capsys):
     assert args.lr == 1e-3 and args.scale_list == [4.0, 0.5]
     with pytest.raises(SystemExit):
         run_pretrain.get_args_parser().parse_args(["--lr", "fast"])
-    assert "'fast' is not a number" in capsys.readouterr().err
+    assert "argument --lr: invalid finite_float value: 'fast'" in capsys.readouterr().err
 
 
 def test_a_name_that_no_index_can_hold_is_refused(capsys):
@@ -41,7 +41,7 @@ def test_a_name_that_no_index_can_hold_is_refused(capsys):
 def test_a_seed_is_what_every_generator_takes(text, capsys):
     with pytest.raises(SystemExit):
         run_pretrain.get_args_parser().parse_args(["--seed", text])
-    assert f"argument --seed: {text!r}" in (told := capsys.readouterr().err) or f"--seed: {text} is not" in told
+    assert re.search(f"argument --seed: .*{text}", capsys.readouterr().err)
     assert seed_number("4294967295") == 2**32 - 1
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from models_cxrmim import cxrmim_vit_tiny_patch16
-from util.lr_sched import absolute_lr, learning_rate, parameter_groups
+from util.lr_sched import learning_rate, parameter_groups
 
 RECIPE = dict(lr=1e-3, min_lr=1e-6, warmup_epochs=40, epochs=400)
 
@@ -20,10 +20,6 @@ def test_schedule_at_fixed_points():
 def test_no_warmup_and_nothing_but_warmup():
     assert learning_rate(0, lr=1.0, min_lr=0.0, warmup_epochs=0, epochs=10) == 1.0
     assert learning_rate(5, lr=1.0, min_lr=0.0, warmup_epochs=40, epochs=10) == pytest.approx(5 / 40)
-
-
-def test_linear_scaling():
-    assert absolute_lr(3e-3, 128) == pytest.approx(1.5e-3)
 
 
 def test_weight_decay_spares_biases_norms_and_vectors():
