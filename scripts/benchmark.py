@@ -38,6 +38,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 import models_cxrmim
@@ -80,7 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     set_tf32(False)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
         bench = Benchmark(args, Path(root))
-        print(f"{'':44} baseline  ours      ratio     quartiles", flush=True)
         for name, part in bench.parts().items():
             try:
                 part()
@@ -125,7 +125,7 @@ class Benchmark:
     """What is measured, with its inputs in `root`, and the rows so far."""
 
     def __init__(self, args: argparse.Namespace, root: Path):
-        self.root, self.json, self.quick, self.device = root, args.json, args.quick, args.device
+        self.args, self.root, self.quick, self.device = args, root, args.quick, args.device
         self.gpu = self.device == "cuda"
         self.batch_size = args.batch_size or self.of(2, 8, 128)
         self.repeats = self.of(2, 5, 10)
@@ -173,24 +173,24 @@ class Benchmark:
         low, ratio, high = np.percentile(turns[:, 0] / turns[:, -1], (25, 50, 75)).tolist() if baseline else [None] * 3
         row = {"name": name, "unit": unit, "baseline": baseline[0] if baseline else None, "ours": ours, "ratio": ratio}
         self.rows.append(row | {"ratio_quartiles": (low, high), "repeats": len(turns), "note": note})
-        shown = [f"{value or '':9.4}" for value in (row["baseline"], ours, ratio, low, high)]
-        print(f"{name:44} {' '.join(shown)} {unit} {note}", flush=True)
+        times = f"; baseline {baseline[0]:.4g}, {ratio:.3g} times as much ({low:.3g} to {high:.3g})" if baseline else ""
+        print(f"{name}: {ours:.4g} {unit}{times}; {note}", flush=True)
         self.write()
 
     def write(self) -> None:
-        if self.json is None:
+        if self.args.json is None:
             return
         machine = {"platform": platform.platform(), "cores": available_cpus(), "threads": torch.get_num_threads()}
         machine |= {"gpu": torch.cuda.get_device_name() if self.gpu else None, **versions()}
-        settings = {"device": self.device, "quick": self.quick, "batch_size": self.batch_size, "repeats": self.repeats}
-        with atomic_write(self.json, "w") as file:
+        settings = vars(self.args) | {"batch_size": self.batch_size, "repeats": self.repeats}
+        with atomic_write(self.args.json, "w") as file:
             report = {"machine": machine, "settings": settings, "rows": self.rows, "failures": self.failures}
             json.dump(report, file, indent=2)
 
-    def run(self, program, text: str, **values) -> None:
-        """Call one of our programs, which speaks on stderr, with the words of a text; {NAME} in it is one word."""
+    def run(self, program, text: str) -> None:
+        """Call one of our programs, which speaks on stderr, with the words of a text."""
         with contextlib.redirect_stdout(sys.stderr):
-            status = program.main([word.format(root=self.root, **values) for word in text.split()])
+            status = program.main([word.format(root=self.root) for word in text.split()])
         if status:  # a signal ended it: of this program, too
             raise SystemExit(status)
 
@@ -231,8 +231,8 @@ class Benchmark:
     def ready_batch(self, size: int) -> dict[str, Tensor]:
         """A batch as the loader hands it on."""
         dataset = build_dataset(self.tree, preload=True, input_size=size)
-        batch = torch.utils.data.default_collate([dataset[0, i % len(dataset)] for i in range(self.batch_size)])
-        return {key: value.pin_memory() for key, value in batch.items()} if self.gpu else batch
+        keys = [(0, i % len(dataset)) for i in range(self.batch_size)]
+        return next(iter(DataLoader(dataset, self.batch_size, sampler=keys, pin_memory=self.gpu)))
 
     @torch.no_grad()
     def hog(self) -> None:
@@ -321,9 +321,7 @@ class Benchmark:
         n, size = self.of((24, 8), (128, 32), (2048, 256))
         dtype = torch.bfloat16 if self.gpu else torch.float32
         flags = f"{self.labelled('encoded', n, name)} --method probe --encode_batch {size} --bootstrap 200"
-        flags += (
-            f" --dtype {str(dtype).removeprefix('torch.')} --num_workers {8 if self.gpu else 0} --output_dir {{out}}"
-        )
+        flags += f" --dtype {str(dtype).removeprefix('torch.')} --num_workers {8 if self.gpu else 0} "
         model, batch = self.encoder(name), torch.rand(size, 3, 224, 224, device=self.device)
 
         @torch.inference_mode()
@@ -334,7 +332,7 @@ class Benchmark:
 
         turns = []
         for turn in range(self.repeats):
-            judge = partial(self.run, run_downstream, flags, out=self.root / f"encoding-{turn}")
+            judge = partial(self.run, run_downstream, f"{flags} --output_dir {{root}}/encoding-{turn}")
             first, again = self.timed(judge), self.timed(judge)
             turns.append((self.timed(bare), max(first - again, 1e-9)))
         note = f"{name}, {dtype}, batch {size}, {n} images"

@@ -108,8 +108,8 @@ class Steps:
             self._stop_if_asked(f"in step '{name}'")
             print(log.read_text()[-3000:] if self.quiet else "", file=sys.stderr)
             status = status if status > 0 else 128 - status
-            told = f"error: step '{name}' ended with status {status} (see above); the same command goes on from here"
-            print(told, file=sys.stderr, flush=True)
+            message = f"error: step '{name}' ended with status {status} (see above); the same command goes on from here"
+            print(message, file=sys.stderr, flush=True)
             raise SystemExit(status)
         if self.quiet:
             print(f"   {time.monotonic() - began:.0f} s; what it said is in {log}", flush=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
@@ -140,8 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     data = args.image or args.data_path or info.args.get("data_path")
     data = data if isinstance(data, str) else " ".join(data)
     where = f"training step {args.step} of epoch {args.epoch}" if replay else "whole images"
-    trained = "" if info.epoch is None else f" after {info.epoch + 1} epochs"
-    title = f"{Path(args.checkpoint).resolve().parent.name}/{info.path.name}{trained}, {data}, {where}"
+    title = f"{args.checkpoint}, {data}, {where}"
     save_figure(reconstruction_figure(found, shown.names, title, args.sheet), out)
     print(f"wrote {out}: {', '.join(shown.names)}")
     if means:
@@ -187,7 +185,7 @@ def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: st
     images side by side.
 
     Args:
-        names, title: a line of text per image; what is shown: run, data, epoch.
+        names, title: a line of text per image; what is shown: checkpoint, data, step.
     """
     images, side, points = len(found.gray), 1.5 if sheet else 2.26, 5.5 if sheet else 8.5
     columns = min(4, images) if sheet else 1
@@ -209,8 +207,7 @@ def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: st
         Patch(fc="none", ec=SIGNIFICANT, lw=1.2, label="visible, significant"),
     ]
     if not sheet:
-        hatched = {"fc": 0.22 * np.array(to_rgb(MASKED)), "ec": 0.45 * np.array(to_rgb(MASKED)), "hatch": "//////"}
-        handles += [Patch(**hatched, label="in predictions: visible, not predicted")]
+        handles += [Patch(fc="#001927", ec="#003350", hatch="//////", label="in predictions: visible, not predicted")]
         handles += [Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")]
     key = {"title": "\n".join(fit_lines(key, width, 7)), "fontsize": 7, "title_fontsize": 7, "frameon": False}
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **key)

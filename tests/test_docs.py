@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import re
 import shlex
-import sys
-from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -15,24 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "preTrain/README.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
-PICTURES = (".png", ".svg", ".jpg")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-PROGRAMS = sorted(
+PROGRAMS = [
     str(path.relative_to(ROOT))
     for path in [*ROOT.glob("run_*.py"), *ROOT.glob("scripts/*.py")]
     if "get_args_parser" in path.read_text(encoding="utf-8")
-)
+]
 
 
-@cache
 def program_parser(program: str) -> argparse.ArgumentParser:
     """What the program's `get_args_parser` gives."""
-    name = f"shown_{Path(program).stem}"
-    spec = importlib.util.spec_from_file_location(name, ROOT / program)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module.get_args_parser()
+    return importlib.import_module(program.removesuffix(".py").replace("/", ".")).get_args_parser()
 
 
 def commands(text: str) -> list[str]:
@@ -45,22 +37,21 @@ def commands(text: str) -> list[str]:
 
 
 def check_command(line: str) -> None:
-    """A Python program's own parser takes its words; a shell script exists and reads the variables given to it."""
-    words = shlex.split(line, comments=True)
-    words = words[: next((i for i, word in enumerate(words) if word in ("|", "&&", ">", "2>&1")), len(words))]
-    script = next((word for word in words if re.search(r"\.(py|sh)$", word) and not word.startswith("-")), None)
-    if script is None or not re.match(r"(scripts|run_)", script):
+    """A Python program's own parser takes its words; a shell script exists and reads the variables given to it, and the
+    program that it hands its words on to takes them."""
+    words = list(takewhile(lambda word: word not in ("|", "&&", ">", "2>&1"), shlex.split(line, comments=True)))
+    script = next((word for word in words if re.fullmatch(r"(scripts/|run_)\w+\.(py|sh)", word)), None)
+    if script is None:
         return
-    assert (ROOT / script).is_file(), script
     before, after = words[: words.index(script)], words[words.index(script) + 1 :]
     source = (ROOT / script).read_text(encoding="utf-8")
     if script.endswith(".sh"):
-        for variable in (word.partition("=")[0] for word in before if re.match(r"[A-Z]\w*=", word)):
+        for variable in re.findall(r"\b([A-Z]\w*)=", " ".join(before)):
             assert re.search(rf"\b{variable}\b", source + (ROOT / "scripts/venv.sh").read_text()), variable
-        passed_on = re.findall(r"([\w/]+\.py)\b.*\\?\n?.*\"\$@\"", source)
-        if not passed_on or not (ROOT / passed_on[-1]).is_file():
+        passed_on = re.search(r"(run_\w+\.py)\b[^$]*\"\$@\"", source.replace("\\\n", " "))
+        if passed_on is None:
             return
-        script, after = passed_on[-1], [*after, "..."]
+        script, after = passed_on[1], [*after, "..."]
     parser = program_parser(script)
     for action in parser._actions:
         action.required = action.required and "..." not in after
@@ -123,14 +114,10 @@ def test_the_table_of_flags_is_the_parsers():
     assert shown == rows
 
 
-def test_the_readme_says_early_what_was_not_checked_and_ci_runs_its_commands():
-    beginning = "\n".join(TEXT[ROOT / "README.md"].splitlines()[:40])
-    for word in ("made-up", "GPU", "credentialed"):
-        assert word in beginning
+def test_ci_runs_the_readmes_commands():
     steps = (ROOT / ".github/workflows/test.yml").read_text() + (ROOT / ".ci/run").read_text()
     for command in ("bash scripts/demo.sh", "bash scripts/test.sh"):
-        assert command in commands(TEXT[ROOT / "README.md"])[0] + commands(TEXT[ROOT / "README.md"])[1]
-        assert command in steps
+        assert any(command in line for line in commands(TEXT[ROOT / "README.md"])[:2]) and command in steps
 
 
 def test_pictures_and_pages_are_linked_and_pictures_are_small():

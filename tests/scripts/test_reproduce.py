@@ -67,7 +67,6 @@ class Chain:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,
         )
 
     def call(self, status: int = 0, **settings: str) -> tuple[list[str], str]:
@@ -107,34 +106,22 @@ ALL = "prepare check rsna-linear-check pretrain export rsna-linear table picture
 
 
 def test_every_command_is_understood_by_its_program(chain):
-    settings = {
-        "PREDICTED_GAZE": "yes",
-        "NIH": "nih",
-        "METHODS": "linear probe finetune",
-        "DEVICE": "cpu",
-        "GPUS": "2",
-        "COMPARE": "",
-        "PREPARE_FLAGS": "--readings each",
-        "MIMIC_FLAGS": "--views all",
-        "PRETRAIN_FLAGS": "--dtype bfloat16",
-        "FRACTIONS": "0.01 1",
-    }
-    chain.call(**settings)
+    settings = {"PREPARE_FLAGS": "--readings each", "MIMIC_FLAGS": "--views all", "PRETRAIN_FLAGS": "--dtype bfloat16"}
+    settings |= {"PREDICTED_GAZE": "yes", "NIH": "nih", "METHODS": "linear probe finetune", "FRACTIONS": "0.01 1"}
+    chain.call(**settings, DEVICE="cpu", GPUS="2", COMPARE="")
     parsed = chain.parsed()
     check, pretrained = parsed["run_pretrain.py"]
     assert check.check_data and not pretrained.check_data
     assert (pretrained.epochs, pretrained.gaze_weighted, pretrained.blr) == (7, True, 3e-3)
     assert (pretrained.warmup_epochs, pretrained.dtype) == (10, "bfloat16")
-    assert list(parsed).index("scripts/prepare_mimic.py") < list(parsed).index("run_gaze.py")  # hours before its faults
-    assert not parsed["scripts/prepare_reflacx.py"][0].accept_damaged
     (read,), (filled,) = parsed["scripts/prepare_reflacx.py"], parsed["scripts/prepare_mimic.py"]
     assert (read.raw, read.images) == (chain.root / "reflacx", chain.root / "mimic jpg")
+    assert not read.accept_damaged
     assert pretrained.data_path == [str(filled.out)]  # which holds REFLACX's images too
     dry, judged = parsed["run_downstream.py"][:6], parsed["run_downstream.py"][6:]
     assert all(args.dry_run for args in dry) and not any(args.dry_run for args in judged)
-    assert [(args.dataset, args.method) for args in judged] == [
-        (dataset, method) for dataset in ("rsna", "nih") for method in ("linear", "probe", "finetune")
-    ]
+    methods = ("linear", "probe", "finetune")
+    assert [(a.dataset, a.method) for a in judged] == list(itertools.product(("rsna", "nih"), methods))
     assert all(args.weights == [f"ours={chain.out}/backbone.pth"] for args in judged)
     (table,) = parsed["scripts/summarize_results.py"]
     assert table.results == [f"{args.output_dir}/results.csv" for args in judged]
@@ -175,18 +162,18 @@ def test_what_was_begun_and_left_goes_on_and_an_out_can_be_moved(chain):
 
 
 def test_any_number_of_gpus_takes_the_same_steps(chain):
-    """The GPUs share a batch, as the paper's one GPU has it."""
+    """The GPUs share a batch, as the paper's one GPU has it. Somebody's own flag comes later, and wins."""
     chain.hook.write_text('[[ "$*" != *"--pretrained none"* ]] || exit 3')
-    for gpus, images in (("1", 12), ("2", 6)):
-        chain.call(status=3, GPUS=gpus, BATCH_SIZE="12")
+    for settings, images in (
+        ({"GPUS": "1"}, ["12"]),
+        ({"GPUS": "2"}, ["6"]),
+        ({"GPUS": "1", "PRETRAIN_FLAGS": "--batch_size 5"}, ["12", "5"]),
+    ):
+        chain.call(status=3, BATCH_SIZE="12", **settings)
         words = chain.commands()[-1]
-        assert words[words.index("--batch_size") + 1] == str(images)
-        assert ("scripts/launch.py" in words) == (gpus == "2")
-    assert chain.call(status=3, GPUS="2", BATCH_SIZE="14")[0] == ["check", "pretrain"]
-    # Somebody's own flag comes later, and wins.
-    chain.call(status=3, DEVICE="cpu", PRETRAIN_FLAGS="--batch_size 5")
-    words = chain.commands()[-1]
-    assert [w for f, w in itertools.pairwise(words) if f == "--batch_size"] == ["128", "5"]
+        assert [word for flag, word in itertools.pairwise(words) if flag == "--batch_size"] == images
+        assert ("scripts/launch.py" in words) == (settings["GPUS"] == "2")
+    assert chain.call(status=3, BATCH_SIZE="14")[0] == ["check", "pretrain"]
 
 
 @pytest.mark.parametrize(
@@ -249,30 +236,28 @@ def test_one_at_a_time_in_an_out_even_where_the_script_was_killed(chain):
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
 def test_every_command_of_the_ablation_is_understood(chain, preset):
     """In a place with blanks and signs. Its table compares settings seed by seed."""
-    out = chain.root / "an out & 100%"
+    out, gpu = chain.root / "an out & 100%", preset == "gpu"
     (out / "downstream/s0").mkdir(parents=True)
     seed_results().to_csv(out / "downstream/s0/results.csv", index=False)
-    settings = {"PRESET": preset, "SEEDS": "0 1", "JOBS": "1", "OUT": str(out)}
-    chain.call(script="ablate.sh", **settings)
-    parsed, gpu = chain.parsed(), preset == "gpu"
-    studies = parsed["scripts/make_phantom.py"]
-    assert len(studies) == len({args.seed for args in studies}) == (16 if gpu else 2)
+    settings = {"script": "ablate.sh", "PRESET": preset, "SEEDS": "0 1", "JOBS": "1", "OUT": str(out)}
+    chain.call(**settings)
+    parsed = chain.parsed()
+    studies, pretrained, probes = (
+        parsed[name] for name in ("scripts/make_phantom.py", "run_pretrain.py", "run_downstream.py")
+    )
+    assert len({args.seed for args in studies}) == len(studies) == (16 if gpu else 2)
     assert sum(args.n_images for args in studies) == (8000 if gpu else 368)
-    pretrained = parsed["run_pretrain.py"]
     assert len({(args.masking, args.gaze_weighted, args.seed) for args in pretrained}) == len(pretrained) == 12
-    assert {(args.model, args.input_size, args.device) for args in pretrained} == {
-        ("cxrmim_vit_base_patch16", 224, "cuda") if gpu else ("cxrmim_vit_tiny_patch16", 96, "cpu")
-    }
-    made = {str(Path(args.out).parent / "tree") for args in studies}
-    probes = sorted(parsed["run_downstream.py"], key=lambda args: args.output_dir)  # started side by side
-    assert {tree for args in [pretrained[0], *probes] for tree in args.data_path} == made
-    assert not set(pretrained[0].data_path) & set(probes[0].data_path)
-    judged = [weight.partition("=") for args in probes for weight in args.weights]
-    assert len(judged) == 14 and {"random", "pixels"} < {name for name, _, _ in judged}
-    assert all(file == f"{out}/runs/{name}/backbone.pth" for name, sign, file in judged if sign)
+    model = ("cxrmim_vit_base_patch16", 224, "cuda") if gpu else ("cxrmim_vit_tiny_patch16", 96, "cpu")
+    assert {(args.model, args.input_size, args.device) for args in pretrained} == {model}
+    read, judged_on = set(pretrained[0].data_path), set(probes[0].data_path)
+    assert read | judged_on == {str(Path(args.out).parent / "tree") for args in studies} and not read & judged_on
+    files = {f"{args.masking}_{'' if args.gaze_weighted else 'un'}weighted_s{args.seed}" for args in pretrained}
+    files = {f"{name}={out}/runs/{name}/backbone.pth" for name in files}
+    assert {weight for args in probes for weight in args.weights} == {*files, "random", "pixels"}
     assert set(pd.read_csv(out / "table.csv")["label"]) == {"Mass", "mean"}
-    assert chain.call(script="ablate.sh", **settings)[0] == []
-    assert "can't share" in chain.call(1, script="ablate.sh", **settings, PARTS="3")[1]
+    assert chain.call(**settings)[0] == []
+    assert "can't share" in chain.call(1, **settings, PARTS="3")[1]
 
 
 AUCS = {"random_unweighted": [0.6, 0.7, 0.8], "attention_weighted": [0.7, 0.75, 0.95]}

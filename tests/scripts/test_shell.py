@@ -56,26 +56,15 @@ def test_a_job_of_slurm_finds_the_repository(tmp_path, name):
     python = stand_in(tmp_path / "python", 'echo "in $PWD: $*"; [ "$1" = -c ] || exit 3')
     stand_in(tmp_path / "bin/srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     stand_in(tmp_path / "bin/scontrol", "echo localhost")
-    spool = tmp_path / "spool/job77/slurm_script"
-    spool.parent.mkdir(parents=True)
+    spool = tmp_path / "slurm_script"
     shutil.copy(ROOT / "scripts" / name, spool)
-    env = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "CDPATH": str(tmp_path),
-        "DEVICE": "cpu",
-        "PYTHON": str(python),
-        "REFLACX": str(tmp_path),
-        "IMAGES": str(tmp_path),
-        "OUT": str(tmp_path / "out"),
-    }
-    for script, submitted, cwd in (
-        (spool, ROOT, ROOT),
-        (ROOT / "scripts" / name, tmp_path, tmp_path),
-        (Path("scripts") / name, ROOT, ROOT),
-    ):
-        result = run("bash", script, cwd=cwd, SLURM_SUBMIT_DIR=str(submitted), **env)
+    here = str(tmp_path)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CDPATH": here, "PYTHON": str(python)}
+    env |= {"DEVICE": "cpu", "REFLACX": here, "IMAGES": here, "OUT": f"{here}/out"}
+    for script, cwd in ((spool, ROOT), (ROOT / "scripts" / name, tmp_path), (Path("scripts") / name, ROOT)):
+        result = run("bash", script, cwd=cwd, SLURM_SUBMIT_DIR=str(cwd), **env)
         assert result.returncode == 3 and f"in {ROOT}:" in result.stdout, result.stderr
-    result = run("bash", spool, cwd=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), **env)
+    result = run("bash", spool, cwd=tmp_path, SLURM_SUBMIT_DIR=here, **env)
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path} is not the repository; call sbatch in its root\n"
 
