@@ -62,6 +62,8 @@ def detect_tree(path: str | os.PathLike) -> tuple[type[GazeTree], Path]:
     names = " or ".join(kind.index_file for kind in TREE_TYPES)
     if found:
         raise UserError(f"--data_path: {path} has more than one index; name the file itself: {names}")
+    if not path.is_dir():
+        raise UserError(f"--data_path: {path} is not a directory")
     if (path / IMAGES_INDEX).exists():
         raise UserError(
             f"--data_path: {path} has images but no heatmaps yet; scripts/predict_gaze.py --weights "

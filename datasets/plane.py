@@ -61,7 +61,7 @@ class Plane:
         try:
             # First: without it the plane is absent, whatever its table is.
             self._pixels = np.asarray(np.memmap(path, mode="r"))
-            with np.load(_table_path(path)) as archive:
+            with np.load(path.with_suffix(".npz")) as archive:
                 table = archive["table"]
             offset, height, width, *_ = table[-1]
             if len(self._pixels) != offset + height * width:
@@ -170,12 +170,8 @@ def _build(path: Path, files: Sequence[str], picture: Picture) -> None:
                 table.append((end, *pixels.shape, *native_size, zlib.crc32(content)))
                 end += file.write(content)
             file.truncate(end)
-        with atomic_write(_table_path(path)) as file:
+        with atomic_write(path.with_suffix(".npz")) as file:
             np.savez(file, table=np.array(table, np.int64))
     except OSError as error:
         size = f"the cache needs about {needed / 2**30:.2f} GiB"
         raise UserError(f"{path.parent}: {error.strerror}; {size}{ELSEWHERE}") from None
-
-
-def _table_path(path: Path) -> Path:
-    return path.with_suffix(".npz")
