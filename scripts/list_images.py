@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.raw.reflacx import read_reflacx
+from datasets.raw.read_reflacx import read_reflacx
 from util.cli import Parser
 from util.errors import run_cli
 from util.files import atomic_write

@@ -249,4 +249,4 @@ def _picture(reading: Reading, path: str, min_certainty: int) -> np.ndarray:
     heatmap = fixation_heatmap(reading.load_fixations().table, image_size, size)
     mask = ellipse_mask(_abnormalities(reading, min_certainty)[BOX].to_numpy(float), image_size, size)
     picture = np.hstack([np.dstack([gray] * 3), gaze_overlay(gray, heatmap / heatmap.max())])
-    return mark_boundaries(picture, np.hstack([mask, mask]), color=(0.3, 0.7, 0.9))
+    return mark_boundaries(picture, np.hstack([mask, mask]), color=(0.3, 0.7, 0.9), mode="thick")

@@ -1,6 +1,6 @@
 """What a gaze data set has to give, whatever its files look like.
 
-One data set = one short module with one function that returns `RawReadings` (see reflacx.py and egd.py),
+One data set = one short module with one function that returns `RawReadings` (see read_reflacx.py and read_egd.py),
 entered in `datasets.prepare.readings.SOURCES`. Everything after that (joining with the images, heatmaps, writing the
 processed tree, the gaze analysis) is the same for all of them.
 """

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.fixations import FIXATION_COLUMNS, fixation_heatmap, heatmap_to_uint8, inside_image, merge_heatmaps
-from datasets.raw.reflacx import read_reflacx
+from datasets.raw.read_reflacx import read_reflacx
 from util.errors import UserError
 
 

@@ -9,7 +9,7 @@ from trees import contents
 from datasets.phantom.chest import LESION_KINDS, Lesion, draw_lesion, pixel_box, render_chest
 from datasets.phantom.labelled import make_nih, make_rsna
 from datasets.phantom.reflacx import make_study
-from datasets.raw.reflacx import read_reflacx
+from datasets.raw.read_reflacx import read_reflacx
 from downstream.data import read_dataset
 from downstream.data.images import Reading
 from downstream.data.labelled import TEST, TRAIN, VALID

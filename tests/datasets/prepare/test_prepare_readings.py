@@ -20,10 +20,10 @@ from datasets.fixations import fixation_heatmap, heatmap_to_uint8
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.pixels import count_significant
 from datasets.prepare.readings import SOURCES, prepare
-from datasets.raw.egd import read_egd
 from datasets.raw.mimic_cxr import find_images
+from datasets.raw.read_egd import read_egd
+from datasets.raw.read_reflacx import read_reflacx
 from datasets.raw.readings import Fixations, RawReadings, Reading
-from datasets.raw.reflacx import read_reflacx
 from scripts.prepare_reflacx import main
 from util.errors import UserError
 from util.images import read_gray

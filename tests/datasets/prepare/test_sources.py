@@ -12,7 +12,7 @@ from datasets.phantom.reflacx import make_study
 from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare
-from datasets.raw.reflacx import read_reflacx
+from datasets.raw.read_reflacx import read_reflacx
 from util.errors import UserError
 from util.images import image_size, read_gray, write_gray
 

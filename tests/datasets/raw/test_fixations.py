@@ -5,7 +5,7 @@ import pytest
 
 from datasets.fixations import off_the_image_shown, on_the_button
 from datasets.phantom.reflacx import make_study
-from datasets.raw.reflacx import read_reflacx
+from datasets.raw.read_reflacx import read_reflacx
 from util.errors import UserError
 
 SIGMA = "angular_resolution_x_pixels_per_degree"

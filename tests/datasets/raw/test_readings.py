@@ -11,9 +11,9 @@ from phantom_egd import make_egd
 from datasets.fixations import FIXATION_COLUMNS
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import detect_source
-from datasets.raw.egd import find_egd_root, read_egd
 from datasets.raw.mimic_cxr import find_metadata, ids_beginning
-from datasets.raw.reflacx import find_reflacx_root, read_reflacx
+from datasets.raw.read_egd import find_egd_root, read_egd
+from datasets.raw.read_reflacx import find_reflacx_root, read_reflacx
 from util.errors import UserError
 from util.tables import check_id, check_relative_path
 
