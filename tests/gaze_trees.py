@@ -20,7 +20,7 @@ def disc(centre: np.ndarray, radius: float) -> np.ndarray:
 
 
 def make_gaze_tree(root: Path, n_images: int = 12) -> Path:
-    """A REFLACX tree of `n_images` subjects; every third image has two readings."""
+    """A REFLACX tree of `n_images` subjects, without foregrounds; every third image has two readings."""
     rng = np.random.default_rng(10000)
     entries, rows = [], ["reflacx_id,x,y,duration"]
     for number in range(n_images):
@@ -35,8 +35,7 @@ def make_gaze_tree(root: Path, n_images: int = 12) -> Path:
             entries.append(entry)
             seen = centre + rng.normal(0, 1, 2)
             gaze = heatmap_to_uint8(disc(seen, 5) + 0.02)
-            for kind, plane in (("attention", gaze), ("foreground", (gaze > 100) * np.uint8(255))):
-                save(root / kind / f"s{subject}" / f"{entry['reflacx_id']}.png", plane)
+            save(root / f"attention/s{subject}/{entry['reflacx_id']}.png", gaze)
             for y, x in np.clip((seen + rng.normal(0, 2, (5, 2))) / SIZE, 0, 1):
                 rows.append(f"{entry['reflacx_id']},{x:.5f},{y:.5f},0.2")
     (root / "reflacx.json").write_text(json.dumps(entries))

@@ -104,10 +104,9 @@ def test_empty_heatmaps_and_missing_images_are_named(tmp_path):
 def test_fixations(tree, tmp_path):
     found = read_fixations(tree / "fixations.csv")
     assert len(found) == 16 and all(places.shape == (5, 2) for places in found.values())
-    assert read_fixations(tmp_path / "none.csv") == {}
-    (tmp_path / "fixations.csv").write_text("reflacx_id,x,y,duration\na,0.5,1.2,1\n")
+    (bad := tmp_path / "bad.csv").write_text("reflacx_id,x,y,duration\na,0.5,1.2,1\n")
     with pytest.raises(UserError, match="line 2: x and y are fractions"):
-        read_fixations(tmp_path / "fixations.csv")
+        read_fixations(bad)
 
 
 def test_test_images_of_subjects_that_a_model_has_seen_are_left_out(tree, tmp_path):

@@ -67,16 +67,3 @@ def test_weights_of_another_model_are_refused(weights, message, tmp_path, monkey
     torch.save(timm.create_model("test_resnet").state_dict(), "file.pth")
     with pytest.raises(UserError, match=f"file.pth: .*{message}"):
         model_of(weights)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backbone": "nothing"}, "--backbone nothing"),
-        ({"input_size": 100}, "--input_size 100"),
-        ({"input_size": 32}, "at least 64"),
-    ],
-)
-def test_bad_options_are_one_line(options, message):
-    with pytest.raises(UserError, match=message):
-        GazeNet(**{"backbone": "test_resnet", **options})
