@@ -92,7 +92,9 @@ class FileIndex:
         return found
 
     def at_place(self, folder: str, names: Sequence[str]) -> str | None:
-        """The first of `names` in the directory that a data set gives, or in a tail of it; costs no walk."""
+        """The first of `names` in the directory that a data set gives, or in a tail of it, never outside of the root;
+        costs no walk."""
+        folder = folder.lstrip("/")
         while folder:
             for name in names:
                 if name in self._listed(folder)[0]:

@@ -66,17 +66,15 @@ def fixation_heatmap(
     image counts, as for any other.
 
     Raises `UserError` when nothing is left: no fixation of positive duration, or none that reaches
-    the image within the rectangle in view; and for a value that is not finite or a sigma that is not positive.
+    the image within the rectangle in view; and for a value that is no number or a sigma that is not positive.
     """
     columns = fixation_columns(fixations)
     columns = columns[columns["duration"] > 0]
     if columns.empty:
         raise UserError("no fixation of positive duration")
+    if not (columns[["sigma_x", "sigma_y"]] > 0).all(axis=None):
+        raise UserError("the angular resolution of a fixation is not positive")
     columns = {name: values.to_numpy() for name, values in columns.items()}
-    for name in ("x", "y", "duration", "sigma_x", "sigma_y"):
-        low, what = (0, "positive, finite") if name.startswith("sigma") else (-np.inf, "finite")
-        if not (np.isfinite(columns[name]) & (columns[name] > low)).all():
-            raise UserError(f"fixation column {name} has a value that is not a {what} number")
 
     height, width = image_size
     out_height, out_width = out_size
@@ -85,7 +83,7 @@ def fixation_heatmap(
     heatmap = gy.T @ (columns["duration"][:, None] * gx)  # [out_height, out_width]
     total = heatmap.sum()
     if not total > 0:
-        raise UserError("no fixation reaches the image within the rectangle in view")
+        raise UserError("no fixation reaches the image within the rectangle in view, or one is not finite")
     return heatmap / total
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from datasets.raw.findings import LABELS
 from datasets.raw.mimic_cxr import ids_beginning, read_sizes
 from datasets.raw.readings import (
+    CHECKS,
     Exclusion,
     Fixations,
     RawReadings,
@@ -25,12 +26,12 @@ from datasets.raw.readings import (
     usable_fixations,
 )
 from util.errors import UserError
-from util.tables import check_id, check_relative_path, read_table, to_numbers
+from util.tables import check_id, read_table, to_numbers
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
 _CHECKS = {
     **dict.fromkeys(("dicom_id", "study_id", "patient_id"), check_id),
-    "path": check_relative_path,
+    "path": CHECKS["text"],
     **label_checks("egd"),
 }
 _IDS = ("DICOM_ID", "SESSION_ID")

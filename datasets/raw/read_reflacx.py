@@ -20,6 +20,7 @@ from datasets.fixations import (
 )
 from datasets.raw.findings import COMMON_FINDING, LABELS
 from datasets.raw.readings import (
+    CHECKS,
     Exclusion,
     Fixations,
     RawReadings,
@@ -30,14 +31,14 @@ from datasets.raw.readings import (
     usable_fixations,
 )
 from util.errors import UserError
-from util.tables import check_id, check_relative_path, check_truth, check_whole, numeric_columns, read_table, to_numbers
+from util.tables import check_id, check_truth, check_whole, numeric_columns, read_table, to_numbers
 
 PHASES = (1, 2, 3)
 _DISCARDED = "eye_tracking_data_discarded"
 _CHECKS = {
     **dict.fromkeys(("id", "dicom_id", "subject_id", "split"), check_id),
     **dict.fromkeys(("image_size_x", "image_size_y"), partial(check_whole, allowed=range(1, 100_000))),
-    "image": check_relative_path,
+    "image": CHECKS["text"],
     _DISCARDED: check_truth,
 }
 

@@ -11,11 +11,11 @@ from phantom_egd import make_egd
 from datasets.fixations import FIXATION_COLUMNS
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import detect_source
-from datasets.raw.mimic_cxr import find_metadata, ids_beginning
+from datasets.raw.mimic_cxr import find_images, find_metadata, ids_beginning
 from datasets.raw.read_egd import find_egd_root, read_egd
 from datasets.raw.read_reflacx import find_reflacx_root, read_reflacx
 from util.errors import UserError
-from util.tables import check_id, check_relative_path
+from util.tables import check_id
 
 
 def edit(path, change):
@@ -67,7 +67,6 @@ def test_root_is_found_from_around_it(study):
         ("id", "../../P3", "not a plain identifier"),
         ("split", "", "not a plain identifier"),
         ("dicom_id", "a/b", "not a plain identifier"),
-        ("image", "files/p10/../../../x/s5/a.dcm", "leaves its directory"),
         ("image", "files/a.dcm", "is not the image of dicom_id"),
         ("image_size_x", "wide", "'wide' is none of 1, ..., 99999"),
         ("image_size_y", "0", "'0' is none of 1"),
@@ -159,7 +158,7 @@ def test_egd_needs_the_table_of_sizes(egd):
 
 def test_egd_bad_cells(egd):
     ids = list(pd.read_csv(egd.raw / "master_sheet.csv")["dicom_id"])
-    set_cell(egd.raw / "master_sheet.csv", "path", 0, "../up.dcm")
+    set_cell(egd.raw / "master_sheet.csv", "path", 0, "up.dcm")
     set_cell(egd.raw / "master_sheet.csv", "path", 3, f"files/{ids[1]}.dcm")
 
     def change(table):
@@ -232,8 +231,8 @@ def test_ids_are_plain(bad):
     assert check_id("P102R009922-a_b.c", "the id") == "P102R009922-a_b.c"
 
 
-@pytest.mark.parametrize("bad", ["/etc/passwd", "..", "a/../b", "..\\a", "a\0b"])
-def test_paths_stay_below(bad):
-    with pytest.raises(UserError, match="leaves its directory"):
-        check_relative_path(bad, "the path")
-    assert check_relative_path("files/p10/a..b.dcm", "the path") == "files/p10/a..b.dcm"
+@pytest.mark.parametrize("hint", ["{}/a.jpg", "../a.jpg", "b/../../a.jpg", "/../a.jpg"])
+def test_images_are_looked_for_below_the_root_only(tmp_path, hint):
+    (tmp_path / "root/b").mkdir(parents=True)
+    (tmp_path / "a.jpg").touch()
+    assert not find_images(tmp_path / "root", {"a": hint.format(tmp_path)}).paths
