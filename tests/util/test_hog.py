@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,23 +9,6 @@ from util.hog import HOGPyramid
 CELLS = (4, 8, 16, 32)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-
-
-def slow_hog(image, cell, nbins):
-    """The HOG of one channel, pixel by pixel: [H, W] float -> [cells, nbins]."""
-    height, width = image.shape
-    padded = np.pad(image.astype(np.float64), 1, mode="reflect")
-    histogram = np.zeros((height // cell, width // cell, nbins))
-    for y in range(height):
-        for x in range(width):
-            window = padded[y : y + 3, x : x + 3]
-            gx = (window * np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]])).sum()
-            gy = (window * np.array([[1, 2, 1], [0, 0, 0], [-1, -2, -1]])).sum()
-            gx, gy = (0.0 if abs(g) < 1e-5 else g for g in (gx, gy))
-            index = math.floor(math.atan2(gy, gx) / math.pi * nbins) % nbins
-            histogram[y // cell, x // cell, index] += math.hypot(gx, gy) / cell**2
-    norm = np.linalg.norm(histogram, axis=2, keepdims=True)
-    return (histogram / np.maximum(norm, 1e-12)).reshape(-1, nbins)
 
 
 def direct_hog(img, cell, nbins):
@@ -53,21 +35,14 @@ def gray_image(seed=0, batch=2, side=64):
     return (gray - MEAN) / STD
 
 
-@pytest.mark.parametrize("nbins", [9, 8, 6])
-def test_equals_the_slow_version(nbins):
-    img = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    for cell, target in zip(CELLS, HOGPyramid(nbins, CELLS)(img), strict=True):
-        slow = np.concatenate([slow_hog(channel.numpy(), cell, nbins) for channel in img[0]], axis=1)
-        np.testing.assert_allclose(target[0].numpy(), slow, atol=1e-5)
-
-
-def test_equals_the_direct_way_on_colour():
+@pytest.mark.parametrize("nbins", [9, 8])
+def test_equals_the_direct_way_on_colour(nbins):
     img = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    targets = HOGPyramid(9, CELLS)(img)
-    assert [tuple(target.shape) for target in targets] == [(2, (64 // cell) ** 2, 27) for cell in CELLS]
+    targets = HOGPyramid(nbins, CELLS)(img)
+    assert [tuple(target.shape) for target in targets] == [(2, (64 // cell) ** 2, 3 * nbins) for cell in CELLS]
     for cell, target in zip(CELLS, targets, strict=True):
-        torch.testing.assert_close(target, direct_hog(img, cell, 9), atol=1e-5, rtol=0)
-    assert not torch.allclose(targets[0][..., :9], targets[0][..., 9:18])  # the channels are their own
+        torch.testing.assert_close(target, direct_hog(img, cell, nbins), atol=1e-5, rtol=0)
+    assert not torch.allclose(targets[0][..., :nbins], targets[0][..., nbins : 2 * nbins])  # the channels are their own
 
 
 def test_one_channel_stands_for_three_on_gray_input():
@@ -89,12 +64,6 @@ def test_flat_areas_have_no_target_and_ties_are_exact():
     # R, G and B copies of one gray picture agree, where the published rule lets rounding decide
     torch.testing.assert_close(fine[..., 0, :], fine[..., 1, :], atol=1e-5, rtol=0)
     torch.testing.assert_close(fine[..., 0, :], fine[..., 2, :], atol=1e-5, rtol=0)
-
-
-def test_opposite_directions_share_a_bin():
-    img = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(HOGPyramid(9, CELLS)(img), HOGPyramid(9, CELLS)(-img), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
 def test_cell_sizes_in_any_order_and_repeated():
