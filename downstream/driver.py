@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from downstream.data.choices import AUTO, PUBLISHED
-from downstream.data.images import Reading, Views, deep_note, open_squares, reading_from_args
+from downstream.data.images import Reading, Views, open_squares, reading_from_args
 from downstream.data.labelled import TEST, LabelledImages, files_digest, study_digest
 from downstream.data.partition import Rows, folds_of, in_folds, partitions
 from downstream.encoders import Candidate
@@ -127,8 +127,6 @@ class Work:
 
     def open_views(self, reading: Reading) -> Views:
         """The images' views, from the cache of decoded images; rank 0 builds it."""
-        for note in deep_note(self.images.files, reading):
-            self.ranks.say(note)
         decode = partial(open_squares, self.images, self.args.cache_dir, reading=reading)
         with self.signals.exit_at_signal():
             plane = main_first(self.ranks, decode)

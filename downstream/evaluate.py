@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from downstream.data.images import reading_as_trained
-from downstream.data.labelled import MULTICLASS, TEST, check_min_positives, files_digest
+from downstream.data.labelled import MULTICLASS, TEST, check_judged, files_digest
 from downstream.data.partition import Rows
 from downstream.driver import Method, Part, Scores, Work
 from downstream.encoders import Candidate, digest_of, named_files
@@ -133,10 +133,5 @@ def read_models(work: Work) -> list[Callable[[], Evaluate]]:
             raise UserError(f"{facts}: the classes must be the same; --where can leave out images of other classes")
         work.ranks.say(f"{facts}: judged by {', '.join(labels)}")
     targets = images.labels[images.indices(TEST)][:, [images.label_names.index(label) for label in labels]]
-    if not ((targets == 1).any(0) & (targets == 0).any(0)).any():
-        raise UserError(
-            f"{images.name}: no test images with and without {' or '.join(labels)} to judge by; --split test makes all "
-            "images test images"
-        )
-    check_min_positives(args.min_positives, images, targets)
+    check_judged(images, targets, TEST, args.min_positives)
     return [partial(Evaluate, work, model, labels) for model in models]

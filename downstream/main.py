@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from downstream.data import add_arguments, read_from_args
+from downstream.data import read_from_args
+from downstream.data.choices import add_arguments
 from downstream.data.images import add_image_arguments, leave_out_damaged, reading_from_args
 from downstream.data.labelled import check_labels, split_table, write_split
 from downstream.data.partition import in_folds
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     check_least(args, 1, "views", "epochs", "batch_size", "patience", "encode_batch", "min_positives", "folds")
     check_least(args, MIN_DRAWS, "bootstrap")
     check_least(args, 0, "num_workers", "weight_decay", "max_minutes")
-    check_positive(args, "lr")
+    check_positive(args, "lr", "intensity_max")
     if not args.weights and not args.dry_run:
         raise UserError("--weights: name at least one encoder: NAME=FILE, imagenet, random or pixels")
     with StopSignals(args.max_minutes) as signals:

@@ -7,15 +7,15 @@ computed once and kept, by any number of workers in any order.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_array
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from downstream.data.labelled import LabelledImages
+from downstream.jobs import digest
 from datasets.plane import Plane, open_plane
 from util.cli import finite_float
 from util.errors import UserError
@@ -38,7 +39,7 @@ NORMALISATIONS = {  # mean and std of the three channels
 MAXIMUM = {"maximum": "stored values by their maximum (published)"}
 JITTER, JITTER_CHANCE, BLUR_CHANCE, FLIP_CHANCE = 0.4, 0.8, 0.5, 0.5
 BLUR_SIGMA = (0.1, 2.0)
-LOOKED_AT = 64  # files whose headers are read to say what is done with 16 bits
+LOOKED_AT = 64  # files whose headers are read to say which options matter
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,6 @@ class Reading:
 
     dicom_contrast: str = "maximum"
     intensity_max: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.intensity_max is not None and not 0 < self.intensity_max <= 65535:
-            raise UserError(f"--intensity_max {self.intensity_max:g}: expected more than 0, at most 65535")
 
     def read(self, path: Path) -> np.ndarray:
         """uint8 [H, W]. Raises `UserError` naming the file."""
@@ -86,25 +83,18 @@ def area_resize(gray: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.rint((columns @ small.T).T).astype(np.uint8)
 
 
+@lru_cache(64)  # images of one data set have few sizes
 def _coverage(n: int, m: int) -> csr_array:
     """[m, n]: the share that each of n pixels has in each of m."""
-    edges = np.arange(m + 1) * (n / m)
-    first = np.floor(edges[:-1] + 1e-9).astype(int)
-    last = np.minimum(np.ceil(edges[1:] - 1e-9).astype(int), n)
-    counts = last - first
-    target = np.repeat(np.arange(m), counts)
-    source = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + first[target]
-    share = np.minimum(source + 1, edges[target + 1]) - np.maximum(source, edges[target])
-    return csr_array(((share * (m / n)).astype(np.float32), (target, source)), shape=(m, n))
+    edges, pixel = np.arange(m + 1) * (n / m), np.arange(n)
+    share = np.minimum(pixel + 1, edges[1:, None]) - np.maximum(pixel, edges[:-1, None])
+    return csr_array(np.where(share > 1e-9, share * (m / n), 0).astype(np.float32))
 
 
 def pad_to_square(fitted: np.ndarray) -> np.ndarray:
     """uint8 [h, w] in the middle of black [256, 256]."""
-    height, width = fitted.shape
-    top, left = (SQUARE - height) // 2, (SQUARE - width) // 2
-    square = np.zeros((SQUARE, SQUARE), np.uint8)
-    square[top : top + height, left : left + width] = fitted
-    return square
+    missing = [SQUARE - length for length in fitted.shape]
+    return np.pad(fitted, [(n // 2, n - n // 2) for n in missing])
 
 
 def draw_view(square: np.ndarray, rng: np.random.Generator, strong: bool) -> np.ndarray:
@@ -121,13 +111,9 @@ def draw_view(square: np.ndarray, rng: np.random.Generator, strong: bool) -> np.
     brightness, contrast = rng.uniform(1 - JITTER, 1 + JITTER, 2)
     sigma = rng.uniform(*BLUR_SIGMA)
     values = view.astype(np.float32)
-    if jitter:
-        for change in ("contrast", "brightness") if contrast_first else ("brightness", "contrast"):
-            if change == "brightness":
-                values = values * brightness
-            else:
-                values = contrast * values + (1 - contrast) * values.mean()
-            values = np.clip(values, 0, 255)
+    for change in ("cb" if contrast_first else "bc") if jitter else "":
+        values = values * brightness if change == "b" else contrast * values + (1 - contrast) * values.mean()
+        values = np.clip(values, 0, 255)
     if blur:
         values = gaussian_filter(values, sigma, mode="mirror", truncate=3.0)
     if flip:
@@ -201,12 +187,10 @@ def leave_out_damaged(
 ) -> tuple[LabelledImages, list[str]]:
     """The images that can be read, the others' parts as they were; and what is wrong with those left out."""
     _, damaged = _decode(images, cache_dir, reading)
-    if not damaged:
-        return images, []
-    tallies = {"damaged images": Counter(images.parts[list(damaged)])}
+    places = [*damaged]
     sound = images.take([i for i in range(len(images)) if i not in damaged])
-    files = tuple(images.files[i] for i in damaged)
-    return replace(sound, damaged=files, tallies=images.tallies | tallies), list(damaged.values())
+    tallies = images.tallies | {"damaged images": Counter(images.parts[places])}
+    return replace(sound, damaged=tuple(images.files[i] for i in places), tallies=tallies), [*damaged.values()]
 
 
 def _decode(
@@ -216,13 +200,10 @@ def _decode(
     whatever the split, and whatever is left out for damage."""
     files = sorted({*images.files, *images.damaged})
     # Another choice of files gets a directory of its own, so that two uses don't evict each other.
-    listed = "\n".join(map(os.fspath, files))
-    root = Path(cache_dir, f"{images.name}-{hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}")
-    scale = "range" if reading.intensity_max is None else f"{reading.intensity_max:g}"
-    name = f"fitted-{reading.dicom_contrast}-{scale}-{SQUARE}"
+    root = Path(cache_dir, f"{images.name}-{digest([os.fspath(file) for file in files])[:8]}")
+    name = f"fitted-{reading.dicom_contrast}-{reading.intensity_max}-{SQUARE}"
     plane = open_plane(root, name, files, partial(_fitted_picture, reading), root=root)
-    place_of = {file: place for place, file in enumerate(files)}
-    places = np.array([place_of[file] for file in images.files])
+    places = pd.Index(files).get_indexer(images.files)
     damaged = {}
     for i in np.flatnonzero(plane.native_size[places, 0] == 0).tolist():
         damaged[i] = f"{images.files[i]}: was damaged when {plane.path} was made; delete that cache"
@@ -242,32 +223,17 @@ def _fitted_picture(reading: Reading, file: str | Path) -> tuple[np.ndarray, tup
     return area_resize(gray, fitted_size(*gray.shape)), gray.shape
 
 
-def options_heeded(files: Sequence[Path]) -> dict[str, Path]:
-    """Which options of `Reading` matter to these files, by the headers of some of them, with a file of each kind."""
-    found: dict[str, Path] = {}
-    for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)):
-        try:
-            with open(files[place], "rb") as file:
-                head = file.read(26)
-        except OSError:
-            continue  # whoever reads the picture reports it
-        if is_dicom(files[place]):
-            found.setdefault("dicom_contrast", files[place])
-        elif head.startswith(b"\x89PNG") and head[24:25] == b"\x10":
-            found.setdefault("intensity_max", files[place])
-    return found
-
-
-def deep_note(files: Sequence[Path], reading: Reading) -> list[str]:
-    """What is done with 16-bit files, if some are among those looked at: at most one line."""
-    if (file := options_heeded(files).get("intensity_max")) is None:
-        return []
-    how = (
-        "each by its own smallest and largest value; --intensity_max scales all by the same"
-        if reading.intensity_max is None
-        else f"0 to {reading.intensity_max:g} becoming 0 to 255"
-    )
-    return [f"16-bit images (e.g. {file}) are scaled to 8 bits, {how}"]
+def options_heeded(files: Sequence[Path]) -> list[str]:
+    """Which options of `Reading` matter to these files, by the headers of some of them."""
+    found = set()
+    for path in files[:: len(files) // LOOKED_AT + 1]:
+        with open(path, "rb") as file:
+            head = file.read(26)
+        if is_dicom(path):
+            found.add("dicom_contrast")
+        elif head.startswith(b"\x89PNG") and head[24] == 16:
+            found.add("intensity_max")
+    return sorted(found)
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -311,6 +277,5 @@ def reading_as_trained(args: argparse.Namespace, trained: Mapping[str, object], 
     """
     for option, value in trained.items():
         if (asked := getattr(args, option)) not in (None, value):
-            told = "without it" if value is None else f"with {value}"
-            raise UserError(f"--{option} {asked}: {name} was trained {told}, and reads images as then; leave it out")
+            raise UserError(f"--{option} {asked}: {name} was trained with {value}, and reads images as then; leave it out")
     return replace(reading_from_args(args), **trained)

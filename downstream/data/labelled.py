@@ -66,16 +66,15 @@ class LabelledImages:
     def __post_init__(self) -> None:
         if not len(self) or not self.label_names:
             raise UserError(f"{self.name}: no {'label' if len(self) else 'image'} is left")
-        for what, names in (("image", self.ids), ("label", self.label_names)):
+        for names in (self.ids, self.label_names):
             if (twice := pd.Index(names).duplicated()).any():
-                raise UserError(f"{self.name}: {what} {names[twice.argmax()]!r} is there twice; give each its own name")
+                raise UserError(f"{self.name}: {names[twice.argmax()]!r} is there twice; give each its own name")
         pairs = pd.DataFrame({"subject": self.subjects, "part": self.parts}).drop_duplicates()
         shared = pairs["subject"][pairs["subject"].duplicated()].unique()
         if len(shared) and not self.shared_subjects:
-            where = sorted(pairs["part"][pairs["subject"] == shared[0]])
             raise UserError(
-                f"{self.name}: subject {shared[0]!r} has images in {' and '.join(where)}, and "
-                f"{len(shared) - 1} more subjects are in two parts; correct the split, or pass --split subject"
+                f"{self.name}: subject {shared[0]!r} has images in two parts, and so have {len(shared) - 1} more; correct the "
+                "split, or pass --split subject"
             )
 
     def __len__(self) -> int:
@@ -87,15 +86,9 @@ class LabelledImages:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> LabelledImages:
         """Some of the images, in the order of `indices`; `UserError` where there is none."""
-        places = np.asarray(indices, np.int64)
-        return replace(
-            self,
-            ids=[self.ids[i] for i in places],
-            files=[self.files[i] for i in places],
-            subjects=self.subjects[places],
-            parts=self.parts[places],
-            labels=self.labels[places],
-        )
+        lists = {name: [getattr(self, name)[i] for i in indices] for name in ("ids", "files")}
+        arrays = {name: getattr(self, name)[np.asarray(indices, int)] for name in ("subjects", "parts", "labels")}
+        return replace(self, **lists, **arrays)
 
 
 def sample_fraction(train: np.ndarray, fraction: float) -> np.ndarray:
@@ -123,59 +116,45 @@ def check_labels(images: LabelledImages, *, fractions: Sequence[float] = (1.0,),
     Images without parts, of which grouped folds are drawn, train and test in turn: they are all both.
 
     Raises:
-        UserError: a part without images, a label that no training image has (or that all have), validation images without
-            any label that is known, or no label that the test images can judge.
+        UserError: a part without images, a label that no training image has (or that all have), or validation or test
+            images that can judge no label.
     """
-    name, classes, in_folds = images.name, images.task == MULTICLASS, bool((images.parts == "").all())
+    name, names, in_folds = images.name, np.array(images.label_names), bool((images.parts == "").all())
     places = {part: images.indices("" if in_folds else part) for part in PARTS}
-    if lacking := [part for part in PARTS if not len(places[part])]:
-        raise UserError(f"{name}: no image is in {lacking[0]}; correct the split, or pass --split subject")
-    counts = {part: _counts(images.labels[rows]) for part, rows in places.items()}
-    if not counts[VALID].any():
+    for part, rows in places.items():
+        if not len(rows):
+            raise UserError(f"{name}: no image is in {part}; correct the split, or pass --split subject")
+    train, test = (_counts(images.labels[places[part]]) for part in (TRAIN, TEST))
+    if (useless := (train == 0).any(0)).any():
         raise UserError(
-            f"{name}: no label of any validation image is known, so no epoch can be chosen by them; correct the table, or "
-            "pass --split subject"
+            f"{name}: no training image, or every one, has {', '.join(names[useless])}; name the labels to keep by --labels "
+            f"(there are {', '.join(names[~useless])})"
         )
-    absent, everywhere = counts[TRAIN] == 0
-    if (useless := np.flatnonzero(absent | everywhere)).size:
-        how = "absent from" if absent[useless[0]] else "present in"
-        more = f", and {len(useless) - 1} more are such" if len(useless) > 1 else ""
-        kept = ", ".join(np.delete(images.label_names, useless))
-        raise UserError(
-            f"{name}: label {images.label_names[useless[0]]!r} is {how} every training image where it is known{more}; name "
-            f"the labels to keep by --labels{f' (there are {kept})' if kept else ''}"
-        )
-    lines = []
-    for part, use in ((VALID, "its validation loss tells little"), (TEST, "left out of the mean")):
-        positive, negative = counts[part]
-        lone = (positive == 0) | ((negative == 0) & (not classes))
-        if (positive > 0).sum() < 2 if classes else lone.all():
-            raise UserError(
-                f"{name}: the {'validation' if part == VALID else part} images are all of one kind, so nothing "
-                "can be judged; take another --split or --split_seed"
-            )
-        if part == TEST or not (in_folds or classes):
-            lines += [
-                f"{name}: {images.label_names[i]!r} has {positive[i]} images with and {negative[i]} without it in {part}; {use}"
-                for i in np.flatnonzero(lone)
-            ]
+    check_judged(images, images.labels[places[VALID]], VALID, 1)
+    check_judged(images, images.labels[places[TEST]], TEST, min_positives)
+    lone = test[0] == 0 if images.task == MULTICLASS else (test == 0).any(0)
+    lines = [
+        f"{name}: '{label}' has {positive} images with and {negative} without it in test; left out of the mean"
+        for label, positive, negative in zip(names[lone], *test[:, lone], strict=True)
+    ]
     for fraction in fractions if not in_folds else ():  # folds differ by seed
         chosen = sample_fraction(places[TRAIN], fraction)
         lone = (_counts(images.labels[chosen]) == 0).any(0)
         if lone.any():
             lines.append(
                 f"warning: {name}: --fractions {fraction:g} keeps {len(chosen)} training images, all of one kind "
-                f"by {', '.join(np.array(images.label_names)[lone])}; these are judged without having been learnt"
+                f"by {', '.join(names[lone])}; these are judged without having been learnt"
             )
-    check_min_positives(min_positives, images, images.labels[places[TEST]])
     return lines
 
 
-def check_min_positives(least: int, images: LabelledImages, labels: np.ndarray) -> None:
-    """`UserError` if --min_positives leaves no label for the mean over test images with these labels [N, C]."""
-    if images.task == MULTILABEL and not (_counts(labels) >= least).all(0).any():
+def check_judged(images: LabelledImages, labels: np.ndarray, part: str, least: int) -> None:
+    """`UserError` if the labels [N, C] of a part judge nothing: all of one class, or none with `least` images of both kinds."""
+    counts = _counts(labels)
+    if (counts[0] > 0).sum() < 2 if images.task == MULTICLASS else not (counts >= least).all(0).any():
         raise UserError(
-            f"--min_positives {least}: no label has so many test images with it, and as many without; lower it"
+            f"{images.name}: no label has {least} images with it, and as many without, in {part}, so nothing can be judged; "
+            "take another --split or --split_seed, or a lower --min_positives"
         )
 
 

@@ -132,7 +132,7 @@ def test_dry_run_needs_no_image(rsna, tmp_path, capsys):
     (bare / "stage_2_train_labels.csv").write_text((rsna / "stage_2_train_labels.csv").read_text())
     assert main(command(bare, tmp_path / "out", "--dry_run")) == 0
     printed = capsys.readouterr().out
-    assert [line.split() for line in printed.splitlines()][1] == ["images", "84", "18", "18"]
+    assert [line.split() for line in printed.splitlines()][2] == ["images", "84", "18", "18"]
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["split.csv"]
 
 
@@ -261,7 +261,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         (["--weights", "imagenet", "--imagenet", tmp_path / "no.pth"], "--weights imagenet: .*no.pth is not there"),
         (["--weights", encoder, "--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
         (["--weights", "pixels", "--fractions", "0"], "--fractions 0: expected more than 0"),
-        (["--weights", "pixels", "--min_positives", "10"], "--min_positives 10: no label has so many test images"),
+        (["--weights", "pixels", "--min_positives", "10"], "no label has 10 images with it, and as many without, in test"),
         (["--lr", "0"], "--lr 0: must be above 0"),
         (["--weights", "pixels", "--device", "abacus"], "--device abacus"),
         (["--weights", "pixels", "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),

@@ -4,13 +4,13 @@ import make_phantom
 import numpy as np
 import pydicom
 import pytest
+from read_labelled import read_dataset
 from trees import contents
 
 from datasets.phantom.chest import LESION_KINDS, Lesion, draw_lesion, pixel_box, render_chest
 from datasets.phantom.labelled import make_nih, make_rsna
 from datasets.phantom.reflacx import make_study
 from datasets.raw.read_reflacx import read_reflacx
-from downstream.data import read_dataset
 from downstream.data.images import Reading
 from downstream.data.labelled import TEST, TRAIN, VALID
 from util.errors import UserError
