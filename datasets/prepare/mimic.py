@@ -56,14 +56,12 @@ class MimicOptions:
 
 
 class MimicTask(NamedTuple):
-    """One image to store: what is known of it (`view` is "" if nothing says it), and where it and its heatmap are."""
+    """One image to store; `view` is "" if nothing says it. The sources of its `Unit` are its file and its heatmap's."""
 
     dicom_id: str
     subject_id: str
     study_id: str
     view: str
-    image: str = ""
-    heatmap: str | None = None
 
     @property
     def key(self) -> str:
@@ -78,9 +76,9 @@ class MimicTask(NamedTuple):
     def ids(self) -> list[str]:
         return [self.dicom_id]
 
-    def heatmaps(self, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]]:
+    def heatmaps(self, sources, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]]:
         """See `datasets.prepare.pixels.make_image`."""
-        return [(self.key, read_heatmap(self.heatmap, size))] if self.heatmap else []
+        return [(self.key, read_heatmap(path, size)) for path in sources[1:]]
 
     def entry(self) -> dict[str, str]:
         return {
@@ -163,8 +161,7 @@ def prepare_mimic(
                 sources = {image: images} | ({maps[task.dicom_id.casefold()]: heatmaps} if heatmaps else {})
                 stamps = tuple(map(stamp, sources))
                 names = [source.removeprefix(f"{root}/") for source, root in sources.items()]
-                task, origin = MimicTask(*task[:4], *sources), origin_of(task[:4], names, stamps)
-                report.units.append(Unit(task.key, origin, task, (*sources,), stamps))
+                report.units.append(Unit(task.key, origin_of(task, names, stamps), task, (*sources,), stamps))
         make_units(making, report, chosen, workers)
         tasks = [unit.task for unit, _ in making.notes()]
         return making.finish((task.entry() for task in tasks), {"entries": len(tasks)})

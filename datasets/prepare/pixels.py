@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from datasets.fixations import heatmap_to_uint8
-from datasets.prepare.units import Made
+from datasets.prepare.units import Made, Unit
 from datasets.raw.readings import Exclusion
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
@@ -21,28 +21,28 @@ from util.radiograph import radiograph_size, read_radiograph
 PATCH_GRID = 14  # patches per side at 224 px
 
 
-def make_image(task: Any, *, out: Path | None, options: Any) -> Made:
+def make_image(unit: Unit, *, out: Path | None, options: Any) -> Made:
     """Write one image and its maps below `out`; with None, check all but the image's pixels.
 
-    `task` is a `datasets.prepare.mimic.MimicTask` or a `datasets.prepare.readings.ReadingsTask`: `image` is the
-    radiograph, `stored` its path in the tree, `ids` what is left out if it can't be used, and `heatmaps` gives
-    (name, heatmap) of each entry. `options` are those of the tree.
+    The first source of `unit` is the radiograph. Its task is a `datasets.prepare.mimic.MimicTask` or a
+    `datasets.prepare.readings.ReadingsTask`: `stored` is the image's path in the tree, `ids` what is left out if it can't
+    be used, and `heatmaps` gives (name, heatmap) of each entry. `options` are those of the tree.
     """
-    made = Made()
+    made, task, image = Made(), unit.task, unit.sources[0]
     try:
-        file_size = radiograph_size(task.image)
+        file_size = radiograph_size(image)
         size = scaled_size(file_size, options.size)
-        heatmaps = task.heatmaps(file_size, size, options, made)
+        heatmaps = task.heatmaps(unit.sources, file_size, size, options, made)
         if made.exclusions and not heatmaps:
             return made
-        gray = read_radiograph(task.image, options.dicom_contrast) if out is not None else None
+        gray = None if out is None else resize_gray(read_radiograph(image, options.dicom_contrast), size)
     except UserError as error:
         named = {exclusion.id for exclusion in made.exclusions}
-        made.exclusions += [
-            Exclusion(i, "image unusable", str(error), is_fault=True) for i in task.ids if i not in named
-        ]
+        for name in task.ids:
+            if name not in named:
+                made.exclusions.append(Exclusion(name, "image unusable", str(error), is_fault=True))
         return made
-    pixels = {task.stored: None if gray is None else resize_gray(gray, size)}
+    pixels = {task.stored: gray}
     for name, heatmap in heatmaps:
         maps = attention_maps(heatmap)
         made.note.setdefault("significant", []).append(count_significant(maps[1]))

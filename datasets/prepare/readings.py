@@ -137,37 +137,31 @@ def prepare(
     with making.running():
         gaze = SOURCES[source][1](raw, **read_options)
         readings = gaze.of_split(chosen.split)
-        record = {
-            "raw": str(raw),
-            "images": str(images),
-            "metadata": (table := read_options.get("metadata")) and str(table),
-        }
+        metadata = read_options.get("metadata")
+        record = {"raw": str(raw), "images": str(images), "metadata": metadata and str(metadata)}
         report = Report([], {"readings found": gaze.n_found}, [*gaze.exclusions], gaze.notes, record)
-        place = find_images(
-            images, {reading.image_id: reading.image_path for reading in readings.values()}, without=[out]
-        )
+        hints = {reading.image_id: reading.image_path for reading in readings.values()}
+        place = find_images(images, hints, without=[out])
         groups: dict[str, list[Reading]] = {}
         for reading in readings.values():
             groups.setdefault(reading.image_id, []).append(reading)
         for image_id, group in groups.items():
-            if not (path := place.paths.get(image_id)):
+            if path := place.paths.get(image_id):
+                sources = (path, *dict.fromkeys(str(reading.fixations_path) for reading in group))
+                stamps = tuple(map(stamp, sources))
+                origin = origin_of(path.removeprefix(f"{images}/"), stamps[0], [reading.origin() for reading in group])
+                report.units.append(Unit(image_id, origin, ReadingsTask(group), sources, stamps))
+            else:
                 report.exclusions += [no_image(reading.id, image_id, place, images) for reading in group]
-                continue
-            sources = (path, *dict.fromkeys(str(reading.fixations_path) for reading in group))
-            stamps = tuple(map(stamp, sources))
-            origin = origin_of(path.removeprefix(f"{images}/"), stamps[0], [reading.origin() for reading in group])
-            report.units.append(Unit(image_id, origin, ReadingsTask(path, group), sources, stamps))
         make_units(making, report, chosen, workers)
 
         notes = [note for _, note in making.notes()]
-        samples = sorted(
-            (
-                ([readings[name] for name in names], rows)
-                for note in notes
-                for names, rows in zip(note["used"], note["fixations"])
-            ),
-            key=lambda sample: entry_id(sample[0]),
-        )
+        samples = [
+            ([readings[name] for name in names], rows)
+            for note in notes
+            for names, rows in zip(note["used"], note["fixations"])
+        ]
+        samples.sort(key=lambda sample: entry_id(sample[0]))
         left_out = sum((Counter(note.get("left_out", {})) for note in notes), Counter())
         bad = sorted(text for note in notes for text in note.get("bad", ()))
         if bad:
@@ -175,20 +169,18 @@ def prepare(
         report.record["bad_fixations"] = bad
         mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
         n_other_split, n_used = len(gaze.readings) - len(readings), sum(len(group) for group, _ in samples)
+        n_spare = gaze.n_found - len(report.exclusions) - n_other_split - n_used
         counted = {
             "- of another split": n_other_split,
-            "- further readings of an image, not needed": gaze.n_found
-            - len(report.exclusions)
-            - n_other_split
-            - n_used,
+            "- further readings of an image, not needed": n_spare,
             "readings used": n_used,
             "images": len(notes),
             "entries": len(samples),
             **{f"fixations left out: {reason}": n for reason, n in sorted(left_out.items())},
         }
         rows = (f"{entry_id(group)},{row}" for group, text in samples for row in text.splitlines())
-        table = chain(["reflacx_id,x,y,duration"], rows)
-        return making.finish((entry(group) | mark for group, _ in samples), counted, {FIXATIONS: table})
+        entries = (entry(group) | mark for group, _ in samples)
+        return making.finish(entries, counted, **{FIXATIONS: chain(["reflacx_id,x,y,duration"], rows)})
 
 
 # --- one image with all its readings ---------------------------------------------------------------
@@ -196,9 +188,8 @@ def prepare(
 
 @dataclass(frozen=True)
 class ReadingsTask:
-    """One image to store, and all its readings, in the order of their ids."""
+    """One image to store: all its readings, in the order of their ids."""
 
-    image: str
     readings: list[Reading]
 
     @property
@@ -209,18 +200,16 @@ class ReadingsTask:
     def ids(self) -> list[str]:
         return [reading.id for reading in self.readings]
 
-    def heatmaps(self, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]]:
+    def heatmaps(self, sources, file_size, size, options, made: Made) -> list[tuple[str, np.ndarray]]:
         """See `datasets.prepare.pixels.make_image`; `options` are `Options`.
 
         The note has, for each entry, the ids of its readings ("used") and its fixations, "x,y,duration" a line, x and y
         in 0..1 of the image; and of all its readings how many fixations were left out by reason ("left_out"), and the
         damaged ones ("bad").
         """
-        mapped = []
-        left_out: Counter = Counter()
-        bad = []
+        mapped, left_out, bad = [], Counter(), []
         for reading in self.readings:
-            gaze = reading_gaze(reading, self.image, file_size, size, screen_filter=options.screen_filter)
+            gaze = reading_gaze(reading, sources[0], file_size, size, screen_filter=options.screen_filter)
             if isinstance(gaze, Exclusion):
                 made.exclusions.append(gaze)
                 continue
@@ -230,18 +219,14 @@ class ReadingsTask:
             bad += [f"{reading.id}: {text}" for text in fixations.bad]
             if options.readings == "one":
                 break
-        groups = [mapped] if options.readings == "merge" and mapped else [[one] for one in mapped]
-        made.note["used"] = [[reading.id for reading, _, _ in group] for group in groups]
-        made.note["fixations"] = ["".join(rows for _, rows, _ in group) for group in groups]
-        if left_out:
-            made.note |= {"left_out": dict(left_out), "bad": bad}
-        return [
-            (
-                f"{group[0][0].study_id}/{entry_id([reading for reading, _, _ in group])}",
-                merge_heatmaps([heatmap for _, _, heatmap in group]),
-            )
-            for group in groups
-        ]
+        made.note |= {"used": [], "fixations": []} | ({"left_out": left_out, "bad": bad} if left_out else {})
+        merged = []
+        for group in [mapped] if options.readings == "merge" and mapped else [[one] for one in mapped]:
+            readings, rows, heatmaps = zip(*group)
+            made.note["used"].append([reading.id for reading in readings])
+            made.note["fixations"].append("".join(rows))
+            merged.append((f"{readings[0].study_id}/{entry_id(readings)}", merge_heatmaps(heatmaps)))
+        return merged
 
 
 def reading_gaze(

@@ -106,8 +106,7 @@ class TreeMaking:
             )
         self._layers = LAYERS[LAYERS.index(self.layer) :]
         # Lines of what the new tree replaces, by layer and key; the versions of all programs that made what is kept.
-        replaced = self._layers if self.overwrite else [self.layer]
-        self._old = {layer: finished_lines(self.out, layer) for layer in replaced}
+        self._old = {layer: finished_lines(self.out, layer) for layer in self._layers[: None if self.overwrite else 1]}
         self._made_with = [] if self.overwrite or not record else record["made_with"]
         self._folder = self.out / STAGING / f"{self.layer}-{origin_of(self.options)}"
         self.staging = self._folder / "tree"  # where a unit's files are written, each by its path in the tree
@@ -164,10 +163,7 @@ class TreeMaking:
                 yield unit, read_line(self._now[key])[3]
 
     def finish(
-        self,
-        entries: Iterable[Mapping[str, Any]],
-        counted: Mapping[str, int],
-        tables: Mapping[str, Iterable[str]] | None = None,
+        self, entries: Iterable[Mapping[str, Any]], counted: Mapping[str, int], **tables: Iterable[str]
     ) -> Report:
         """Check that the tree loses nothing, then replace what differs in it.
 
@@ -176,13 +172,14 @@ class TreeMaking:
             counted: for the report, behind its own counts and those of each reason for leaving out.
             tables: by name, the lines of further files at the root.
         """
-        report, tables = self.report, tables or {}
+        report = self.report
         report.count(counted, (n for _, note in self.notes() for n in note.get("significant", ())))
         origins, record = f"{self.layer}.origins", f"{self.layer}.json"
         root = [origins, *tables, record, self.index]
         if not self._now:
-            counts = ", ".join(f"{name.removeprefix('- ')}: {n}" for name, n in report.counts.items())
-            raise UserError(f"{self.out}: not one entry is left for the tree; {counts}{first_of(report.exclusions)}")
+            raise UserError(
+                f"{self.out}: not one entry is left for the tree, of {report.counts}{first_of(report.exclusions)}"
+            )
         records = {layer: there for layer in self._layers if (there := read_record(self.out, layer))}
         gone = self._gone(records) - {*root}
         if gone and not self.overwrite:
@@ -194,7 +191,7 @@ class TreeMaking:
         report.counts["made by this run"] = self.n_made
         if self.dry_run:
             return report
-        if versions() not in self._made_with and (self.n_made or not self._made_with):
+        if self._staged and versions() not in self._made_with:
             self._made_with.append(versions())
         self.staging.mkdir(parents=True, exist_ok=True)
         write_lines(self.staging / origins, (self._now[key] for key in sorted(self._now)))

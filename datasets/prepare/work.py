@@ -30,7 +30,7 @@ def make_units(making: TreeMaking, report: Report, options: Any, workers: int) -
     from datasets.prepare.pixels import make_image  # imports torch, longer than it takes to see that all is there
 
     function = partial(make_image, out=None if making.dry_run else making.staging, options=options)
-    for unit, made in zip(todo, run_tasks(function, [unit.task for unit in todo], workers)):
+    for unit, made in zip(todo, run_tasks(function, todo, workers)):
         making.place(unit, made)
 
 
@@ -46,7 +46,7 @@ def run_tasks(
     # A plain fork would copy torch's thread pool in an unusable state. The server that workers are forked from has
     # imported what they need and started no thread, so they share its memory.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "datasets.prepare.pixels", type(tasks[0]).__module__])
+    context.set_forkserver_preload(["datasets.prepare.pixels", "datasets.prepare.readings"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         yield from progress(pool.map(function, tasks, chunksize=CHUNK))

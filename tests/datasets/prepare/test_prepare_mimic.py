@@ -270,7 +270,7 @@ def test_bad_metadata_and_places(source, tmp_path):
     with pytest.raises(UserError, match="no such directory; --heatmaps"):
         prepare_mimic(study.images, tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="not one entry is left .*images with heatmaps: 0"):
+    with pytest.raises(UserError, match="not one entry is left .*images with heatmaps': 0"):
         prepare_mimic(study.images, tmp_path / "empty", tmp_path / "out")
     table = pd.read_csv(study.images / "mimic-cxr-2.0.0-metadata.csv.gz", dtype=str)
     csv = tmp_path / "metadata.csv"
