@@ -47,24 +47,18 @@ def test_other_heatmaps_of_the_same_sizes_and_times(root):
     assert contents(root / "out") == contents(root / "fresh")
 
 
-@pytest.mark.parametrize("damage", ["away", "empty", "cut", "edited", "not JSON"])
-def test_a_finished_tree_needs_its_list_of_origins(root, damage):
+def test_a_finished_tree_needs_its_list_of_origins(root):
     mimic(root)
     path = root / "out/prepare.origins"
     text = path.read_text()
-    if damage == "away":
-        path.unlink()
-    else:
-        new = {"empty": "", "cut": text[: text.index("\n") + 1], "edited": text.replace('"significant":[', '"s":[')}
-        path.write_text(new.get(damage, text.replace(',{"', ',{{"', 1)))
     next((root / "mimic").rglob("*.jpg")).unlink()  # the tree would shrink
-    before = contents(root / "out")
-    with pytest.raises(UserError, match="prepare.origins: is missing, damaged or changed"):
-        mimic(root)
-    assert contents(root / "out") == before
-    with pytest.raises(UserError, match="prepare.origins: is missing, damaged or changed"):
-        mimic(root, overwrite=True)
-    assert contents(root / "out") == before
+    for damaged in (None, "", text[: text.index("\n") + 1], text.replace('"significant":[', '"s":[')):
+        path.unlink() if damaged is None else path.write_text(damaged)
+        before = contents(root / "out")
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="prepare.origins: is missing, damaged or changed"):
+                mimic(root, overwrite=overwrite)
+        assert contents(root / "out") == before
 
 
 @pytest.mark.parametrize("where", ["heatmaps", "images", "metadata"])
@@ -106,19 +100,17 @@ def test_a_trees_own_maps_are_no_heatmaps(root):
 
 
 def test_a_tree_without_its_record_is_no_source(root):
-    inner = root / "mimic/tree"
-    prepare(root / "reflacx", root / "mimic", inner, size=16)
-    (inner / "prepare.json").unlink()
+    prepare(root / "reflacx", root / "mimic", root / "mimic/tree", size=16)
+    (root / "mimic/tree/prepare.json").unlink()
     for path in (root / "mimic/files").rglob("*.jpg"):
         path.unlink()
     with pytest.raises(UserError, match="not one entry is left .*image missing"):
         prepare(root / "reflacx", root / "mimic", root / "out")
 
 
-def test_a_sigma_for_reflacx_is_refused(root):
-    with pytest.raises(UserError, match="--sigma 9.0: is for EGD-CXR"):
-        prepare(root / "reflacx", root / "mimic", root / "out", sigma=9.0)
-    with pytest.raises(UserError, match="--sigma 9.0: is for EGD-CXR"):
-        analyze(root / "reflacx", sigma=9.0)
-    with pytest.raises(UserError, match="--metadata .*: is for EGD-CXR"):
-        prepare(root / "reflacx", root / "mimic", root / "out", metadata=root / "a.csv")
+def test_options_of_egd_are_refused_for_reflacx(root):
+    for options in ({"sigma": 9.0}, {"metadata": root / "a.csv"}):
+        with pytest.raises(UserError, match="is for EGD-CXR"):
+            prepare(root / "reflacx", root / "mimic", root / "out", **options)
+        with pytest.raises(UserError, match="is for EGD-CXR"):
+            analyze(root / "reflacx", **options)

@@ -17,7 +17,7 @@ from datasets.fixations import heatmap_to_uint8
 from datasets.mimic import Mimic
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
-from datasets.prepare.mimic import IMAGES_INDEX, INDEX, prepare_mimic
+from datasets.prepare.mimic import FRONTAL, IMAGES_INDEX, INDEX, prepare_mimic
 from util.errors import UserError
 from util.images import read_gray, write_gray
 from util.radiograph import read_radiograph
@@ -61,7 +61,7 @@ def source(tmp_path_factory):
 def test_builds_a_tree_that_trains(source, tmp_path):
     study, heatmaps = source
     report = prepare_mimic(study.images, heatmaps, tmp_path / "out", size=0)
-    frontal = [image for image, view in zip(study.truth, VIEWS) if view in ("AP", "PA")]
+    frontal = [image for image, view in zip(study.truth, VIEWS) if view in FRONTAL]
     assert report.counts == {
         "images with heatmaps": 8,
         "- other view": 3,
@@ -92,14 +92,21 @@ def test_builds_a_tree_that_trains(source, tmp_path):
     assert dataset[0, 0]["foreground"].float().mean() > 0.02
 
 
+def paths_of(out, index=INDEX):
+    return [entry["image_path"] for entry in json.loads((out / index).read_text())]
+
+
 def test_views_and_size_are_options(source, tmp_path):
     study, heatmaps = source
     assert prepare_mimic(study.images, heatmaps, tmp_path / "l", views=("LATERAL", "LL")).counts["entries"] == 2
-    report = prepare_mimic(study.images, heatmaps, tmp_path / "all", views=("all",), size=64)
-    assert report.counts["entries"] == 8
+    assert prepare_mimic(study.images, heatmaps, tmp_path / "all", views=("all",), size=64).counts["entries"] == 8
     assert {read_gray(path).shape for path in (tmp_path / "all").rglob("*.png")} == {(78, 64)}
-    with pytest.raises(UserError, match="no row is of --views SWIMMERS; there are AP, LATERAL, LL, PA"):
-        prepare_mimic(study.images, heatmaps, tmp_path / "none", views=("SWIMMERS",))
+    files = study.images / "files"  # no table in it: all views need none
+    with pytest.raises(UserError, match="give its path with --metadata, or take any view"):
+        prepare_mimic(files, heatmaps, tmp_path / "none")
+    for maps, index in ((heatmaps, INDEX), (None, IMAGES_INDEX)):
+        prepare_mimic(files, maps, tmp_path / index, views=("all",))
+        assert paths_of(tmp_path / index, index) == paths_of(tmp_path / "all")
 
 
 def test_images_alone(source, tmp_path):
@@ -115,8 +122,7 @@ def test_images_alone(source, tmp_path):
         "prepare.json",
         "prepare.origins",
     }
-    entries = json.loads((out / IMAGES_INDEX).read_text())
-    assert all((out / "files" / entry["image_path"]).is_file() for entry in entries)
+    assert all((out / "files" / path).is_file() for path in paths_of(out, IMAGES_INDEX))
     with pytest.raises(UserError, match="no heatmaps yet; scripts/predict_gaze.py --weights .* --tree"):
         build_dataset(out)
     with pytest.raises(UserError, match="other options: heatmaps False there, heatmaps True asked for"):
@@ -126,79 +132,50 @@ def test_images_alone(source, tmp_path):
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_all_views_need_no_metadata(source, tmp_path):
-    study, heatmaps = source
-    with_table = prepare_mimic(study.images, heatmaps, tmp_path / "a", views=("all",))
-    files = study.images / "files"  # no table in it
-    with pytest.raises(UserError, match="give its path with --metadata, or take any view"):
-        prepare_mimic(files, heatmaps, tmp_path / "b")
-    for maps in (heatmaps, None):
-        without = prepare_mimic(files, maps, tmp_path / "b", views=("all",), overwrite=True)
-        assert without.counts["entries"] == with_table.counts["entries"] == 8
-        index = INDEX if maps else IMAGES_INDEX
-        assert [e["image_path"] for e in json.loads((tmp_path / "a" / INDEX).read_text())] == [
-            e["image_path"] for e in json.loads((tmp_path / "b" / index).read_text())
-        ]
-
-
 def test_excluded_ids_and_subjects(source, tmp_path):
     study, heatmaps = source
-    first, second = study.truth[0], study.truth[1]
-    listed = tmp_path / "test_images.txt"
-    listed.write_text(f"\ufeffdicom_id\n\n{first.dicom_id}  # of REFLACX\n{second.subject_id}\nnowhere\n")
-    gone = {i.dicom_id for i in study.truth if i is first or i.subject_id == second.subject_id}
-    frontal = {i.dicom_id for i, view in zip(study.truth, VIEWS) if view in ("AP", "PA")}
-    report = prepare_mimic(study.images, heatmaps, tmp_path / "out", exclude=listed)
-    entries = json.loads((tmp_path / "out" / INDEX).read_text())
-    assert {entry["dicom_id"] for entry in entries} == frontal - gone
-    assert report.counts["- of --exclude"] == len(frontal & gone) == 2
+    first, second = study.truth[:2]
+    listed, out = tmp_path / "test_images.txt", tmp_path / "out"
+    kept = [
+        i.dicom_id
+        for i, view in zip(study.truth, VIEWS)
+        if view in FRONTAL and i is not first and i.subject_id != second.subject_id
+    ]
+    for name in (first.dicom_id, f"{first.dicom_id}.jpg", f"{first.dicom_id.upper()}.DCM"):
+        listed.write_text(f"\ufeffdicom_id\n\n{name}  # of REFLACX\n{second.subject_id}\nnowhere\n")
+        report = prepare_mimic(study.images, heatmaps, out, exclude=listed)
+        assert sorted(Path(path).stem for path in paths_of(out)) == sorted(kept)
+        assert report.counts["- of --exclude"] == 5 - len(kept) == 2
     assert "1 of 3 ids are of no image here: nowhere" in str(report)
     with pytest.raises(UserError, match=r"exclude 3 ids \(\w+\) there, exclude None asked for"):
-        prepare_mimic(study.images, heatmaps, tmp_path / "out")
-    listed.write_text("a,b\n")
-    with pytest.raises(UserError, match="test_images.txt: line 1: one dicom_id or subject_id a line"):
-        prepare_mimic(study.images, heatmaps, tmp_path / "out", exclude=listed)
-
-
-def test_excluded_ids_that_are_damaged_are_no_absence(source, tmp_path):
-    """An id that is cut off excludes nothing, so the image would be trained on; file names are taken."""
-    study, _ = source
-    first, listed = study.truth[0], tmp_path / "test_images.txt"
-
-    def run():
-        return prepare_mimic(study.images, None, tmp_path / "out", views=("all",), exclude=listed, dry_run=True).counts[
-            "- of --exclude"
-        ]
-
-    for name in (f"{first.dicom_id}.jpg", f"{first.dicom_id.upper()}.DCM"):
-        listed.write_text(name)
-        assert run() == 1
-    listed.write_text(first.dicom_id[:-5])
-    with pytest.raises(UserError, match="but the beginning of one's dicom_id: is it cut off"):
-        run()
+        prepare_mimic(study.images, heatmaps, out)
+    # An id that is cut off excludes nothing, so the image would be trained on.
+    for text, message in (
+        ("a,b\n", "test_images.txt: line 1: one dicom_id or subject_id a line"),
+        (first.dicom_id[:-5], "but the beginning of one's dicom_id: is it cut off"),
+    ):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=message):
+            prepare_mimic(study.images, heatmaps, tmp_path / "other", exclude=listed)
 
 
 def test_damaged_files_are_left_out_by_name(source, tmp_path, capsys):
     study, _ = source
     images = Path(shutil.copytree(study.images, tmp_path / "images"))
-    heatmaps = tmp_path / "heatmaps"
+    heatmaps, out = tmp_path / "heatmaps", tmp_path / "out"
     heatmaps.mkdir()
-    ids = [image.dicom_id for image in study.truth]
-    good = blob((32, 32), 0.5, 0.5)
-    np.save(heatmaps / f"{ids[0]}.npy", -good)
-    np.save(heatmaps / f"{ids[1]}.npy", np.ones((8, 8)))
-    np.save(heatmaps / f"{ids[2]}.npy", good)
-    write_gray(heatmaps / f"{ids[2]}.png", (255 * good).astype(np.uint8))
-    write_gray(heatmaps / f"{ids[3]}.png", (255 * good).astype(np.uint8))
-    (heatmaps / f"{ids[3]}.png").write_bytes((heatmaps / f"{ids[3]}.png").read_bytes()[:-30])
-    for name in ids[4:7]:
-        np.save(heatmaps / f"{name}.npy", good)
-    broken = images / study.truth[4].path.relative_to(study.images)
-    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    (images / study.truth[5].path.relative_to(study.images)).unlink()
-    np.save(heatmaps / "stranger.npy", good)
-    arguments = ["--images", str(images), "--heatmaps", str(heatmaps), "--out", str(tmp_path / "out")]
-    assert script.main([*arguments, "--views", "all", "--workers", "1"]) == 1
+    ids, good = [image.dicom_id for image in study.truth], blob((32, 32), 0.5, 0.5)
+    picture = (255 * good).astype(np.uint8)
+    for name, heatmap in zip([*ids[:3], *ids[4:7], "stranger"], [-good, np.ones((8, 8)), *[good] * 5]):
+        np.save(heatmaps / f"{name}.npy", heatmap)
+    for name in ids[2:4]:
+        write_gray(heatmaps / f"{name}.png", picture)
+    broken, lost = (images / study.truth[number].path.relative_to(study.images) for number in (4, 5))
+    for path in (heatmaps / f"{ids[3]}.png", broken):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    lost.unlink()
+    arguments = ["--images", str(images), "--heatmaps", str(heatmaps), "--out", str(out), "--views", "all"]
+    assert script.main([*arguments, "--workers", "1"]) == 1
     told = capsys.readouterr()
     for part in (
         f"{ids[0]}.npy: has negative",
@@ -211,11 +188,9 @@ def test_damaged_files_are_left_out_by_name(source, tmp_path, capsys):
     ):
         assert part in told.out
     assert "5 images left out for damaged input" in told.err
-    entries = json.loads((tmp_path / "out" / INDEX).read_text())
-    assert [entry["dicom_id"] for entry in entries] == [ids[6]]
-    assert check_data(tmp_path / "out", preload=True) == []
-    assert script.main([*arguments, "--views", "all", "--accept_damaged"]) == 0
-    assert "5 images left out for damaged input" in capsys.readouterr().err
+    assert [Path(path).stem for path in paths_of(out)] == [ids[6]]
+    assert check_data(out, preload=True) == []
+    assert script.main([*arguments, "--accept_damaged"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -259,29 +234,40 @@ def test_dicom_ids_are_found_in_names(tmp_path):
     for file in (f"{name}.png", "a/other.npy", f"b/c/pred-{name[:-1]}f_epoch3.NPY", "notes.txt"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
+    (tmp_path / "lost+found").mkdir()
+    for file in ("._other.npy", "lost+found/other.npy"):
+        (tmp_path / file).write_bytes(b"macOS")
+    (tmp_path / "self").symlink_to(tmp_path)
     found = find_heatmaps(tmp_path)
     assert set(found.paths) == {name, "other", f"{name[:-1]}f"} and not found.ambiguous
 
 
 def test_bad_metadata_and_places(source, tmp_path):
     study, heatmaps = source
-    with pytest.raises(UserError, match="give its path with --metadata"):
-        prepare_mimic(heatmaps, heatmaps, tmp_path / "out")
-    with pytest.raises(UserError, match="no such directory; --heatmaps"):
-        prepare_mimic(study.images, tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="not one entry is left .*images with heatmaps': 0"):
-        prepare_mimic(study.images, tmp_path / "empty", tmp_path / "out")
     table = pd.read_csv(study.images / "mimic-cxr-2.0.0-metadata.csv.gz", dtype=str)
-    csv = tmp_path / "metadata.csv"
-
-    table.drop(columns="ViewPosition").to_csv(csv, index=False)
-    with pytest.raises(UserError, match="metadata.csv: column 'ViewPosition' is missing"):
-        prepare_mimic(study.images, heatmaps, tmp_path / "out", metadata=csv)
-    pd.concat([table, table.iloc[:1]]).to_csv(csv, index=False)
-    with pytest.raises(UserError, match="metadata.csv: line 10, column 'dicom_id': .* appears twice"):
-        prepare_mimic(study.images, heatmaps, tmp_path / "out", metadata=csv)
-    table.loc[0, "subject_id"] = "../../../tmp"
-    table.to_csv(csv, index=False)
-    with pytest.raises(UserError, match="metadata.csv: line 2, column 'subject_id': .* not a plain identifier"):
-        prepare_mimic(study.images, heatmaps, tmp_path / "out", metadata=csv)
+    tables = {
+        "view": table.drop(columns="ViewPosition"),
+        "twice": pd.concat([table, table.iloc[:1]]),
+        "id": table.assign(subject_id="../../../tmp"),
+    }
+    for name, own in tables.items():
+        own.to_csv(tmp_path / f"{name}.csv", index=False)
+    for images, maps, options, message in (
+        (heatmaps, heatmaps, {}, "give its path with --metadata"),
+        (study.images, tmp_path / "nowhere", {}, "no such directory; --heatmaps"),
+        (study.images, tmp_path / "empty", {}, "not one entry is left .*images with heatmaps': 0"),
+        (
+            study.images,
+            heatmaps,
+            {"views": ("SWIMMERS",)},
+            "no row is of --views SWIMMERS; there are AP, LATERAL, LL, PA",
+        ),
+        (study.images, heatmaps, {"metadata": "view"}, "view.csv: column 'ViewPosition' is missing"),
+        (study.images, heatmaps, {"metadata": "twice"}, "twice.csv: line 10, column 'dicom_id': .* appears twice"),
+        (study.images, heatmaps, {"metadata": "id"}, "id.csv: line 2, column 'subject_id': .* not a plain identifier"),
+    ):
+        if "metadata" in options:
+            options["metadata"] = tmp_path / f"{options['metadata']}.csv"
+        with pytest.raises(UserError, match=message):
+            prepare_mimic(images, maps, tmp_path / "out", **options)

@@ -47,49 +47,38 @@ def mixed(tmp_path_factory):
     return make_study(tmp_path_factory.mktemp("mixed"), n_images=12, size=(200, 160), image_format="mixed")
 
 
-@pytest.fixture(scope="module")
-def each(mixed, tmp_path_factory):
-    out = tmp_path_factory.mktemp("each")
-    report = prepare(mixed.raw, mixed.images, out, size=120, readings="each")
-    return out, report
-
-
 # --- what the tree holds ---------------------------------------------------------------------------
 
 
-def test_attention_is_the_readings_heatmap(each, mixed):
-    out, _ = each
-    entries = {entry["reflacx_id"]: entry for entry in entries_of(out)}
-    for reading in read_reflacx(mixed.raw).readings:
-        attention, foreground = maps_of(out, entries[reading.id])
-        assert attention.shape == foreground.shape == (150, 120)
-        expected = fixation_heatmap(reading.load_fixations().table, reading.image_size, (150, 120))
-        np.testing.assert_array_equal(attention, heatmap_to_uint8(expected))
-        assert set(np.unique(foreground)) == {0, 255}
-        threshold = attention[foreground == 0].max()  # a threshold splits the two
-        assert threshold < attention[foreground == 255].min()
-
-
-def test_entries(each, mixed):
-    out, _ = each
-    entries = entries_of(out)
-    assert [entry["reflacx_id"] for entry in entries] == sorted(entry["reflacx_id"] for entry in entries)
+@pytest.mark.parametrize("readings", ["each", "merge"])
+def test_entries_and_their_maps(mixed, tmp_path, readings):
+    """A map is the mean of its readings' heatmaps, each of which sums to 1."""
+    prepare(mixed.raw, mixed.images, tmp_path, size=120, readings=readings)
+    by_id = {reading.id: reading for reading in read_reflacx(mixed.raw).readings}
     images = {image.dicom_id: image for image in mixed.truth}
+    entries = entries_of(tmp_path)
+    assert sorted(name for entry in entries for name in entry["raw_ids"]) == sorted(by_id)
+    assert len(entries) == (17 if readings == "each" else 12)
+    assert [entry["reflacx_id"] for entry in entries] == sorted(entry["reflacx_id"] for entry in entries)
     for entry in entries:
+        first, *others = ids = entry["raw_ids"]
+        assert entry["reflacx_id"] == (f"{first}+{len(others)}" if others else first)
         image = images[entry["dicom_id"]]
-        assert entry["reflacx_id"] in image.reading_ids and entry["raw_ids"] == [entry["reflacx_id"]]
-        assert (entry["study_id"], entry["subject_id"]) == (image.study_id, image.subject_id)
-        assert entry["split"] == image.split
-        assert entry["phase"] == int(entry["reflacx_id"][1]) and entry["source"] == "reflacx"
-        assert {"Pneumothorax", "Lung nodule or mass"} <= set(entry["labels"])
-        assert (out / entry["image_path"]).is_file()
+        facts = (image.study_id, image.subject_id, image.split, int(first[1]), "reflacx")
+        assert tuple(entry[name] for name in ("study_id", "subject_id", "split", "phase", "source")) == facts
+        assert {*ids} <= {*image.reading_ids} and {"Pneumothorax", "Lung nodule or mass"} <= {*entry["labels"]}
+        attention, foreground = maps_of(tmp_path, entry)
+        maps = [fixation_heatmap(by_id[i].load_fixations().table, by_id[i].image_size, (150, 120)) for i in ids]
+        np.testing.assert_array_equal(attention, heatmap_to_uint8(sum(maps) / len(maps)))
+        assert {*np.unique(foreground)} == {0, 255}
+        assert attention[foreground == 0].max() < attention[foreground == 255].min()  # a threshold splits the two
 
 
-def test_images_are_the_radiographs(each, mixed):
+def test_images_are_the_radiographs(mixed, tmp_path):
     """JPG and DICOM (both photometric interpretations) of phantom chests: lungs darker than the rest."""
-    out, _ = each
-    for entry in entries_of(out):
-        stored = read_gray(out / entry["image_path"])
+    prepare(mixed.raw, mixed.images, tmp_path, size=120)
+    for entry in entries_of(tmp_path):
+        stored = read_gray(tmp_path / entry["image_path"])
         source = Path(find_images(mixed.images, {entry["dicom_id"]: ""}).paths[entry["dicom_id"]])
         original = read_dicom(source, "mimic-cxr-jpg") if source.suffix == ".dcm" else read_gray(source)
         resized = np.asarray(Image.fromarray(original).resize((120, 150), Image.Resampling.BICUBIC))
@@ -119,13 +108,15 @@ def test_bad_fixations_are_left_out_counted_and_listed(tmp_path, capsys):
     np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
 
 
-def test_one_takes_the_first_usable_reading_by_id(mixed, tmp_path):
-    report = prepare(mixed.raw, mixed.images, tmp_path / "out", size=64)
-    entries = entries_of(tmp_path / "out")
-    usable = {reading.id for reading in read_reflacx(mixed.raw).readings}
-    expected = sorted(min(set(image.reading_ids) & usable) for image in mixed.truth)
-    assert [entry["reflacx_id"] for entry in entries] == expected
-    assert report.counts["- further readings of an image, not needed"] == 5
+@pytest.mark.parametrize("split, spare", [("all", 5), ("train", None)])
+def test_one_takes_the_first_usable_reading_by_id_of_the_split(mixed, tmp_path, split, spare):
+    report = prepare(mixed.raw, mixed.images, tmp_path, size=32, split=split)
+    usable = read_reflacx(mixed.raw).readings
+    images = [image for image in mixed.truth if split in ("all", image.split)]
+    expected = sorted(min({*image.reading_ids} & {reading.id for reading in usable}) for image in images)
+    assert [entry["reflacx_id"] for entry in entries_of(tmp_path)] == expected
+    assert report.counts["- of another split"] == sum(split not in ("all", reading.split) for reading in usable)
+    assert spare in (None, report.counts["- further readings of an image, not needed"])
 
 
 @pytest.mark.parametrize("readings", ["one", "merge"])
@@ -144,29 +135,6 @@ def test_a_reading_that_was_mended_changes_no_finished_tree(tmp_path, readings):
     assert entries_of(tmp_path / "out")[0]["raw_ids"][0] == first
 
 
-def test_merge_adds_the_maps(each, mixed, tmp_path):
-    prepare(mixed.raw, mixed.images, tmp_path / "out", size=120, readings="merge")
-    readings = {reading.id: reading for reading in read_reflacx(mixed.raw).readings}
-    entries = entries_of(tmp_path / "out")
-    assert len(entries) == 12 and sum(len(entry["raw_ids"]) for entry in entries) == 17
-    for entry in entries:
-        ids = entry["raw_ids"]
-        assert entry["reflacx_id"] == (ids[0] if len(ids) == 1 else f"{ids[0]}+{len(ids) - 1}")
-        maps = [fixation_heatmap(readings[i].load_fixations().table, readings[i].image_size, (150, 120)) for i in ids]
-        expected = heatmap_to_uint8(sum(maps) / len(maps))
-        np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], expected)
-
-
-def test_split(mixed, tmp_path):
-    wanted = [image for image in mixed.truth if image.split == "train"]
-    assert 0 < len(wanted) < 12
-    report = prepare(mixed.raw, mixed.images, tmp_path / "out", size=32, split="train")
-    assert {e["dicom_id"] for e in entries_of(tmp_path / "out")} == {image.dicom_id for image in wanted}
-    assert report.counts["- of another split"] == sum(
-        reading.split != "train" for reading in read_reflacx(mixed.raw).readings
-    )
-
-
 def test_significant_patches_of_known_maps():
     foreground = np.zeros((448, 448), np.uint8)
     foreground[:64, :96] = 255  # 2 x 3 patches of 32 px, which are 16 px at 224
@@ -178,48 +146,33 @@ def test_significant_patches_of_known_maps():
 # --- faults ----------------------------------------------------------------------------------------
 
 
-def rewrite(path, change):
-    change(pd.read_csv(path)).to_csv(path, index=False)
-
-
-FAULTS = {  # damage to a reading's image, row or fixations.csv; its reason, and whether it counts as a fault
-    "missing image": (lambda image, row, path: image.path.unlink(), "image missing", False),
-    "truncated image": (
-        lambda image, row, path: image.path.write_bytes(image.path.read_bytes()[:999]),
-        "image unusable",
-        True,
-    ),
-    "image size": (lambda image, row, path: row.update(image_size_x="136"), "image size differs", True),
-    "missing file": (lambda image, row, path: path.unlink(), "unusable fixations", True),
-    "missing column": (
-        lambda image, row, path: rewrite(path, lambda t: t.drop(columns="x_position")),
-        "unusable fixations",
-        True,
-    ),
-    "text": (lambda image, row, path: rewrite(path, lambda t: t.assign(x_position="left")), "unusable fixations", True),
-    "no rows": (lambda image, row, path: rewrite(path, lambda t: t[:0]), "no fixations", False),
-    "no duration": (
-        lambda image, row, path: rewrite(path, lambda t: t.assign(timestamp_end_fixation=t.timestamp_start_fixation)),
-        "no fixations",
-        False,
-    ),
-    "outside": (
-        lambda image, row, path: rewrite(path, lambda t: t.assign(x_position=t.x_position + 5000.0)),
-        "all fixations outside",
-        False,
-    ),
-    "discarded": (
-        lambda image, row, path: row.update(eye_tracking_data_discarded="True"),
-        "eye tracking discarded",
-        False,
-    ),
-    "path": (
-        lambda image, row, path: row.update(image="physionet.org/files/../../../etc/passwd.dcm"),
-        "unusable row",
-        True,
-    ),
-    "id": (lambda image, row, path: row.update(dicom_id="../../etc/" + row["dicom_id"]), "unusable row", True),
+FAULTS = {  # of a reading's image, row or fixations.csv: its reason, and whether it counts as a fault
+    "missing image": ("image missing", False),
+    "truncated image": ("image unusable", True),
+    "image size": ("image size differs", True),
+    "missing file": ("unusable fixations", True),
+    "text": ("unusable fixations", True),
+    "no rows": ("no fixations", False),
+    "outside": ("all fixations outside", False),
+    "discarded": ("eye tracking discarded", False),
+    "path": ("unusable row", True),
 }
+
+
+def damage(fault, image, row, path):
+    table = pd.read_csv(path)
+    if fault == "missing image":
+        image.path.unlink()
+    elif fault == "truncated image":
+        image.path.write_bytes(image.path.read_bytes()[:999])
+    elif fault == "missing file":
+        path.unlink()
+    elif fault in ("text", "no rows", "outside"):
+        tables = {"text": table.assign(x_position="left"), "no rows": table[:0]}
+        tables.get(fault, table.assign(x_position=table["x_position"] + 5000.0)).to_csv(path, index=False)
+    cells = {"image size": ("image_size_x", "136"), "discarded": ("eye_tracking_data_discarded", "True")}
+    cells["path"] = ("image", "physionet.org/files/../../../etc/passwd.dcm")
+    row.update([cells[fault]] if fault in cells else [])
 
 
 def plant_faults(study, faults):
@@ -231,47 +184,37 @@ def plant_faults(study, faults):
         row = table.loc[place].to_dict()
         planted[fault] = row["id"]
         image = next(image for image in study.truth if row["id"] in image.reading_ids)
-        FAULTS[fault][0](image, row, study.raw / "main_data" / row["id"] / "fixations.csv")
+        damage(fault, image, row, study.raw / "main_data" / row["id"] / "fixations.csv")
         table.loc[place] = row
     table.to_csv(path, index=False)
     return planted
 
 
 def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
-    study = make_study(tmp_path, n_images=len(FAULTS) + 2, shared_images=0, size=(120, 96))
+    study, out = make_study(tmp_path, n_images=len(FAULTS) + 2, shared_images=0, size=(120, 96)), tmp_path / "out"
     planted = plant_faults(study, FAULTS)
-    arguments = ["--raw", str(study.raw), "--images", str(study.images), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--dry_run"]) == 1 and not (tmp_path / "out").exists()
+    arguments = ["--raw", str(study.raw), "--images", str(study.images), "--out", str(out)]
+    assert main([*arguments, "--dry_run"]) == 1 and not out.exists()
     capsys.readouterr()
     assert main(arguments) == 1
     printed = capsys.readouterr()
-    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
-    left_out = {item["id"]: item for item in record["left_out"]}
-    assert set(left_out) == set(planted.values())
-    for fault, name in planted.items():
-        _, reason, is_fault = FAULTS[fault]
-        assert (left_out[name]["reason"], left_out[name]["is_fault"]) == (reason, is_fault), fault
-        if reason != "eye tracking discarded":
-            assert f"{name}: {reason}: {left_out[name]['detail']}" in printed.out
-            assert str(tmp_path) in left_out[name]["detail"]
-    n_faults = sum(is_fault for *_, is_fault in FAULTS.values())
-    assert f"{n_faults} readings left out for damaged input" in printed.err
-    assert len(entries_of(tmp_path / "out")) == 2
+    left_out = {item["id"]: item for item in json.loads((out / "prepare.json").read_text())["left_out"]}
+    found = {name: (item["reason"], item["is_fault"]) for name, item in left_out.items()}
+    assert found == {name: FAULTS[fault] for fault, name in planted.items()}
+    for name, item in left_out.items():
+        told = f"{name}: {item['reason']}: {item['detail']}"
+        assert item["reason"] == "eye tracking discarded" or (told in printed.out and str(tmp_path) in told)
+    assert "5 readings left out for damaged input" in printed.err
+    assert len(entries_of(out)) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mimic", "out", "reflacx"]  # nothing escaped
     assert main([*arguments, "--accept_damaged"]) == 0
-    assert f"{n_faults} readings left out for damaged input" in capsys.readouterr().err
 
 
-def test_one_pixel_of_difference_is_tolerated_two_are_not(tmp_path):
-    study = make_study(tmp_path, n_images=2, shared_images=0, size=(120, 96))
-    for image, more in zip(study.truth, (1, 2)):
-        Image.fromarray(np.pad(read_gray(image.path), ((0, 0), (0, more)))).save(image.path)
-    report = prepare(study.raw, study.images, tmp_path / "out")
-    assert [fault.id for fault in report.faults] == study.truth[1].reading_ids
-    assert "is 98 x 120 px, the readings were made on 96 x 120" in report.faults[0].detail
-    (entry,) = entries_of(tmp_path / "out")
-    image = read_gray(tmp_path / "out" / entry["image_path"])
-    assert maps_of(tmp_path / "out", entry)[0].shape == image.shape
+def test_one_pixel_of_difference_is_tolerated_two_are_not(mixed):
+    reading = read_reflacx(mixed.raw).readings[0]
+    assert reading.original_size((200, 161)) == (200, 160)
+    with pytest.raises(UserError, match="is 162 x 200 px, the readings were made on 160 x 200"):
+        reading.original_size((200, 162))
 
 
 def test_unusable_arguments(mixed, tmp_path):
@@ -337,27 +280,24 @@ def place(root, *names):
         (root / name).touch()
 
 
-@pytest.mark.parametrize(
-    "prefix", ["physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2", "files/p10/p1/s2", "p10/p1/s2", "", "x/y/z"]
-)
-def test_images_are_found_below_any_prefix(tmp_path, prefix):
-    place(tmp_path / prefix, "a-b.jpg", "other.jpg")
+def test_images_are_found_below_any_prefix(tmp_path):
     hint = "physionet.org/files/mimic-cxr/2.0.0/files/p10/p1/s2/a-b.dcm"
-    found = find_images(tmp_path, {"a-b": hint, "c-d": hint}).paths
-    assert found == {"a-b": str(tmp_path / prefix / "a-b.jpg")}
+    for number, prefix in enumerate((Path(hint).parent, "files/p10/p1/s2", "p10/p1/s2", "", "x/y/z")):
+        root = tmp_path / str(number)
+        place(root / prefix, "a-b.jpg", "other.jpg")
+        assert find_images(root, {"a-b": hint, "c-d": hint}).paths == {"a-b": str(root / prefix / "a-b.jpg")}
 
 
 def test_which_of_several_images_wins(tmp_path):
-    place(tmp_path, "b/a.dcm", "b/a.jpg", "b/a.png", "a/a.jpg", "a/a.dcm", "a/a.JPG.part", "c/b.DCM", "c/b.txt")
+    names = ["a/a.jpg", "a/a.dcm", "b/a.jpg", "b/a.dcm", "b/a.png"]
+    place(tmp_path, *names, "a/a.JPG.part", "c/b.DCM", "c/b.txt")
     found = find_images(tmp_path, {"a": "", "b": ""})  # all empty, hence the same
     assert found.paths == {"a": str(tmp_path / "a/a.jpg"), "b": str(tmp_path / "c/b.DCM")}
-    for name in ("b/a.dcm", "b/a.jpg", "b/a.png", "a/a.jpg", "a/a.dcm"):
+    for name in names:
         (tmp_path / name).write_text(name)
     assert find_images(tmp_path, {"a": "files/b/a.dcm"}).paths == {"a": str(tmp_path / "b/a.jpg")}
     found = find_images(tmp_path, {"a": "", "b": ""})
-    assert set(found.paths) == {"b"} and set(found.ambiguous) == {"a"}
-    for name in ("a/a.jpg", "a/a.dcm", "b/a.jpg", "b/a.dcm", "b/a.png"):
-        assert str(tmp_path / name) in found.ambiguous["a"]
+    assert {*found.paths} == {"b"} and sorted(found.ambiguous["a"]) == sorted(str(tmp_path / name) for name in names)
 
 
 # --- EGD-CXR ---------------------------------------------------------------------------------------
@@ -404,14 +344,6 @@ def test_scaled_copies_of_the_images_have_the_same_maps_and_cropped_ones_are_fau
         prepare(study.raw, study.images, tmp_path / "square", size=48)
 
 
-def test_egd_needs_the_table_of_sizes(tmp_path):
-    study = make_egd(tmp_path, n_images=2, size=(240, 192))
-    (study.images / "mimic-cxr-2.0.0-metadata.csv").rename(tmp_path / "sizes.csv")
-    with pytest.raises(UserError, match="does not say how large its images are; .* --metadata"):
-        prepare(study.raw, study.images, tmp_path / "out")
-    assert not prepare(study.raw, study.images, tmp_path / "out", metadata=tmp_path / "sizes.csv").faults
-
-
 class LeftEyeReading(Reading):
     """Of a data set made up here: one fixation in the middle of the image's left half."""
 
@@ -454,11 +386,8 @@ def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
 
 def test_made_up_gaze_says_so_in_every_entry(study, tmp_path):
     """The mark of the raw study goes into the index, and into nothing without it."""
-    raw = tmp_path / "raw"
-    shutil.copytree(study.raw, raw)
+    raw = shutil.copytree(study.raw, tmp_path / "raw")
     for marked in (True, False):
-        out = tmp_path / f"tree-{marked}"
-        prepare(raw, study.images, out, size=0, workers=1)
-        entries = json.loads((out / "reflacx.json").read_text())
-        assert entries and all(entry.get("simulated", False) == marked for entry in entries)
+        prepare(raw, study.images, tmp_path / str(marked), size=32)
+        assert {entry.get("simulated", False) for entry in entries_of(tmp_path / str(marked))} == {marked}
         (raw / "SIMULATED_GAZE.txt").unlink(missing_ok=True)

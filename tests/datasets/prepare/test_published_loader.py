@@ -4,7 +4,6 @@ description: the same files, and the same samples, as our own data sets give."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,61 +17,41 @@ from datasets.transforms import centre_box, crop_resize_flip
 from gaze.fill import Predictor, fill_tree
 
 
-class PublishedMimic:
+def published_mimic(entry: dict) -> list[str]:
     """root + "files/" + image_path; "attention/" and "foreground/" + image_path, with .png; nothing else is asked."""
-
-    index = "mimic-cxr-jpg-cleanv4.json"
-
-    def __init__(self, root: Path):
-        self.root = str(root)
-        with open(f"{self.root}/{self.index}", encoding="utf-8") as file:
-            self.entries = json.load(file)
-
-    def names(self, entry: dict) -> tuple[str, str, str]:
-        path = entry["image_path"]
-        png = path[: path.rindex(".")] + ".png"
-        return f"files/{path}", f"attention/{png}", f"foreground/{png}"
-
-    def __getitem__(self, place: int) -> list[np.ndarray]:
-        names = self.names(self.entries[place])
-        return [np.asarray(Image.open(f"{self.root}/{name}").convert("L")) for name in names]
+    path = entry["image_path"]
+    assert not path.startswith(("files/", "/"))
+    png = path[: path.rindex(".")] + ".png"
+    return [f"files/{path}", f"attention/{png}", f"foreground/{png}"]
 
 
-class PublishedReflacx(PublishedMimic):
+def published_reflacx(entry: dict) -> list[str]:
     """root + image_path; "attention/" and "foreground/" + study_id + reflacx_id, with .png."""
-
-    index = "reflacx.json"
-
-    def names(self, entry: dict) -> tuple[str, str, str]:
-        gaze = f"{entry['study_id']}/{entry['reflacx_id']}.png"
-        return entry["image_path"], f"attention/{gaze}", f"foreground/{gaze}"
-
-
-def heatmaps(study, folder: Path) -> Path:
-    folder.mkdir()
-    for place, image in enumerate(study.truth):
-        y, x = np.mgrid[:40, :30]
-        np.save(folder / f"{image.dicom_id}.npy", np.exp(-((y - 20) ** 2 + (x - 5 - place) ** 2) / 40.0))
-    return folder
+    gaze = f"{entry['study_id']}/{entry['reflacx_id']}.png"
+    return [entry["image_path"], f"attention/{gaze}", f"foreground/{gaze}"]
 
 
 @pytest.mark.parametrize("made", ["heatmaps made elsewhere", "heatmaps predicted here", "readings"])
 def test_the_published_rule_finds_the_same_samples(made, study, tree, tmp_path):
-    if made == "readings":
-        published = PublishedReflacx(tree)
-    else:
-        given = heatmaps(study, tmp_path / "maps") if made == "heatmaps made elsewhere" else None
+    index, names = "reflacx.json", published_reflacx
+    if made != "readings":
+        index, names, maps = "mimic-cxr-jpg-cleanv4.json", published_mimic, None
+        if made == "heatmaps made elsewhere":
+            maps = tmp_path / "maps"
+            maps.mkdir()
+            for place, image in enumerate(study.truth):
+                y, x = np.mgrid[:40, :30]
+                np.save(maps / f"{image.dicom_id}.npy", np.exp(-((y - 20) ** 2 + (x - 5 - place) ** 2) / 40.0))
         tree = tmp_path / "tree"
-        prepare_mimic(study.images, given, tree, views=("all",), size=96)
-        if given is None:
+        prepare_mimic(study.images, maps, tree, views=("all",), size=96)
+        if maps is None:
             fill_tree(tree, Predictor(brightness, 32, "plain"), workers=1)
-        published = PublishedMimic(tree)
-        assert all(not entry["image_path"].startswith(("files/", "/")) for entry in published.entries)
+    entries = json.loads((tree / index).read_text())
     ours = build_dataset(tree, input_size=64, augment=False, preload=True, use_cache=False)
-    assert len(published.entries) == len(ours) == 12
+    assert len(entries) == len(ours) == 12
     seen = set()
     for place in range(len(ours)):
-        planes = published[place]
+        planes = [np.asarray(Image.open(tree / name).convert("L")) for name in names(entries[place])]
         own, size = ours.read_planes(place)
         assert size == planes[0].shape == planes[1].shape == planes[2].shape
         for theirs, mine in zip(planes, own, strict=True):

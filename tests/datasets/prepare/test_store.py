@@ -44,12 +44,6 @@ def sources(tmp_path):
     return root
 
 
-def check_fresh(sources, out, **options):
-    fresh = out.parent / "fresh"
-    run(sources, fresh, **options)
-    assert contents(out) == contents(fresh)
-
-
 def test_a_directory_that_is_not_ours_is_never_touched(sources, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -76,15 +70,12 @@ def test_the_layer_above_follows_the_tree_of_images(sources, tmp_path):
     (sources / "a").write_text("aa new")
     run(sources, out)  # replaces a file that the layer above was made from
     assert not (out / "above.json").exists()
-    run(sources, out, layer="gaze")
-    fresh = tmp_path / "fresh"
-    run(sources, fresh)
-    run(sources, fresh, layer="gaze")
-    assert contents(out) == contents(fresh)
-    run(sources, out, "?", overwrite=True)
-    check = tmp_path / "check"
-    run(sources, check, "?")
-    assert contents(out) == contents(check)
+    for layers, options in ((["gaze"], {}), (["prepare"], {"suffix": "?", "overwrite": True})):
+        for layer in layers:
+            run(sources, out, layer=layer, **options)
+        for layer in dict.fromkeys(["prepare", *layers]):
+            run(sources, tmp_path / str(layers), layer=layer, **options)
+        assert contents(out) == contents(tmp_path / str(layers))
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(sources, tmp_path):
@@ -98,4 +89,5 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(sources, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (out / "index.json").exists() and not (out / "copies").exists()
     run(sources, out)
-    check_fresh(sources, out)
+    run(sources, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
