@@ -20,7 +20,6 @@ from downstream.driver import RECIPES
 from downstream.finetune import make_training
 from downstream.forward import outputs, read_back
 from gaze.model import GazeNet
-from util.masking import MASKINGS, MaskRequest, draw_mask, otsu_foreground
 from util.stop import GO_ON
 from util.training import Training
 
@@ -48,14 +47,14 @@ def train(training: Training, batch, steps: int = 2) -> None:
 
 
 @pytest.mark.parametrize(
-    ("masking", "flags"),
+    ("masking", "planes", "flags"),
     [
-        ("attention", "--dtype float16 --gaze_weighted --clip_grad 1 --accum_iter 2"),
-        ("random", "--dtype bfloat16"),
-        ("block", "--dtype float32"),
+        ("attention", "attention", "--dtype float16 --gaze_weighted --clip_grad 1 --accum_iter 2"),
+        ("random", "attention foreground", "--dtype bfloat16"),
+        ("block", "attention foreground", "--dtype float32"),
     ],
 )
-def test_pretraining(masking, flags, monkeypatch):
+def test_pretraining(masking, planes, flags, monkeypatch):
     args = run_pretrain.get_args_parser().parse_args(
         f"--model cxrmim_vit_tiny_patch16 --input_size {SIDE} --id_list 0 0 1 1 --masking {masking} --lr 1e-3 "
         f"{flags}".split()
@@ -66,7 +65,7 @@ def test_pretraining(masking, flags, monkeypatch):
     monkeypatch.setattr(engine_pretrain, "mask_generator", lambda *place: asked.append(place))
     with fake_gpu(model, monkeypatch) as ranks:
         batch = {"img": pixels(BATCH, 1, SIDE, SIDE)}
-        batch |= {name: pixels(BATCH, SIDE, SIDE) for name in ("attention", "foreground")}
+        batch |= {name: pixels(BATCH, SIDE, SIDE) for name in planes.split()}
         losses = partial(engine_pretrain.batch_losses, args=args)
         train(training_of(model, args, ranks, 5, losses), batch, 2 * args.accum_iter)
     assert {place[-1] for place in asked} == {CUDA}
@@ -118,12 +117,3 @@ def test_features_are_waited_for_when_the_next_are_under_way(monkeypatch):
         found = list(read_back(torch.zeros(2, 3, device=CUDA) for _ in range(3)))
     assert told == ["asked for", *2 * ["asked for", "waited for"], "waited for"]
     assert [tensor.device.type for tensor in found] == 3 * ["cpu"]
-
-
-@pytest.mark.parametrize("masking", list(MASKINGS))
-def test_masks_of_a_heatmap_alone(masking, monkeypatch):
-    with fake_gpu(nn.Linear(1, 1), monkeypatch):
-        attention = torch.zeros(BATCH, SIDE, SIDE, device=CUDA)
-        assert otsu_foreground(attention).device == CUDA
-        mask = draw_mask(masking, MaskRequest({"attention": attention}, 16))
-    assert mask.device == CUDA and mask.shape == (BATCH, 16)

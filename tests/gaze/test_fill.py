@@ -202,12 +202,11 @@ def test_loose_files(tmp_path):
 
 
 def test_the_contrast_of_loose_dicom_files_decides_their_heatmaps(tmp_path):
-    dicom = make_study(tmp_path / "raw", n_images=1, size=(64, 64), image_format="dcm", shared_images=0).images
+    dicom = make_study(tmp_path / "raw", n_images=1, size=64, image_format="dcm", shared_images=0).images
     made = {}
-    for contrast in CONTRASTS:
-        predict_files(dicom, tmp_path / contrast, PLAIN, dicom_contrast=contrast)
-        made[contrast] = next((tmp_path / contrast).rglob("*.png")).read_bytes()
-    predict_files(dicom, tmp_path / "default", PLAIN)
-    assert next((tmp_path / "default").rglob("*.png")).read_bytes() == made["mimic-cxr-jpg"] != made["window"]
+    for name, options in {"default": {}} | {name: {"dicom_contrast": name} for name in CONTRASTS}.items():
+        predict_files(dicom, tmp_path / name, PLAIN, **options)
+        made[name] = next((tmp_path / name).rglob("*.png")).read_bytes()
+    assert made["default"] == made["mimic-cxr-jpg"] != made["window"]
     with pytest.raises(UserError, match="dicom_contrast window there, dicom_contrast minmax asked for"):
         predict_files(dicom, tmp_path / "window", PLAIN, dicom_contrast="minmax")

@@ -18,8 +18,7 @@ SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 1}
 )
 def test_starts_from_the_prior_and_learns(backbone, args):
     torch.manual_seed(0)
-    prior = torch.rand(16, 16, dtype=torch.float64)
-    prior /= prior.sum()
+    prior = torch.rand(256, dtype=torch.float64).softmax(0).view(16, 16)
     model = GazeNet(backbone, 64, width=16, backbone_args=args)
     model.set_prior(prior)
     img = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)

@@ -48,7 +48,6 @@ def test_a_tree_and_loose_files(study, weights, tmp_path, capsys):
         ("--tree a --images b --out c", "pass either"),
         ("--images b", "pass either"),
         ("--images b --out c --real d", "--real: only with --tree"),
-        ("--tree a", "a: no images.json|no images.json in it"),
         ("--tree a --weights none.pth", "none.pth: can't be read"),
         ("--tree a --weights foreign.pth", "foreign.pth: .*not a checkpoint"),
     ],
