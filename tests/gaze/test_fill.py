@@ -202,9 +202,10 @@ def test_loose_files(tmp_path):
 
 
 def test_the_contrast_of_loose_dicom_files_decides_their_heatmaps(tmp_path):
-    dicom = make_study(tmp_path / "raw", n_images=1, size=64, image_format="dcm", shared_images=0).images
+    dicom = make_study(tmp_path / "raw", n_images=1, size=(64, 64), image_format="dcm", shared_images=0).images
     made = {}
-    for name, options in {"default": {}} | {name: {"dicom_contrast": name} for name in CONTRASTS}.items():
+    for name in ("default", *CONTRASTS):
+        options = {} if name == "default" else {"dicom_contrast": name}
         predict_files(dicom, tmp_path / name, PLAIN, **options)
         made[name] = next((tmp_path / name).rglob("*.png")).read_bytes()
     assert made["default"] == made["mimic-cxr-jpg"] != made["window"]
