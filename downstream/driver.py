@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,17 +68,13 @@ class Part:
     Attributes:
         fraction: of the labels.
         seeds: of the models that go side by side.
-        fold: from 1; 0 for the data's own parts.
+        name: of fraction and fold.
     """
 
     fraction: float
     seeds: Sequence[int]
-    fold: int
     rows: Rows
-
-    @property
-    def what(self) -> str:
-        return f"{self.fraction:g} of the labels" + f", fold {self.fold}" * bool(self.fold)
+    name: str
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ class Work:
         # With the data's own parts all seeds train on the same images and go side by side.
         groups = [[seed] for seed in seeds] if folded else [seeds if trains else seeds[:1]]
         return [
-            Part(fraction, group, k * folded, rows)
+            Part(fraction, group, rows, f"{fraction:g}" + f"-fold{k}" * folded)
             for fraction in dict.fromkeys(args.fractions)
             for group in groups
             for k, rows in enumerate(
@@ -152,14 +147,15 @@ class Work:
         ]
 
 
-def main_first(ranks: Ranks, make: Callable[[], Any]) -> Any:
+def main_first(ranks: Ranks, make: Callable):
     """What `make` returns, on every rank; rank 0 is the first, and writes files that the others find."""
     on_main(ranks, lambda: make() and None)
     return make()
 
 
 class Method:
-    """A way to judge one model.
+    """A way to judge one model. `scores(part, runs)` gives the scores of the test images by each seed of `runs`, which says
+    how its run is called; it raises `Stopped` at a request to stop, and `UserError`.
 
     Attributes:
         name: of the model.
@@ -177,15 +173,6 @@ class Method:
         self.work, self.candidate = work, candidate
         self.name, self.seen = candidate.name, candidate.seen
         self.label_names, self.plan = work.images.label_names, work.plan(trains=self.trains)
-
-    def scores(self, part: Part, runs: Mapping[int, str]) -> Scores:
-        """Scores of the test images by each seed of `runs`, which says how its run is called.
-
-        Raises:
-            Stopped: a stop was requested.
-            UserError: an unreadable image, a loss that is not finite, or a full disk.
-        """
-        raise NotImplementedError
 
 
 def judge(work: Work, method: Method) -> list[Outcome]:
@@ -226,9 +213,8 @@ def scores_of(work: Work, method: Method, part: Part) -> dict[int, np.ndarray]:
     that they depend on."""
     output_dir, ranks, runs = Path(work.args.output_dir), work.ranks, {}
     for seed in part.seeds:
-        key = digest([work.args.method, work.study, method.key, part.fraction, seed, part.fold])
-        plain = re.sub(r"[^A-Za-z0-9.-]+", "_", method.name)
-        runs[seed] = f"{plain}-{part.fraction:g}-{seed}" + f"-fold{part.fold}" * bool(part.fold) + f"-{key[:12]}"
+        key = digest([work.args.method, work.study, method.key, part.name, seed])
+        runs[seed] = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{method.name}-{part.name}-{seed}-{key[:12]}")
     paths = {seed: output_dir / "scores" / f"{run}.npy" for seed, run in runs.items()}
     kept = on_main(ranks, lambda: {seed: np.load(path) for seed, path in paths.items() if path.exists()})
 

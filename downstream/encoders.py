@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Pixels(nn.Module):
     source = f"no encoder, gray values of {PIXEL_SIDE} x {PIXEL_SIDE} px"
     architecture: Sequence = ()
     scaling = (0.0,) * 3, (1.0,) * 3
-    pretrained_cfg = MappingProxyType({"input_size": (3, 224, 224)})
+    patch_embed = SimpleNamespace(img_size=(224, 224))
 
     def forward_features(self, images: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(images[:, 0], PIXEL_SIDE)
@@ -112,12 +112,7 @@ def named_files(texts: Sequence[str]) -> list[tuple[str, str, str | None]]:
 
 
 def read_candidates(
-    texts: Sequence[str],
-    *,
-    imagenet: str | Path,
-    tap: str = "last",
-    img_size: int | None = None,
-    num_heads: int | None = None,
+    texts: Sequence[str], *, imagenet: str | Path, img_size: int | None = None, num_heads: int | None = None
 ) -> list[Candidate]:
     """What `--weights` names: each NAME=FILE, FILE, FILE@TIMM_MODEL, a folder of transformers, imagenet, random,
     random@TIMM_MODEL or pixels.
@@ -144,7 +139,7 @@ def read_candidates(
         elif kind == "file" and is_transformers_folder(path):
             module = FolderEncoder(path, img_size)
         elif kind == "file":
-            encoder = read_encoder(path, model, tap=tap, img_size=img_size, num_heads=num_heads)
+            encoder = read_encoder(path, model, img_size=img_size, num_heads=num_heads)
         candidates.append(Candidate(name, kind, encoder, module))
     files = [c.encoder for kind in ("file", IMAGENET) for c in candidates if c.kind == kind and c.encoder]
     alike = files[0] if files else replace(_untrained(DEFAULT_MODEL, img_size), scaling=None)
@@ -178,13 +173,6 @@ def pooled(model: nn.Module, found: Tensor) -> dict[str, Tensor]:
     features = {"cls": found[:, 0]} if getattr(model, "cls_token", None) is not None else {}
     features["mean of patches"] = found[:, n_before:].mean(1)
     return {name: model.fc_norm(feature) for name, feature in features.items()}
-
-
-@torch.no_grad()
-def feature_widths(model: nn.Module) -> dict[str, int]:
-    """The names of the features that `pooled` gives, with their widths; the model in eval mode, on the CPU."""
-    found = model.forward_features(torch.zeros(1, 3, *input_size(model)))
-    return {name: feature.shape[1] for name, feature in pooled(model, found).items()}
 
 
 def digest_of(model: nn.Module) -> str:

@@ -97,7 +97,9 @@ class Evaluate(Method):
     def __init__(self, work: Work, tuned: SimpleNamespace, labels: list[str]):
         self.work, self.tuned, self.label_names = work, tuned, labels
         self.name, self.seen, nothing = tuned.name, tuned.seen, np.empty(0, np.int64)
-        self.plan = [Part(tuned.fraction, [tuned.seed], 0, Rows(nothing, nothing, work.images.indices(TEST)))]
+        self.plan = [
+            Part(tuned.fraction, [tuned.seed], Rows(nothing, nothing, work.images.indices(TEST)), f"{tuned.fraction:g}")
+        ]
         self.reading = reading_as_trained(work.args, tuned.reading, tuned.name)
         self.scale, files = (tuned.mean, tuned.std), files_digest(work.images)
         self.key = [digest_of(tuned.model), self.scale, str(work.dtype), files, str(self.reading), labels]

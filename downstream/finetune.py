@@ -22,7 +22,7 @@ from datasets.sampler import train_loader
 from downstream.data.images import Views, options_heeded
 from downstream.data.labelled import MULTICLASS
 from downstream.driver import Method, Part, Recipe, Scores, Work
-from downstream.encoders import RANDOM, Candidate, digest_of
+from downstream.encoders import Candidate, digest_of
 from downstream.evaluate import BEST, write_tuned
 from downstream.forward import Scale, Stopped, network_input, predict
 from downstream.frozen import known_loss, new_head, probabilities, schedule, steps_per_epoch
@@ -87,20 +87,6 @@ def global_loss(logits: Tensor, labels: Tensor, task: str, ranks: Ranks) -> Tens
     return loss * known * ranks.world_size / everywhere.clamp(min=1)
 
 
-def batch_losses(
-    training: Training, batch: tuple[Tensor, Tensor], task: str, scale: Scale, seed: int
-) -> tuple[Tensor, Tensor]:
-    """The loss [1] of this rank's next batch, twice: to minimise and to average."""
-    gray, labels = (tensor.to(training.ranks.device, non_blocking=True) for tensor in batch)
-    # Stochastic depth draws from the global generator: after a resume the same numbers come.
-    place = (seed, training.epoch, training.step, training.ranks.rank)
-    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-    with training.autocast():
-        logits = training.model(network_input(gray, training.core, scale))
-    loss = global_loss(logits, labels, task, training.ranks)[None]
-    return loss, loss
-
-
 def make_training(
     core: VisionTransformer,
     recipe: Recipe,
@@ -114,13 +100,25 @@ def make_training(
     **more,
 ) -> Training:
     """The training of a model in `steps` steps per epoch; `more` goes to `Training`."""
+
+    def losses(training: Training, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss [1] of this rank's next batch, twice: to minimise and to average."""
+        gray, labels = (tensor.to(training.ranks.device, non_blocking=True) for tensor in batch)
+        # Stochastic depth draws from the global generator: after a resume the same numbers come.
+        place = (seed, training.epoch, training.step, training.ranks.rank)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        with training.autocast():
+            logits = training.model(network_input(gray, core, scale))
+        loss = global_loss(logits, labels, task, training.ranks)[None]
+        return loss, loss
+
     options = {"dtype": str(dtype).removeprefix("torch."), "seed": seed, "output_dir": str(output_dir), "log_dir": None}
     return Training(
         core=core,
         optimizer=build_optimizer(core, recipe),
         options=asdict(recipe) | options,
         n_values=1,
-        losses=partial(batch_losses, task=task, scale=scale, seed=seed),
+        losses=losses,
         rate=lambda epoch, step: schedule(epoch * steps + step, steps, recipe),
         **more,
     )
@@ -138,7 +136,7 @@ class FineTune(Method):
         super().__init__(work, candidate)
         self.scale = candidate.normalisation(work.args.normalisation)
         self.key = [
-            RANDOM if candidate.kind == RANDOM else digest_of(candidate.build()),
+            digest_of(candidate.build()),
             candidate.architecture,
             work.files,
             asdict(work.recipe),
@@ -157,7 +155,7 @@ class FineTune(Method):
     def train(self, part: Part, seed: int, folder: Path) -> np.ndarray:
         """One run; returns the scores of the test images, [n, C], on every rank."""
         work, recipe, ranks, images = self.work, self.work.recipe, self.work.ranks, self.work.images
-        rows, what = part.rows, f"{self.name}, {part.what}, seed {seed}"
+        rows, what = part.rows, f"{self.name}-{part.name}, seed {seed}"
         views = Views(images, seed=seed, plane=work.views.plane, reading=work.views.reading)
         core = build(self.candidate, recipe, len(images.label_names), seed).to(ranks.device)
         labels = torch.from_numpy(images.labels)
@@ -171,7 +169,6 @@ class FineTune(Method):
                 return predict(core, views, tested, self.scale, ranks=ranks, what=what, **work.loading)
             except Stopped:
                 training.save()
-                training.log.close()
                 raise
 
         def finish_epoch(training: Training, means: list[float], seconds: float) -> dict[str, float]:
@@ -208,20 +205,17 @@ class FineTune(Method):
             write=partial(save_checkpoint, path=folder / CHECKPOINT),
             more_state=lambda: best,
             sample_name=lambda i: images.ids[rows.train[i]],
-            dataset_size=len(data),
             remedy="lower --lr, or use --dtype float32",
         )
-        ranks.say(f"{what}: training")
         if on_main(ranks, (folder / CHECKPOINT).exists):
             state = load_checkpoint(folder / CHECKPOINT)
             training.restore(state, folder / CHECKPOINT)
             best.update({name: state[name] for name in best})
-            ranks.say(f"goes on from epoch {training.epoch + 1}, step {training.step}")
+        ranks.say(f"{what}: training from epoch {training.epoch + 1}, step {training.step}")
         epoch, step = divmod(training.epoch * steps + training.step, steps)  # behind an epoch still to be validated
         batch, how = recipe.batch_size // ranks.world_size, {"epoch": epoch, "step": step, "epochs": recipe.epochs}
         training.start(train_loader(data, batch, ranks, seed=seed, num_workers=work.args.num_workers, **how))
         if training.run() != GO_ON:
-            training.log.close()
             raise Stopped
         del training.batches, training.loader
         core.load_state_dict(best["best"])

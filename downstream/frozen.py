@@ -21,7 +21,7 @@ from downstream.data.labelled import MULTICLASS, MULTILABEL
 from downstream.data.partition import Rows
 from downstream.data.splits import draw_folds
 from downstream.driver import Method, Part, Recipe, Scores, Work
-from downstream.encoders import PIXELS, Candidate, digest_of, feature_widths
+from downstream.encoders import PIXELS, Candidate, digest_of, input_size, pooled
 from downstream.forward import Stopped, all_outputs
 from downstream.jobs import digest
 from util.bootstrap import auc
@@ -47,7 +47,9 @@ class Frozen(Method):
     def __init__(self, work: Work, candidate: Candidate):
         super().__init__(work, candidate)
         model, self.scale = candidate.build().eval(), candidate.normalisation(work.args.normalisation)
-        self.widths = feature_widths(model)
+        with torch.no_grad():
+            sample = pooled(model, model.forward_features(torch.zeros(1, 3, *input_size(model))))
+        self.widths = {name: feature.shape[1] for name, feature in sample.items()}
         self.total, self.first = sum(self.widths.values()), next(iter(self.widths.values()))
         content = [digest_of(model), candidate.architecture, work.files, self.scale, str(work.dtype)]
         self.model, self.key = model.to(work.ranks.device), [digest(content)]
@@ -74,10 +76,9 @@ class Frozen(Method):
         self.folder.mkdir(parents=True, exist_ok=True)
         with file_lock(self.folder / "lock", what=f"features {self.folder}", wait=True):
             missing = {view: np.sort(some[np.isnan(self.rows(view)[some, 0])]) for view, some in wanted.items()}
+            missing = {view: images for view, images in missing.items() if len(images)}
             progress = Progress(f"{self.name}: encoding", sum(map(len, missing.values())), "images")
             for view, images in missing.items():
-                if not len(images):
-                    continue
                 rows, done = np.array(self.rows(view)), 0
                 for found in all_outputs(self.model, work.views, images, view, self.scale, **work.loading):
                     if not found.isfinite().all():
@@ -90,10 +91,7 @@ class Frozen(Method):
                 if work.signals.request:
                     raise Stopped
         if progress.done:
-            there = sum(map(len, wanted.values())) - progress.done
-            print(
-                f"{self.name}: {progress.done} images encoded, {there} were there already ({self.folder})", flush=True
-            )
+            print(f"{self.name}: {progress.done} images encoded into {self.folder}", flush=True)
 
 
 class Linear(Frozen):
@@ -104,7 +102,7 @@ class Linear(Frozen):
         self.key += [asdict(work.recipe), work.args.views]
 
     def scores(self, part: Part, runs: Mapping[int, str]) -> Scores:
-        work, rows, what = self.work, part.rows, f"{self.name}, {part.what}"
+        work, rows, what = self.work, part.rows, f"{self.name}-{part.name}"
         views = range(min(work.args.views, work.recipe.epochs))
         self.encode({CENTRE: np.r_[rows.valid, rows.test]} | dict.fromkeys(views, rows.train))
         labels = torch.from_numpy(work.images.labels).to(work.ranks.device)
@@ -270,27 +268,24 @@ class Probe(Frozen):
         values[used] = self.rows(CENTRE)[used]
         scores = np.empty((len(self.kinds), len(rows.test), len(images.label_names)), np.float32)
         for k, own in enumerate(np.split(values, len(self.kinds), axis=1)):
-            own = standardise(own, rows.train) if self.kinds[k] else principal_components(own, rows.train, seed)
+            own = scaled(own, rows.train, pixels=not self.kinds[k], seed=seed)
             for j, label in enumerate(images.label_names):
                 if self.work.signals.request:
                     raise Stopped
-                name = f"{self.name}, {part.what}, {label}"
+                name = f"{self.name}-{part.name}, {label}"
                 scores[k, :, j] = probe_scores(own, images.labels[:, j], images.subjects, rows, seed=seed, name=name)
         yield seed, scores
 
 
-def standardise(features: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Network features [N, D], each scaled by the training rows."""
-    return StandardScaler().fit(features[train]).transform(features)
+def scaled(features: np.ndarray, train: np.ndarray, *, pixels: bool, seed: int) -> np.ndarray:
+    """Features [N, D], each scaled by the training rows; of gray values `PIXEL_COMPONENTS` components fitted on them.
 
-
-def principal_components(pixels: np.ndarray, train: np.ndarray, seed: int) -> np.ndarray:
-    """Gray values [N, P] as `PIXEL_COMPONENTS` components fitted on the training rows.
-
-    They keep their proportions: equal scales would blow up the last ones, which are noise.
+    These keep their proportions: equal scales would blow up the last ones, which are noise.
     """
-    n = min(PIXEL_COMPONENTS, len(train) - 1, pixels.shape[1])
-    values = PCA(n, random_state=seed).fit(pixels[train]).transform(pixels)
+    if not pixels:
+        return StandardScaler().fit(features[train]).transform(features)
+    n = min(PIXEL_COMPONENTS, len(train) - 1, features.shape[1])
+    values = PCA(n, random_state=seed).fit(features[train]).transform(features)
     return values / values[train].std()
 
 

@@ -29,7 +29,7 @@ class FolderEncoder(nn.Module):
 
     Attributes:
         source: says where it comes from.
-        architecture: text of config.json, and the input's size.
+        architecture: the configuration, and the input's size.
         scaling: mean and std of the input, as preprocessor_config.json says; None without it.
         num_prefix_tokens: tokens before those of the patches; None for a model without tokens.
 
@@ -57,7 +57,7 @@ class FolderEncoder(nn.Module):
         config.mask_ratio = 0.0  # of a masked autoencoder
         size = np.broadcast_to(img_size or config.image_size, 2).tolist()
         self.pretrained_cfg = {"input_size": [3, *size]}
-        self.architecture = [Path(folder, "config.json").read_text(encoding="utf-8"), size]
+        self.architecture = [config.to_json_string(), size]
         scaling = Path(folder, "preprocessor_config.json")
         scaling = json.loads(scaling.read_text(encoding="utf-8")) if scaling.is_file() else {}
         self.scaling = (scaling["image_mean"], scaling["image_std"]) if "image_mean" in scaling else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from downstream.data import read_from_args
 from downstream.data.choices import add_arguments
 from downstream.data.images import add_image_arguments, leave_out_damaged, reading_from_args
-from downstream.data.labelled import check_labels, split_table, write_split
+from downstream.data.labelled import LabelledImages, check_labels, split_table, write_split
 from downstream.data.partition import in_folds
 from downstream.driver import RECIPES, Method, Work, judge, main_first
 from downstream.encoders import DEFAULT_MODEL, describe, read_candidates
@@ -30,7 +30,7 @@ from util.output import hold_output
 from util.precision import set_tf32
 from util.stop import StopSignals
 
-METHODS: dict[str, type[Method]] = {"linear": Linear, "probe": Probe, "finetune": FineTune}
+METHODS = {"linear": Linear, "probe": Probe, "finetune": FineTune}
 EVALUATE = "evaluate"
 RECIPE_HELP = {
     "epochs": "where training ends at the latest",
@@ -46,7 +46,7 @@ IGNORED = {  # flags that a method does not use
     "probe": "views recipe epochs batch_size lr weight_decay warmup patience layer_decay",
     "finetune": "views features_dir",
     EVALUATE: "views recipe epochs batch_size lr weight_decay warmup patience layer_decay features_dir fractions seeds folds "
-    "normalisation imagenet tap img_size num_heads",
+    "normalisation imagenet img_size num_heads",
 }
 NARROW = (
     "AUCs of grouped folds are the mean of the folds'; their intervals are too narrow, since the folds share their "
@@ -67,7 +67,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="encoders to compare: NAME=FILE of a plain ViT, NAME=FILE@TIMM_MODEL, NAME=FOLDER of transformers, imagenet, "
              f"random (as the first file, or {DEFAULT_MODEL}), random@TIMM_MODEL, or pixels (no encoder)")
     add("--imagenet", default="preTrain/vit_base_p16_224_timm.pth", help="file of the imagenet weights (default: %(default)s)")
-    add("--tap", default="last", help="of a pretraining checkpoint: last, or which tap's norm, from 0 (default: %(default)s)")
 
     add("--img_size", type=int, help="side of an encoder's input in px (default: as it was trained)")
     add("--num_heads", type=int, help="attention heads, for files that don't say how many they have")
@@ -136,7 +135,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
             ranks.say("\n".join([*damaged, f"{len(damaged)} damaged images are left out", split_table(images)]))
         work = Work(args, images, ranks, signals)
         study = json.dumps({"dataset": images.name, "method": args.method, "study": work.study})
-        distributed.on_main(ranks, lambda: start_output(work, study))
+        distributed.on_main(ranks, lambda: start_output(images, Path(args.output_dir), study))
         methods = read_weights(work)  # after the table and split.csv, which show what a class lacks
     if args.dry_run:
         ranks.say("wrote split.csv")
@@ -154,16 +153,15 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
     return 0
 
 
-def start_output(work: Work, study: str) -> None:
+def start_output(images: LabelledImages, folder: Path, study: str) -> None:
     """Write split.csv. `UserError` if the directory holds another study."""
-    folder = Path(work.args.output_dir)
     path = folder / "study.json"
     if path.exists() and (found := path.read_text(encoding="utf-8")) != study:
         raise UserError(
             f"--output_dir {folder}: holds results of {found}, not of this method, or these images, parts and labels; "
             "choose another"
         )
-    write_split(work.images, folder / "split.csv")
+    write_split(images, folder / "split.csv")
 
 
 def read_weights(work: Work) -> list[Callable[[], Method]]:
@@ -186,7 +184,7 @@ def read_weights(work: Work) -> list[Callable[[], Method]]:
         raise UserError(f"--method {args.method} runs in one process; start it without torchrun")
     if batch_size % ranks.world_size:
         raise UserError(f"--batch_size {batch_size}: {ranks.world_size} processes can't share it")
-    options = {name: getattr(args, name) for name in ("imagenet", "tap", "img_size", "num_heads")}
+    options = {name: getattr(args, name) for name in ("imagenet", "img_size", "num_heads")}
     candidates = read_candidates(args.weights, **options)
     for candidate in candidates:
         if method is FineTune and candidate.module:

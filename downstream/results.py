@@ -206,6 +206,5 @@ def _page(title: str, text: str, notes: Sequence[str], cells: pd.DataFrame) -> s
     cells = cells.fillna("").reset_index()
     cells.insert(1, "labels used", [f"{100 * fraction:g}%" for fraction in cells.pop("fraction")])
     table = [list(cells), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-    noted = [f"\n{note[0].upper()}{note[1:]}." for note in notes if note]
-    return "\n".join([f"# {title}", "", text, *noted, "", *lines, ""])
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([f"# {title}", "", text, *[f"\n{note}." for note in notes if note], "", *lines, ""])

@@ -104,7 +104,7 @@ def sample_fraction(train: np.ndarray, fraction: float) -> np.ndarray:
         raise UserError(f"--fractions {fraction:g}: expected more than 0 and at most 1")
     if fraction == 1:
         return train
-    chosen = pd.Series(train).sample(frac=fraction, random_state=FRACTION_SEED).to_numpy()
+    chosen = pd.Series(train).sample(frac=fraction, random_state=FRACTION_SEED).to_numpy(copy=True)
     if len(chosen) == 0:
         raise UserError(f"--fractions {fraction:g}: no image is left of {len(train)} to train on")
     return chosen

@@ -9,14 +9,16 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from downstream.data.images import normalisation
 from downstream.data.labelled import LabelledImages
 from downstream.data.partition import Rows, partitions
 from downstream.data.splits import draw_folds
 from downstream.encoders import read_candidates
 from downstream.forward import network_input, outputs
-from downstream.frozen import principal_components, probe_scores, standardise
+from downstream.frozen import probe_scores, scaled
 from models_cxrmim import CXRMIM
 from util.errors import UserError
+from util.export import export_backbone
 
 
 def made_up(labels: np.ndarray, subjects: np.ndarray) -> LabelledImages:
@@ -55,7 +57,7 @@ def test_scores_know_nothing_of_the_tested_subject():
     for images in (made_up(labels, subjects), made_up(labels, np.arange(120))):
         scores = np.full(120, np.nan)
         for rows in partitions(images, 1.0, seed=0, n_folds=5, validate=False):
-            values = standardise(features, rows.train)
+            values = scaled(features, rows.train, pixels=False, seed=0)
             scores[rows.test] = probe_scores(values, labels, images.subjects, rows, seed=0, name="l0")
         aucs.append(roc_auc_score(labels, scores))
     assert aucs[0] < 0.7 and aucs[1] > 0.95
@@ -73,12 +75,12 @@ def test_unknown_labels_and_lone_classes(capsys):
     assert (scores(rows) == 0.5).all() and "ours, Mass: 20 images to train on" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fit", [standardise, partial(principal_components, seed=0)])
-def test_features_are_fitted_on_training_rows_only(fit):
+@pytest.mark.parametrize("pixels", [False, True])
+def test_features_are_fitted_on_training_rows_only(pixels):
     values = np.random.default_rng(0).normal(size=(50, 9))
-    moved = values.copy()
-    moved[40:] += 100
-    np.testing.assert_allclose(fit(values, np.arange(30))[:40], fit(moved, np.arange(30))[:40])
+    moved = values + 100 * (np.arange(50) >= 40)[:, None]
+    own, other = (scaled(features, np.arange(30), pixels=pixels, seed=0) for features in (values, moved))
+    np.testing.assert_allclose(own[:40], other[:40])
 
 
 def test_a_tap_is_its_blocks_and_random_weights_have_as_many(tmp_path):
@@ -91,13 +93,13 @@ def test_a_tap_is_its_blocks_and_random_weights_have_as_many(tmp_path):
     batch = model.prepare_batch({"img": gray, "attention": torch.zeros(4, 32, 32)})
     with torch.no_grad():
         latents = model.forward_encoder(batch["img"], torch.zeros(4, model.num_patches))
-    scale = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    for tap, latent in (("0", latents[0]), ("last", latents[1])):
-        own, random = read_candidates([f"ours={tmp_path / 'c.pth'}", "random"], imagenet="", tap=tap)
+    for tap, latent in enumerate(latents):
+        export_backbone(tmp_path / "c.pth", tmp_path / "ours.pth", tap=tap)
+        own, random = read_candidates([str(tmp_path / "ours.pth"), "random"], imagenet="")
         built = own.build().eval()
-        assert len(built.blocks) == len(random.build().blocks) == (1 if tap == "0" else 2)
+        assert len(built.blocks) == len(random.build().blocks) == tap + 1
         assert len(own.build(2, global_pool="avg").blocks) == len(built.blocks)
-        found = outputs(built, gray, scale, torch.float32)
+        found = outputs(built, gray, normalisation("imagenet"), torch.float32)
         np.testing.assert_allclose(found, torch.cat([latent[:, 0], latent[:, 1:].mean(1)], 1), atol=1e-5)
 
 
