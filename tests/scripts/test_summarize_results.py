@@ -53,7 +53,7 @@ def test_runs_of_other_images_parts_or_labels_have_columns_of_their_own(tmp_path
     ]
     assert summarize_results.main([*map(str, files), "--out", str(tmp_path)]) == 0
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert [line for line in lines if note in line] == [f"Rsna linear, {file}: {note}." for file in files[:2]]
+    assert [line for line in lines if note in line] == [f"rsna linear, {file}: {note}." for file in files[:2]]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert head[2:] == [f"rsna linear, {file}" for file in files[:2]]
     assert [row[0] for row in rows if row[3]] == ["ours", "ours"] and all(row[2] for row in rows) and len(rows) == 4
