@@ -143,12 +143,7 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         ranks = distributed.start(
             args.device, local_rank=args.local_rank, world_size=args.world_size, dist_url=args.dist_url
         )
-    # Defaults that depend on the device and on the number of processes, and the seed of the weights.
-    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
-    if args.lr is None:
-        args.lr = args.blr * (args.batch_size * args.accum_iter * ranks.world_size) / 256  # per 256 images
-    set_tf32(args.tf32)
-    torch.manual_seed(args.seed)
+    settle_options(args, ranks)
     with hold_output(args.output_dir, ranks=ranks):
         with signals.exit_at_signal():  # so far there is nothing to save
             training = set_up(args, ranks, signals)
@@ -218,6 +213,15 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
     if ranks.is_main:
         print(describe_run(training, dataset, args), flush=True)
     return training
+
+
+def settle_options(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    """Fill in the defaults that depend on the device and on the number of processes, and seed the weights."""
+    args.dtype = args.dtype or ("float16" if ranks.device.type == "cuda" else "float32")
+    if args.lr is None:
+        args.lr = args.blr * (args.batch_size * args.accum_iter * ranks.world_size) / 256
+    set_tf32(args.tf32)
+    torch.manual_seed(args.seed)
 
 
 def check_args(args: argparse.Namespace) -> None:

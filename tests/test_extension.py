@@ -180,14 +180,6 @@ def test_the_worked_masking_rule_of_the_page(trees, tmp_path, monkeypatch):
         rule = worked_rule()
         assert MASKINGS["curriculum"] is rule
         check_rule("curriculum")
-        attention = torch.zeros(64, 64, 64)
-        attention[:, :32, :32] = 1  # 4 of 16 patches are significant
-        shares = []
-        for epoch, step in ((0, 0), (50, 0), (100, 0), (100, 3)):
-            ask = MaskRequest({"attention": attention}, 16, 0.5, 0.5, epoch, step, mask_generator(0, epoch, step, 0))
-            shares.append(rule(ask).view(64, 4, 4)[:, :2, :2].sum((1, 2)).tolist())
-        assert set(shares[0]) == {0.0} and set(shares[1]) == {1.0} and set(shares[2]) == {2.0}
-        assert len(set(shares[3])) > 2  # every fourth step is random
         exercise(trees["Reflacx"], tmp_path, masking="curriculum")
     finally:
         MASKINGS.clear()

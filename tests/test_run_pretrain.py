@@ -137,14 +137,6 @@ def test_tensorboard_shows_numbers_and_pictures_on_one_axis(tree, tmp_path):
     assert [picture.step for picture in events.Images("reconstruction")] == [2000]
 
 
-def test_the_same_seed_gives_the_same_weights_whatever_the_number_of_workers(tree, tmp_path):
-    for name, flags in (("a", ""), ("b", "--num_workers 2"), ("c", "--seed 1")):
-        train(tree, tmp_path / name, flags)
-    a, b, c = (load_checkpoint(tmp_path / name / "checkpoint-0.pth")["model"] for name in "abc")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not torch.equal(a["blocks.0.mlp.fc1.weight"], c["blocks.0.mlp.fc1.weight"])
-
-
 def test_starts_from_timm_weights_and_keeps_who_was_seen(tree, tmp_path, capsys):
     """By the run, its initial weights and what it goes on from. No tree is named twice."""
     earlier = subject_marks(["7"], "nih")
