@@ -82,8 +82,6 @@ def chain(given: dict[str, str], step: Steps) -> None:
     out, batch, gpus = v.OUT, int(v.BATCH_SIZE), int(v.GPUS)
     read, filled, backbone = f"{out}/data/reflacx", f"{out}/data/mimic", f"{out}/backbone.pth"
     busy = f"--device {v.DEVICE} --num_workers {v.WORKERS}"
-    words = [word.partition("=") for word in v.COMPARE.split()]
-    compare = [name + sign + (sign and shlex.quote(located(path))) for name, sign, path in words]
     judged = [
         (name.lower(), method, getattr(v, name)) for name in LABELLED if given[name] for method in v.METHODS.split()
     ]
@@ -98,7 +96,7 @@ def chain(given: dict[str, str], step: Steps) -> None:
     if predicts:
         source = f"--images {v.MORE_IMAGES} --out {filled}"
         step("prepare_mimic", f"scripts/prepare_mimic.py {source} {v.MIMIC_FLAGS}", how=anew)
-    if not os.path.exists(IMAGENET) and {v.PRETRAINED, *(compare if judged else ())} & {IMAGENET, "imagenet"}:
+    if not os.path.exists(IMAGENET) and {v.PRETRAINED, *(v.COMPARE.split() if judged else ())} & {IMAGENET, "imagenet"}:
         step("weights", f"scripts/fetch_weights.py --out {IMAGENET}")
 
     # The flags of what comes later, too, and the tables of the labelled images, and the encoders to compare with.
@@ -106,14 +104,14 @@ def chain(given: dict[str, str], step: Steps) -> None:
     check = f"run_pretrain.py --check_data --data_path {read} {options} {v.PRETRAIN_FLAGS}"
     step("check", check, reads=f"prepare batches of {batch}", how=f"--batch_size {batch}")
 
-    def judge(name: str, method: str, data: str, folder: str, weights: list[str], suffix: str = "", **options) -> None:
+    def judge(name: str, method: str, data: str, folder: str, weights: str, suffix: str = "", **options) -> None:
         command = f"run_downstream.py --dataset {name} --method {method} --data_path {data}"
         command += f" --output_dir {out}/{folder}/{name}-{method} --fractions {v.FRACTIONS} --seeds {v.SEEDS}"
-        command += " --weights " * bool(weights) + " ".join(weights)
+        command += " --weights " * bool(weights) + weights
         step(f"{name}-{method}{suffix}", f"{command} {v.DOWNSTREAM_FLAGS}", **options)
 
     for what in judged:
-        judge(*what, "checks", compare, "-check", how=f"--device {v.DEVICE} --dry_run")
+        judge(*what, "checks", v.COMPARE, "-check", how=f"--device {v.DEVICE} --dry_run")
 
     trees, tree_made = read, "prepare"
     if predicts:
@@ -136,15 +134,13 @@ def chain(given: dict[str, str], step: Steps) -> None:
     checkpoint = f"{out}/pretrain/checkpoint-{int(v.EPOCHS) - 1}.pth"
     step("export", f"scripts/export_backbone.py {checkpoint} {backbone}", reads="pretrain")
     for what in judged:
-        judge(*what, "downstream", [f"ours={backbone}", *compare], reads="export", how=busy)
+        judge(*what, "downstream", f"ours={backbone} {v.COMPARE}", reads="export", how=busy)
     if judged:
         names = [f"{name}-{method}" for name, method, _ in judged]
         results = " ".join(f"{out}/downstream/{name}/results.csv" for name in names)
         step("table", f"scripts/summarize_results.py {results} --out {out}", reads=" ".join(names))
         print(Path(given["OUT"], "table.md").read_text())
-    what = (
-        f"--data_path {read} {'--index ' * bool(v.PICTURES.strip())}{v.PICTURES} --device cpu --out {out}/pictures.png"
-    )
+    what = f"--data_path {read} --index {v.PICTURES} --device cpu --out {out}/pictures.png"
     step("pictures", f"scripts/visualize.py {checkpoint} {what}", reads="pretrain")
 
 

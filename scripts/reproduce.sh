@@ -36,12 +36,12 @@ CDPATH='' cd "$(dirname "$0")/.." 2> /dev/null || :
 : "${OUT:=$PWD/output_dir/reproduce}" "${EPOCHS:=400}" "${BATCH_SIZE:=128}" "${MODEL:=cxrmim_vit_base_patch16}"
 # DEVICE: cuda or cpu; GPUS: of pretraining, auto takes all; WORKERS: processes that read images, per GPU
 : "${DEVICE:=cuda}" "${GPUS:=auto}" "${WORKERS:=4}"
-# COMPARE: further encoders to judge, imagenet, random, pixels or NAME=FILE; several are split at blanks
+# COMPARE: further encoders to judge, imagenet, random, pixels or NAME=FILE; see below for paths
 : "${FRACTIONS:=0.01 0.1 1}" "${SEEDS:=43 44 45}" "${METHODS:=linear}" "${COMPARE=imagenet random}"
-# Further flags of each program, split at blanks; paths in them are absolute, or as seen from the repository
+# Further flags of each program, split at blanks; paths are absolute, or as seen from the repository
 : "${PREPARE_FLAGS:=}" "${MIMIC_FLAGS:=}" "${PRETRAIN_FLAGS:=}" "${GAZE_FLAGS:=}" "${DOWNSTREAM_FLAGS:=}"
-# Entries of the REFLACX tree to draw; empty: the first four
-: "${PICTURES:=}"
+# Entries of the REFLACX tree to draw
+: "${PICTURES:=0 1 2 3}"
 # Initial weights: the ImageNet weights, which are fetched where they are not there; a file; or none
 : "${PRETRAINED:=$PWD/preTrain/vit_base_p16_224_timm.pth}"
 # yes: a line for each step; what it says goes into OUT/steps/NAME.txt
