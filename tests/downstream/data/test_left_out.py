@@ -1,4 +1,4 @@
-"""MIMIC-CXR-JPG, lists of other people, all labels of VinDr-CXR; and who is left out: of lists, of pretraining, damaged."""
+"""MIMIC-CXR-JPG, lists of other people; and who is left out: of lists, of pretraining, damaged."""
 
 from __future__ import annotations
 
@@ -133,20 +133,6 @@ def test_lists_of_others_say_who_trains_and_tests(ten, lists):
         path.write_text("none.png")
     with pytest.raises(UserError, match="test.lst: no line names an image of the table"):
         read_dataset("csv", ten, split_lists=paths)
-
-
-def test_vindr_labels_of_images_go_before_boxes(tmp_path):
-    rows = [(f"i{i:02d}", f"R{k}", int(i % 3 <= k), int(i % 2 == 0)) for i in range(16) for k in range(3)]
-    train = pd.DataFrame(rows, columns=["image_id", "rad_ID", "Mass", "No finding"])
-    train.to_csv(tmp_path / "image_labels_train.csv", index=False)
-    train.iloc[:, :2].assign(class_name="Edema").to_csv(tmp_path / "annotations_train.csv", index=False)
-    test = pd.DataFrame([("t1", 1, 0), ("t2", 0, 1)], columns=["image_id", "Mass", "No finding"])
-    test.to_csv(tmp_path / "image_labels_test.csv", index=False)
-    images = read_dataset("vindr", tmp_path, need_images=False)
-    assert images.label_names == ["Mass"]
-    found = dict(zip(images.ids, images.labels[:, 0], strict=True))
-    assert found == {f"i{i:02d}": float(i % 3 <= 1) for i in range(16)} | {"t1": 1, "t2": 0}
-    assert {images.ids[i] for i in images.indices(TEST)} == {"t1", "t2"} and len(images.indices(VALID)) == 2
 
 
 def test_damaged_images_are_listed_at_once_or_left_out(ten, capsys):

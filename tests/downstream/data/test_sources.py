@@ -178,33 +178,30 @@ def test_missing_images_are_named_and_may_be_skipped(nih):
     ("names", "there", "missing"),
     [
         # another folder that the table never names
-        (["images/1.png", "images/2.png"], ["images/1.png", "rejected/2.png"], ["images/2.png"]),
-        (["images/1.png", "images/2.png"], ["rejected/1.png", "rejected/2.png"], ["images/1.png", "images/2.png"]),
-        (["x/train/p1/1.png", "x/train/p2/1.png"], ["train/p1/1.png", "no/p2/1.png"], ["x/train/p2/1.png"]),
-        (["train/1.png", "test/2.png"], ["other/train/2.png"], ["train/1.png", "test/2.png"]),
-        (["root/a/1.png", "root/b/3.png"], ["a/1.png", "a/3.png"], ["root/b/3.png"]),
-        (["train/0.png", "test/0.png"], ["train/0.png"], ["test/0.png"]),
-        (["train/0.png", "test/0.png"], ["0.png"], ["train/0.png", "test/0.png"]),
-        (["train/p1/1.png", "test/p1/2.png"], ["train/p1/1.png", "train/p1/2.png"], ["test/p1/2.png"]),
+        ("images/1.png images/2.png", "images/1.png rejected/2.png", "images/2.png"),
+        ("images/1.png images/2.png", "rejected/1.png rejected/2.png", "images/1.png images/2.png"),
+        ("x/train/p1/1.png x/train/p2/1.png", "train/p1/1.png no/p2/1.png", "x/train/p2/1.png"),
+        ("train/1.png test/2.png", "other/train/2.png", "train/1.png test/2.png"),
+        ("root/a/1.png root/b/3.png", "a/1.png a/3.png", "root/b/3.png"),
+        ("train/0.png test/0.png", "train/0.png", "test/0.png"),
+        ("train/0.png test/0.png", "0.png", "train/0.png test/0.png"),
+        ("train/p1/1.png test/p1/2.png", "train/p1/1.png train/p1/2.png", "test/p1/2.png"),
         # the root may be the folder, or have another name than the paths begin with
-        (["images/1.png", "images/2.png"], ["1.png", "2.png"], []),
-        (["x/images/1.png", "x/images/2.png"], ["y/z/images/1.png", "y/z/images/2.png"], []),
+        ("images/1.png images/2.png", "1.png 2.png", ""),
+        ("x/images/1.png x/images/2.png", "y/z/images/1.png y/z/images/2.png", ""),
         # CheXpert as its site gives it: parts whose folders are in no path
-        (
-            ["x/train/p1/1.png", "x/train/p2/1.png", "x/valid/p3/1.png"],
-            ["a/p1/1.png", "b/p2/1.png", "valid/p3/1.png"],
-            [],
-        ),
+        ("x/train/p1/1.png x/train/p2/1.png x/valid/p3/1.png", "a/p1/1.png b/p2/1.png valid/p3/1.png", ""),
         # names that differ in their suffix alone are two images
-        (["1.png", "1.jpg", "b\\2.png", "./3.png"], ["x/1.png", "x/1.jpg", "b/2.png", "3.png"], []),
+        ("1.png 1.jpg b\\2.png ./3.png", "x/1.png x/1.jpg b/2.png 3.png", ""),
     ],
 )
 def test_a_path_is_matched_by_the_folder_that_it_names_or_is_missing(tmp_path, names, there, missing):
-    touch(tmp_path, *there)
+    names = names.split()
+    touch(tmp_path, *there.split())
     files = Folder(tmp_path).images(names, [])
-    assert [name for name, file in zip(names, files, strict=True) if file is None] == missing
+    assert [name for name, file in zip(names, files, strict=True) if file is None] == missing.split()
     found = {file for file in files if file}
-    assert len(found) == len(names) - len(missing)
+    assert len(found) == len(names) - len(missing.split())
     assert all(file.name == Path(name.replace("\\", "/")).name for name, file in zip(names, files) if file)
     absolute = [str(file) for file in found]
     assert Folder(tmp_path).images([*absolute, f"{tmp_path}/none.png"], []) == [*map(Path, absolute), None]
@@ -410,7 +407,7 @@ def test_a_subject_under_two_spellings_is_one(tmp_path):
 # ---------------------------------------------------------------- other tables
 
 
-def test_vindr_with_and_without_its_test(tmp_path):
+def test_vindr_by_most_readers_from_boxes_or_labels_of_images(tmp_path):
     names = ["No finding", "Mass", "Mass", "Edema", "Mass", "No finding"]
     rows = [f"i{i:02d},{names[(i + k) % 6]},R{k}" for i in range(24) for k in range(3)]
     rows += ["z,Mass,R0", "z,No finding,R1"]  # half of the readers are not most of them
@@ -420,9 +417,16 @@ def test_vindr_with_and_without_its_test(tmp_path):
         own = [row.split(",")[1] for row in rows if row.startswith(image)]
         assert images.labels[i].tolist() == [own.count("Edema") >= 2, own.count("Mass") >= 2]
     write(tmp_path / "annotations_test.csv", "image_id,class_name", "t1,Mass", "t2,No finding", "t2,No finding")
-    images = read("vindr", tmp_path)
-    assert {images.ids[i] for i in images.indices(TEST)} == {"t1", "t2"} and len(images.indices(VALID)) == 3
-    assert images.labels[images.ids.index("t1")].tolist() == [0, 1]
+    write(tmp_path / "image_labels_test.csv", "image_id,Mass,No finding", "t1,1,0", "t2,0,1")
+    for image_labels in (False, True):  # these go before boxes
+        if image_labels:
+            rows = [f"i{i:02d},R{k},{int(i % 3 <= k)},{i % 2}" for i in range(24) for k in range(3)]
+            write(tmp_path / "image_labels_train.csv", "image_id,rad_ID,Mass,No finding", *rows)
+        images = read("vindr", tmp_path)
+        assert {images.ids[i] for i in images.indices(TEST)} == {"t1", "t2"} and len(images.indices(VALID)) == 3
+        assert images.labels[images.ids.index("t1"), -1] == 1 and images.labels[images.ids.index("t2"), -1] == 0
+    assert images.label_names == ["Mass"]
+    assert all(images.labels[images.ids.index(f"i{i:02d}"), 0] == (i % 3 <= 1) for i in range(24))
 
 
 def test_padchest_lists_are_read_as_python_and_nothing_else(tmp_path):
@@ -494,17 +498,14 @@ def test_tables_may_be_zipped_and_are_never_guessed_between(rsna):
 # ---------------------------------------------------------------- what is written and what can't be judged
 
 
-def made_up(labels: list[list[float]], parts: str, task: str = "multilabel") -> LabelledImages:
-    n = len(labels)
+def made_up(labels: str, parts: str, task: str = "multilabel") -> LabelledImages:
+    """Images with a word of `labels` each, a letter for each label ("n" is unknown), and a letter of `parts`."""
+    values = [[{"0": 0, "1": 1, "n": np.nan}[letter] for letter in word] for word in labels.split()]
+    places = [{"t": TRAIN, "v": VALID, "e": TEST, "-": ""}[letter] for letter in parts]
+    ids = [str(i) for i in range(len(parts))]
+    files, names = [Path(f"{i}.png") for i in ids], [f"L{k}" for k in range(len(values[0]))]
     return LabelledImages(
-        "made up",
-        [f"{i}" for i in range(n)],
-        [Path(f"{i}.png") for i in range(n)],
-        np.array([f"s{i}" for i in range(n)]),
-        np.array([{"t": TRAIN, "v": VALID, "e": TEST, "-": ""}[letter] for letter in parts]),
-        [f"L{k}" for k in range(len(labels[0]))],
-        np.array(labels, np.float32),
-        task,
+        "made up", ids, files, np.array(ids), np.array(places), names, np.array(values, np.float32), task
     )
 
 
@@ -512,7 +513,7 @@ def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
     (tmp_path / "b.png").write_bytes(b"2")
     shutil.copystat(tmp_path / "a.png", tmp_path / "b.png")
-    images = replace(made_up([[1]], "t"), files=[tmp_path / "a.png"])
+    images = replace(made_up("1", "t"), files=[tmp_path / "a.png"])
     before = files_digest(images)
     assert files_digest(images) == before
     (tmp_path / "b.png").replace(tmp_path / "a.png")
@@ -520,8 +521,7 @@ def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
 
 
 def test_split_csv_and_table_say_the_same(tmp_path):
-    nan = float("nan")
-    images = made_up([[1, 0], [0, nan], [1, 1], [0, 0], [1, nan], [nan, 1]], "ttvvee")
+    images = made_up("10 0n 11 00 1n n1", "ttvvee")
     write_split(images, tmp_path / "split.csv")
     table = pd.read_csv(tmp_path / "split.csv", dtype={"id": str})
     assert list(table.columns) == ["id", "subject", "split", "L0", "L1"]
@@ -532,25 +532,17 @@ def test_split_csv_and_table_say_the_same(tmp_path):
     assert rows[3][:3] == ["L0", "1", "1"] and rows[4][:4] == ["L1", "0", "(+1", "unknown)"]
 
 
-NAN, MULTI = float("nan"), "multiclass"
-
-
 @pytest.mark.parametrize(
     ("labels", "parts", "task", "said"),
     [
-        ([[1], [0], [1], [0], [1], [1]], "ttvvee", "multilabel", "no label has 1 images with it, .* in test"),
-        ([[1], [0], [0], [0], [1], [0]], "ttvvee", "multilabel", "no label has 1 images with it, .* in valid"),
-        ([[1], [0], [NAN], [NAN], [1], [0]], "ttvvee", "multilabel", "no label has 1 images with it, .* in valid"),
-        ([[0], [0], [1], [0], [1], [0]], "ttvvee", "multilabel", "no training image, or every one, has L0"),
-        ([[1], [1], [1]], "---", "multilabel", "no training image, or every one, has L0"),
-        (
-            [[1, 0, 0, 0], [1, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 1]],
-            "ttvvee",
-            "multilabel",
-            "has L0, L2; name the labels to keep by --labels .there are L1, L3.$",
-        ),
-        ([[1], [0], [1], [0]], "ttee", "multilabel", "no image is in valid"),
-        ([*np.eye(2).tolist() * 2, [1, 0], [1, 0]], "ttvvee", MULTI, "nothing can be judged"),
+        ("1 0 1 0 1 1", "ttvvee", "multilabel", "no label has 1 images with it, .* in test"),
+        ("1 0 0 0 1 0", "ttvvee", "multilabel", "no label has 1 images with it, .* in valid"),
+        ("1 0 n n 1 0", "ttvvee", "multilabel", "no label has 1 images with it, .* in valid"),
+        ("0 0 1 0 1 0", "ttvvee", "multilabel", "no training image, or every one, has L0"),
+        ("1 1 1", "---", "multilabel", "no training image, or every one, has L0"),
+        ("1000 1101 1010 0101 1110 0001", "ttvvee", "multilabel", "has L0, L2; .* --labels .there are L1, L3.$"),
+        ("1 0 1 0", "ttee", "multilabel", "no image is in valid"),
+        ("10 01 10 01 10 10", "ttvvee", "multiclass", "nothing can be judged"),
     ],
 )
 def test_labels_that_teach_or_judge_nothing_are_refused(labels, parts, task, said):
@@ -559,15 +551,11 @@ def test_labels_that_teach_or_judge_nothing_are_refused(labels, parts, task, sai
 
 
 def test_labels_that_one_part_can_not_judge_are_named():
-    test = made_up([[1, 1], [0, 0], [1, 1], [0, 0], [1, 0], [0, 0]], "ttvvee")
+    test = made_up("11 00 11 00 10 00", "ttvvee")
     line = "made up: 'L1' has 0 images with and 2 without it in test; left out of the mean"
     assert check_labels(test) == [line]
     with pytest.raises(UserError, match="no label has 2 images with it, .* or a lower --min_positives"):
         check_labels(test, min_positives=2)
-    few = check_labels(test, fractions=[0.5])
-    assert few[1].endswith(
-        "keeps 1 training images, all of one kind by L0, L1; these are judged without having been learnt"
-    )
-    eye = np.eye(3).tolist()
-    notes = check_labels(made_up(eye + eye + eye[:2], "tttvvvee", MULTI))
-    assert notes == ["made up: 'L2' has 0 images with and 2 without it in test; left out of the mean"]
+    assert "keeps 1 training images, all of one kind by L0, L1" in check_labels(test, fractions=[0.5])[1]
+    notes = check_labels(made_up("100 010 001 100 010 001 100 010", "tttvvvee", "multiclass"))
+    assert notes == [line.replace("L1", "L2")]
