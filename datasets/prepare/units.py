@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets.files_by_id import FoundFiles
-from datasets.raw.mimic_cxr import why_none
 from datasets.raw.readings import Exclusion, digest_of
 
 Stamp = tuple[int, int, int]
@@ -55,9 +54,13 @@ def origin_of(*parts: object) -> str:
 
 def no_image(name: str, image_id: str, found: FoundFiles, root: Path) -> Exclusion:
     """Why `name` is left out, whose image was not found below `root`, or found more than once."""
-    several = image_id in found.ambiguous
-    reason = "several images" if several else "image missing"
-    return Exclusion(name, reason, why_none(root, image_id, found), is_fault=several)
+    if paths := found.ambiguous.get(image_id):
+        detail = (
+            f"{image_id}: {len(paths)} different files, none at the place that the data set names: {', '.join(paths)}; "
+            "leave one"
+        )
+        return Exclusion(name, "several images", detail, is_fault=True)
+    return Exclusion(name, "image missing", f"no {image_id}.jpg, .png or .dcm under {root}")
 
 
 @dataclass

@@ -54,13 +54,3 @@ def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterabl
     found = files.search(lambda stem: others.get(stem.casefold()), SUFFIXES) if others else FoundFiles()
     found.paths |= at_place
     return found
-
-
-def why_none(root: Path, image_id: str, found: FoundFiles) -> str:
-    """What to say of an image that was not found, or not taken."""
-    if paths := found.ambiguous.get(image_id):
-        return (
-            f"{image_id}: {len(paths)} different files, none at the place that the data set names: {', '.join(paths)}; "
-            "leave one"
-        )
-    return f"no {image_id}.jpg, .png or .dcm under {root}"

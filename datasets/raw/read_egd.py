@@ -14,14 +14,14 @@ import pandas as pd
 from datasets.raw.findings import LABELS
 from datasets.raw.mimic_cxr import ids_beginning, read_sizes
 from datasets.raw.readings import (
-    CHECKS,
+    Cell,
     Exclusion,
     Fixations,
     RawReadings,
     Reading,
     digest_of,
     find_root,
-    label_checks,
+    parse_labels,
     parse_rows,
     usable_fixations,
 )
@@ -29,11 +29,6 @@ from util.errors import UserError
 from util.tables import check_id, read_table, to_numbers
 
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
-_CHECKS = {
-    **dict.fromkeys(("dicom_id", "study_id", "patient_id"), check_id),
-    "path": CHECKS["text"],
-    **label_checks("egd"),
-}
 _IDS = ("DICOM_ID", "SESSION_ID")
 _NUMBERS = ("Time (in secs)", "X_ORIGINAL", "Y_ORIGINAL", "FPOGD")
 
@@ -78,7 +73,7 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None =
     sheet_path = (find_egd_root(raw) or raw) / "master_sheet.csv"
     path = sheet_path.with_name("fixations.csv")
     make = partial(_reading, sizes=read_sizes(metadata), source="egd", sigma=sigma, fixations_path=path)
-    sheet = parse_rows(sheet_path, _CHECKS, make, result)
+    sheet = parse_rows(sheet_path, ("dicom_id", "path", "study_id", "patient_id", *LABELS["egd"]), make, result)
     table = read_table(path, (*_IDS, *_NUMBERS))
     images = _image_ids(table["DICOM_ID"], sorted({*sheet} | {own.id for own in result.exclusions}), path, result)
     rows = pd.concat([images, table["SESSION_ID"], to_numbers(table, _NUMBERS)], axis=1)
@@ -112,11 +107,9 @@ def _image_ids(written: pd.Series, known: list[str], path: Path, result: RawRead
     return written.map({name: images[0] for name, images in fits.items() if len(images) == 1})
 
 
-def _reading(
-    cell: Callable[[str], Any], *, sizes: dict[str, tuple[int, int]], **common: Any
-) -> Callable[..., EgdReading]:
+def _reading(cell: Cell, *, sizes: dict[str, tuple[int, int]], **common: Any) -> Callable[..., EgdReading]:
     """What makes the readings of a row of the master sheet, given their `id` and `rows`."""
-    image_id = cell("dicom_id")
+    image_id = cell("dicom_id", check_id)
     if PurePosixPath(cell("path")).stem != image_id:
         raise UserError(f"column 'path': {cell('path')!r} is not the image of dicom_id {image_id!r}")
     if image_id not in sizes:
@@ -124,10 +117,10 @@ def _reading(
     return partial(
         EgdReading,
         image_id=image_id,
-        study_id=cell("study_id"),
-        subject_id=cell("patient_id"),
+        study_id=cell("study_id", check_id),
+        subject_id=cell("patient_id", check_id),
         image_path=cell("path"),
         image_size=sizes[image_id],
-        labels={label: cell(label) for label in LABELS["egd"]},
+        labels=parse_labels(cell, "egd"),
         **common,
     )

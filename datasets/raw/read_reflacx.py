@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pandas as pd
 
@@ -20,13 +18,13 @@ from datasets.fixations import (
 )
 from datasets.raw.findings import COMMON_FINDING, LABELS
 from datasets.raw.readings import (
-    CHECKS,
+    Cell,
     Exclusion,
     Fixations,
     RawReadings,
     Reading,
     find_root,
-    label_checks,
+    parse_labels,
     parse_rows,
     usable_fixations,
 )
@@ -35,12 +33,7 @@ from util.tables import check_id, check_truth, check_whole, numeric_columns, rea
 
 PHASES = (1, 2, 3)
 _DISCARDED = "eye_tracking_data_discarded"
-_CHECKS = {
-    **dict.fromkeys(("id", "dicom_id", "subject_id", "split"), check_id),
-    **dict.fromkeys(("image_size_x", "image_size_y"), partial(check_whole, allowed=range(1, 100_000))),
-    "image": CHECKS["text"],
-    _DISCARDED: check_truth,
-}
+_COLUMNS = ("id", "dicom_id", "subject_id", "split", "image", _DISCARDED, "image_size_x", "image_size_y")
 
 find_reflacx_root = partial(find_root, pattern="main_data/metadata_phase_1.csv")
 
@@ -86,7 +79,7 @@ def read_reflacx(raw: Path) -> RawReadings:
     for phase in PHASES:
         path = (find_reflacx_root(raw) or raw) / "main_data" / f"metadata_phase_{phase}.csv"
         make = partial(_reading, phase, path.parent)
-        for name, reading in parse_rows(path, _CHECKS | label_checks(phase), make, result).items():
+        for name, reading in parse_rows(path, (*_COLUMNS, *LABELS[phase]), make, result).items():
             if reading is None:
                 result.exclusions.append(Exclusion(name, "eye tracking discarded"))
             else:
@@ -96,10 +89,10 @@ def read_reflacx(raw: Path) -> RawReadings:
     return result
 
 
-def _reading(phase: int, main_data: Path, cell: Callable[[str], Any]) -> ReflacxReading | None:
+def _reading(phase: int, main_data: Path, cell: Cell) -> ReflacxReading | None:
     """The reading of one row of the metadata, None if its eye tracking was discarded."""
-    name, image_id = cell("id"), cell("dicom_id")
-    if cell(_DISCARDED):
+    name, image_id = cell("id", check_id), cell("dicom_id", check_id)
+    if cell(_DISCARDED, check_truth):
         return None
     image = PurePosixPath(cell("image"))
     study = image.parent.name
@@ -107,15 +100,16 @@ def _reading(phase: int, main_data: Path, cell: Callable[[str], Any]) -> Reflacx
         raise UserError(
             f"column 'image': {str(image)!r} is not the image of dicom_id {image_id!r}, s<study>/<dicom_id>.dcm"
         )
+    side = partial(check_whole, allowed=range(1, 100_000))
     return ReflacxReading(
         id=name,
         study_id=check_id(study[1:], "column 'image':"),
-        subject_id=cell("subject_id"),
+        subject_id=cell("subject_id", check_id),
         image_id=image_id,
         image_path=cell("image"),
-        image_size=(cell("image_size_y"), cell("image_size_x")),
-        labels={label: cell(label) for label in LABELS[phase]},
-        split=cell("split"),
+        image_size=(cell("image_size_y", side), cell("image_size_x", side)),
+        labels=parse_labels(cell, phase),
+        split=cell("split", check_id),
         phase=phase,
         source="reflacx",
         fixations_path=main_data / name / "fixations.csv",

@@ -23,6 +23,7 @@ from util.errors import UserError
 from util.tables import check_truth, check_whole, read_table
 
 Check = Callable[[str, str], Any]  # of a cell and what a message calls it, as those of `util.tables`
+Cell = Callable[..., Any]  # see `parse_rows`
 # In the root of a raw data set whose gaze is made up; see `is_simulated`.
 SIMULATED_FILE = "SIMULATED_GAZE.txt"
 CHECKS: Mapping[str, Check] = {
@@ -214,24 +215,22 @@ class RawReadings:
         return chosen
 
 
-def label_checks(asked: int | str) -> dict[str, Check]:
-    """What reads the labels that `datasets.raw.findings.LABELS` has for a phase or data set."""
-    return {label: CHECKS[kind] for label, kind in LABELS[asked].items()}
+def parse_labels(cell: Cell, asked: int | str) -> dict[str, int | bool | str]:
+    """The labels that `datasets.raw.findings.LABELS` has for a phase or data set."""
+    return {label: cell(label, CHECKS[kind]) for label, kind in LABELS[asked].items()}
 
 
-def parse_rows(
-    path: Path, checks: Mapping[str, Check], make: Callable[[Callable[[str], Any]], Any], result: RawReadings
-) -> dict[str, Any]:
-    """What `make` makes of each row of a table, by its id, which is the first of the columns that `checks` read.
+def parse_rows(path: Path, required: Sequence[str], make: Callable[[Cell], Any], result: RawReadings) -> dict[str, Any]:
+    """What `make` makes of each row of a table with the `required` columns, by its id, the first of them.
 
-    `make` is given a function from a column to the row's value of it. Rows with a cell that it refuses, and ids given
-    twice, are exclusions of `result`.
+    `make` is given a function from a column, and a `Check`, to the row's value. Rows with a cell that is refused, and
+    ids given twice, are exclusions of `result`.
     """
-    table, parsed, id_column = read_table(path, checks), {}, next(iter(checks))
+    table, parsed, id_column = read_table(path, required), {}, required[0]
     for line, row in zip(table.index, table.to_dict("records")):
 
-        def cell(column: str, row: Mapping[str, str] = row) -> Any:
-            return checks[column](row[column], f"column {column!r}:")
+        def cell(column: str, check: Check = CHECKS["text"], row: Mapping[str, str] = row) -> Any:
+            return check(row[column], f"column {column!r}:")
 
         try:
             if row[id_column] in parsed:

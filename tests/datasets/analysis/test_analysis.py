@@ -30,11 +30,6 @@ import analyze_gaze
 SMALL = (128, 105)
 
 
-def ratio_row(analysis):
-    """Of all abnormalities in the whole image."""
-    return analysis.tables["ratio_by_finding"].iloc[0]
-
-
 def copy_of(study, tmp_path):
     """A raw directory that a test may change."""
     return Path(shutil.copytree(study.raw, tmp_path / "raw"))
@@ -56,13 +51,9 @@ def test_ellipse_mask_is_the_ellipse_at_pixel_centres(seed):
 @pytest.mark.parametrize("planted", [1.5, 9.0])
 def test_recovers_the_planted_ratio(tmp_path, planted):
     study = make_study(tmp_path, 10, seed=1, size=SMALL, dwell_ratio=planted)
-    row = ratio_row(analyze(study.raw))
+    row = analyze(study.raw).tables["ratio_by_finding"].iloc[0]
     assert row["mean"] == pytest.approx(planted, rel=0.01)
     assert row["low"] <= row["mean"] <= row["high"] and row["high"] - row["low"] < 0.02 * planted
-    lesions = [image for image in study.truth if image.lesions]
-    discarded = bool(study.truth[0].lesions)
-    assert row["readings"] == sum(len(image.reading_ids) for image in lesions) - discarded
-    assert row["subjects"] == len({image.subject_id for image in lesions})
 
 
 def test_tables_equal_a_plain_computation(study):
@@ -92,7 +83,7 @@ def test_tables_equal_a_plain_computation(study):
     assert own["subject"].nunique() < len(own) and rows["finding"].nunique() > 4  # intervals are over subjects
     for within, table in tables["ratio_by_finding"].groupby("within"):
         expected = rows.groupby("finding")[within].agg(["count", "mean", "median"])
-        assert len(table) == len(expected)
+        assert len(table) == len(expected) and table["subjects"].iloc[0] == own["subject"].nunique()
         found = table.set_index("finding")[["readings", "mean", "median"]]
         np.testing.assert_allclose(found, expected.loc[found.index])
         means = bootstrap_means(own[[within]].to_numpy(), own["subject"], draws=2000, seed=0)
