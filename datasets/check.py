@@ -94,9 +94,11 @@ def check_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> l
     for role in range(tree.n_planes):
         try:
             if (plane := cached_plane(tree, role, cache_dir, build=False)) is not None:
-                for _ in in_threads(plane.__getitem__, range(len(plane))):
+                for _ in in_threads(plane.__getitem__, range(len(plane.rows))):
                     pass
-                found.append(Problem("note", f"{plane.path}: {len(plane)} cached pictures, all as they were written"))
+                found.append(
+                    Problem("note", f"{plane.path}: {len(plane.rows)} cached pictures, all as they were written")
+                )
         except UserError as error:
             found.append(Problem("error", str(error)))
     return found

@@ -77,9 +77,6 @@ class Plane:
     def __reduce__(self):
         return Plane, (self.path, self.rows)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __getitem__(self, index: int) -> np.ndarray:
         offset, height, width, *_, checksum = self.table[index].tolist()
         pixels = self._pixels[offset : offset + height * width]

@@ -80,6 +80,7 @@ class GazeTree(Dataset):
 
     def __post_init__(self):
         self.root = Path(self.root)
+        self.n_planes = 3 if self.preload else 2  # of an entry's files, in the order of EntryFiles
         self.first_index = 0  # of this tree among several, see ConcatTrees
         self.cache: list[Plane] | None = None  # of gray, attention and, with `preload`, foreground
         self.entries = read_index(self.root / self.index_file)
@@ -148,11 +149,6 @@ class GazeTree(Dataset):
                 with contextlib.suppress(OSError):  # reading the sample reports it
                     sizes.append(os.path.getsize(file))
         return json.dumps(sizes).encode()
-
-    @property
-    def n_planes(self) -> int:
-        """How many of an entry's files a sample is made from, in the order of `EntryFiles`."""
-        return 3 if self.preload else 2
 
     def __len__(self) -> int:
         return len(self.entries)

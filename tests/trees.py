@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from util.images import write_gray
 from util.masking import otsu_foreground
@@ -19,18 +20,15 @@ SIZES = [(130, 100), (90, 120), (64, 64), (200, 150), (40, 50), (33, 77)]  # (he
 
 def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A picture with soft structure, 0..255."""
-    y, x = np.mgrid[:height, :width]
-    waves = sum(np.sin(x * a + b) * np.cos(y * c + d) for a, b, c, d in rng.uniform(0.02, 0.15, (5, 4)))
-    waves = (waves - waves.min()) / np.ptp(waves)
-    return np.round(waves * 255).astype(np.uint8)
+    waves = Image.fromarray(rng.random((9, 9), np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.round((waves - np.min(waves)) / np.ptp(waves) * 255).astype(np.uint8)
 
 
 def heatmap(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Three bumps, 0..255."""
-    y, x = np.mgrid[:height, :width]
-    centres = rng.uniform(0.2, 0.8, (3, 2)) * (height, width)
-    total = sum(np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * (height / 9) ** 2)) for cy, cx in centres)
-    return np.round(total / total.max() * 255).astype(np.uint8)
+    """A bump, 0..255."""
+    y, x = np.mgrid[:height, :width] - rng.uniform(0.3, 0.7, (2, 1, 1)) * [[[height]], [[width]]]
+    bump = np.exp(-(y**2 + x**2) / (height / 5) ** 2)
+    return np.round(bump / bump.max() * 255).astype(np.uint8)
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -55,33 +53,31 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
+def save_entry(root: Path, rng: np.random.Generator, size: tuple[int, int], image: str, maps: str) -> None:
+    """An image, its attention and its foreground (Otsu's, 0/255)."""
+    gaze = heatmap(rng, *size)
+    save(root / image, smooth(rng, *size))
+    save(root / "attention" / maps, gaze)
+    save(root / "foreground" / maps, otsu_foreground(torch.from_numpy(gaze)[None])[0].numpy() * np.uint8(255))
+
+
 def make_reflacx(root: Path, sizes=SIZES) -> Path:
-    rng = np.random.default_rng(1)
-    entries = []
+    rng, entries = np.random.default_rng(1), []
     for i, size in enumerate(sizes):
         image = f"files/p10/p1000{i}/s{i}/image{i}.{'png' if i % 2 else 'jpg'}"
         entry = {"image_path": image, "study_id": 50000 + i, "reflacx_id": f"P300R{i:06d}", "split": "train"}
-        gaze = heatmap(rng, *size)
-        name = f"{entry['study_id']}/{entry['reflacx_id']}.png"
-        save(root / image, smooth(rng, *size))
-        save(root / "attention" / name, gaze)
-        binary = otsu_foreground(torch.from_numpy(gaze)[None])[0].numpy()
-        save(root / "foreground" / name, binary * np.uint8(255))
+        save_entry(root, rng, size, image, f"{entry['study_id']}/{entry['reflacx_id']}.png")
         entries.append(entry)
     (root / "reflacx.json").write_text(json.dumps(entries))
     return root
 
 
 def make_mimic(root: Path, prefix: str = "files/", mirror_prefix: str = "files/", sizes=SIZES[:3]) -> Path:
-    rng = np.random.default_rng(2)
-    entries = []
+    rng, entries = np.random.default_rng(2), []
     for i, size in enumerate(sizes):
         inner = f"p11/p1100{i}/s{i}/image{i}"
+        save_entry(root, rng, size, f"files/{inner}.jpg", f"{mirror_prefix}{inner}.png")
         entries.append({"image_path": f"{prefix}{inner}.jpg", "study_id": i, "subject_id": i})
-        gaze = heatmap(rng, *size)
-        save(root / f"files/{inner}.jpg", smooth(rng, *size))
-        save(root / f"attention/{mirror_prefix}{inner}.png", gaze)
-        save(root / f"foreground/{mirror_prefix}{inner}.png", (gaze > 100) * np.uint8(255))
     (root / "mimic-cxr-jpg-cleanv4.json").write_text(json.dumps(entries))
     return root
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -41,39 +39,27 @@ def plain_crop(plane: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -
     return np.clip(out[:, ::-1] if flip else out, 0, 255)
 
 
-def noise_planes(n: int, height: int, width: int, seed: int = 0) -> list[np.ndarray]:
-    """Noise, soft enough that neither pass of the resizing has to clamp."""
-    rng = np.random.default_rng(seed)
-    return [rng.integers(64, 192, (height, width), dtype=np.uint8) for _ in range(n)]
-
-
-@pytest.mark.parametrize("n_planes", [1, 2, 3])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(
     "shape, box, size",
     [
         ((90, 70), Box(3, 5, 64, 61), (32, 32)),  # down
-        ((40, 40), Box(10, 0, 20, 13), (32, 32)),  # up
+        ((40, 40), Box(10, 0, 20, 33), (32, 32)),  # up
         ((200, 50), Box(0, 0, 200, 50), (32, 64)),  # down and up, all of it
         ((32, 32), Box(0, 0, 32, 32), (32, 32)),  # as it is
     ],
 )
-def test_crop_equals_plain_code_within_one_level(n_planes, flip, shape, box, size):
-    planes = noise_planes(n_planes, *shape)
-    got = crop_resize_flip(planes, box, size, flip)
-    assert got.dtype == torch.uint8 and got.shape == (n_planes, *size) and got.is_contiguous()
-    for plane, result in zip(planes, got):
-        assert np.abs(result.numpy() - plain_crop(plane, box, size, flip).round()).max() <= 1.0
-
-
-def test_overshoot_is_clamped():
-    """Bicubic rings beside an edge; 8-bit numbers must not wrap around there."""
-    edge = np.zeros((60, 60), np.uint8)
-    edge[:, 31:] = 255
-    got = crop_resize_flip([edge], Box(0, 0, 60, 60), (32, 32))[0].numpy()
-    plain = bicubic_matrix(60, 32) @ edge.astype(np.float64) @ bicubic_matrix(60, 32).T
-    assert plain.min() < -5 and plain.max() > 260
-    assert np.abs(got - plain.clip(0, 255).round()).max() <= 1
+def test_crop_equals_plain_code_within_one_level(flip, shape, box, size):
+    """Of one to three planes; beside an edge the kernel rings, and 8-bit numbers must not wrap around."""
+    # Noise soft enough that neither pass of the resizing has to clamp.
+    noise = np.random.default_rng(0).integers(64, 192, (2, *shape), dtype=np.uint8)
+    edge = np.zeros(shape, np.uint8)
+    edge[:, 21:] = 255
+    for planes in ([edge], [edge, noise[0]], [edge, *noise]):
+        got = crop_resize_flip(planes, box, size, flip)
+        assert got.dtype == torch.uint8 and got.shape == (len(planes), *size) and got.is_contiguous()
+        for plane, result in zip(planes, got):
+            assert np.abs(result.numpy() - plain_crop(plane, box, size, flip).round()).max() <= 1.0
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,10 +86,6 @@ def test_box_distribution_is_that_of_random_resized_crop():
         lambda b: b[:, 1] / np.maximum(width - b[:, 3], 1),
     ):
         assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
-    areas = ours[:, 2] * ours[:, 3] / (height * width)
-    aspects = ours[:, 3] / ours[:, 2]
-    assert 0.199 < areas.min() < 0.22 and 0.95 < areas.max() <= 1
-    assert aspects.min() > 0.745 and aspects.max() < 1.345
 
 
 @pytest.mark.parametrize("size, box", [((10, 1000), Box(0, 493, 10, 13)), ((1000, 9), Box(494, 0, 12, 9))])
@@ -111,20 +93,9 @@ def test_fallback_is_the_largest_centred_box(size, box):
     assert random_crop_box(np.random.default_rng(0), *size, 1.0) == box
 
 
-def test_sample_rng_depends_on_all_three_and_nothing_else():
-    def first(*key):
-        return sample_rng(*key).random()
-
-    assert first(1, 2, 3) == first(1, 2, 3)
-    assert len({first(1, 2, 3), first(2, 2, 3), first(1, 3, 3), first(1, 2, 4), first(2, 1, 3)}) == 5
-
-
-@pytest.mark.parametrize(
-    "size, grid",
-    [((3056, 2544), (615, 512)), ((2544, 3056), (512, 615)), ((400, 300), (400, 300)), ((512, 700), (512, 700))],
-)
+@pytest.mark.parametrize("size, grid", [((3056, 2544), (615, 512)), ((400, 300), (400, 300)), ((512, 700), (512, 700))])
 def test_grid_size_scales_down_only(size, grid):
-    assert grid_size(*size, 512) == grid
+    assert grid_size(*size, 512) == grid and grid_size(*size[::-1], 512) == grid[::-1]
 
 
 @settings(max_examples=100, deadline=None)
@@ -134,9 +105,8 @@ def test_scaled_box_covers_the_same_part(data, height, width):
     box = random_crop_box(np.random.default_rng(data.draw(st.integers(0, 1000))), *grid, 0.2)
     native = scale_box(box, grid, (height, width))
     assert native.top + native.height <= height and native.left + native.width <= width
-    edges = [(b.top, b.top + b.height, b.left, b.left + b.width) for b in (box, native)]
-    for small, large, n, full in zip(*edges, (grid[0], grid[0], grid[1], grid[1]), (height, height, width, width)):
-        assert math.isclose(small / n, large / full, abs_tol=0.5001 / full)
+    edges, native_edges = (np.array([[b.top, b.left], [b.top + b.height, b.left + b.width]]) for b in (box, native))
+    assert (np.abs(edges / grid * (height, width) - native_edges) < 0.5001).all()
 
 
 def test_centre_box():
@@ -148,12 +118,10 @@ def test_foreground_keeps_area_and_scale():
     """Half of full scale keeps a disc's area to 2%, at any offset; 0/1 and 0/255 files are alike."""
     y, x = np.mgrid[:600, :600]
     for offset in (0.0, 1.7, 3.3):
-        disc = ((y - 300 - offset) ** 2 + (x - 310) ** 2 < 150**2).astype(np.uint8)
+        disc = (np.hypot(y - 300 - offset, x - 310) < 150).astype(np.uint8)
         full = full_scale_foreground(disc)
-        assert set(np.unique(full)) == {0, 255}
-        np.testing.assert_array_equal(full, full_scale_foreground(disc * np.uint8(255)))
-        small = binary_foreground(crop_resize_flip([full], Box(0, 0, 600, 600), (64, 64)))[0]
-        assert small.dtype == torch.uint8 and set(small.unique().tolist()) == {0, 1}
-        area = small.sum().item() * (600 / 64) ** 2
-        assert abs(area / disc.sum() - 1) < 0.02
-    assert full_scale_foreground(np.zeros((3, 3), np.uint8)).max() == 0
+        for other in (disc * np.uint8(255), full_scale_foreground(full)):
+            np.testing.assert_array_equal(full, other)
+        small = binary_foreground(crop_resize_flip([full], Box(0, 0, 600, 600), (64, 64)))
+        assert small.unique().tolist() == [0, 1]
+        assert abs(small.sum().item() * (600 / 64) ** 2 / disc.sum() - 1) < 0.02
