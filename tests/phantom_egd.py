@@ -54,7 +54,7 @@ def make_egd(
         image.reading_ids.append(name)
     files = {name: pd.DataFrame(rows, columns=COLUMNS[name].split(",")) for name, rows in tables.items()}
     write_csv(files["master"], study.raw / "master_sheet.csv")
-    write_csv(files["fixations"].drop(columns=[] if with_duration else "FPOGD"), study.raw / "fixations.csv")
+    write_csv(files["fixations"], study.raw / "fixations.csv")
     write_csv(files["metadata"], study.images / "mimic-cxr-2.0.0-metadata.csv")
     study.mark_simulated()
     return study
