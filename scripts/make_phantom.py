@@ -24,7 +24,6 @@ ONLY_FOR = {
     "shared_images": ("reflacx",),
     "readers": ("reflacx",),
     "dwell_ratio": ("reflacx",),
-    "real_radiograph": ("reflacx",),
 }
 
 
@@ -48,8 +47,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--normal_fraction", type=finite_float, default=0.2, help="share of images without a lesion")
     add("--dwell_ratio", type=finite_float,
         help="gaze density inside abnormal ellipses over that outside; 6 if not given")
-    add("--real_radiograph", action="store_true", default=None,
-        help="add the one real film that pip's pydicom-data brings, with a simulated reading")
     # fmt: on
     return parser
 

@@ -3,18 +3,16 @@ things out. Nobody ever looked at these images."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from datasets.phantom.chest import CHEST, Lesion, pixel_box, pixels_per_unit
+from datasets.phantom.chest import CHEST, pixel_box
 from datasets.phantom.gaze import simulate_fixations
 from datasets.phantom.study import PhantomImage, PhantomStudy, draw_chests, fixed_number, write_csv, write_image
 from datasets.raw.findings import LABELS
-from util.errors import UserError
 
 _COMMON = {
     "consolidation": "Consolidation",
@@ -30,9 +28,6 @@ LABEL_OF_KIND = {
 }
 METADATA = "id split eye_tracking_data_discarded image dicom_id subject_id image_size_x image_size_y".split()
 BOX = ["xmin", "ymin", "xmax", "ymax"]
-# Round opacities that anyone sees in RG1_UNCR.dcm, as shares of its width and height: centre x, y and
-# semi-axes. Placed by eye by this program's authors, no radiologist.
-REAL_SPOTS = ((0.800, 0.440, 0.049, 0.050), (0.790, 0.600, 0.061, 0.049), (0.262, 0.592, 0.066, 0.054))
 
 
 def make_study(
@@ -44,7 +39,6 @@ def make_study(
     shared_images: int | None = None,
     readers: int = 3,
     dwell_ratio: float = 6.0,
-    real_radiograph: bool = False,
     **options,
 ) -> PhantomStudy:
     """Write a study in the raw REFLACX layout, `root`/reflacx, and its images, `root`/mimic/files.
@@ -56,16 +50,14 @@ def make_study(
 
     `size` and the further `options` are those of `datasets.phantom.study.draw_chests`; every second DICOM is MONOCHROME1.
 
-    `dwell_ratio`: see `datasets.phantom.gaze`. With `real_radiograph` there is one more image, `add_real_radiograph`.
+    `dwell_ratio`: see `datasets.phantom.gaze`.
 
     Raises:
         ValueError: a dwell_ratio that no gaze can have on lesions of that size.
-        UserError: see `add_real_radiograph`.
     """
     shared = n_images // 4 if shared_images is None else shared_images
     study = PhantomStudy(Path(root, "reflacx"), Path(root, "mimic"), seed)
     rows: dict[int, dict[str, dict]] = {1: {}, 2: {}, 3: {}}  # of a phase, by their reading
-    real = add_real_radiograph(study, dwell_ratio) if real_radiograph else None
     for image, gray, _ in draw_chests(study, n_images, size, 0, **options):
         index = image.index
         write_image(image, gray, inverted=index % 4 == 3)
@@ -78,8 +70,6 @@ def make_study(
             row = write_reading(study, image, reading_id, phase, rng, dwell_ratio)
             row["eye_tracking_data_discarded"] = index == 0 and shared > 0 and reader == readers - 1
             rows[phase][reading_id] = row
-    if real:
-        rows[3][real["id"]] = real
     for phase, found in rows.items():
         table = pd.DataFrame(
             found.values(), columns=[*METADATA, *_labels(phase), *(LABELS[phase].keys() - _labels(phase))]
@@ -87,31 +77,6 @@ def make_study(
         write_csv(table, study.raw / "main_data" / f"metadata_phase_{phase}.csv")
     study.mark_simulated()
     return study
-
-
-def add_real_radiograph(study: PhantomStudy, dwell_ratio: float) -> dict:
-    """Add one real chest film with a simulated reading that says so; returns its row of the metadata.
-
-    The film is RG1_UNCR.dcm (CR, PA, MONOCHROME1) of the PyPI package pydicom-data, copied from where
-    pip installed it; nothing is downloaded. The reading dwells on three round opacities of the film.
-    Raises `UserError` if the package is not installed.
-    """
-    from pydicom.data import get_testdata_file
-
-    source = get_testdata_file("RG1_UNCR.dcm", download=False)
-    if source is None:
-        raise UserError("RG1_UNCR.dcm is not here: install the package that ships it, `pip install pydicom-data`")
-    height, width = size = (1955, 1841)
-    spots = (np.array(REAL_SPOTS) - (0.5, 0.5, 0, 0)) * (width, height, width, height) / pixels_per_unit(size)
-    lesions = [Lesion("mass", spot) for spot in spots.tolist()]
-    path = study.images / "files/p10/p10999999/s59999999/RG1_UNCR-pydicom-data.dcm"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, path)
-    image = PhantomImage(-1, path.stem, "10999999", "59999999", "train", path, size, lesions)
-    study.truth.append(image)
-    rng = np.random.default_rng([study.seed, 1_000_003])
-    row = write_reading(study, image, "P399R999999", 3, rng, dwell_ratio)
-    return row | {"Other": "real radiograph (RG1_UNCR.dcm of pydicom-data) with a simulated reading"}
 
 
 def _labels(phase: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 import make_phantom
 import numpy as np
-import pydicom
 import pytest
 from read_labelled import read_dataset
 from trees import contents
@@ -10,11 +9,9 @@ from trees import contents
 from datasets.phantom.chest import LESION_KINDS, Lesion, draw_lesion, pixel_box, render_chest
 from datasets.phantom.labelled import make_nih, make_rsna
 from datasets.phantom.reflacx import make_study
-from datasets.raw.read_reflacx import read_reflacx
 from downstream.data.images import Reading
 from downstream.data.labelled import TEST, TRAIN, VALID
 from util.errors import UserError
-from util.radiograph import read_radiograph
 
 SMALL = (128, 105)
 
@@ -55,31 +52,6 @@ def test_no_reading_id_is_drawn_twice(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.phantom.reflacx.fixed_number", lambda *key: 999_999)
     study = make_study(tmp_path, 3, size=(16, 16), shared_images=0, normal_fraction=1)
     assert [image.reading_ids[0] for image in study.truth] == ["P300R999999", "P300R000000", "P300R000001"]
-
-
-def test_real_radiograph(tmp_path):
-    make_study(tmp_path / "without", 2, size=SMALL, shared_images=0)
-    study = make_study(tmp_path / "with", 2, size=SMALL, shared_images=0, real_radiograph=True)
-    with_it, without = contents(tmp_path / "with"), contents(tmp_path / "without")
-    assert {name for name, data in without.items() if with_it[name] != data} == {
-        "reflacx/main_data/metadata_phase_3.csv"
-    }
-    image = study.truth[0]
-    with open(pydicom.data.get_testdata_file("RG1_UNCR.dcm"), "rb") as file:
-        assert image.path.read_bytes() == file.read()
-    (reading,) = (r for r in read_reflacx(study.raw).readings if r.image_id == image.dicom_id)
-    assert reading.image_size == (1955, 1841) and "simulated" in reading.labels["Other"]
-    # The spots it dwells on are opacities: brighter than the lung beside them, where the gaze is not.
-    gray = read_radiograph(image.path, "window")
-    inside = [gray[int(b[1]) : int(b[3]), int(b[0]) : int(b[2])].mean() for b in image.boxes]
-    assert min(inside) > gray[430:600, 400:560].mean() + 10
-
-
-def test_real_radiograph_without_its_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(pydicom.data, "get_testdata_file", lambda name, download: None)
-    with pytest.raises(UserError, match="pip install pydicom-data"):
-        make_study(tmp_path, 1, size=SMALL, real_radiograph=True)
-    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name, make", [("rsna", make_rsna), ("nih", make_nih)])
