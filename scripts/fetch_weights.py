@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("--model", default="base",
         help=f"a size of ViT ({', '.join(VITS)}), or timm's name of a model, with or without tag, such as resnet50")
-    parser.add_argument("--file", help="weights downloaded by hand, instead of asking the Hugging Face hub")
+    parser.add_argument("--file", help="model.safetensors of that model's page, where the Hugging Face hub can't be reached from here")
     parser.add_argument("--out", help="file to write (default: where the programs look for it in preTrain/)")
     # fmt: on
     return parser
@@ -44,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    model, file = args.model, args.file
+    model = args.model
     name = VITS.get(model, model)
     name += f".{TAG}" if name in VITS.values() else ""
     config = get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
@@ -56,14 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     name = f"{config.architecture}.{config.tag}"
     out = Path(args.out or stored_weights(config.architecture))
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{config.hf_hub_id}"
-    try:
-        file = file or local_file(f"{page}/resolve/main/model.safetensors")
-    except UserError as error:
-        raise UserError(
-            f"{error}; or download model.safetensors from {page} elsewhere, copy it here and run "
-            f"`python scripts/fetch_weights.py --model {model} --file model.safetensors --out {out}`"
-        ) from None
-    state, info = read_state_dict(file)
+    state, info = read_state_dict(args.file or local_file(f"{page}/resolve/main/model.safetensors"))
     network, _, _ = load_timm(name, state, info.path)
     metadata = {"timm_model": name}
     if heads := attention_heads_of(network):

@@ -89,12 +89,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_indices(args: argparse.Namespace, n: int, what: str) -> Sequence[int]:
+def chosen_indices(args: argparse.Namespace, n: int) -> Sequence[int]:
     """What --index names among `n`, or the first few. Raises UserError."""
     chosen = args.index or range(min(64 if args.sheet else 4, n))
-    for index in chosen:
-        if not 0 <= index < n:
-            raise UserError(f"--index {index}: {what} 0 to {n - 1}")
+    if not 0 <= min(chosen) <= max(chosen) < n:
+        raise UserError(f"--index {' '.join(map(str, chosen))}: there are images 0 to {n - 1}")
     return chosen
 
 
@@ -119,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         if model.masking == "attention" and not (args.heatmap or args.fixations):
             print("no --heatmap or --fixations: no patch is significant, the mask is random")
     else:
-        if not (path := args.data_path or options.get("data_path")):
+        path = args.data_path or options.get("data_path")
+        if not path:
             raise UserError("--data_path is needed: the checkpoint does not say where its data were")
         dataset = training_dataset(options, path, model.img_size, augment=replay)
         if replay:
@@ -127,17 +127,16 @@ def main(argv: list[str] | None = None) -> int:
             place = {"epoch": args.epoch, "step": args.step, "rank": args.rank}
             world_size = info.entries.get("world_size", 1)
             shown = training_batch(model, dataset, options, **place, world_size=world_size)
-            shown = take(shown, chosen_indices(args, len(shown.names), "the batch has images"))
+            shown = take(shown, chosen_indices(args, len(shown.names)))
         else:
-            indices = chosen_indices(args, len(dataset), "the data set has samples")
+            indices = chosen_indices(args, len(dataset))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
         if not args.sheet:
             chosen = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))
             means = mean_targets(model, (default_collate([dataset[(args.epoch or 0, index)]]) for index in chosen))
 
     found = reconstruct(model, shown.batch, shown.mask, means)
-    data = args.image or args.data_path or info.args.get("data_path")
-    data = data if isinstance(data, str) else " ".join(data)
+    data = args.image or (path if isinstance(path, str) else " ".join(path))
     where = f"training step {args.step} of epoch {args.epoch}" if replay else "whole images"
     title = f"{args.checkpoint}, {data}, {where}"
     save_figure(reconstruction_figure(found, shown.names, title, args.sheet), out)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 import safetensors.torch
 import timm
@@ -60,7 +56,7 @@ def test_every_tag_exists_in_the_installed_timm():
         (["--model", "tiny", "--file", "{other}"], "not the weights of timm's vit_tiny"),
         (["--model", "tiny", "--file", "none.pth"], "none.pth: no such"),
         (["--model", "resnet51"], "--model resnet51: timm has no"),
-        (["--model", "large"], r"can't be downloaded.*127.0.0.1:9/timm/vit_large.*--file"),
+        (["--model", "large"], "127.0.0.1:9/timm/vit_large.*can't be downloaded"),
     ],
 )
 def test_what_can_not_work_is_one_line_and_writes_nothing(downloaded, tmp_path, monkeypatch, words, told):
@@ -71,21 +67,3 @@ def test_what_can_not_work_is_one_line_and_writes_nothing(downloaded, tmp_path, 
     with pytest.raises(UserError, match=told) as caught:
         main([*words, "--out", str(tmp_path / "w.pth")])
     assert "\n" not in str(caught.value) and not (tmp_path / "w.pth").exists()
-
-
-def test_weights_are_downloaded_from_the_hub(downloaded, tmp_path, monkeypatch):
-    """As far as a mirror of it on 127.0.0.1 stands for it."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    page = tmp_path / f"timm/vit_tiny_patch16_224.{TAG}/resolve/main"
-    page.mkdir(parents=True)
-    source = downloaded["vit_tiny_patch16_224"]
-    (page / "model.safetensors").write_bytes(source.read_bytes())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    main(["--model", "tiny", "--out", str(tmp_path / "w.pth")])
-    server.shutdown()
-    server.server_close()
-    state, _ = read_state_dict(tmp_path / "w.pth")
-    assert all(torch.equal(state[name], tensor) for name, tensor in safetensors.torch.load_file(source).items())

@@ -76,25 +76,19 @@ def test_glyph_lies_along_the_edge_of_a_real_image(model, degrees):
     assert drawn[31 + down, 31 + right] > 3 * drawn[31 + right, 31 - down]
 
 
-def test_mask_picture_colours_exactly_the_masked_patches():
-    gray = np.random.default_rng(0).random((32, 32))
-    masked = np.array([[True, False], [True, False]])
-    significant = np.array([[True, True], [False, False]])
+def test_pictures_of_mask_and_prediction():
+    """The masked patches alone are coloured; a visible cell is hatched, whatever was predicted there."""
+    gray = np.full((32, 32), 0.5)
+    masked, significant = np.array([[True, False], [True, False]]), np.array([[True, True], [False, False]])
     picture = mask_picture(gray, significant, masked)
-    assert np.array_equal(picture[:, 16:], np.repeat(gray[:, 16:, None], 3, 2))
-    assert (picture[:16, :16, 0] > picture[:16, :16, 2]).all()  # orange
-    assert (picture[16:, :16, 0] < picture[16:, :16, 2]).all()  # blue
-
-
-def test_prediction_picture_shows_the_prediction_where_masked():
-    prediction = np.zeros((2, 2, 9))
-    prediction[..., 4] = 1
-    predicted = np.array([[True, False], [False, False]])
-    picture = prediction_picture(prediction, predicted, pixels=40)
-    assert np.array_equal(picture[:20, :20], hog_glyphs(prediction[:1, :1], 20)[..., None].repeat(3, 2))
-    # A visible cell is hatched, whatever was predicted there, and never shows a glyph.
-    changed = prediction_picture(np.where(predicted[..., None], prediction, 0.5), predicted, pixels=40)
-    assert np.array_equal(picture, changed) and picture[20:, 20:].max() < 0.5
+    assert (picture[:, 16:] == 0.5).all()
+    orange, blue = picture[:16, :16], picture[16:, :16]
+    assert (orange[..., 0] > orange[..., 2]).all() and (blue[..., 0] < blue[..., 2]).all()
+    prediction = np.eye(9)[np.full((2, 2), 4)]
+    picture = prediction_picture(prediction, masked, pixels=40)
+    assert np.array_equal(picture[:, :20], hog_glyphs(prediction[:, :1], 20)[..., None].repeat(3, 2))
+    changed = prediction_picture(np.where(masked[..., None], prediction, 0.5), masked, pixels=40)
+    assert np.array_equal(picture, changed) and picture[:, 20:].max() < 0.5
 
 
 def test_references_are_the_errors_of_the_mean_targets(model):
@@ -111,24 +105,18 @@ def test_references_are_the_errors_of_the_mean_targets(model):
 
 def test_error_of_patches_is_the_loss(model):
     """Averaged over masked patches, the error panel is the model's own unweighted loss (fine scales)."""
-    fine = CXRMIM(**SMALL | {"scale_list": (4.0, 1.0)})
-    batch = make_batch()
-    mask = torch.zeros(2, 16)
-    mask[:, ::3] = 1
+    fine, batch = CXRMIM(**SMALL | {"scale_list": (4.0, 1.0)}), make_batch()
+    mask = (torch.arange(16).repeat(2, 1) % 3 == 0).float()
     found = reconstruct(fine, batch, mask)
-    loss = fine(batch, mask=mask).item()
-    assert found.error[found.masked].mean() == pytest.approx(loss, rel=1e-5)
+    assert found.error[found.masked].mean() == pytest.approx(fine(batch, mask=mask).item(), rel=1e-5)
     assert fine.training
 
 
 def test_reconstruction_of_a_coarse_scale(model):
-    batch = make_batch()
-    mask = torch.zeros(2, 16)
-    mask[:, 0] = 1
+    batch, mask = make_batch(), torch.eye(16)[[0, 0]]
     found = reconstruct(model, batch, mask)
     assert found.predicted[1].tolist() == [[[True, False], [False, False]]] * 2
     assert found.predicted[0].sum() == 2 * 4
-    assert [target.shape for target in found.targets] == [(2, 8, 8, 9), (2, 2, 2, 9)]
     assert np.abs(found.gray * 255 - batch["img"][:, 0].numpy()).max() < 1e-3
     assert found.significant[0].sum() == 4 and found.significant[0, :2, :2].all()
 
