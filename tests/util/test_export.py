@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -149,17 +148,6 @@ def test_cxr_eval_client_loads_all_of_it(small, tmp_path, capsys):
 
     main([str(checkpoint), str(tmp_path / "plain.pth"), "--format", "cxr-eval"])
     assert "WARNING" in capsys.readouterr().out
-
-
-def test_published_names_and_namespace(small, tmp_path):
-    """A checkpoint with the published program's extra filters and its argparse.Namespace exports the same."""
-    model, checkpoint = small
-    state = model.state_dict() | {f"hog_enc.{k}.conv.weight": torch.zeros(2, 1, 3, 3) for k in range(2)}
-    args = argparse.Namespace(id_list=[0, 2], hog_bias=True, output_dir=None)
-    torch.save({"model": state, "args": args, "epoch": 399, "scaler": {}}, tmp_path / "published.pth")
-    ours, theirs = read_encoder(checkpoint), read_encoder(tmp_path / "published.pth", num_heads=1)
-    assert all(torch.equal(ours.state[name], theirs.state[name]) for name in ours.state)
-    assert theirs.block == 2
 
 
 @pytest.mark.parametrize(

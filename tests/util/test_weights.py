@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import zipfile
@@ -346,11 +345,3 @@ def test_build_model_refuses(vit, tmp_path):
     ]:
         with pytest.raises(UserError, match=f"c.pth[^\n]*{reason}"):
             build(content, **args)
-
-
-def test_config_rebuilds_the_model_and_holds_every_argument():
-    options = SMALL | {"id_list": [1, 0], "scale_list": [1, 4], "gaze_weighted": True}
-    config = CXRMIM(**options).config
-    assert set(config) == set(inspect.signature(CXRMIM.__init__).parameters) - {"self"}
-    assert config["scale_list"] == (1.0, 4.0) and config["gaze_weighted"] is True
-    assert CXRMIM(**config).config == config
