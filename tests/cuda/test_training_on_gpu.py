@@ -23,6 +23,7 @@ import run_pretrain
 from engine_pretrain import batch_losses
 from util import distributed
 from util.masking import MASKINGS, MaskRequest, draw_mask, mask_generator, otsu_foreground, significant_patches
+from util.precision import set_tf32
 from util.training import Training
 
 ROOT = Path(run_pretrain.__file__).parent
@@ -45,7 +46,8 @@ def training_on(device, flags="") -> Training:
     """As run_pretrain.py makes it, without data and files."""
     args = run_pretrain.get_args_parser().parse_args(f"{FLAGS} --device {device} {flags}".split())
     ranks = distributed.start(device)
-    run_pretrain.settle_options(args, ranks)
+    set_tf32(False)
+    torch.manual_seed(0)
     core = run_pretrain.build_model(args).to(ranks.device)
     losses = partial(batch_losses, args=args)
     return training_of(core, args, ranks, len(core.scale_list) + 1, losses)
