@@ -17,7 +17,6 @@ from downstream.data.images import Reading, Views, open_squares, reading_from_ar
 from downstream.data.labelled import TEST, LabelledImages, files_digest, study_digest
 from downstream.data.partition import Rows, folds_of, in_folds, partitions
 from downstream.encoders import Candidate
-from downstream.forward import FORWARD_BATCH
 from downstream.jobs import digest
 from downstream.results import PUBLISHED_IMAGES, Outcome
 from util.distributed import Ranks, on_main
@@ -25,6 +24,7 @@ from util.files import atomic_write
 from util.stop import StopSignals
 from util.subjects import overlap_note
 
+Runs = dict[int, str]  # the name of each seed's run
 Scores = Iterator[tuple[int, np.ndarray]]  # seeds, each with float32 [K, n, C] between 0 and 1
 
 
@@ -112,7 +112,8 @@ class Work:
     def loading(self) -> dict[str, object]:
         """Options of `all_outputs`."""
         device = self.ranks.device
-        size = self.args.encode_batch or FORWARD_BATCH[device.type]
+        # On a CPU larger batches leave its caches, and each of their tensors is memory that the system hands out anew.
+        size = self.args.encode_batch or (64 if device.type == "cuda" else 16)
         how = {"device": device, "dtype": self.dtype, "batch_size": size, "num_workers": self.args.num_workers}
         return how | {"signals": self.signals}
 
@@ -190,7 +191,7 @@ def judge(work: Work, method: Method) -> list[Outcome]:
     note = overlap_note(name, method.seen, images.subjects[next(iter(tested.values()))], images.study)
     if note:
         work.ranks.say(note)
-    same = {"min_count": args.min_positives, "draws": args.bootstrap, "note": note, "study": work.study}
+    same = args.min_positives, args.bootstrap, note, work.study, as_published(work)
     outcomes = []
     for k, kind in enumerate(method.kinds):
         for (fraction, seed), rows in tested.items():
@@ -204,7 +205,7 @@ def judge(work: Work, method: Method) -> list[Outcome]:
             }
             scores = np.concatenate([scores[k] for _, scores in found[fraction, seed]])
             folds = folds_of(images, seed, args.folds)[rows] if in_folds(images) else None
-            outcomes.append(Outcome(run, judged.take(rows), scores, folds, as_published=as_published(work), **same))
+            outcomes.append(Outcome(run, judged.take(rows), scores, folds, *same))
     return outcomes
 
 
@@ -213,7 +214,7 @@ def scores_of(work: Work, method: Method, part: Part) -> dict[int, np.ndarray]:
     that they depend on."""
     output_dir, ranks, runs = Path(work.args.output_dir), work.ranks, {}
     for seed in part.seeds:
-        key = digest([work.args.method, work.study, method.key, part.name, seed])
+        key = digest([work.args.method, work.study, method.key, part.fraction, part.name, seed])
         runs[seed] = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{method.name}-{part.name}-{seed}-{key[:12]}")
     paths = {seed: output_dir / "scores" / f"{run}.npy" for seed, run in runs.items()}
     kept = on_main(ranks, lambda: {seed: np.load(path) for seed, path in paths.items() if path.exists()})

@@ -19,16 +19,16 @@ from util.export import MISFITS, Encoder, build_encoder, create_timm, named_enco
 from util.weights import key_report
 
 RANDOM, IMAGENET, PIXELS = "random", "imagenet", "pixels"
-RANDOM_SEED = 0  # of random weights that stay frozen: the same for all seeds of the heads
 DEFAULT_MODEL = "vit_base_patch16_224"  # of random weights that stand alone
 PIXEL_SIDE = 56  # of the baseline without a network: a quarter of 224
+Scale = tuple[Sequence[float], Sequence[float]]  # mean and std of the input's three channels
 
 
 class Pixels(nn.Module):
     """No encoder: the features are gray values."""
 
     source = f"no encoder, gray values of {PIXEL_SIDE} x {PIXEL_SIDE} px"
-    architecture: Sequence = ()
+    architecture = ()
     scaling = (0.0,) * 3, (1.0,) * 3
     patch_embed = SimpleNamespace(img_size=(224, 224))
 
@@ -65,19 +65,20 @@ class Candidate:
         encoder = self.encoder
         return [encoder.timm_name, encoder.timm_args, encoder.block] if encoder else self.module.architecture
 
-    def normalisation(self, name: str | None) -> tuple[Sequence[float], Sequence[float]]:
+    def normalisation(self, name: str | None) -> Scale:
         """Mean and std of the input, by --normalisation or, without it, as the encoder's configuration says."""
         if self.kind == IMAGENET:  # timm's configuration says 0.5, whatever ours were pretrained with
             return normalisation("half")
         own = (self.encoder or self.module).scaling
         return own if self.kind == PIXELS or (own and name is None) else normalisation(name or "half")
 
-    def build(self, n_outputs: int = 0, *, seed: int = RANDOM_SEED, **options) -> nn.Module:
+    def build(self, n_outputs: int = 0, *, seed: int = 0, **options) -> nn.Module:
         """The model; of an inner tap with the blocks up to that tap only, as its norm was trained.
 
         Args:
             n_outputs: of a linear head; 0: none.
-            seed: of "random" weights. (A head is the caller's to start.)
+            seed: of "random" weights; those that stay frozen are the same for all seeds of the heads, which are the
+                caller's to start.
             options: of `timm.create_model`.
         """
         if self.module:
@@ -90,7 +91,7 @@ class Candidate:
         return model
 
 
-def named_files(texts: Sequence[str]) -> list[tuple[str, str, str | None]]:
+def named_files(texts: Sequence[str]) -> list[tuple]:
     """(name, path, timm's model or None) of NAME=FILE or NAME=FILE@TIMM_MODEL, or without NAME, which is then the
     file's; addresses are downloaded (`local_file`).
 

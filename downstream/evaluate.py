@@ -1,70 +1,29 @@
-"""best.pth: a fine-tuned model with its labels, for timm, for other programs, and to be judged on other data."""
+"""Fine-tuned models, judged on the test images of other data without training."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import timm
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from downstream.data.images import reading_as_trained
 from downstream.data.labelled import MULTICLASS, TEST, check_judged, files_digest
 from downstream.data.partition import Rows
-from downstream.driver import Method, Part, Scores, Work
-from downstream.encoders import Candidate, digest_of, named_files
+from downstream.driver import Method, Part, Runs, Scores, Work
+from downstream.encoders import digest_of, named_files
 from downstream.forward import predict
 from downstream.frozen import probabilities
 from util.errors import UserError
-from util.export import attention_heads_of
-from util.files import atomic_write
 from util.weights import read_state_dict
 
-BEST = "best.pth"
 # What `read_tuned` needs beside timm's name of the model and the task: its outputs, mean and std of its input, options of
 # `downstream.data.images.Reading` that mattered to its images, share of the labels and seed that it was trained with.
 FACTS = ("timm_args", "labels", "mean", "std", "reading", "fraction", "seed")
-
-
-def write_tuned(
-    path: Path,
-    state: Mapping[str, Tensor],
-    candidate: Candidate,
-    model: VisionTransformer,
-    *,
-    pool: str,
-    labels: Sequence[str],
-    **facts: Any,
-) -> None:
-    """Write `state` and what `read_tuned` and `timm.create_model(timm_model, **timm_args, checkpoint_path=...)`
-    need; whole or not at all.
-
-    Args:
-        facts: `task`, the others of `FACTS`, and more to be kept.
-    """
-    encoder = candidate.encoder
-    arguments = encoder.timm_args | {"num_classes": len(labels)}
-    if "cls_token" in encoder.state:
-        arguments["global_pool"] = pool
-    if encoder.block is not None:
-        arguments["depth"] = len(model.blocks)
-    facts |= {"timm_model": encoder.timm_name, "timm_args": arguments, "labels": labels}
-    if heads := attention_heads_of(model):
-        facts["num_heads"] = heads
-    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-    buffer = io.BytesIO()
-    torch.save({"state_dict": dict(state), "metadata": metadata}, buffer)
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
 
 
 def read_tuned(path: str | os.PathLike, name: str = "") -> SimpleNamespace:
@@ -78,7 +37,7 @@ def read_tuned(path: str | os.PathLike, name: str = "") -> SimpleNamespace:
     facts = info.metadata
     if lacking := {"timm_model", "task", *FACTS} - facts.keys():
         raise UserError(
-            f"{info.path}: not a {BEST} of --method finetune ({min(lacking)} is not in its metadata); only those can be "
+            f"{info.path}: not a best.pth of --method finetune ({min(lacking)} is not in its metadata); only those can be "
             "judged without training"
         )
     tuned = SimpleNamespace(**{fact: json.loads(facts[fact]) for fact in FACTS}, task=facts["task"])
@@ -104,7 +63,7 @@ class Evaluate(Method):
         self.scale, files = (tuned.mean, tuned.std), files_digest(work.images)
         self.key = [digest_of(tuned.model), self.scale, str(work.dtype), files, str(self.reading), labels]
 
-    def scores(self, part: Part, runs: Mapping[int, str]) -> Scores:
+    def scores(self, part: Part, runs: Runs) -> Scores:
         work, tuned, views = self.work, self.tuned, self.work.open_views(self.reading)
         how = {"ranks": work.ranks, "what": f"{self.name}: testing", **work.loading}
         logits = predict(tuned.model.to(work.ranks.device), views, part.rows.test, self.scale, **how)

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from downstream.results import MEAN
 from util.figures import COLORS, LINE_STYLES, fit_lines, plain
 
-MEASURES = {"auc": "area under the ROC curve", "accuracy": "accuracy"}
 STYLES = [  # the first 28 weights all differ
     {"ls": line, "marker": marker, "color": color, "ms": 4, "lw": 1.4}
     for (line, marker), color in itertools.product(zip(LINE_STYLES, "os^v", strict=True), COLORS)
@@ -21,14 +20,14 @@ STYLES = [  # the first 28 weights all differ
 PANEL, LEGEND = 4.6, 3.0  # widths in inches
 
 
-def results_figure(table: pd.DataFrame, title: Sequence[str]) -> Figure:
+def results_figure(table: pd.DataFrame, title: str) -> Figure:
     """The picture of `results_table`, under lines that say what it shows."""
     measure = "accuracy" if "accuracy" in table else "auc"
     table = table.assign(value=table[measure], measure=measure)
     if table["fraction"].nunique() > 1:
-        return _figure([("\n".join(title), table[table["label"] == MEAN])], _over_fractions, 4.4)
+        return _figure([(title, table[table["label"] == MEAN])], _over_fractions, 4.4)
     height = 1.6 + table["label"].nunique() * (0.12 * table["weights"].nunique() + 0.16)
-    return _figure([("\n".join(title), table)], _per_label, height)
+    return _figure([(title, table)], _per_label, height)
 
 
 def summary_figure(means: pd.DataFrame) -> Figure:
@@ -44,7 +43,7 @@ def _figure(panels: Sequence[tuple[str, pd.DataFrame]], draw: Callable, height: 
     """Panels of this height in inches under their titles, and a legend of all weights at the right."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    names = list(dict.fromkeys(name for _, table in panels for name in table["weights"]))
+    names = pd.concat([table for _, table in panels])["weights"].unique()
     texts = ["\n".join(fit_lines(name, LEGEND - 0.6, 7.5)) for name in names]
     lines = "\n".join(texts).count("\n") + 1
     size = (columns * PANEL + LEGEND, max(rows * height + 0.4, 0.17 * lines + 1.2))
@@ -54,7 +53,6 @@ def _figure(panels: Sequence[tuple[str, pd.DataFrame]], draw: Callable, height: 
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25, lw=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set_title("\n".join(fit_lines(title, PANEL - 0.6, 8.5)), fontsize=8.5)
         draw(axes, table, styles)
     marks = [axes.plot([], [], **style)[0] for style in styles.values()]
@@ -74,7 +72,7 @@ def _over_fractions(axes: Axes, means: pd.DataFrame, styles: dict[str, dict]) ->
     axes.minorticks_off()
     text = "share of the training images that have labels, log scale\nbars: ± one standard deviation over seeds"
     axes.set_xlabel(text, fontsize=8)
-    axes.set_ylabel(f"{MEASURES[means['measure'].iloc[0]]}, mean over labels", fontsize=8)
+    axes.set_ylabel(f"{means['measure'].iloc[0].upper()}, mean over labels", fontsize=8)
 
 
 def _per_label(axes: Axes, table: pd.DataFrame, styles: dict[str, dict]) -> None:
@@ -90,4 +88,4 @@ def _per_label(axes: Axes, table: pd.DataFrame, styles: dict[str, dict]) -> None
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_yticks(range(len(labels)), list(map(plain, labels)))
     text = "mean over seeds\nbars: 95% bootstrap interval over subjects (first seed)"
-    axes.set_xlabel(f"{MEASURES[table['measure'].iloc[0]]}, {text}", fontsize=8)
+    axes.set_xlabel(f"{table['measure'].iloc[0].upper()}, {text}", fontsize=8)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +22,22 @@ from torch.utils.data import Dataset
 from datasets.sampler import train_loader
 from downstream.data.images import Views, options_heeded
 from downstream.data.labelled import MULTICLASS
-from downstream.driver import Method, Part, Recipe, Scores, Work
-from downstream.encoders import Candidate, digest_of
-from downstream.evaluate import BEST, write_tuned
-from downstream.forward import Scale, Stopped, network_input, predict
+from downstream.driver import Method, Part, Recipe, Runs, Scores, Work
+from downstream.encoders import Candidate, Scale, digest_of
+from downstream.forward import Stopped, network_input, predict
 from downstream.frozen import known_loss, new_head, probabilities, schedule, steps_per_epoch
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.distributed import Ranks, on_main
 from util.errors import UserError
-from util.export import config_names
+from util.export import attention_heads_of, config_names
+from util.files import atomic_write
 from util.stop import GO_ON
 from util.subjects import subject_marks
 from util.training import Training
 
+BEST = (
+    "best.pth"  # of a run that is done: the model with its labels, for timm, other programs and `downstream.evaluate`
+)
 CHECKPOINT = "checkpoint.pth"  # of a run that is not done, in its folder below `runs`
 SAVE_MINUTES = 10.0  # between checkpoints; a stop that is requested saves at once
 
@@ -124,6 +128,31 @@ def make_training(
     )
 
 
+def write_tuned(
+    path: Path, state: Mapping[str, Tensor], candidate: Candidate, model: VisionTransformer, **facts
+) -> None:
+    """Write `state` and what `downstream.evaluate.read_tuned` and `timm.create_model(timm_model, **timm_args, checkpoint_path=...)`
+    need; whole or not at all.
+
+    Args:
+        facts: `task`, `downstream.evaluate.FACTS` but timm_args, and more to be kept.
+    """
+    encoder = candidate.encoder
+    arguments = encoder.timm_args | {"num_classes": len(facts["labels"])}
+    if "cls_token" in encoder.state:
+        arguments["global_pool"] = model.global_pool
+    if encoder.block is not None:
+        arguments["depth"] = len(model.blocks)
+    facts |= {"timm_model": encoder.timm_name, "timm_args": arguments}
+    if heads := attention_heads_of(model):
+        facts["num_heads"] = heads
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": dict(state), "metadata": metadata}, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+
+
 class FineTune(Method):
     """Training of a whole encoder with a new head until the validation loss has not fallen for a while; its best epoch
     is tested.
@@ -146,7 +175,7 @@ class FineTune(Method):
             sorted(candidate.seen),
         ]
 
-    def scores(self, part: Part, runs: Mapping[int, str]) -> Scores:
+    def scores(self, part: Part, runs: Runs) -> Scores:
         for seed, run in runs.items():
             folder = Path(self.work.args.output_dir, "runs", run)
             yield seed, self.train(part, seed, folder)[None]
@@ -161,7 +190,7 @@ class FineTune(Method):
         labels = torch.from_numpy(images.labels)
         data = TrainingViews(views, rows.train, labels)
         steps = steps_per_epoch(len(data), recipe.batch_size)
-        best: dict[str, Any] = {"best_epoch": -1, "best_loss": math.inf, "best": None}  # as checkpoints have it
+        best = {"best_epoch": -1, "best_loss": math.inf, "best": None}  # as checkpoints have it
         saved = time.monotonic()
 
         def logits(tested: np.ndarray) -> Tensor:
@@ -223,7 +252,6 @@ class FineTune(Method):
         training.log.close()
         seen = subject_marks(images.subjects[np.r_[rows.train, rows.valid]], images.study)
         facts = dict(
-            pool=recipe.pool,
             labels=images.label_names,
             mean=self.scale[0],
             std=self.scale[1],
@@ -235,6 +263,6 @@ class FineTune(Method):
             seen=sorted({*self.seen, *seen}),
         )
         on_main(ranks, partial(write_tuned, folder / BEST, best["best"], self.candidate, core, **facts))
-        told = f"best epoch {best['best_epoch'] + 1} of {training.epoch}, validation loss {best['best_loss']:.4f}"
+        told = f"best epoch {best['best_epoch'] + 1}, validation loss {best['best_loss']:.4f}"
         ranks.say(f"{what}: {told}")
         return scores

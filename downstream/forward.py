@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,17 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from downstream.data.images import CENTRE, normalise
-from downstream.encoders import input_size, pooled
+from downstream.encoders import Scale, input_size, pooled
 from util.distributed import Ranks
 from util.loading import SampleLoader, ignore_stop_signals
 from util.output import Progress
 from util.stop import StopSignals
-
-# Images per forward pass without training. On a CPU larger batches leave its caches, and each of their tensors is
-# memory that the system hands out anew; the results are the same.
-FORWARD_BATCH = {"cpu": 16, "cuda": 64}
-
-Scale = tuple[Sequence[float], Sequence[float]]  # mean and std of the input's three channels
 
 
 class Stopped(Exception):
@@ -77,7 +71,6 @@ def all_outputs(
         sampler=[(image, view) for image in images.tolist()],
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
         worker_init_fn=ignore_stop_signals,
     )
 

@@ -20,7 +20,7 @@ from downstream.data.images import CENTRE
 from downstream.data.labelled import MULTICLASS, MULTILABEL
 from downstream.data.partition import Rows
 from downstream.data.splits import draw_folds
-from downstream.driver import Method, Part, Recipe, Scores, Work
+from downstream.driver import Method, Part, Recipe, Runs, Scores, Work
 from downstream.encoders import PIXELS, Candidate, digest_of, input_size, pooled
 from downstream.forward import Stopped, all_outputs
 from downstream.jobs import digest
@@ -49,11 +49,15 @@ class Frozen(Method):
         model, self.scale = candidate.build().eval(), candidate.normalisation(work.args.normalisation)
         with torch.no_grad():
             sample = pooled(model, model.forward_features(torch.zeros(1, 3, *input_size(model))))
-        self.widths = {name: feature.shape[1] for name, feature in sample.items()}
-        self.total, self.first = sum(self.widths.values()), next(iter(self.widths.values()))
-        content = [digest_of(model), candidate.architecture, work.files, self.scale, str(work.dtype)]
-        self.model, self.key = model.to(work.ranks.device), [digest(content)]
-        self.folder = Path(work.args.features_dir or Path(work.args.output_dir, "features"), *self.key)
+        widths = [feature.shape[1] for feature in sample.values()]
+        self.first, self.total = widths[0], sum(widths)
+        content = digest([digest_of(model), candidate.architecture, work.files, self.scale, str(work.dtype)])
+        self.model, self.key = model.to(work.ranks.device), [content]
+        self.folder = Path(work.args.features_dir or Path(work.args.output_dir, "features"), content)
+        if self.trains:
+            self.key += [asdict(work.recipe), work.args.views]
+        elif candidate.kind != PIXELS:
+            self.kinds = tuple(sample)
 
     def path(self, view: int) -> Path:
         return self.folder / ("centre.npy" if view == CENTRE else f"view-{view:03d}.npy")
@@ -97,11 +101,7 @@ class Frozen(Method):
 class Linear(Frozen):
     """The published linear evaluation."""
 
-    def __init__(self, work: Work, candidate: Candidate):
-        super().__init__(work, candidate)
-        self.key += [asdict(work.recipe), work.args.views]
-
-    def scores(self, part: Part, runs: Mapping[int, str]) -> Scores:
+    def scores(self, part: Part, runs: Runs) -> Scores:
         work, rows, what = self.work, part.rows, f"{self.name}-{part.name}"
         views = range(min(work.args.views, work.recipe.epochs))
         self.encode({CENTRE: np.r_[rows.valid, rows.test]} | dict.fromkeys(views, rows.train))
@@ -114,10 +114,8 @@ class Linear(Frozen):
         heads = train_heads(read, views, labels, rows, seeds=list(runs), what=f"{what}: heads", **how)
         tested = read(CENTRE, rows.test)
         for seed, head in zip(runs, heads, strict=True):
-            epochs, loss = len(head.valid_losses), min(head.valid_losses)
-            print(
-                f"{what}, seed {seed}: best epoch {head.epoch + 1} of {epochs}, validation loss {loss:.4f}", flush=True
-            )
+            told = f"best epoch {head.epoch + 1}, validation loss {head.valid_losses[head.epoch]:.4f}"
+            print(f"{what}, seed {seed}: {told}", flush=True)
             yield seed, probabilities(F.linear(tested, head.weight, head.bias), work.images.task)[None]
 
 
@@ -146,11 +144,6 @@ def known_loss(logits: Tensor, labels: Tensor, task: str) -> Tensor:
     known = ~labels.isnan()
     losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return (losses * known).sum((-2, -1)) / known.sum((-2, -1)).clamp(min=1)
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of the training images in an epoch, a function of these three."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def schedule(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
@@ -202,18 +195,20 @@ def train_heads(
     """
     n, n_steps = len(rows.train), steps_per_epoch(len(rows.train), recipe.batch_size)
     valid, valid_labels, labels = read(CENTRE, rows.valid), labels[rows.valid], labels[rows.train]
-    starts = [new_head(valid.shape[1], labels.shape[1], seed) for seed in seeds]
+    starts = [new_head(valid.shape[1], labels.shape[1], seed).to(valid) for seed in seeds]
     # A product and a loss each: one for all is computed in another order for another number of heads, and so would differ
     # in the last bits when a killed run goes on with the heads that are left.
-    weights = [start.weight.detach().T.contiguous().to(valid).requires_grad_() for start in starts]  # [D, C]
-    biases = [start.bias.detach().to(valid).requires_grad_() for start in starts]
+    weights = [start.weight.detach().T.contiguous().requires_grad_() for start in starts]  # [D, C]
+    biases = [start.bias.detach().requires_grad_() for start in starts]
     optimizer = torch.optim.Adam([*weights, *biases], lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
     best, losses = [None] * len(seeds), [[] for _ in seeds]  # heads and validation losses
     progress = Progress(what, recipe.epochs * n_steps, "steps")
     for epoch in range(recipe.epochs):
         features = None  # not two views at once
         features = read(views[epoch % len(views)], rows.train)
-        order = torch.from_numpy(np.stack([epoch_order(seed, epoch, n) for seed in seeds])).to(valid.device)
+        order = torch.from_numpy(np.stack([np.random.default_rng((seed, epoch)).permutation(n) for seed in seeds])).to(
+            valid.device
+        )
         for step in range(n_steps):
             optimizer.param_groups[0]["lr"] = schedule(epoch * n_steps + step, n_steps, recipe)
             batch = order[:, step * recipe.batch_size : (step + 1) * recipe.batch_size]  # [H, B]
@@ -256,11 +251,7 @@ class Probe(Frozen):
 
     trains = False
 
-    def __init__(self, work: Work, candidate: Candidate):
-        super().__init__(work, candidate)
-        self.kinds = ("",) if candidate.kind == PIXELS else tuple(self.widths)
-
-    def scores(self, part: Part, runs: Mapping[int, str]) -> Scores:
+    def scores(self, part: Part, runs: Runs) -> Scores:
         images, rows, (seed,) = self.work.images, part.rows, runs
         used = np.r_[rows.train, rows.valid, rows.test]
         self.encode({CENTRE: used})

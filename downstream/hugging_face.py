@@ -44,9 +44,10 @@ class FolderEncoder(nn.Module):
         except ImportError:
             raise UserError(f"{folder}: a folder of transformers, which is missing: pip install transformers") from None
         self.source = f"{folder}, of transformers"
-        options = dict(local_files_only=True, trust_remote_code=False, use_safetensors=True)
         try:
-            model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
+            model, report = AutoModel.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{folder}: transformers can't load it: {' '.join(str(error).split())[:200]}") from None
         lacking = [str(name) for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]

@@ -31,7 +31,6 @@ from util.precision import set_tf32
 from util.stop import StopSignals
 
 METHODS = {"linear": Linear, "probe": Probe, "finetune": FineTune}
-EVALUATE = "evaluate"
 RECIPE_HELP = {
     "epochs": "where training ends at the latest",
     "batch_size": "training images per step, over all processes",
@@ -45,7 +44,7 @@ IGNORED = {  # flags that a method does not use
     "linear": "recipe layer_decay",
     "probe": "views recipe epochs batch_size lr weight_decay warmup patience layer_decay",
     "finetune": "views features_dir",
-    EVALUATE: "views recipe epochs batch_size lr weight_decay warmup patience layer_decay features_dir fractions seeds folds "
+    "evaluate": "views recipe epochs batch_size lr weight_decay warmup patience layer_decay features_dir fractions seeds folds "
     "normalisation imagenet img_size num_heads",
 }
 NARROW = (
@@ -72,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_heads", type=int, help="attention heads, for files that don't say how many they have")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=(*METHODS, EVALUATE), default="linear", help="how the encoders are judged (default: %(default)s)")
+    add("--method", choices=(*METHODS, "evaluate"), default="linear", help="how the encoders are judged (default: %(default)s)")
     add("--fractions", nargs="+", type=finite_float, default=[1.0], help="shares of the training images to use (default: %(default)s)")
     add("--seeds", nargs="+", type=seed_number, default=[43, 44, 45], help="of heads, order and folds (default: %(default)s)")
     add("--folds", type=int, default=5, help="grouped folds of --split folds (default: %(default)s)")
@@ -141,7 +140,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
         ranks.say("wrote split.csv")
         return 0
     set_tf32(False)
-    if args.method != EVALUATE:  # whose models may read images otherwise
+    if args.method != "evaluate":  # whose models may read images otherwise
         _ = work.views  # decodes: damaged images end the run before it is kept as a study of them all
     distributed.on_main(ranks, lambda: write_text(study, Path(args.output_dir, "study.json")))
     try:
@@ -172,7 +171,7 @@ def read_weights(work: Work) -> list[Callable[[], Method]]:
             or a share of the training images that is less than a batch.
     """
     args, ranks = work.args, work.ranks
-    if args.method == EVALUATE:
+    if args.method == "evaluate":
         return read_models(work)
     method, batch_size = METHODS[args.method], work.recipe.batch_size
     for line in check_labels(work.images, fractions=args.fractions, min_positives=args.min_positives):
@@ -204,6 +203,6 @@ def report(work: Work, outcomes: list[Outcome]) -> None:
     write_predictions(outcomes, folder / "predictions.csv")
     write_text(table.to_csv(index=False, float_format="%.9g"), folder / "results.csv")
     write_text(text, folder / "table.md")
-    save_figure(results_figure(table, list(filter(None, title))), folder / "results.png")
+    save_figure(results_figure(table, "\n".join(filter(None, title))), folder / "results.png")
     print(text)
     print(f"wrote results.csv, predictions.csv, table.md and results.png into {folder}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,7 +116,7 @@ def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> None:
+def write_predictions(outcomes: Sequence[Outcome], path: Path) -> None:
     """Write weights, fraction, seed, fold (of grouped folds), id, label, target (empty: unknown), score: every test
     image and label once."""
     with atomic_write(path, "w") as file:
@@ -131,15 +130,15 @@ def write_predictions(outcomes: Sequence[Outcome], path: str | os.PathLike) -> N
                 "target": pd.array(images.labels.ravel(), dtype="Int8"),
                 "score": outcome.scores.ravel(),
             }
-            pd.DataFrame(columns).to_csv(file, index=False, header=i == 0, float_format="%.9g", chunksize=100_000)
+            pd.DataFrame(columns).to_csv(file, index=False, header=i == 0, float_format="%.9g")
 
 
 def left_out(outcome: Outcome) -> str:
     """What the mean leaves out, as text; "" where it holds every label."""
     names = ", ".join(np.array(outcome.images.label_names)[~outcome.found[0]])
-    least = max(1, outcome.min_count)
-    reason = f"another label holds it, or fewer than {least} test images are with or without it"
-    return names and f"the mean leaves out {names}: {reason}"
+    return (
+        names and f"the mean leaves out {names}: with or without it are too few test images, or it holds other labels"
+    )
 
 
 def markdown_table(outcomes: Sequence[Outcome], table: pd.DataFrame, notes: Sequence[str]) -> str:
@@ -157,9 +156,8 @@ def markdown_table(outcomes: Sequence[Outcome], table: pd.DataFrame, notes: Sequ
         own = [outcome for outcome in outcomes if (outcome.run["weights"], outcome.run["fraction"]) == key]
         _, low, high = interval(np.mean([outcome.found[1][:, -1] for outcome in own], axis=0))
         cells.loc[key, "95% interval"] = "" if np.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
-    measure = "Accuracy of each class and of all images" if first.measure == "accuracy" else "AUC"
     text = (
-        f"{measure} in percent on {len(images):,} test images of {len(set(images.subjects)):,} subjects, mean ± standard "
+        f"{first.measure.upper()} in percent, of each label and their mean (of classes: of all images), on {len(images):,} test images of {len(set(images.subjects)):,} subjects, mean ± standard "
         "deviation over seeds. The 95% interval is over test subjects (bootstrap), of the mean averaged over seeds."
     )
     return _page("{dataset}, {method}".format_map(first.run), text, notes, cells)
@@ -184,9 +182,9 @@ def summary_table(means: pd.DataFrame) -> str:
     return _page("Downstream results", text, notes, cells)
 
 
-def write_text(text: str, path: str | os.PathLike) -> None:
+def write_text(text: str, path: Path) -> None:
     """Write a text file, whole or not at all."""
-    with atomic_write(Path(path), "w") as file:
+    with atomic_write(path, "w") as file:
         file.write(text)
 
 
@@ -194,7 +192,7 @@ def _cells(table: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
     """Text of mean ± standard deviation over seeds, in percent: a row per weights and fraction, in the table's order, and
     a column for each value of `column`."""
 
-    def spread(values: pd.Series) -> str:
+    def spread(values):
         mean, std = (100 * values).mean(skipna=False), (100 * values).std()
         return "" if np.isnan(mean) else f"{mean:.2f}" + f" ± {std:.2f}" * (len(values) > 1)
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from downstream.driver import RECIPES
 from downstream.encoders import Candidate, describe, input_size, pooled, read_candidates
-from downstream.evaluate import read_tuned, write_tuned
-from downstream.finetune import build, build_optimizer
+from downstream.evaluate import read_tuned
+from downstream.finetune import build, build_optimizer, write_tuned
 from downstream.forward import outputs
 from util.errors import UserError
 
@@ -234,9 +234,7 @@ def test_a_fine_tuned_model_is_read_again(kind, recipe, made, tmp_path):
     assert len(rates) > 2 if recipe.layer_decay < 1 else rates == {1.0}
     facts = {"mean": [0.5] * 3, "std": [0.5] * 3, "reading": {}, "fraction": 1, "seed": 0}
     facts |= {"task": "multilabel", "dataset": "x"}
-    write_tuned(
-        tmp_path / "best.pth", model.state_dict(), candidate, model, pool=recipe.pool, labels=["a", "b"], **facts
-    )
+    write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, labels=["a", "b"], **facts)
     again = read_tuned(tmp_path / "best.pth").model.eval()
     x = torch.randn(2, 3, *input_size(again))
     with torch.no_grad():

@@ -19,8 +19,7 @@ from test_run_downstream import check_aucs, command, encoder, rsna  # noqa: F401
 
 from downstream.driver import RECIPES, Recipe
 from downstream.encoders import read_candidates
-from downstream.evaluate import write_tuned
-from downstream.finetune import build, build_optimizer
+from downstream.finetune import build, build_optimizer, write_tuned
 from downstream.main import main
 from util.errors import UserError
 from util.export import build_encoder, read_encoder
@@ -198,7 +197,7 @@ def test_a_fine_tuned_model_is_read_as_an_encoder_with_its_own_heads(tmp_path):
     torch.save({"state_dict": tiny.state_dict(), "metadata": {"num_heads": "6"}}, tmp_path / "tiny.pth")
     (candidate,) = read_candidates([str(tmp_path / "tiny.pth")], imagenet="")
     model = candidate.build(2).eval()
-    write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, pool="token", labels=["a", "b"])
+    write_tuned(tmp_path / "best.pth", model.state_dict(), candidate, model, labels=["a", "b"])
     again = build_encoder(read_encoder(tmp_path / "best.pth")).eval()
     img = torch.randn(1, 3, 32, 32)
     with torch.no_grad():

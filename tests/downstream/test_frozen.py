@@ -22,7 +22,7 @@ from downstream.data.partition import Rows
 from downstream.driver import Recipe, Work, judge
 from downstream.encoders import read_candidates
 from downstream.forward import outputs
-from downstream.frozen import Linear, epoch_order, known_loss, probabilities, train_heads
+from downstream.frozen import Linear, known_loss, probabilities, train_heads
 from downstream.main import get_args_parser, main
 from util import distributed
 from util.errors import UserError
@@ -49,7 +49,7 @@ def plain_head(features, labels, rows: Rows, seed: int, options: Recipe, task: s
         return F.binary_cross_entropy_with_logits(logits[known], wanted[known])
 
     for epoch in range(options.epochs):
-        order = rows.train[epoch_order(seed, epoch, len(rows.train))]
+        order = np.random.default_rng((seed, epoch)).permutation(rows.train)
         for i in range(n_steps):
             rate = step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
             optimizer.param_groups[0]["lr"] = options.lr * rate

@@ -41,7 +41,7 @@ def made_up_results(n: int, fractions: list[float]) -> pd.DataFrame:
 def test_the_legend_names_each_of_many_encoders(fractions, summary):
     table = made_up_results(25, fractions)
     means = table[table["label"] == MEAN].assign(measure="auc", value=table["auc"], run="x linear")
-    figure = summary_figure(means) if summary else results_figure(table, ["title"])
+    figure = summary_figure(means) if summary else results_figure(table, "title")
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
     texts = [text.get_text().replace("\n", " ").partition("_")[2] for text in legend.get_texts()]
@@ -54,7 +54,7 @@ def test_the_legend_names_each_of_many_encoders(fractions, summary):
 
 def test_the_mean_over_seeds_stands_at_its_share_of_labels():
     table = made_up_results(2, [0.1, 1.0])
-    (axes,) = results_figure(table, ["title"]).axes
+    (axes,) = results_figure(table, "title").axes
     for name, bars in zip(table["weights"].unique(), axes.containers, strict=True):
         own = table[(table["weights"] == name) & (table["label"] == MEAN)].groupby("fraction")["auc"]
         np.testing.assert_allclose(bars.lines[0].get_ydata().astype(float), own.mean())
