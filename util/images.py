@@ -139,8 +139,12 @@ def write_gray(path: str | os.PathLike, gray: np.ndarray) -> None:
     options = {".png": png, ".jpg": jpg, ".jpeg": jpg}.get(Path(path).suffix.lower())
     if options is None:
         raise UserError(f"{path}: can only write .png and .jpg images")
+    encoded = (
+        io.BytesIO()
+    )  # into a file Pillow's JPEG encoder takes a write that a full disk cuts short for a whole one
+    Image.fromarray(gray).save(encoded, **options)
     with atomic_write(path) as file:
-        Image.fromarray(gray).save(file, **options)
+        file.write(encoded.getvalue())
 
 
 def _check_whole(path: str | os.PathLike, data: bytes) -> None:

@@ -26,9 +26,9 @@ import numpy as np
 
 from datasets.prepare.heatmaps import find_heatmaps, heatmap_id, read_heatmap
 from datasets.prepare.store import TreeMaking
-from datasets.prepare.units import Made, Report, Unit, no_image, origin_of, stamp
+from datasets.prepare.units import Made, Report, Unit, origin_of, stamp
 from datasets.prepare.work import make_units
-from datasets.raw.mimic_cxr import METADATA_NAME, find_images, find_metadata, ids_beginning
+from datasets.raw.mimic_cxr import METADATA_NAME, find_images, find_metadata, ids_beginning, no_image
 from datasets.raw.readings import Exclusion
 from util.errors import UserError
 from util.radiograph import MIMIC_CXR_JPG

@@ -29,10 +29,10 @@ import pandas as pd
 
 from datasets.fixations import fixation_heatmap, inside_image, merge_heatmaps
 from datasets.prepare.store import TreeMaking
-from datasets.prepare.units import Made, Report, Unit, no_image, origin_of, stamp
+from datasets.prepare.units import Made, Report, Unit, origin_of, stamp
 from datasets.prepare.work import make_units
 from datasets.raw.findings import merge_findings, unify
-from datasets.raw.mimic_cxr import find_images, find_metadata
+from datasets.raw.mimic_cxr import find_images, find_metadata, no_image
 from datasets.raw.read_egd import DEFAULT_SIGMA, find_egd_root, read_egd
 from datasets.raw.read_reflacx import find_reflacx_root, read_reflacx
 from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, is_simulated

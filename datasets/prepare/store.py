@@ -79,7 +79,11 @@ class TreeMaking:
         """Lock the tree, finish a commit that was cut off, check; then `begin`, `place` each unit and `finish`."""
         try:
             refuse_foreign(self.out)
-            with contextlib.nullcontext() if self.dry_run else self._lock():
+            with contextlib.ExitStack() as stack:
+                if not self.dry_run:
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    told = {"what": str(self.out), "mend": "wait for it, or choose another --out"}
+                    stack.enter_context(file_lock(self.out / LOCK, **told))
                 for commit in self.out.glob(f"{STAGING}/*/commit"):
                     if self.dry_run:
                         raise UserError(f"{self.out}: a run was cut off at its end; finish it first, without --dry_run")
@@ -89,10 +93,6 @@ class TreeMaking:
         except OSError as error:
             name = error.filename or self.out
             raise UserError(f"{name}: can't be read or written ({error.strerror or error})") from error
-
-    def _lock(self) -> contextlib.AbstractContextManager:
-        self.out.mkdir(parents=True, exist_ok=True)
-        return file_lock(self.out / LOCK, what=str(self.out), mend="wait for it, or choose another --out")
 
     def _check(self) -> None:
         self.options = json.loads(json.dumps({"format": FORMAT, **self.options}))
@@ -107,7 +107,7 @@ class TreeMaking:
         self._layers = LAYERS[LAYERS.index(self.layer) :]
         # Lines of what the new tree replaces, by layer and key; the versions of all programs that made what is kept.
         self._old = {layer: finished_lines(self.out, layer) for layer in self._layers[: None if self.overwrite else 1]}
-        self._made_with = [] if self.overwrite or not record else record["made_with"]
+        self._made_with = [] if self.overwrite else record.get("made_with", [])
         self._folder = self.out / STAGING / f"{self.layer}-{origin_of(self.options)}"
         self.staging = self._folder / "tree"  # where a unit's files are written, each by its path in the tree
         self._journal = self._folder / "units"

@@ -8,10 +8,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets.files_by_id import FoundFiles
 from datasets.raw.readings import Exclusion, digest_of
 
 Stamp = tuple[int, int, int]
@@ -50,17 +48,6 @@ def stamp(source: str | os.PathLike) -> Stamp:
 def origin_of(*parts: object) -> str:
     """Digest of anything that JSON can hold."""
     return digest_of(json.dumps(parts, sort_keys=True).encode())
-
-
-def no_image(name: str, image_id: str, found: FoundFiles, root: Path) -> Exclusion:
-    """Why `name` is left out, whose image was not found below `root`, or found more than once."""
-    if paths := found.ambiguous.get(image_id):
-        detail = (
-            f"{image_id}: {len(paths)} different files, none at the place that the data set names: {', '.join(paths)}; "
-            "leave one"
-        )
-        return Exclusion(name, "several images", detail, is_fault=True)
-    return Exclusion(name, "image missing", f"no {image_id}.jpg, .png or .dcm under {root}")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets.files_by_id import FileIndex, FoundFiles, check_originals
+from datasets.raw.readings import Exclusion
 from util.tables import numeric_columns, read_table
 
 METADATA_NAME = "mimic-cxr-2.0.0-metadata.csv"  # published with .gz behind it
@@ -54,3 +55,14 @@ def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterabl
     found = files.search(lambda stem: others.get(stem.casefold()), SUFFIXES) if others else FoundFiles()
     found.paths |= at_place
     return found
+
+
+def no_image(name: str, image_id: str, found: FoundFiles, root: Path) -> Exclusion:
+    """Why `name` is left out, whose image was not found below `root`, or found more than once."""
+    if paths := found.ambiguous.get(image_id):
+        told = (
+            f"{image_id}: {len(paths)} different files, none at the place that the data set names: {', '.join(paths)}; "
+            "leave one"
+        )
+        return Exclusion(name, "several images", told, is_fault=True)
+    return Exclusion(name, "image missing", f"no {image_id}.jpg, .png or .dcm under {root}")

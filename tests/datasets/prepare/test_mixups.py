@@ -1,19 +1,25 @@
-"""What would make a wrong or smaller tree without a word: old times, lost lists, other letters, several versions."""
+"""What would make a wrong or smaller tree without a word: old times, lost lists, other letters, several versions, a full
+disk, another layer."""
 
 import os
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from phantom_egd import make_egd
-from trees import add_metadata_and_heatmaps, contents
+from trees import add_metadata_and_heatmaps, brightness, contents
 
 from datasets.analysis.measure import analyze
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
+from datasets.prepare.pixels import make_image
 from datasets.prepare.readings import detect_source, prepare
+from gaze.fill import Predictor, fill_tree
 from util.errors import UserError
+from util.images import read_gray, write_gray
 
 INDEX = "mimic-cxr-jpg-cleanv4.json"
 
@@ -33,6 +39,58 @@ def root(base, tmp_path):
 
 def mimic(root, out="out", heatmaps="heatmaps", **options):
     return prepare_mimic(root / "mimic", heatmaps and root / heatmaps, root / out, **options)
+
+
+def test_a_directory_that_is_not_ours_is_never_touched(root):
+    (root / "out").mkdir()
+    (root / "out/thesis.txt").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not made by this script .*thesis.txt"):
+            mimic(root, overwrite=overwrite)
+    assert os.listdir(root / "out") == ["thesis.txt"]
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(root, monkeypatch):
+    def make(unit, **options):
+        made = make_image(unit, **options)
+        Path(unit.sources[0]).write_bytes(b"another")
+        return made
+
+    monkeypatch.setattr("datasets.prepare.pixels.make_image", make)
+    with pytest.raises(UserError, match="jpg: changed while the tree was made from it"):
+        mimic(root)
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(root):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(UserError, match="can't be read or written .File too large"):
+            mimic(root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {*os.listdir(root / "out")} == {".prepare.lock", ".making"}
+    mimic(root)
+    mimic(root, "fresh")
+    assert contents(root / "out") == contents(root / "fresh")
+
+
+def test_the_layer_above_follows_the_tree_of_images(root):
+    def filled(name):
+        fill_tree(root / name, Predictor(brightness, 32, "plain"))
+        return {file: content for file, content in contents(root / name).items() if not file.startswith("gaze.")}
+
+    mimic(root, heatmaps=None)
+    before = filled("out")
+    image = next((root / "mimic").rglob("*.jpg"))
+    write_gray(image, 255 - read_gray(image))
+    mimic(root, heatmaps=None)  # replaces a file that the layer above was made from
+    assert INDEX in before and not (root / "out" / INDEX).exists()
+    mimic(root, "fresh", None)
+    assert filled("out") == filled("fresh") != before
+    mimic(root, heatmaps=None, size=16, overwrite=True)
+    mimic(root, "small", None, size=16)
+    assert contents(root / "out") == contents(root / "small")
 
 
 def test_other_heatmaps_of_the_same_sizes_and_times(root):
