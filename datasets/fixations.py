@@ -104,11 +104,10 @@ def _axis_factor(
     return density
 
 
-def inside_image(fixations: pd.DataFrame, image_size: tuple[int, int]) -> np.ndarray:
+def inside_image(fixations: pd.DataFrame, image_size: tuple[int, int]) -> pd.Series:
     """Which fixations lie in the image of (height, width) `image_size`, borders included: bool [n]."""
     height, width = image_size
-    x, y = fixations["x"].to_numpy(), fixations["y"].to_numpy()
-    return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
+    return fixations["x"].between(-0.5, width - 0.5) & fixations["y"].between(-0.5, height - 0.5)
 
 
 def off_the_image_shown(fixations: pd.DataFrame) -> pd.Series:

@@ -73,10 +73,8 @@ def merge_findings(readings: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
     for finding in sorted(set().union(*readings)):
         values = [reading[finding] for reading in readings if finding in reading]
         if isinstance(values[0], str):
-            texts = [text for value in values for text in value.split("|") if text]
-            merged[finding] = "|".join(dict.fromkeys(texts))
-        elif isinstance(values[0], bool):
-            merged[finding] = 2 * sum(values) >= len(values)
+            merged[finding] = "|".join(dict.fromkeys(filter(None, "|".join(values).split("|"))))
         else:
-            merged[finding] = round(sum(values) / len(values), 2)
+            mean = sum(values) / len(values)
+            merged[finding] = mean >= 0.5 if isinstance(values[0], bool) else round(mean, 2)
     return merged
