@@ -22,7 +22,7 @@ from downstream.data.partition import Rows
 from downstream.driver import Recipe, Work, judge
 from downstream.encoders import read_candidates
 from downstream.forward import outputs
-from downstream.frozen import Linear, known_loss, probabilities, train_heads
+from downstream.frozen import Linear, probabilities, train_heads
 from downstream.main import get_args_parser, main
 from util import distributed
 from util.errors import UserError
@@ -131,20 +131,10 @@ def test_heads_side_by_side_are_plain_loops(task):
         assert torch.equal(alone.weight, head.weight) and alone.valid_losses == head.valid_losses
 
 
-def test_unknown_labels_have_no_say():
-    logits = torch.randn(4, 3, requires_grad=True)
-    labels = torch.randint(0, 2, (4, 3)).float()
-    labels[1, 2] = labels[3, 0] = torch.nan
-    known_loss(logits, labels, "multilabel").backward()
-    assert torch.equal(logits.grad != 0, ~labels.isnan())
-
-
-def test_bad_heads_are_one_line():
-    views, labels, rows = [torch.randn(9, 5)] * 2, torch.eye(9, 3), Rows(np.arange(9), np.arange(9), None)
-    with pytest.raises(UserError, match="--batch_size 10: there are only 9 images"):
-        heads_of(views, labels, rows, [1], Recipe(batch_size=10))
+def test_a_loss_that_is_not_finite_is_one_line():
+    views, labels, rows = [torch.full((9, 5), math.inf)] * 2, torch.eye(9, 3), Rows(np.arange(9), np.arange(9), None)
     with pytest.raises(UserError, match="ours, epoch 1: the validation loss is not finite; lower --lr"):
-        heads_of([view * math.inf for view in views], labels, rows, [1], Recipe(1, 8))
+        heads_of(views, labels, rows, [1], Recipe(1, 8))
 
 
 def test_a_stop_keeps_what_was_encoded(rsna, tmp_path, capsys):  # noqa: F811

@@ -21,7 +21,9 @@ FILES = ("results.csv", "predictions.csv", "table.md", "results.png", "split.csv
 @pytest.mark.parametrize("method", ["linear", "probe", "finetune", "evaluate"])
 def test_random_kills(method, rsna, encoder, tmp_path):  # noqa: F811
     options = ["--method", method, "--epochs", "2", "--fractions", "0.6", "1"]
-    options += {"linear": FOLDS, "finetune": ["--seeds", "43", "44"], "probe": FOLDS}.get(method, ["--split", "test"])
+    options += {"linear": FOLDS, "finetune": ["--seeds", "43", "44", "--recipe", "layer_decay"], "probe": FOLDS}.get(
+        method, ["--split", "test"]
+    )
     weights = [f"ours={encoder}"]
     if method == "evaluate":
         trained = ["--method", "finetune", "--epochs", "1", "--seeds", "1", "2", "--weights", f"ours={encoder}"]

@@ -136,8 +136,7 @@ def test_dry_run_tells_what_a_run_would_refuse_hours_later(rsna, tmp_path, capsy
     argv = command(bare, out, "--dry_run", "--batch_size", "8", "--fractions")
     for options, reason in [
         (["1", "0.08"], "--batch_size 8: there are only 7 images"),
-        (["0.1", "--weights", f"ours={tmp_path}/none.pth"], "none.pth"),
-        (["0.1", "--weights", f"ours={tmp_path}/none.pth", "--method", "evaluate"], "none.pth"),
+        (["0.1", "--weights", "ours=none.pth", "--method", "evaluate"], "none.pth"),
         (["1", "0.08", "--split", "folds", "--folds", "3"], r"only \d images"),
         (["1", "--method", "probe", "--split", "folds", "--folds", "100"], "--folds 100: no label has so many images"),
     ]:
