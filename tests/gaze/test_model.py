@@ -8,7 +8,6 @@ import torch
 
 from gaze.main import build_model, get_args_parser
 from gaze.model import PRIOR_FLOOR, GazeNet
-from util.errors import UserError
 
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 1}
 
@@ -55,14 +54,3 @@ def test_own_backbone_is_the_encoder(backbone):
     own = torch.load(backbone, weights_only=True)["state_dict"]  # trained at 32 px
     assert torch.equal(loaded["model.blocks.1.mlp.fc1.weight"], own["blocks.1.mlp.fc1.weight"])
     assert loaded["model.pos_embed"].shape == (1, 17, 64)
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [("file.pth@test_vit", "not the weights of timm's test_vit"), ("file.pth", "of a model that timm has: .*FILE@")],
-)
-def test_weights_of_another_model_are_refused(weights, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(timm.create_model("test_resnet").state_dict(), "file.pth")
-    with pytest.raises(UserError, match=f"file.pth: .*{message}"):
-        model_of(weights)
