@@ -15,8 +15,7 @@ import torch
 from reliability_runs import processes_with, wait_until_gone
 from test_launchers import ROOT, Launched
 
-from datasets.phantom.labelled import make_nih, make_rsna
-from datasets.phantom.reflacx import make_study
+from scripts import make_phantom
 
 SETTINGS = {
     "PREDICTED_GAZE": "yes",
@@ -49,17 +48,18 @@ KEPT = ("*.csv", "*.md", "*.png")
 def data(tmp_path_factory):
     """Small studies in the four layouts, in a place with a blank, as variables of reproduce.sh."""
     root = tmp_path_factory.mktemp("made up")
-    read = make_study(root, 8, size=(96, 80))
-    more = make_study(root / "more", 4, seed=1, size=(96, 80), shared_images=0)
-    rsna = make_rsna(root, 48, 2, (64, 56), lesion_kinds=["consolidation"], normal_fraction=0.5)
-    nih = make_nih(root, 56, 0, (64, 56))
-    return {
-        "REFLACX": str(read.raw),
-        "IMAGES": str(read.images),
-        "MORE_IMAGES": str(more.images),
-        "RSNA": str(rsna.raw),
-        "NIH": str(nih.raw),
-    }
+    for folder, words in (
+        ("", "--n_images 8 --height 96 --width 80"),
+        ("more", "--n_images 4 --height 96 --width 80 --seed 1 --shared_images 0"),
+        (
+            "",
+            "--n_images 48 --height 64 --width 56 --seed 2 --layout rsna --lesion_kinds consolidation --normal_fraction 0.5",
+        ),
+        ("", "--n_images 56 --height 64 --width 56 --layout nih"),
+    ):
+        make_phantom.main(["--out", str(root / folder), *words.split()])
+    places = {"REFLACX": "reflacx", "IMAGES": "mimic", "MORE_IMAGES": "more/mimic", "RSNA": "rsna", "NIH": "nih"}
+    return {name: str(root / place) for name, place in places.items()}
 
 
 class Chain:
