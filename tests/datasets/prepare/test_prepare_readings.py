@@ -88,24 +88,21 @@ def test_images_are_the_radiographs(mixed, tmp_path):
         assert lung + 30 < spine, source
 
 
-def test_bad_fixations_are_left_out_counted_and_listed(tmp_path, capsys):
-    study = make_study(tmp_path, n_images=2, size=(120, 96), shared_images=0, normal_fraction=0)
+def test_bad_fixations_are_left_out_counted_and_listed(tmp_path):
+    study, out = make_study(tmp_path, n_images=2, size=(120, 96), shared_images=0, normal_fraction=0), tmp_path / "out"
     reading = read_reflacx(study.raw).readings[0]
     table = pd.read_csv(reading.fixations_path, dtype=str)
     table.loc[1, "x_position"], table.loc[2, "timestamp_end_fixation"] = "?", "-9"
     table.to_csv(reading.fixations_path, index=False)
-    flags = ["--raw", str(study.raw), "--images", str(study.images), "--size", "0", "--out"]
-    assert main([*flags, str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
-    bad = f"{reading.id}: line 3, column 'x_position' is not a finite number"
-    assert f"2 bad fixations were left out, listed in prepare.json, such as {bad}" in printed
-    record = json.loads((tmp_path / "out" / "prepare.json").read_text())
-    assert record["bad_fixations"] == [bad, f"{reading.id}: line 4, negative duration"]
-    assert record["counts"]["fixations left out: not a finite number"] == 1
-    assert record["counts"]["fixations left out: negative duration"] == 1
-    entry = next(entry for entry in entries_of(tmp_path / "out") if entry["reflacx_id"] == reading.id)
+    report = prepare(study.raw, study.images, out, size=0)
+    first, second = json.loads((out / "prepare.json").read_text())["bad_fixations"]
+    assert f"2 bad fixations were left out, listed in prepare.json, such as {first}" in str(report)
+    assert first.startswith(f"{reading.id}: line 3, column 'x_position'") and not report.faults
+    assert second == f"{reading.id}: line 4, negative duration"
+    assert report.counts["fixations left out: negative duration"] == 1
+    entry = next(entry for entry in entries_of(out) if entry["reflacx_id"] == reading.id)
     expected = fixation_heatmap(table.drop([1, 2]), reading.image_size, reading.image_size)
-    np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
+    np.testing.assert_array_equal(maps_of(out, entry)[0], heatmap_to_uint8(expected))
 
 
 @pytest.mark.parametrize("split, spare", [("all", 5), ("train", None)])
@@ -304,20 +301,20 @@ def test_which_of_several_images_wins(tmp_path):
 
 
 def test_egd_gives_the_same_kind_of_tree(tmp_path):
-    study = make_egd(tmp_path, n_images=4, size=(120, 96), image_format="mixed")
-    sizes = study.images / "mimic-cxr-2.0.0-metadata.csv"
-    report = prepare(study.raw, study.images, tmp_path / "out", sigma=9)
-    entries = entries_of(tmp_path / "out")
+    study, out = make_egd(tmp_path, n_images=4, size=(120, 96), image_format="mixed"), tmp_path / "out"
+    report = prepare(study.raw, study.images, out, sigma=9)
     assert report.counts["entries"] == 4 and "calibration" in report.notes[0] and not report.faults
-    readings = {reading.id: reading for reading in read_egd(study.raw, sigma=9, metadata=sizes).readings}
-    for entry in entries:
+    readings = read_egd(study.raw, sigma=9, metadata=study.images / "mimic-cxr-2.0.0-metadata.csv").readings
+    maps = {reading.id: fixation_heatmap(reading.load_fixations().table, (120, 96), (120, 96)) for reading in readings}
+    for entry in entries_of(out):
         assert entry["source"] == "egd" and set(entry["labels"]) == {"Normal", "CHF", "Pneumonia"}
-        expected = fixation_heatmap(readings[entry["reflacx_id"]].load_fixations().table, (120, 96), (120, 96))
-        np.testing.assert_array_equal(maps_of(tmp_path / "out", entry)[0], heatmap_to_uint8(expected))
-    with pytest.raises(UserError, match="no usable reading of split 'train'"):
-        prepare(study.raw, study.images, tmp_path / "no", split="train")
-    with pytest.raises(UserError, match="other options"):
-        prepare(study.raw, study.images, tmp_path / "out", sigma=10)
+        np.testing.assert_array_equal(maps_of(out, entry)[0], heatmap_to_uint8(maps[entry["reflacx_id"]]))
+    for options, message in (
+        ({"split": "train"}, "no usable reading of split 'train'"),
+        ({"sigma": 10}, "other options"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(study.raw, study.images, tmp_path / "no" if "split" in options else out, **options)
 
 
 def resize(study, size):
