@@ -129,9 +129,8 @@ def test_files_replaced_with_their_sizes_and_times(tree, tmp_path, use_cache):
 
 def test_places_of_the_cache(tree, tmp_path):
     mimic, other = make_mimic(tmp_path / "mimic"), make_reflacx(tmp_path / "donn\udce9es", BIG)  # not UTF-8
-    both = build([tree, mimic, other], cache_dir=tmp_path / "cache")
+    build([tree, mimic, other], cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 3 and not (tree / ".cache").exists()
-    assert equal(both[0, 4], build([tree, mimic], use_cache=False)[0, 4])  # small: not scaled
     (tmp_path / "file").write_text("no directory")
     refused(tree, f"{tmp_path}/file", "can't write the cache here", "--cache_dir", cache_dir=tmp_path / "file")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import equal, make_mimic, make_reflacx, save, smooth
+from trees import equal, make_mimic, make_reflacx, save
 
 from datasets.build import build_dataset
 from datasets.check import check_data
@@ -35,14 +35,6 @@ def assert_schema(sample, size: int) -> None:
     assert set(sample["foreground"].unique().tolist()) == {0, 1}
 
 
-def tree_of_one(root, picture):
-    """A tree whose image, attention and foreground all hold one picture."""
-    for path in ("a.png", "attention/1/r.png", "foreground/1/r.png"):
-        save(root / path, picture)
-    (root / "reflacx.json").write_text('[{"image_path": "a.png", "study_id": 1, "reflacx_id": "r"}]')
-    return root
-
-
 @pytest.mark.parametrize("preload", [False, True])
 @pytest.mark.parametrize("augment", [False, True])
 def test_one_schema(tree, tmp_path, preload, augment):
@@ -65,15 +57,20 @@ def test_foregrounds_stored_and_made(tree):
         assert all(equal(sample, stored[0, i]) == as_before for i, sample in enumerate(with_255))
 
 
-def test_planes_are_cut_together(tmp_path):
-    picture = smooth(np.random.default_rng(0), 100, 80)
-    dataset = Reflacx(tree_of_one(tmp_path, picture), 32, preload=True)
-    for epoch in range(20):
-        sample = dataset[epoch, 0]
+def test_planes_are_cut_together_and_half_of_the_samples_flipped(tmp_path):
+    """From left to right: on a ramp a flip turns the sign of the slope."""
+    ramp = np.tile(np.linspace(0, 255, 80).astype(np.uint8), (100, 1))
+    for path in ("a.png", "attention/1/r.png", "foreground/1/r.png"):
+        save(tmp_path / path, ramp)
+    (tmp_path / "reflacx.json").write_text('[{"image_path": "a.png", "study_id": 1, "reflacx_id": "r"}]')
+    dataset = Reflacx(tmp_path, 32, preload=True)
+    samples = [dataset[epoch, 0] for epoch in range(400)]
+    for sample in samples[:20]:
         assert torch.equal(sample["img"][0], sample["attention"])
         assert torch.equal(sample["foreground"].bool(), sample["attention"] >= 128)
+    assert 160 < sum(sample["img"][0, 0, 0] > sample["img"][0, 0, -1] for sample in samples) < 240  # 4 deviations
     centre = Reflacx(tmp_path, 80, augment=False)[0, 0]["img"][0]
-    np.testing.assert_array_equal(centre.numpy(), picture[10:90])
+    np.testing.assert_array_equal(centre.numpy(), ramp[10:90])
 
 
 def test_randomness_is_a_function_of_seed_epoch_and_index(tree):
@@ -100,14 +97,6 @@ def test_workers_and_batches_do_not_matter(tree):
     plain, other = run(0, 3), run(2, 2)
     assert len(plain) == 12
     assert plain.keys() == other.keys() and all(torch.equal(plain[key], other[key]) for key in plain)
-
-
-def test_flips_half_of_the_samples(tmp_path):
-    """From left to right: on a ramp a flip turns the sign of the mean slope."""
-    ramp = np.tile(np.linspace(0, 255, 60).astype(np.uint8), (60, 1))
-    dataset = Reflacx(tree_of_one(tmp_path, ramp), 32)
-    rows = [dataset[epoch, 0]["img"][0, 0].int() for epoch in range(400)]
-    assert 160 < sum(bool(row[0] > row[-1]) for row in rows) < 240  # 4 standard deviations
 
 
 @pytest.mark.parametrize("prefix", ["files/", ""])
@@ -169,17 +158,18 @@ ENTRY = '[{"image_path": %s, "study_id": %s, "reflacx_id": %s}]'
 @pytest.mark.parametrize(
     "text, expected",
     [
-        *((text, "not valid JSON") for text in ("", "[{", "\x00\xff")),
-        *((text, "expected a JSON list") for text in ("{}", "[]")),
+        ("[{", "not valid JSON"),
+        ("\x00\xff", "not valid JSON"),
+        ("[]", "expected a JSON list"),
         ("[3]", "entry 0: expected an object"),
         ('[{"image_path": "a.png", "study_id": 1}]', 'entry 0: "reflacx_id" is null'),
         *(
             (ENTRY % (path, 1, '"r"'), f'"image_path" is {path}, expected a path inside the tree')
-            for path in ("7", '""', '"."', '"../../etc/a.png"', '"/etc/a.png"', '"a\\u0000.png"')
+            for path in ("7", '""', '"../../etc/a.png"', '"/etc/a.png"', '"a\\u0000.png"')
         ),
         *(
             (ENTRY % ('"a.png"', name, '"r"'), f'"study_id" is {name}, expected a plain name')
-            for name in ("null", '".."', '"b/../../r"', '"b/r"')
+            for name in ("null", '".."', '"b/r"')
         ),
     ],
 )

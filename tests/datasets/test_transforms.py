@@ -88,14 +88,13 @@ def test_box_distribution_is_that_of_random_resized_crop():
         assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("size, box", [((10, 1000), Box(0, 493, 10, 13)), ((1000, 9), Box(494, 0, 12, 9))])
-def test_fallback_is_the_largest_centred_box(size, box):
-    assert random_crop_box(np.random.default_rng(0), *size, 1.0) == box
-
-
-@pytest.mark.parametrize("size, grid", [((3056, 2544), (615, 512)), ((400, 300), (400, 300)), ((512, 700), (512, 700))])
-def test_grid_size_scales_down_only(size, grid):
-    assert grid_size(*size, 512) == grid and grid_size(*size[::-1], 512) == grid[::-1]
+def test_sizes_and_centred_boxes():
+    """Pictures are scaled down only; where no crop fits, it is the largest centred box of an allowed aspect ratio."""
+    for size, grid in (((3056, 2544), (615, 512)), ((400, 300), (400, 300)), ((512, 700), (512, 700))):
+        assert grid_size(*size, 512) == grid and grid_size(*size[::-1], 512) == grid[::-1]
+    for size, box in (((10, 1000), Box(0, 493, 10, 13)), ((1000, 9), Box(494, 0, 12, 9))):
+        assert random_crop_box(np.random.default_rng(0), *size, 1.0) == box
+    assert centre_box(10, 20) == Box(0, 5, 10, 10) and centre_box(21, 10) == Box(5, 0, 10, 10)
 
 
 @settings(max_examples=100, deadline=None)
@@ -107,11 +106,6 @@ def test_scaled_box_covers_the_same_part(data, height, width):
     assert native.top + native.height <= height and native.left + native.width <= width
     edges, native_edges = (np.array([[b.top, b.left], [b.top + b.height, b.left + b.width]]) for b in (box, native))
     assert (np.abs(edges / grid * (height, width) - native_edges) < 0.5001).all()
-
-
-def test_centre_box():
-    assert centre_box(10, 20) == Box(0, 5, 10, 10)
-    assert centre_box(21, 10) == Box(5, 0, 10, 10)
 
 
 def test_foreground_keeps_area_and_scale():
