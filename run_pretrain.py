@@ -184,7 +184,6 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
         more_state=lambda: {"model_config": core.config, "seen": core.seen, "unchanged_since": list(since)},
         sample_name=dataset.sample_name,
         samples=dataset.identity(),
-        dataset_size=len(dataset),
         epoch=args.start_epoch,
     )
     if resumed is not None:

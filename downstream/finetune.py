@@ -234,7 +234,6 @@ class FineTune(Method):
             write=partial(save_checkpoint, path=folder / CHECKPOINT),
             more_state=lambda: best,
             sample_name=lambda i: images.ids[rows.train[i]],
-            remedy="lower --lr, or use --dtype float32",
         )
         if on_main(ranks, (folder / CHECKPOINT).exists):
             state = load_checkpoint(folder / CHECKPOINT)

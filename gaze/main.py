@@ -142,8 +142,6 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         sample_name=lambda index: samples.images[index].name,
         # Of the validation too: the best epoch so far was chosen by it.
         samples=f"{samples.identity()} {held_out.identity()}",
-        dataset_size=len(samples),
-        remedy="lower --lr or use --dtype float32",
     )
     if resumed is None:
         core.set_prior(distributed.on_main(ranks, lambda: centre_prior(in_order(samples, 32))))

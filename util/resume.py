@@ -17,11 +17,11 @@ HARMLESS_FLAGS = frozenset(
     "cache_dir".split()
 )
 
-CONTENT = "names, order or content of samples"
+CONTENT = "number, names, order or content of samples"
 # With another value of one of these the rest of an epoch is other samples.
-SAME_EPOCH = {"--accum_iter", "--seed", "effective batch", "samples", CONTENT}
+SAME_EPOCH = {"--accum_iter", "--seed", "effective batch", CONTENT}
 # What decides what a step of pretraining sees.
-STEP_CHANGES = {"processes", "samples", CONTENT} | set(
+STEP_CHANGES = {"processes", CONTENT} | set(
     "--batch_size --accum_iter --seed --input_size --min_crop_ratio --preload --use_cache --cache_size --masking "
     "--mask_ratio --clinical_ratio".split()
 )
@@ -43,7 +43,6 @@ def changes(
         flags["batch_size"] * flags["accum_iter"] * processes
         for flags, processes in zip((old, args), both["processes"], strict=True)
     )
-    both["samples"] = state["dataset_size"], setting["dataset_size"]
     both[CONTENT] = str(state.get("samples"))[:8], str(setting["samples"])[:8]
     both["CPU threads"] = state.get("threads"), setting["threads"]  # they change the last bits of sums; None: on a GPU
     texts = {name: (as_text(was), as_text(now)) for name, (was, now) in both.items()}

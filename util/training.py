@@ -30,7 +30,6 @@ from util.stop import GO_ON, StopSignals
 
 READ_EVERY = 20  # updates between readings of their losses, for which the host waits
 OVERFLOWS_IN_A_ROW = 50
-REMEDY = "lower --lr, set --clip_grad, use --dtype float32, or pass --skip_nonfinite N to leave out N such steps"
 
 
 class Sums:
@@ -91,8 +90,6 @@ class Training:
     rate: Callable[[int, int], float] | None = None
     sample_name: Callable[[int], str] = str
     samples: str | None = None
-    dataset_size: int = 0
-    remedy: str = REMEDY
     epoch: int = 0
     step: int = 0
 
@@ -253,7 +250,10 @@ class Training:
         self.watch["skipped"] += 1
         skipped, allowed = self.watch["skipped"], self.options.get("skip_nonfinite", 0)
         if skipped > allowed:
-            raise UserError(f"{report}; no update was made with it and nothing was saved since: {self.remedy}")
+            raise UserError(
+                f"{report}; no update was made with it and nothing was saved since: "
+                "lower --lr or use --dtype float32 (docs/stopping.md)"
+            )
         print(f"warning: left out {skipped} of at most {allowed} steps (--skip_nonfinite): {report}", flush=True)
 
     def autocast(self) -> torch.autocast:
@@ -291,7 +291,6 @@ class Training:
         """On what the numbers depend beside the options."""
         return {
             "world_size": self.ranks.world_size,
-            "dataset_size": self.dataset_size,
             "samples": self.samples,
             "threads": torch.get_num_threads() if self.ranks.device.type == "cpu" else None,
         }

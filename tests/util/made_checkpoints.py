@@ -43,7 +43,6 @@ def make_state(epoch: int = 0, step: int = 0, *, size: int = 40, **args) -> dict
         "args": {**ARGS, **args},
         "meters": {"loss": 1.5, "half": torch.ones(2, dtype=torch.bfloat16)},
         "world_size": 1,
-        "dataset_size": 100,
         "format": 1,
     }
 
