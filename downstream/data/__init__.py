@@ -4,7 +4,6 @@ rest for all of them: labels, parts, image files, order."""
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +144,8 @@ def _check_files(name: str, ids: Sequence[str], files: Sequence[Path | None]) ->
     """`UserError` if two ids are the same file, by a link too: it could train under one and test under the other."""
     owners: dict[object, str] = {}
     for image, file in zip(ids, files, strict=True):
-        found = file and file.exists() and file.stat()
-        key = (found.st_dev, found.st_ino) if found else os.path.abspath(file or image)
-        if file and (other := owners.setdefault(key, image)) != image:
-            raise UserError(f"{name}: images {other!r} and {image!r} are the same file, {file}; keep one of them")
+        if file and file.exists():
+            status = file.stat()
+            other = owners.setdefault((status.st_dev, status.st_ino), image)
+            if other != image:
+                raise UserError(f"{name}: images {other!r} and {image!r} are the same file, {file}; keep one of them")

@@ -123,13 +123,19 @@ def match(names: Sequence[str], paths: Sequence[str], root: str = "") -> list[li
         for length in {len(wanted[i]) - cut for i in pending}:
             for path, parts in zip(paths, there, strict=True):
                 end = "/".join(parts[-length:])
-                if end in ends and named.isdisjoint(parts[:-length][-1:]) and (length > 1 or not cut or len(parts) == 2):
+                if (
+                    end in ends
+                    and named.isdisjoint(parts[:-length][-1:])
+                    and (length > 1 or not cut or len(parts) == 2)
+                ):
                     found[end].append(path)
         for i in pending:
             end = "/".join(wanted[i][cut:])
             if not cut or ends[end] == 1:
                 result[i] = found[end]
-        pending = [i for i in pending if not result[i] and wanted[i][cut] not in directories and len(wanted[i]) > cut + 1]
+        pending = [
+            i for i in pending if not result[i] and wanted[i][cut] not in directories and len(wanted[i]) > cut + 1
+        ]
         cut += 1
     return result
 

@@ -22,9 +22,9 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.plane import Plane, open_plane
 from downstream.data.labelled import LabelledImages
 from downstream.jobs import digest
-from datasets.plane import Plane, open_plane
 from util.cli import finite_float
 from util.errors import UserError
 from util.images import read_intensities
@@ -159,12 +159,7 @@ class Views(Dataset):
         return torch.from_numpy(np.ascontiguousarray(crop))[None]
 
 
-def open_squares(
-    images: LabelledImages,
-    cache_dir: str | os.PathLike,
-    *,
-    reading: Reading | None = None,
-) -> Plane:
+def open_squares(images: LabelledImages, cache_dir: str | os.PathLike, *, reading: Reading = Reading()) -> Plane:
     """The decoded images in one memory-mapped file below `cache_dir`, built on first use (`datasets.plane`).
 
     64 KiB an image at most: 7.0 GiB for ChestX-ray14, 12 GiB for CheXpert.
@@ -172,7 +167,7 @@ def open_squares(
     Raises:
         UserError: images that can't be read, which are printed, no place to write, disk full.
     """
-    squares, damaged = _decode(images, cache_dir, reading or Reading())
+    squares, damaged = _decode(images, cache_dir, reading)
     if damaged:
         print("\n".join(damaged.values()), flush=True)
         raise UserError(
@@ -193,9 +188,7 @@ def leave_out_damaged(
     return replace(sound, damaged=tuple(images.files[i] for i in places), tallies=tallies), [*damaged.values()]
 
 
-def _decode(
-    images: LabelledImages, cache_dir: str | os.PathLike, reading: Reading
-) -> tuple[Plane, dict[int, str]]:
+def _decode(images: LabelledImages, cache_dir: str | os.PathLike, reading: Reading) -> tuple[Plane, dict[int, str]]:
     """The decoded images, and what is wrong with those that can't be read, by their place. The file of the cache is the same
     whatever the split, and whatever is left out for damage."""
     files = sorted({*images.files, *images.damaged})
@@ -277,5 +270,7 @@ def reading_as_trained(args: argparse.Namespace, trained: Mapping[str, object], 
     """
     for option, value in trained.items():
         if (asked := getattr(args, option)) not in (None, value):
-            raise UserError(f"--{option} {asked}: {name} was trained with {value}, and reads images as then; leave it out")
+            raise UserError(
+                f"--{option} {asked}: {name} was trained with {value}, and reads images as then; leave it out"
+            )
     return replace(reading_from_args(args), **trained)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from downstream.jobs import digest
 from util.errors import UserError
 from util.files import atomic_write
-from downstream.jobs import digest
 
 TRAIN, VALID, TEST = PARTS = ("train", "valid", "test")
 MULTILABEL, MULTICLASS = "multilabel", "multiclass"

@@ -7,7 +7,6 @@ if there is an official or published one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -256,7 +255,7 @@ def _is_number(cells: pd.Series) -> pd.Series:
 
 
 # The reader of each data set, and the table of its labels: of the first of these patterns that any file fits.
-READERS: dict[str, tuple[Callable[[Source], Table], list[str]]] = {
+READERS = {
     "rsna": (read_rsna, ["*stage_2_train_labels*.csv"]),
     "nih": (read_nih, ["Data_Entry_2017*.csv"]),
     "chexpert": (read_chexpert, ["train.csv"]),

@@ -97,7 +97,9 @@ class Source:
     def once(self, table: pd.DataFrame, column: str, others: Sequence[str]) -> pd.DataFrame:
         """One row per id; `UserError` for an id whose rows say different things in `others`."""
         kept = table.drop_duplicates([column, *others])
-        self.refuse(kept[column], kept[column].duplicated(), "is in a line above too, with other values; keep one of them")
+        self.refuse(
+            kept[column], kept[column].duplicated(), "is in a line above too, with other values; keep one of them"
+        )
         if len(kept) < len(table):
             self.notes.append(f"{self.path.name}: {len(table) - len(kept)} rows repeat an image that is there already")
         return kept
@@ -118,7 +120,10 @@ class Source:
         known, expected = values.isin([0, 1]), "1, 0"
         for rule, what, found in ((uncertain, "uncertain (-1)", values == -1), (empty, "empty", cells == "")):
             if rule:
-                value = {name: PUBLISHED_UNCERTAIN.get(name, 0.0) if rule == PUBLISHED else VALUE_OF[rule] for name in columns}
+                value = {
+                    name: PUBLISHED_UNCERTAIN.get(name, 0.0) if rule == PUBLISHED else VALUE_OF[rule]
+                    for name in columns
+                }
                 values = values.mask(found, pd.Series(value), axis=1)
                 known, expected = known | found, f"{expected}, {what}"
                 if count := found.sum(axis=None):

@@ -51,7 +51,9 @@ def listed_parts(names: Sequence[str], lists: Mapping[str, Path], notes: list[st
         if len(found) < len(words):
             notes.append(f"{path}: {len(words) - len(found)} of {len(words)} lines name no image of the table")
     if not part_of:
-        raise UserError(f"{', '.join(map(str, lists.values()))}: no line names an image of the table, e.g. {names[0]!r}")
+        raise UserError(
+            f"{', '.join(map(str, lists.values()))}: no line names an image of the table, e.g. {names[0]!r}"
+        )
     return [part_of.get(name) for name in names]
 
 

@@ -32,7 +32,9 @@ COUNTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "packed", "table", "counts", "positive", "digest"), COUNTS, ids=[row[0] for row in COUNTS])
+@pytest.mark.parametrize(
+    ("name", "packed", "table", "counts", "positive", "digest"), COUNTS, ids=[row[0] for row in COUNTS]
+)
 def test_a_real_table_is_split_to_the_row(name, packed, table, counts, positive, digest, tmp_path):
     if (spec := importlib.util.find_spec("torchxrayvision")) is None:
         pytest.skip("torchxrayvision, which ships the real label tables, is not installed")
