@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -53,9 +54,11 @@ def describe_run(training: Training, dataset: Dataset, args) -> str:
     sample = [dataset[(training.epoch, i)] for i in range(min(32, len(dataset)))]
     foreground = torch.stack([item["foreground"] for item in sample])
     n_significant = significant_patches(foreground, core.patch_size).sum(1).float().mean().item()
+    # An image that is in several trees, or read by several readers, is drawn once for each.
+    names = {os.path.basename(entry["image_path"]).rpartition(".")[0] for entry in dataset.entries}
     lines = [
         f"model            {args.model}, {n_parameters / 1e6:.1f} M trained parameters, {args.dtype} on {training.ranks.device}",
-        f"images           {len(dataset)}, {training.steps_per_epoch} steps per epoch",
+        f"images           {len(dataset)} of {len(names)} file names, {training.steps_per_epoch} steps per epoch",
         f"effective batch  {args.batch_size * args.accum_iter * world_size} = {args.batch_size} x "
         f"{args.accum_iter} accumulated x {world_size} processes",
         f"learning rate    {args.lr:.3e} (absolute)",

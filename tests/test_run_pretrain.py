@@ -154,6 +154,7 @@ def test_starts_from_timm_weights_and_keeps_who_was_seen(tree, tmp_path, capsys)
     copy = shutil.copytree(tree, tmp_path / "copy")
     train(tree, tmp_path / "out", f"--epochs 2 --data_path {tree} {copy}")
     assert load_checkpoint(tmp_path / "out" / "checkpoint-1.pth")["seen"] == seen
+    assert "24 of 12 file names" in capsys.readouterr().out
     with pytest.raises(UserError, match="--data_path: .* is named twice"):
         train(tree, tmp_path / "out", f"--data_path {tree} {tree}/reflacx.json")
 
