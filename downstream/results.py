@@ -96,7 +96,7 @@ def results_table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     tables = []
     for outcome in outcomes:
         names, labels, (judged, values) = outcome.images.label_names, outcome.images.labels, outcome.found
-        published = outcome.as_published and bool(judged.all())
+        published = outcome.as_published and bool(judged.all()) and outcome.run["fraction"] == 1
         number = published and PUBLISHED.get((outcome.run["dataset"], outcome.run["method"]))
         value, low, high = np.transpose([interval(column) for column in values.T])
         columns = {

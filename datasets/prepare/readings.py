@@ -223,6 +223,10 @@ class ReadingsTask:
         merged = []
         for group in [mapped] if options.readings == "merge" and mapped else [[one] for one in mapped]:
             readings, rows, heatmaps = zip(*group)
+            if len(splits := {str(reading.split) for reading in readings}) > 1:
+                raise UserError(
+                    f"to be merged, but of the splits {' and '.join(sorted(splits))}; choose one with --split"
+                )
             made.note["used"].append([reading.id for reading in readings])
             made.note["fixations"].append("".join(rows))
             merged.append((f"{readings[0].study_id}/{entry_id(readings)}", merge_heatmaps(heatmaps)))

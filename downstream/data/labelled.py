@@ -17,6 +17,7 @@ from util.files import atomic_write
 
 TRAIN, VALID, TEST = PARTS = ("train", "valid", "test")
 MULTILABEL, MULTICLASS = "multilabel", "multiclass"
+RESERVED = ("id", "subject", "split", "mean", "seeds", "weights")  # columns of split.csv and table.md beside the labels
 FRACTION_SEED = 42  # of the published label fractions, the same for every seed of a run
 
 
@@ -66,7 +67,7 @@ class LabelledImages:
     def __post_init__(self) -> None:
         if not len(self) or not self.label_names:
             raise UserError(f"{self.name}: no {'label' if len(self) else 'image'} is left")
-        for names in (self.ids, self.label_names):
+        for names in (self.ids, [*RESERVED, *self.label_names]):
             if (twice := pd.Index(names).duplicated()).any():
                 raise UserError(f"{self.name}: {names[twice.argmax()]!r} is there twice; give each its own name")
         pairs = pd.DataFrame({"subject": self.subjects, "part": self.parts}).drop_duplicates()

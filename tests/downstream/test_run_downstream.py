@@ -170,6 +170,7 @@ def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
         ((102, 18), ["--split", "subject"], False),
         ((102, 18), ["--labels", "Pneumonia"], False),
         ((102, 18), ["--where", "Target=0", "Target=1"], False),
+        ((102, 18), ["--fractions", "0.5"], False),
     ],
 )
 def test_published_numbers_stand_beside_results_of_all_published_images_only(

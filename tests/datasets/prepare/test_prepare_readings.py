@@ -132,6 +132,17 @@ def test_a_reading_that_was_mended_changes_no_finished_tree(tmp_path, readings):
     assert entries_of(tmp_path / "out")[0]["raw_ids"][0] == first
 
 
+def test_readings_of_two_splits_are_not_merged(tmp_path):
+    study = make_study(tmp_path, n_images=2, shared_images=1, size=(120, 96))
+    for phase, split in enumerate(("train", "test", "test"), 1):
+        path = study.raw / f"main_data/metadata_phase_{phase}.csv"
+        pd.read_csv(path, dtype=str, keep_default_na=False).assign(split=split).to_csv(path, index=False)
+    report = prepare(study.raw, study.images, tmp_path / "out", readings="merge")
+    assert len(entries_of(tmp_path / "out")) == 1 and report.faults
+    assert "to be merged, but of the splits test and train; choose one with --split" in str(report)
+    prepare(study.raw, study.images, tmp_path / "train", readings="merge", split="train")
+
+
 def test_significant_patches_of_known_maps():
     foreground = np.zeros((448, 448), np.uint8)
     foreground[:64, :96] = 255  # 2 x 3 patches of 32 px, which are 16 px at 224

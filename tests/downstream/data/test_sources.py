@@ -382,6 +382,7 @@ def test_a_single_column_of_numbers_or_names(tmp_path, cells, choices, labels, v
         ("labels", ["Mass", "1.0", "0"], {}, "line 3, column 'labels': '1.0' is a number"),
         ("labels", ["Mass", "", "x"], {"labels": ["Cough"]}, "--labels Cough: has Mass, x"),
         ("labels", ["", "Normal", ""], {"split": "folds"}, "no label is left"),
+        ("labels", ["Mass", "mean", "x"], {"split": "folds"}, "'mean' is there twice"),  # results.csv has such a row
         ("labels,split", ["x,train", "y,hold-out", "x,test"], {}, "line 3, column 'split': 'hold-out'"),
     ],
 )
