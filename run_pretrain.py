@@ -47,11 +47,7 @@ OF_DATA = "preload use_cache cache_dir cache_size".split()
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: the published flags with their names, meanings and defaults, and ours."""
-    parser = Parser(
-        "run_pretrain.py",
-        description="Pretrain CXR-MIM on chest X-rays with gaze heatmaps.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("run_pretrain.py", description="Pretrain CXR-MIM on chest X-rays with gaze heatmaps.")
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--data_path", nargs="+", default=["../data/reflacx-1.0.0/"], help="processed tree, or several")
@@ -60,9 +56,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="side of the input in pixels, a multiple of the coarsest HOG cell (32 px as published)")
     add("--min_crop_ratio", type=finite_float, default=0.2, help="smallest area of a random crop")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
-    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU")
+    add("--pin_mem", action="store_true", default=True, help="pin host memory for faster copies to the GPU (default)")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="don't pin host memory")
-    add("--cache_dir", default=None, help="where decoded images are cached (None: inside the data tree)")
+    add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
     add("--cache_size", type=int, default=512,
         help="short side of cached images in pixels; crops are cut from "
              "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")
@@ -73,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="cxrmim_vit_base_patch16", choices=tuple(models_cxrmim.ENCODERS), help="encoder size")
     add("--pretrained", default=None, metavar="PATH|none",
-        help=f"initial weights; for the base model {BASE_WEIGHTS} unless given, else none")
+        help=f"initial weights (default: {BASE_WEIGHTS} for the base model, random ones for other sizes)")
     add("--id_list", type=int, nargs="+", default=[1, 3, 9, 11], help="0-based encoder blocks to decode")
     add("--scale_list", type=finite_float, nargs="+", default=[4.0, 2.0, 1.0, 0.5], help="target scale of each")
     add("--decoder_depth", type=int, default=1, help="transformer blocks in each decoder")
@@ -83,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("masking and loss").add_argument
     add("--masking", default="attention", choices=tuple(MASKINGS), help="what chooses the masked patches")
     add("--mask_ratio", type=finite_float, default=0.75, help="share of masked patches")
-    add("--clinical_ratio", type=finite_float, default=0.5, help="share of masked ones among the attended patches")
+    add("--clinical_ratio", type=finite_float, default=0.5, help="share of the significant patches that are masked")
     add("--gaze_weighted", action="store_true", help="weight the loss by gaze")
     add("--gaze_temperature", type=finite_float, default=0.1, help="temperature of that weighting")
 
@@ -91,35 +87,37 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, help="images per rank and step")
     add("--epochs", type=int, default=400, help="where training ends")
     add("--accum_iter", type=int, default=1, help="steps per optimiser step")
-    add("--weight_decay", type=finite_float, default=0.05, help="none on biases, norms and other 1-D parameters")
-    add("--lr", type=finite_float, default=None, help="absolute learning rate (None: blr x effective batch / 256)")
+    add("--weight_decay", type=finite_float, default=0.05,
+        help="weight decay, none on biases, norms and other 1-D parameters")
+    add("--lr", type=finite_float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
     add("--blr", type=finite_float, default=1e-3, help="learning rate per 256 images")
     add("--min_lr", type=finite_float, default=1e-6, help="learning rate at the end")
     add("--warmup_epochs", type=int, default=40, help="linear warm-up from 0, then a half-cycle cosine")
-    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm (None: no clipping)")
+    add("--clip_grad", type=finite_float, default=None, help="clip the gradient to this norm (default: no clipping)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="autocast type (None: float16 on CUDA, float32 on CPU)")
+        help="autocast type (default: float16 on CUDA, float32 on CPU)")
     add("--tf32", action="store_true", help="TF32 in float32 products and convolutions on CUDA")
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--skip_nonfinite", type=int, default=0, metavar="N",
         help="leave out up to N updates with a non-finite loss or gradient before stopping")
-    add("--seed", type=seed_number, default=0, help="of initial weights, sample order, crops and masks")
+    add("--seed", type=seed_number, default=0, help="seed of initial weights, sample order, crops and masks")
 
     add = parser.add_argument_group("output and resuming").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints, log.txt, args.json")
-    add("--log_dir", default=None, help="TensorBoard events (None: in output_dir)")
+    add("--log_dir", default=None, help="TensorBoard events (default: in output_dir)")
     add("--save_every", type=int, default=50, help="epochs between checkpoints that are kept")
-    add("--keep", type=int, default=None, help="keep only the last N (None: those from ends of epochs, and the last 2)")
+    add("--keep", type=int, default=None,
+        help="keep only the last N checkpoints (default: all from ends of epochs, and the last 2)")
     add("--image_every", type=int, default=50,
         help="epochs between pictures of 4 fixed samples in TensorBoard, 0 for none")
     add("--print_every", type=int, default=20, help="steps between progress lines")
-    add("--resume", default="", metavar="PATH", help="checkpoint to go on from, a file or an http(s) address")
+    add("--resume", default="", metavar="PATH", help="checkpoint to continue from, a file or an http(s) address")
     add("--auto_resume", action="store_true", default=True,
-        help="go on from the newest checkpoint in output_dir")
+        help="continue from the newest checkpoint in output_dir (default)")
     add("--no_auto_resume", action="store_false", dest="auto_resume",
         help="start afresh; output_dir must hold no checkpoint")
     add("--max_minutes", type=finite_float, default=None,
-        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first")
+        help="stop after this many minutes, with a checkpoint and exit status 75; a cache being built is finished first")
     add("--start_epoch", type=int, default=0, help="first epoch of a run that doesn't resume")
     # fmt: on
 

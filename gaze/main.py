@@ -36,30 +36,30 @@ CACHE_SIZE = 512  # short side, px, as in pretraining, which can share the cache
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("run_gaze.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("run_gaze.py", description=__doc__)
     # fmt: off
     add = parser.add_argument
     add("--data_path", nargs="+", required=True, help="processed tree, or several")
     add("--input_size", type=int, default=224, help="side of the input in pixels, divisible by 32")
     add("--num_workers", type=int, default=4, help="data loading processes per rank")
-    add("--cache_dir", default=None, help="where decoded images are cached (None: inside the data tree)")
+    add("--cache_dir", default=None, help="where decoded images are cached (default: inside the data tree)")
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
     add("--backbone", default="resnet50", help="timm's name of the encoder")
     add("--weights", default=None, metavar="FILE|none",
         help="the encoder: a plain ViT, such as a checkpoint or export of pretraining, or FILE@TIMM_MODEL of any other "
-             "(None: --backbone with its weights in preTrain/, if they are there)")
+             "(default: --backbone with its weights in preTrain/, if they are there)")
     add("--batch_size", type=int, default=16, help="images per rank and step")
     add("--epochs", type=int, default=20, help="where training ends, unless it is stopped early")
     add("--patience", type=int, default=6, help="stop after so many epochs without a better validation KLD")
     add("--lr", type=finite_float, default=1e-3, help="learning rate, after a warm-up of an epoch and before a half-cycle cosine")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
-        help="autocast type (None: float16 on CUDA, float32 on CPU)")
+        help="autocast type (default: float16 on CUDA, float32 on CPU)")
     add("--seed", type=seed_number, default=0, help="of initial weights and sample order")
     add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
     add("--resume", default="", metavar="PATH",
-        help="checkpoint to go on from (default: the newest in output_dir)")
+        help="checkpoint to continue from (default: the newest in output_dir)")
     add("--max_minutes", type=finite_float, default=None,
-        help="stop after so long, with a checkpoint, exit status 75; a cache being built is finished first")
+        help="stop after this many minutes, with a checkpoint and exit status 75; a cache being built is finished first")
     add("--judge", default=None, metavar="PATH", help="don't train: judge this best.pth on the test images")
     # fmt: on
 

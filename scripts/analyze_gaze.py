@@ -18,10 +18,7 @@ from util.files import check_folder_place
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=__doc__ + " Damaged readings are listed and left out; the exit status is 1 then.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__ + " Damaged readings are listed and left out; the exit status is 1 then.")
     add_raw_options(parser)
     # fmt: off
     add = parser.add_argument

@@ -15,7 +15,7 @@ from util.export import FORMATS, export_backbone, usage
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__)
     # fmt: off
     parser.add_argument("checkpoint", help="checkpoint-*.pth of pretraining, a published one, or a MAE or timm file")
     parser.add_argument("out", help="file to write; a folder for --format hf")

@@ -32,7 +32,7 @@ VITS = {size: f"vit_{size}_patch16_224" for size, _, patch_size in VIT_SIZES.val
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__)
     # fmt: off
     parser.add_argument("--model", default="base",
         help=f"a size of ViT ({', '.join(VITS)}), or timm's name of a model, with or without tag, such as resnet50")

@@ -17,7 +17,7 @@ SITES = {"jpg": "https://physionet.org/files/mimic-cxr-jpg/2.1.0", "dcm": "https
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__)
     # fmt: off
     parser.add_argument("--raw", type=Path, required=True, help="root of REFLACX, with main_data/")
     parser.add_argument("--format", choices=tuple(SITES), default="jpg", help="of MIMIC-CXR-JPG, or of MIMIC-CXR")

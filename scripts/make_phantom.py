@@ -28,7 +28,7 @@ ONLY_FOR = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument
     add("--out", required=True, help="directory to write into: reflacx/ and mimic/, or rsna/ or nih/")

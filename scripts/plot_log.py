@@ -53,7 +53,7 @@ def loss_figure(logs: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__)
     # fmt: off
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run")
     parser.add_argument("--out", default="loss.png", help="picture to write: .png, .pdf, .svg or .jpg")

@@ -18,8 +18,7 @@ from util.radiograph import add_dicom_contrast
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__ + " Damaged files and readings are listed at the end and left out; the exit "
-        "status is 1 then. An interrupted run goes on where it stopped; a second run changes nothing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "status is 1 then. An interrupted run goes on where it stopped; a second run changes nothing."
     )
     add_raw_options(parser)
     # fmt: off

@@ -58,11 +58,7 @@ KEY = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=__doc__,
-        epilog="Options that are not given are those stored in the checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__, epilog="Options that are not given are those stored in the checkpoint.")
     # fmt: off
     add = parser.add_argument
     add("checkpoint", help="checkpoint of pretraining, or a published one")
@@ -79,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_dicom_contrast(parser)
     add("--masking", choices=MASKINGS, help="what chooses the masked patches")
     add("--mask_ratio", type=finite_float, help="share of masked patches")
-    add("--clinical_ratio", type=finite_float, help="share of masked ones among the attended patches")
+    add("--clinical_ratio", type=finite_float, help="share of the significant patches that are masked")
     add("--seed", type=seed_number, help="of the masks, and of the crops of --epoch and --step")
     add("--num_heads", type=int, help="for a file that doesn't say: attention heads of the encoder")
     add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images")

@@ -12,12 +12,23 @@ from pathlib import Path
 from util.errors import UserError
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of each option that has one, unless its help tells it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if "(default" in text or default in (None, "", [], argparse.SUPPRESS) or isinstance(default, bool):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {shown})"
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of every program: no abbreviations, and no bytes that are not UTF-8, which indexes and events can't
     hold."""
 
     def __init__(self, prog: str | None = None, **kwargs):
-        super().__init__(prog, allow_abbrev=False, **kwargs)
+        super().__init__(prog, allow_abbrev=False, **({"formatter_class": HelpFormatter} | kwargs))
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
