@@ -83,13 +83,7 @@ def test_published_command_is_understood():
     assert (args.preload, args.gaze_weighted, args.local_rank, args.blr) == (True, True, 0, 3e-3)
 
 
-def test_trains_without_git(tree, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    train(tree, tmp_path)
-    assert json.loads((tmp_path / "args.json").read_text())[0]["git"] is None
-
-
-@pytest.mark.parametrize("flags", ["", "--preload", "--gaze_weighted", "--preload --gaze_weighted --masking block"])
+@pytest.mark.parametrize("flags", ["", "--preload --gaze_weighted --masking block"])
 def test_trains_with_and_without_preload_and_weighting(tree, tmp_path, flags):
     (record,) = train(tree, tmp_path, flags)
     assert record["epoch"] == 0
@@ -173,8 +167,10 @@ def test_accumulation_is_the_larger_batch(tree, tmp_path):
     assert steps[0] == steps[1] == 1
 
 
-def test_bfloat16_clipping_and_odd_taps(tree, tmp_path):
+def test_bfloat16_clipping_and_odd_taps_without_git(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     train(tree, tmp_path, "--dtype bfloat16 --clip_grad 0.1 --id_list 0 2 2 --scale_list 1 0.5 0.5")
+    assert json.loads((tmp_path / "args.json").read_text())[0]["git"] is None
 
 
 @pytest.mark.parametrize(("before", "after", "scale"), [("float16", "bfloat16", 1.0), ("float32", "float16", 65536.0)])
@@ -188,28 +184,11 @@ def test_resuming_takes_the_new_flags(tree, tmp_path, before, after, scale):
 
 
 def test_warns_loudly_when_no_patch_is_significant(tmp_path, tree, capsys):
-    flat = tmp_path / "flat"
-    for file in tree.rglob("*"):
-        target = flat / file.relative_to(tree)
-        if file.is_dir():
-            target.mkdir(parents=True)
-        elif "attention" in file.parts:
-            write_gray(target, read_gray(file) * 0)
-        else:
-            target.write_bytes(file.read_bytes())
+    flat = shutil.copytree(tree, tmp_path / "flat")
+    for file in (flat / "attention").rglob("*.png"):
+        write_gray(file, read_gray(file) * 0)
     train(flat, tmp_path / "out")
     assert "no patch of these images is significant" in capsys.readouterr().out
-
-
-def copy_tree(tree, target, change):
-    """A copy of the tree's index, changed, beside links to its files."""
-    target.mkdir()
-    for file in tree.iterdir():
-        if file.name != "reflacx.json":
-            (target / file.name).symlink_to(file)
-    entries = json.loads((tree / "reflacx.json").read_text())
-    (target / "reflacx.json").write_text(change(entries))
-    return target
 
 
 @pytest.mark.parametrize(
@@ -219,43 +198,22 @@ def copy_tree(tree, target, change):
         ("--id_list 1 3", "scale_list"),
         ("--batch_size 64", "--batch_size"),
         ("--mask_ratio 1", "mask_ratio"),
-        ("--clinical_ratio 1.5", "clinical_ratio"),
-        ("--min_crop_ratio 0", "min_crop_ratio"),
         ("--epochs 0", "epochs"),
         ("--decoder_num_heads 7", "decoder_num_heads"),
         ("--pretrained /nowhere.pth", "/nowhere.pth"),
         ("--model cxrmim_vit_base_patch16", "fetch_weights"),
-        ("--resume /nowhere.pth", "/nowhere.pth: can't be read"),
+        ("--cache_size 8", "--cache_size 8: below --input_size 64"),
         ("--device tpu", "--device"),
         ("--world_size 2", "torchrun"),
         ("--lr -1", "--lr"),
         ("--clip_grad 0", "--clip_grad 0: must be above 0"),
         ("--output_dir /dev/null/out", "--output_dir /dev/null/out"),
-        ("--log_dir /dev/null/log", "--log_dir /dev/null/log"),
     ],
 )
 def test_bad_flags_are_named(tree, tmp_path, flags, message, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no preTrain/ is
     with pytest.raises(UserError, match=re.escape(message)) as error:
         train(tree, tmp_path / "out", flags)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda entries: "[]", "reflacx.json"),
-        (lambda entries: "{not json", "reflacx.json"),
-        (lambda entries: json.dumps([{"image_path": "a.png"}]), "study_id"),
-        (lambda entries: json.dumps([entries[0] | {"image_path": "../a.png"}]), "image_path"),
-        (lambda entries: json.dumps([entry | {"image_path": "images/none.png"} for entry in entries]), "none.png"),
-        (lambda entries: json.dumps([entry | {"reflacx_id": "P999"} for entry in entries]), "P999.png"),
-    ],
-)
-def test_bad_index_is_named(tree, tmp_path, change, message):
-    broken = copy_tree(tree, tmp_path / "broken", change)
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        train(broken, tmp_path / "out")
     assert "\n" not in str(error.value)
 
 

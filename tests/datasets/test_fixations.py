@@ -66,22 +66,6 @@ def test_equals_the_slow_version(fixations, image_size, out_size):
     np.testing.assert_allclose(fast, slow, rtol=0, atol=1e-6 * fast.max())
 
 
-def test_the_shown_rectangle_is_a_slice_at_native_size():
-    uncut = fixation_heatmap(table(fixation()), (90, 120), (90, 120))
-    cut = fixation_heatmap(table(fixation(box=(45, 30, 70, 60))), (90, 120), (90, 120))
-    expected = np.zeros_like(uncut)
-    expected[30:60, 45:70] = uncut[30:60, 45:70]
-    np.testing.assert_allclose(cut, expected / expected.sum(), atol=1e-12)
-
-
-def test_small_map_is_the_large_one_averaged():
-    fixations = table(fixation(), fixation(100, 20, 0.4))
-    large = fixation_heatmap(fixations, (90, 120), (90, 120))
-    small = fixation_heatmap(fixations, (90, 120), (45, 60))
-    pooled = large.reshape(45, 2, 60, 2).sum((1, 3))
-    np.testing.assert_allclose(small, pooled, atol=0.005 * small.max())
-
-
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -6,17 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import run_pretrain
 from datasets.single_image import check_rectangles, read_own_fixations
 from util.errors import UserError
-
-
-def test_cache_size_below_input_size():
-    args = run_pretrain.get_args_parser().parse_args(["--cache_size", "8"])
-    with pytest.raises(UserError, match="--cache_size 8: below --input_size 224"):
-        run_pretrain.check_args(args)
-    args.cache_size = 224
-    run_pretrain.check_args(args)
 
 
 def test_infinite_rectangles_are_uncut_and_nan_is_named(tmp_path):

@@ -23,14 +23,6 @@ def test_no_number_of_pretraining_may_be_nan_or_infinite(action, text, capsys):
     assert f"error: argument {action.option_strings[0]}: {text} is not a finite number" in capsys.readouterr().err
 
 
-def test_numbers_are_taken_and_words_are_not(capsys):
-    args = run_pretrain.get_args_parser().parse_args(["--lr", "1e-3", "--scale_list", "4", "0.5"])
-    assert args.lr == 1e-3 and args.scale_list == [4.0, 0.5]
-    with pytest.raises(SystemExit):
-        run_pretrain.get_args_parser().parse_args(["--lr", "fast"])
-    assert "argument --lr: invalid finite_float value: 'fast'" in capsys.readouterr().err
-
-
 def test_a_name_that_no_index_can_hold_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_pretrain.get_args_parser().parse_args(["--data_path", "a", "donn\udce9es"])

@@ -15,7 +15,3 @@ def test_the_quota_of_a_container_counts(tmp_path, text, most):
     quota.write_text(text + "\n")
     allowed = len(os.sched_getaffinity(0))
     assert available_cpus(quota) == (allowed if most is None else min(allowed, most))
-
-
-def test_without_a_quota_the_affinity_counts(tmp_path):
-    assert available_cpus(tmp_path / "nothing") == len(os.sched_getaffinity(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,27 +15,10 @@ from downstream.results import MEAN
 
 def made_up_results(n: int, fractions: list[float]) -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    rows = [
-        [
-            f"_encoder $ {i:02d}" + " of a long name" * (i == 7),
-            "x",
-            "linear",
-            fraction,
-            seed,
-            label,
-            rng.random(),
-            0,
-            1,
-            9,
-            5,
-        ]
-        for i in range(n)
-        for fraction in fractions
-        for seed in (43, 44)
-        for label in ("A", MEAN)
-    ]
-    columns = "weights dataset method fraction seed label auc low high n n_positive".split()
-    return pd.DataFrame(rows, columns=columns)
+    names = [f"_encoder $ {i:02d}" + " of a long name" * (i == 7) for i in range(n)]
+    rows = list(itertools.product(names, fractions, (43, 44), ("A", MEAN)))
+    table = pd.DataFrame(rows, columns="weights fraction seed label".split())
+    return table.assign(dataset="x", method="linear", auc=rng.random(len(rows)), low=0, high=1, n=9, n_positive=5)
 
 
 @pytest.mark.parametrize("fractions", [[0.01, 1.0], [1.0]], ids=["over fractions", "one fraction"])

@@ -71,7 +71,3 @@ def test_cell_sizes_in_any_order_and_repeated():
     mixed = HOGPyramid(9, (32, 4, 32, 16))(img)
     for cell, target in zip((32, 4, 32, 16), mixed, strict=True):
         torch.testing.assert_close(target, HOGPyramid(9, (cell,))(img)[0], atol=1e-5, rtol=0)
-
-
-def test_no_gradient():
-    assert not HOGPyramid(9, CELLS)(torch.rand(1, 3, 32, 32, requires_grad=True))[0].requires_grad

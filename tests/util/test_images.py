@@ -25,7 +25,7 @@ def encode(array: np.ndarray, image_format: str, mode: str | None = None) -> byt
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.jpg", "a.jpeg"])
+@pytest.mark.parametrize("name", ["a.PNG", "a.jpeg"])
 def test_round_trip(tmp_path, name):
     gray = gradient()
     write_gray(tmp_path / name, gray)
@@ -80,8 +80,6 @@ def test_16_bit_is_refused_also_in_colour_which_pillow_would_cut_to_8(tmp_path):
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
     data += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     (tmp_path / "rgb.png").write_bytes(data)
-    with Image.open(tmp_path / "rgb.png") as image:
-        assert image.mode == "RGB"  # Pillow does not tell
     assert "16-bit" in refused(tmp_path / "rgb.png")
 
 

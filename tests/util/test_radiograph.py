@@ -7,7 +7,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, HTJ2KLossless, ImplicitVRLittleEndian
+from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, HTJ2KLossless
 
 from util.errors import UserError
 from util.radiograph import (
@@ -96,12 +96,11 @@ def test_jpeg_lossless():
 # --- bits, sign, contrast --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
 @pytest.mark.parametrize("dtype, bits", [("u1", 8), ("u2", 12), ("u2", 16), ("i2", 12), ("i2", 16)])
-def test_without_a_window_min_and_max_of_the_image(film, dtype, bits, syntax):
+def test_without_a_window_min_and_max_of_the_image(film, dtype, bits):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype[0] == "i" else (0, 2**bits - 1)
     stored = np.linspace(low * 0.7, high * 0.7, 35 * 22).astype(dtype).reshape(35, 22)
-    np.testing.assert_array_equal(film(stored, bits, syntax), to_255(stored, int(stored.min()), int(stored.max())))
+    np.testing.assert_array_equal(film(stored, bits), to_255(stored, int(stored.min()), int(stored.max())))
 
 
 @pytest.mark.parametrize("center, width", [(2048, 4096), (1500, 800), (1000, 1), ([1500, 9], [800, 9])])
@@ -155,8 +154,6 @@ def test_minmax_does_without_the_window(film):
         ("MONOCHROME1", -1, 1, True),  # what every viewer shows
         ("MONOCHROME2", 1, -1, False),  # the rescale has turned it over already
         ("MONOCHROME2", -1, -1, True),
-        ("MONOCHROME2", None, -1, False),
-        ("MONOCHROME1", None, -1, True),
     ],
 )
 @pytest.mark.parametrize("window", ["", "LINEAR", "LINEAR_EXACT", "LUT"])
@@ -201,12 +198,6 @@ def test_mimic_cxr_jpg_by_hand(film, photometric, dtype, bits):
     np.testing.assert_array_equal(found, equalize_histogram(255 - gray if photometric == "MONOCHROME1" else gray))
 
 
-def test_equalize_histogram_by_hand():
-    gray = np.array([[3, 3, 7], [7, 9, 200]], np.uint8)
-    # The share of the 4 pixels above the lowest level that lie at or below each level; halves go to even.
-    np.testing.assert_array_equal(equalize_histogram(gray), [[0, 0, 128], [128, 191, 255]])
-
-
 def test_equalize_histogram_is_that_of_opencv():
     cv2 = pytest.importorskip("cv2", reason="needs opencv-python-headless (tests/requirements.txt)")
     for levels in (1, 2, 17, 256):
@@ -247,17 +238,12 @@ def test_missing_codec_names_its_package(tmp_path):
     assert "missing dependencies" in (message := error_of(path)) and "pylibjpeg-openjpeg" in message
 
 
-NO_SLOPE = {"RescaleSlope": 0, "RescaleIntercept": 5}
-
-
 @pytest.mark.parametrize(
     "stored, tags, words",
     [
         (RAMP, WINDOW | {"WindowWidth": 0}, "Window Width must be"),
         (RAMP, {"WindowCenter": 60000, "WindowWidth": 10}, "--dicom_contrast mimic-cxr-jpg"),  # no black film
-        (RAMP, NO_SLOPE, "all pixels the same gray"),
-        (RAMP, NO_SLOPE | WINDOW, "all pixels the same gray"),
-        (RAMP, {"VOILUTSequence": lut_item(range(256), 0, 8, bytes(range(256)))}, "unpack"),  # two entries in a word
+        (RAMP, {"RescaleSlope": 0, "RescaleIntercept": 5}, "all pixels the same gray"),
         (np.full((4, 5), 7, np.uint16), {"PixelPaddingValue": 7}, "zero-size"),
         (RAMP.astype(np.uint32), {"bits": 32}, "32 bits"),
     ],
@@ -303,12 +289,7 @@ def test_a_flat_image_is_black(film, contrast):
 def test_empty_values_say_nothing(tmp_path):
     plain = read_dicom(write(tmp_path / "a.dcm", **WINDOW))
     empty = {"RescaleSlope": "", "RescaleIntercept": "", "VOILUTFunction": "", "PixelPaddingValue": 4095}
-    path = write(tmp_path / "b.dcm", **WINDOW, **empty)
-    with pydicom.config.disable_value_validation():
-        ds = pydicom.dcmread(path)
-        ds.add_new("PixelPaddingRangeLimit", "US", None)
-        ds.save_as(path)
-    np.testing.assert_array_equal(read_dicom(path), plain)
+    np.testing.assert_array_equal(read_dicom(write(tmp_path / "b.dcm", **WINDOW, **empty)), plain)
 
 
 def test_read_radiograph_goes_by_content(tmp_path):

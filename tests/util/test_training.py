@@ -18,17 +18,17 @@ CPU = torch.device("cpu")
 BATCHES = TrainBatches(200, 1)
 
 
-def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int = 0, group=None) -> Training:
+def make_training(dtype: str = "float32") -> Training:
     core = torch.nn.Linear(1, 1)
     training = Training(
         core=core,
         optimizer=torch.optim.AdamW(core.parameters()),
-        ranks=Ranks(rank, 1 if group is None else 2, rank, CPU, group),
+        ranks=Ranks(0, 1, 0, CPU, None),
         signals=SimpleNamespace(request=0),
-        options={"dtype": dtype, "skip_nonfinite": skip_nonfinite},
+        options={"dtype": dtype, "skip_nonfinite": 0},
         n_values=1,
         losses=None,
-        sample_name=lambda index: f"rank{rank}sample{index}.png",
+        sample_name=lambda index: f"sample{index}.png",
     )
     training.loader = SimpleNamespace(batch_sampler=BATCHES)
     return training
@@ -36,7 +36,7 @@ def make_training(*, dtype: str = "float32", skip_nonfinite: int = 0, rank: int 
 
 def sample(step: int) -> str:
     """Name of the sample that a step trains on."""
-    return f"rank0sample{BATCHES.batch(0, step)[0]}.png"
+    return f"sample{BATCHES.batch(0, step)[0]}.png"
 
 
 def note(training: Training, step: int, *, loss: float = 1.0, skipped: bool = False) -> None:
@@ -98,7 +98,7 @@ def test_a_nonfinite_gradient_is_an_error_but_in_fp16():
     note(training, 3, skipped=True)
     with pytest.raises(UserError, match="non-finite gradient at epoch 2 step 3"):
         training.check_finite()
-    training = make_training(dtype="float16")
+    training = make_training("float16")
     for step in range(2 * OVERFLOWS_IN_A_ROW - 1):  # an update half way, and the count starts again
         note(training, step, skipped=step != OVERFLOWS_IN_A_ROW - 1)
         if step % 7 == 0:
@@ -108,7 +108,7 @@ def test_a_nonfinite_gradient_is_an_error_but_in_fp16():
     note(training, 99, skipped=True)
     with pytest.raises(UserError, match="50 fp16 overflows in a row"):
         training.check_finite()
-    training = make_training(dtype="float16")
+    training = make_training("float16")
     note(training, 3, loss=math.inf, skipped=True)
     with pytest.raises(UserError, match="non-finite loss"):
         training.check_finite()

@@ -16,16 +16,12 @@ from util.errors import UserError
 SMALL = (128, 105)
 
 
-def test_same_arguments_same_bytes_and_images_do_not_depend_on_their_number(tmp_path):
+def test_images_do_not_depend_on_their_number(tmp_path):
     options = {"size": SMALL, "seed": 5, "shared_images": 1, "image_format": "mixed"}
-    first = make_study(tmp_path / "a", 4, **options)
-    make_study(tmp_path / "b", 4, **options)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    make_study(tmp_path / "a", 4, **options)
     make_study(tmp_path / "c", 6, **options)
     few, many = contents(tmp_path / "a"), contents(tmp_path / "c")
     assert {name for name, data in few.items() if many.get(name) != data} == {"reflacx/main_data/metadata_phase_3.csv"}
-    other = make_study(tmp_path / "d", 4, **{**options, "seed": 6})
-    assert not {image.dicom_id for image in other.truth} & {image.dicom_id for image in first.truth}
 
 
 @pytest.mark.parametrize("kind", LESION_KINDS)
@@ -37,21 +33,10 @@ def test_lesions_are_seen_where_they_are_said_to_be(kind):
         ellipse = draw_lesion(kind, np.random.default_rng(seed)).ellipse
         xmin, ymin, xmax, ymax = pixel_box(size, ellipse)
         inside = np.hypot((2 * x - xmin - xmax) / (xmax - xmin), (2 * y - ymin - ymax) / (ymax - ymin)) <= 1
-        weak, usual = (
-            np.abs(render_chest(size, np.random.default_rng(9), (Lesion(kind, ellipse, contrast),)) - normal)
-            for contrast in (0.5, 1.0)
-        )
+        usual = np.abs(render_chest(size, np.random.default_rng(9), (Lesion(kind, ellipse, 1.0),)) - normal)
         # Cardiomegaly shows at the heart's border, an effusion in a corner: a tenth of the ellipse at least.
         assert np.quantile(usual[inside], 0.9) > 12
         assert usual[inside].mean() > 8 * usual[~inside].mean()
-        if kind != "cardiomegaly":  # its contrast is its size
-            assert weak[inside].mean() < 0.75 * usual[inside].mean()
-
-
-def test_no_reading_id_is_drawn_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.phantom.reflacx.fixed_number", lambda *key: 999_999)
-    study = make_study(tmp_path, 3, size=(16, 16), shared_images=0, normal_fraction=1)
-    assert [image.reading_ids[0] for image in study.truth] == ["P300R999999", "P300R000000", "P300R000001"]
 
 
 @pytest.mark.parametrize("name, make", [("rsna", make_rsna), ("nih", make_nih)])
@@ -69,7 +54,6 @@ def test_the_reader_finds_every_image_and_the_same_seed_gives_the_same_bytes(nam
     [
         ("--format dcm", ["3 images in", "3 simulated readings"], ".dcm"),
         ("--layout rsna", ["3 images in"], ".dcm"),
-        ("--layout rsna --format jpg", ["3 images in"], ".jpg"),
         ("--layout nih", ["3 images in"], ".png"),
     ],
 )

@@ -4,16 +4,14 @@ absence, and none is made to another image."""
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from phantom_egd import make_egd
 
 from datasets.fixations import FIXATION_COLUMNS
 from datasets.phantom.reflacx import make_study
 from datasets.prepare.readings import detect_source
-from datasets.raw.mimic_cxr import find_images, find_metadata, ids_beginning
+from datasets.raw.mimic_cxr import find_images, find_metadata
 from datasets.raw.read_egd import find_egd_root, read_egd
-from datasets.raw.read_reflacx import find_reflacx_root, read_reflacx
+from datasets.raw.read_reflacx import read_reflacx
 from util.errors import UserError
 from util.tables import check_id
 
@@ -56,23 +54,16 @@ def test_every_row_becomes_a_reading_or_an_exclusion(study):
     assert not any(exclusion.is_fault for exclusion in raw.exclusions)
 
 
-def test_root_is_found_from_around_it(study):
-    assert find_reflacx_root(study.raw) == find_reflacx_root(study.raw.parent) == study.raw
-    assert find_reflacx_root(study.raw / "nowhere") is None and detect_source(study.raw) == "reflacx"
-
-
 @pytest.mark.parametrize(
     "column, value, words",
     [
         ("id", "../../P3", "not a plain identifier"),
         ("split", "", "not a plain identifier"),
-        ("dicom_id", "a/b", "not a plain identifier"),
         ("image", "files/a.dcm", "is not the image of dicom_id"),
         ("image_size_x", "wide", "'wide' is none of 1, ..., 99999"),
         ("image_size_y", "0", "'0' is none of 1"),
         ("Atelectasis", "6", "is none of 0, ..., 5"),
         ("Support devices", "maybe", "'maybe' is neither true nor false"),
-        ("eye_tracking_data_discarded", "", "neither true nor false"),
     ],
 )
 def test_a_bad_cell_leaves_its_reading_out(own_study, column, value, words):
@@ -83,15 +74,10 @@ def test_a_bad_cell_leaves_its_reading_out(own_study, column, value, words):
     assert sum(reading.phase == 3 for reading in raw.readings) == 1
 
 
-def test_rows_that_repeat_an_id_or_name_another_image(own_study):
+def test_rows_that_repeat_an_id(own_study):
     path = own_study.raw / "main_data/metadata_phase_3.csv"
-    table = pd.read_csv(path, dtype=str)
-    set_cell(path, "id", 1, table["id"][0])
+    set_cell(path, "id", 1, pd.read_csv(path, dtype=str)["id"][0])
     assert "line 3" in fault(read_reflacx(own_study.raw)).detail
-    table.to_csv(path, index=False)
-    set_cell(path, "dicom_id", 0, table["dicom_id"][1])
-    detail = fault(read_reflacx(own_study.raw)).detail
-    assert "line 2, column 'image'" in detail and "is not the image of dicom_id" in detail
 
 
 @pytest.mark.parametrize("damage", ["column", "file"])
@@ -173,11 +159,6 @@ def test_egd_bad_cells(egd):
     (reading,) = raw.readings
     (bad,) = reading.load_fixations().bad
     assert bad.endswith("column 'X_ORIGINAL' is not a finite number")
-
-
-@given(st.text("ab-", max_size=4), st.sets(st.text("ab-", max_size=4)))
-def test_ids_beginning_equals_a_plain_search(name, known):
-    assert ids_beginning(name, sorted(known)) == sorted(other for other in known if other.startswith(name))
 
 
 @pytest.mark.parametrize("every", [1, 2])
