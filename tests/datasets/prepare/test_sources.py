@@ -130,8 +130,7 @@ def test_a_coloured_heatmap_is_refused(tmp_path):
     np.testing.assert_array_equal(read_heatmap(tmp_path / "rgb.png", (8, 8)) * 256, gray)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize(("orientation", "suffix"), [(2, "png"), (3, "jpg"), (6, "jpg"), (8, "png")])
 def test_exif_orientation(tmp_path, orientation, suffix):
     pixels = np.linspace(0, 255, 40 * 24).reshape(40, 24).astype(np.uint8)
     exif = Image.Exif()
