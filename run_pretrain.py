@@ -18,7 +18,7 @@ from datasets.tree import entry_subject
 from engine_pretrain import batch_losses, describe_run, finish_epoch, name_means
 from util import distributed
 from util.checkpoint import announce_resume, find_checkpoint, load_checkpoint, restoring, save_and_prune
-from util.cli import Parser, add_launch_arguments, check_least, check_positive, finite_float, seed_number
+from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.files import check_folder_place
@@ -192,18 +192,7 @@ def set_up(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSign
         announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))
     subjects = set(map(entry_subject, dataset.entries)) - {""}
     core.seen = sorted({*core.seen, *subject_marks(subjects, MIMIC)})
-    loader = train_loader(
-        dataset,
-        args.batch_size,
-        ranks,
-        seed=args.seed,
-        epochs=args.epochs,
-        epoch=training.epoch,
-        step=training.step,
-        accum_iter=args.accum_iter,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem,
-    )
+    loader = train_loader(dataset, vars(args), ranks, epoch=training.epoch, step=training.step)
     if args.compile:
         core.compile()
     training.start(loader)
@@ -225,10 +214,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse values that can't work, by the flag's name, before anything is loaded."""
     for least, flags in LEAST.items():
         check_least(args, least, *flags.split())
-    check_positive(args, "clip_grad")
     if args.log_dir:
         check_folder_place(args.log_dir, "--log_dir")
     for holds, message in (
+        (args.clip_grad is None or args.clip_grad > 0, f"--clip_grad {args.clip_grad}: must be above 0"),
         (0 < args.min_crop_ratio <= 1, f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]"),
         (0 <= args.clinical_ratio <= 1, f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]"),
         (args.start_epoch < args.epochs, f"--start_epoch {args.start_epoch}: must be below --epochs {args.epochs}"),

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 from torch.utils.data import default_collate
 
-from datasets.sampler import TrainBatches
-from datasets.shown import Shown, draw_mask, picture_name
+from datasets.sampler import ORDER, TrainBatches
+from datasets.shown import Shown, draw_mask
 from util.errors import UserError
 
 
 def take(shown: Shown, places: Sequence[int]) -> Shown:
     """Some of the images, by their places in the batch."""
     batch = {key: value[places] for key, value in shown.batch.items()}
-    return Shown(batch, shown.mask[places], [shown.names[place] for place in places])
+    return Shown(batch, shown.mask[places], [shown.indices[place] for place in places])
 
 
 def training_batch(
@@ -36,14 +36,11 @@ def training_batch(
     """
     batches = TrainBatches(
         len(dataset),
-        args.get("batch_size", 32),
         world_size=world_size,
         rank=rank % world_size,
-        seed=args.get("seed", 0),
-        epochs=args.get("epochs", epoch + 1),
         start_epoch=epoch,
         start_step=step,
-        accum_iter=args.get("accum_iter", 1),
+        **{name: args[name] for name in ORDER if name in args},
     )
     had = {"rank": (rank, world_size), "epoch": (epoch, batches.epochs), "step": (step, batches.steps_per_epoch)}
     for name, (value, n) in had.items():
@@ -52,4 +49,4 @@ def training_batch(
     keys = next(iter(batches))
     batch = default_collate([dataset[key] for key in keys])
     mask = draw_mask(model, batch, args, (epoch, step, rank), epoch, step)
-    return Shown(batch, mask, [picture_name(dataset, index) for _, index in keys])
+    return Shown(batch, mask, [index for _, index in keys])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from util.distributed import Ranks
 from util.errors import UserError
 from util.loading import SampleLoader, ignore_stop_signals
+
+ORDER = ("batch_size", "seed", "epochs", "accum_iter")  # options on which the order of the samples depends
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -35,7 +38,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     def __init__(
         self,
         dataset_size: int,
-        batch_size: int,
+        batch_size: int = 32,
         *,
         world_size: int = 1,
         rank: int = 0,
@@ -75,29 +78,21 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, index) for index in batch]
 
 
-def train_loader(
-    dataset: Dataset,
-    batch_size: int,
-    ranks: Ranks,
-    *,
-    epoch: int,
-    step: int,
-    num_workers: int,
-    pin_memory: bool = True,
-    **order: int,
-) -> SampleLoader:
+def train_loader(dataset: Dataset, options: Mapping[str, Any], ranks: Ranks, *, epoch: int, step: int) -> SampleLoader:
     """This rank's batches from a place, (`epoch`, `step`), to the end of training; its `batch_sampler` is a
     `TrainBatches`.
 
     Args:
-        pin_memory: on a GPU; never on the CPU.
-        order: seed, epochs and accum_iter of `TrainBatches`.
+        options: num_workers, those of `TrainBatches` by its names, and, if the task has it, pin_mem: on a GPU; never
+            on the CPU.
 
     Raises:
         UserError: the data set doesn't fill a single optimiser step, or an epoch has no such step.
     """
-    place = {"rank": ranks.rank, "world_size": ranks.world_size, "start_epoch": epoch, "start_step": step}
-    sampler = TrainBatches(len(dataset), batch_size, **place, **order)
+    order = {name: options[name] for name in ORDER if name in options}
+    sampler = TrainBatches(
+        len(dataset), rank=ranks.rank, world_size=ranks.world_size, start_epoch=epoch, start_step=step, **order
+    )
     if step >= sampler.steps_per_epoch:
         raise UserError(
             f"the checkpoint is at step {step} of epoch {epoch + 1}, and an epoch has {sampler.steps_per_epoch}; go on "
@@ -106,8 +101,8 @@ def train_loader(
     return SampleLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory and ranks.device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
+        num_workers=options["num_workers"],
+        pin_memory=options.get("pin_mem", True) and ranks.device.type == "cuda",
+        prefetch_factor=4 if options["num_workers"] else None,
         worker_init_fn=ignore_stop_signals,
     )

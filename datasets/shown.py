@@ -15,17 +15,17 @@ from util.masking import mask_generator
 
 
 class Shown(NamedTuple):
-    """A batch with its masks and the names of its images.
+    """A batch with its masks.
 
     Attributes:
         batch: as `CXRMIM.prepare_batch` takes it.
         mask: float [B, L], 1 = masked.
-        names: B lines of text.
+        indices: of the B images in their data set.
     """
 
     batch: dict[str, Tensor]
     mask: Tensor
-    names: list[str]
+    indices: Sequence[int]
 
 
 def training_dataset(args: Mapping[str, Any], data_path: DataPath, input_size: int, augment: bool):
@@ -53,15 +53,7 @@ def chosen_samples(model: nn.Module, dataset, args: Mapping[str, Any], indices: 
     samples = [default_collate([dataset[0, index]]) for index in indices]
     masks = [draw_mask(model, one, args, (0, index, 0), epoch) for one, index in zip(samples, indices)]
     batch = {key: torch.cat([one[key] for one in samples]) for key in samples[0]}
-    return Shown(batch, torch.cat(masks), [picture_name(dataset, index) for index in indices])
-
-
-def picture_name(dataset, index: int) -> str:
-    """A sample's name for a picture: with its split, and with a mark where its gaze is no reader's."""
-    entry = dataset.entries[index]
-    marks = [str(entry.get("split") or "")]
-    marks += ["SIMULATED GAZE"] * bool(entry.get("simulated")) + ["PREDICTED GAZE"] * (entry.get("gaze") == "predicted")
-    return ", ".join([dataset.sample_name(index), *filter(None, marks)])
+    return Shown(batch, torch.cat(masks), indices)
 
 
 def draw_mask(

@@ -58,7 +58,7 @@ def single_image(
     size = (model.img_size, model.img_size)
     planes = crop_resize_flip([gray, attention], centre_box(*gray.shape), size)  # [2, S, S]
     batch = {"img": planes[None, :1], "attention": planes[None, 1]}
-    return Shown(batch, draw_mask(model, batch, args, (0, 0, 0)), [Path(image).name])
+    return Shown(batch, draw_mask(model, batch, args, (0, 0, 0)), [0])
 
 
 def read_own_fixations(path: str | os.PathLike) -> pd.DataFrame:

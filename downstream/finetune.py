@@ -241,8 +241,8 @@ class FineTune(Method):
             best.update({name: state[name] for name in best})
         ranks.say(f"{what}: training from epoch {training.epoch + 1}, step {training.step}")
         epoch, step = divmod(training.epoch * steps + training.step, steps)  # behind an epoch still to be validated
-        batch, how = recipe.batch_size // ranks.world_size, {"epoch": epoch, "step": step, "epochs": recipe.epochs}
-        training.start(train_loader(data, batch, ranks, seed=seed, num_workers=work.args.num_workers, **how))
+        options = {"batch_size": recipe.batch_size // ranks.world_size, "num_workers": work.args.num_workers}
+        training.start(train_loader(data, {**training.options, **options}, ranks, epoch=epoch, step=step))
         if training.run() != GO_ON:
             raise Stopped
         del training.batches, training.loader

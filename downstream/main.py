@@ -23,7 +23,7 @@ from downstream.frozen import Linear, Probe, steps_per_epoch
 from downstream.results import Outcome, left_out, markdown_table, results_table, write_predictions, write_text
 from util import distributed
 from util.bootstrap import MIN_DRAWS
-from util.cli import Parser, check_least, check_positive, finite_float, seed_number
+from util.cli import Parser, check_least, finite_float, seed_number
 from util.errors import UserError
 from util.figures import save_figure
 from util.output import hold_output
@@ -107,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     check_least(args, 1, "views", "epochs", "batch_size", "patience", "encode_batch", "min_positives", "folds")
     check_least(args, MIN_DRAWS, "bootstrap")
     check_least(args, 0, "num_workers", "weight_decay", "max_minutes")
-    check_positive(args, "lr", "intensity_max")
+    for name in ("lr", "intensity_max"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise UserError(f"--{name} {value:g}: must be above 0")
     if not args.weights and not args.dry_run:
         raise UserError("--weights: name at least one encoder: NAME=FILE, imagenet, random or pixels")
     with StopSignals(args.max_minutes) as signals:

@@ -172,7 +172,8 @@ def _make(
 ) -> Report:
     """Make what is not there yet: threads read the images by `read` and write, this one predicts. Then write the index."""
     todo, side = making.begin(report), predictor.input_size
-    with Progress("predicting", len(todo), "images", enabled=bool(todo)) as steps, ThreadPoolExecutor(workers) as pool:
+    progress = Progress("predicting", len(todo), "images")
+    with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(todo), batch_size):
             units = todo[start : start + batch_size]
             samples = [*pool.map(partial(_read, read, side), units)]
@@ -183,7 +184,7 @@ def _make(
             written = pool.map(partial(_write, making.staging), units, predictor.maps(images), samples)
             for unit, made in zip(units, written, strict=True):
                 making.place(unit, made)
-                steps.add(1)
+                progress.add(1)
     kinds = Counter(note["gaze"] for _, note in making.notes())
     return making.finish(
         ({**unit.task.entry, "gaze": note["gaze"]} for unit, note in making.notes()),

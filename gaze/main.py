@@ -153,16 +153,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
         if best["epoch"] >= 0:
             save_best()
     core.seen = sorted({*core.seen, *study.seen()})
-    loader = train_loader(
-        samples,
-        args.batch_size,
-        ranks,
-        seed=args.seed,
-        epochs=args.epochs,
-        epoch=training.epoch,
-        step=training.step,
-        num_workers=args.num_workers,
-    )
+    loader = train_loader(samples, vars(args), ranks, epoch=training.epoch, step=training.step)
     ranks.say(f"{core.config['backbone']}, {args.dtype} on {ranks.device}; {about}\n{study.describe()}")
     training.start(loader, sync_buffers=True)
     request = training.run()

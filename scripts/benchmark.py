@@ -50,7 +50,8 @@ from scripts import make_phantom, predict_gaze, prepare_mimic, prepare_reflacx
 from util.checkpoint import FORMAT, save_checkpoint
 from util.cli import Parser, available_cpus, check_device
 from util.errors import run_cli
-from util.files import atomic_write, check_file_place
+from util.export import check_file_place
+from util.files import atomic_write
 from util.hog import GRADIENT_TOLERANCE, HOGPyramid
 from util.lr_sched import parameter_groups
 from util.masking import masked_count

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.mimic import FRONTAL, prepare_mimic
-from util.cli import Parser, add_accept_damaged, available_cpus, check_least
+from util.cli import Parser, available_cpus, check_least
 from util.errors import run_cli
 from util.radiograph import add_dicom_contrast
 
@@ -37,7 +37,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="start afresh; the new tree replaces the old one in --out once it is whole")
-    add_accept_damaged(parser)
+    add("--accept_damaged", action="store_true",
+        help="exit status 0, not 1, where damaged files were listed and left out")
     add("--dry_run", action="store_true", help="check and count everything but the images' pixels; write nothing")
     # fmt: on
     return parser

@@ -95,7 +95,7 @@ def chosen_indices(args: argparse.Namespace, n: int) -> Sequence[int]:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    out, replay, means = check_picture_path(args.out), args.epoch is not None, None
+    out, replay = check_picture_path(args.out), args.epoch is not None
     if replay != (args.step is not None):
         raise UserError("--epoch and --step belong together")
     if args.image and (args.data_path or args.index or replay):
@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.image:
         gaze = {"heatmap": args.heatmap, "fixations": args.fixations}
         shown = single_image(model, options, args.image, **gaze, dicom_contrast=args.dicom_contrast)
+        names = [Path(args.image).name]
         if model.masking == "attention" and not (args.heatmap or args.fixations):
             print("no --heatmap or --fixations: no patch is significant, the mask is random")
     else:
@@ -123,25 +124,40 @@ def main(argv: list[str] | None = None) -> int:
             place = {"epoch": args.epoch, "step": args.step, "rank": args.rank}
             world_size = info.entries.get("world_size", 1)
             shown = training_batch(model, dataset, options, **place, world_size=world_size)
-            shown = take(shown, chosen_indices(args, len(shown.names)))
+            shown = take(shown, chosen_indices(args, len(shown.indices)))
         else:
             indices = chosen_indices(args, len(dataset))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
-        if not args.sheet:
-            chosen = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))
-            means = mean_targets(model, (default_collate([dataset[(args.epoch or 0, index)]]) for index in chosen))
+        names = [picture_name(dataset, index) for index in shown.indices]
+        chosen = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))
 
-    found = reconstruct(model, shown.batch, shown.mask, means)
+    references = {}
+    if not args.sheet:
+        if args.image:
+            means = mean_targets(model, [shown.batch])
+        else:
+            means = mean_targets(model, (default_collate([dataset[(args.epoch or 0, index)]]) for index in chosen))
+            references["the mean of each place"] = means
+        references = {"one constant for all cells": [level.mean(0) for level in means], **references}
+    found = reconstruct(model, shown.batch, shown.mask, references)
     data = args.image or (path if isinstance(path, str) else " ".join(path))
     where = f"training step {args.step} of epoch {args.epoch}" if replay else "whole images"
     title = f"{args.checkpoint}, {data}, {where}"
-    save_figure(reconstruction_figure(found, shown.names, title, args.sheet), out)
-    print(f"wrote {out}: {', '.join(shown.names)}")
-    if means:
+    save_figure(reconstruction_figure(found, names, title, args.sheet), out)
+    print(f"wrote {out}: {', '.join(names)}")
+    if not (args.image or args.sheet):
         values = {"the model": found.error} | found.references
         told = ", ".join(f"{error[found.masked].mean():.4f} of {name}" for name, error in values.items())
-        print(f"mean squared error of masked patches, {len(shown.names)} images: {told} ({len(chosen)} images)")
+        print(f"mean squared error of masked patches, {len(names)} images: {told} ({len(chosen)} images)")
     return 0
+
+
+def picture_name(dataset, index: int) -> str:
+    """A sample's name for a picture: with its split, and with a mark where its gaze is no reader's."""
+    entry = dataset.entries[index]
+    marks = [str(entry.get("split") or "")]
+    marks += ["SIMULATED GAZE"] * bool(entry.get("simulated")) + ["PREDICTED GAZE"] * (entry.get("gaze") == "predicted")
+    return ", ".join([dataset.sample_name(index), *filter(None, marks)])
 
 
 def check_unchanged(args: argparse.Namespace, info: WeightsInfo, samples: str) -> None:

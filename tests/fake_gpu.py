@@ -57,7 +57,7 @@ def fake_gpu(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ran
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with FakeTensorMode(), _NoWaits():
         _move(module)
-        yield Ranks(rank=0, world_size=1, local_rank=0, device=CUDA, control=None)
+        yield Ranks(rank=0, world_size=1, device=CUDA, control=None)
 
 
 def _move(module: nn.Module) -> None:

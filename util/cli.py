@@ -48,14 +48,6 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def add_accept_damaged(parser: argparse.ArgumentParser) -> None:
-    """The flag by which a preparation that left out damaged files ends well, for what comes behind it."""
-    # fmt: off
-    parser.add_argument("--accept_damaged", action="store_true",
-        help="exit status 0, not 1, where damaged files were listed and left out")
-    # fmt: on
-
-
 def finite_float(text: str) -> float:
     """The `type` of every number with a fraction: nan and inf pass comparisons that no use of them survives."""
     value = float(text)
@@ -81,26 +73,16 @@ def check_least(args: argparse.Namespace, least: float, *names: str) -> None:
             raise UserError(f"--{name} {value}: {what}")
 
 
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises `UserError`, by the flag's name, for the first of these options that is given and not above 0."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} {value:g}: must be above 0")
-
-
 def check_device(device: str) -> str:
     """The device's name if it is there: cpu, or cuda or cuda:N. Raises `UserError`."""
     import torch  # the preparations share this file, and start without it
 
     try:
-        kind = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: expected cpu or cuda") from None
-    if kind.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: expected cpu or cuda")
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: no such CUDA device here; use cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # the latter by a torch without CUDA
+        raise UserError(
+            f"--device {device}: no such device here; use cpu, or cuda or cuda:N of those there are"
+        ) from None
     return device
 
 

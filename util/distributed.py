@@ -31,7 +31,7 @@ class Ranks:
     """This process's place in the job.
 
     Attributes:
-        rank, world_size, local_rank: as the launcher set them; 0, 1, 0 without one.
+        rank, world_size: as the launcher set them; 0, 1 without one.
         device: where this rank computes.
         control: gloo group for small agreements on CPU tensors, which never wait for the GPU; None
             in a single process.
@@ -39,7 +39,6 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None
 
@@ -116,7 +115,7 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
         dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
         if world_size > 1:
             control = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
-    return Ranks(rank, world_size, local_rank, chosen, control)
+    return Ranks(rank, world_size, chosen, control)
 
 
 def on_main(ranks: Ranks, work: Callable[[], object]) -> object:

@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.files import atomic_write, check_file_place, check_folder_place
+from util.files import atomic_write, check_folder_place
 from util.weights import (
     ENCODER,
     FREE_CONFIG,
@@ -329,6 +329,15 @@ def _published_config(state: Mapping[str, Tensor], info: WeightsInfo, args: Mapp
 
 
 # ---------------------------------------------------------------- files for other programs
+
+
+def check_file_place(path: str | os.PathLike, option: str) -> None:
+    """UserError where no file can be written at `path`: to be asked before the work whose result goes there."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a directory; name a file to write")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{option} {path}: no such directory to write into")
 
 
 def export_backbone(

@@ -9,7 +9,6 @@ has none, work goes on after one warning.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
@@ -24,15 +23,6 @@ from typing import IO
 from util.errors import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
-
-
-def check_file_place(path: str | os.PathLike, option: str) -> None:
-    """UserError where no file can be written at `path`: to be asked before the work whose result goes there."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a directory; name a file to write")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"{option} {path}: no such directory to write into")
 
 
 def check_folder_place(path: str | os.PathLike, option: str) -> None:
@@ -84,7 +74,6 @@ def fsync_directory(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 PATIENCE_SECONDS = 3.0  # a killed process holds its lock until it and its children are gone
 
 
@@ -115,10 +104,8 @@ def file_lock(path: str | os.PathLike, *, what: str, mend: str = "", wait: bool 
         try:
             _acquire(descriptor, what, mend, wait)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise UserError(f"{path}: can't be locked: {error.strerror}") from None
             print(
-                f"warning: {path}: this file system has no locks ({error.strerror}), so nothing keeps a second process "
+                f"warning: {path}: can't be locked here ({error.strerror}), so nothing keeps a second process "
                 f"from {what}: start one at a time",
                 file=sys.stderr,
                 flush=True,

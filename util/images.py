@@ -17,6 +17,7 @@ from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from util.errors import UserError
 from util.files import atomic_write
@@ -30,15 +31,15 @@ MORE_MODES = ("CMYK", "I;16", "I;16B", "I")  # which `read_intensities` takes to
 
 MAX_PIXELS = 2**30  # more is no radiograph, and would fill the memory
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, 179 million, calls such files an attack
-# EXIF orientation -> what brings the array upright.
+# EXIF orientation -> what brings the image upright.
 TURNS = {
-    2: np.fliplr,
-    3: lambda array: np.rot90(array, 2),
-    4: np.flipud,
-    5: np.transpose,
-    6: lambda array: np.rot90(array, -1),
-    7: lambda array: np.rot90(array, 2).T,
-    8: np.rot90,
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)  # height and width change places
 
@@ -73,14 +74,13 @@ def _decode(path: str | os.PathLike, *, deep: bool = False, colour: bool = True)
         data = Path(path).read_bytes()
         _check_whole(path, data)
         with _open(path, io.BytesIO(data), deep=deep) as image:
-            turn = TURNS.get(_orientation(image))  # as the header says, like `image_size`
+            if (turn := TURNS.get(_orientation(image))) is not None:  # as the header says, like `image_size`
+                image = image.transpose(turn)
             if image.mode.startswith("I"):
-                gray = np.array(image).astype(np.uint16)
-            else:
-                if not colour and image.mode in COLOUR_MODES:
-                    _refuse_colour(path, image)
-                gray = np.array(image if image.mode == "L" else image.convert("L"))
-    return gray if turn is None else np.ascontiguousarray(turn(gray))
+                return np.array(image).astype(np.uint16)
+            if not colour and image.mode in COLOUR_MODES:
+                _refuse_colour(path, image)
+            return np.array(image if image.mode == "L" else image.convert("L"))
 
 
 @contextlib.contextmanager
@@ -130,19 +130,12 @@ def image_size(path: str | os.PathLike, *, deep: bool = False) -> tuple[int, int
 
 
 def write_gray(path: str | os.PathLike, gray: np.ndarray) -> None:
-    """Write uint8 [H, W] atomically as .png (lossless) or .jpg / .jpeg (quality 95), by suffix.
-
-    Raises UserError for another suffix.
-    """
-    # Level 1: a third of the default level's time for files an eighth larger (radiograph).
-    png, jpg = {"format": "PNG", "compress_level": 1}, {"format": "JPEG", "quality": 95}
-    options = {".png": png, ".jpg": jpg, ".jpeg": jpg}.get(Path(path).suffix.lower())
-    if options is None:
-        raise UserError(f"{path}: can only write .png and .jpg images")
-    encoded = (
-        io.BytesIO()
-    )  # into a file Pillow's JPEG encoder takes a write that a full disk cuts short for a whole one
-    Image.fromarray(gray).save(encoded, **options)
+    """Write uint8 [H, W] atomically: PNG (lossless) by the suffix .png, else JPG (quality 95)."""
+    # Into a file Pillow's JPEG encoder takes a write that a full disk cuts short for a whole one.
+    encoded = io.BytesIO()
+    # PNG level 1: a third of the default level's time for files an eighth larger (radiograph).
+    kind = "PNG" if Path(path).suffix.lower() == ".png" else "JPEG"
+    Image.fromarray(gray).save(encoded, kind, compress_level=1, quality=95)
     with atomic_write(path) as file:
         file.write(encoded.getvalue())
 

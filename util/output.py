@@ -221,8 +221,7 @@ def git_commit() -> str | None:
 
 
 class Progress:
-    """Counts what is done of `total` and prints it now and then with rate and time left; a context manager. Silent unless
-    `enabled`.
+    """Counts what is done of `total` and prints it now and then with rate and time left. Silent unless `enabled`.
 
     Args:
         what: what is being done, e.g. "encoding".
@@ -234,12 +233,6 @@ class Progress:
         self.what, self.total, self.unit, self.done, self.enabled = what, total, unit, done, enabled
         self._began = self._shown = time.monotonic()
         self._first = done
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        pass
 
     def add(self, count: int, note: str = "") -> None:
         """So many more are done."""

@@ -37,8 +37,7 @@ class Reconstruction:
         predicted: for each scale bool [B, h_k, w_k], cells that touch a masked patch.
         error: float [B, h, w], squared error of the patch's cells, averaged over cells and channels
             and summed over scales: the unweighted loss of the patch.
-        references: by name, float [B, h, w]: the same error of a prediction that sees no image. "one constant for
-            all cells" is the mean target of a scale; "the mean of each place", if means were given, of each cell.
+        references: by name, float [B, h, w]: the same error of a prediction that sees no image.
         cell_sizes: px of each scale.
     """
 
@@ -61,7 +60,10 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(
-    model: nn.Module, batch: Mapping[str, Tensor], mask: Tensor, means: Sequence[Tensor] | None = None
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    mask: Tensor,
+    references: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Reconstruction:
     """Run the model on a batch with a given mask and collect everything that a picture shows.
 
@@ -69,7 +71,7 @@ def reconstruct(
         model: unwrapped; its training mode is restored.
         batch: as `CXRMIM.prepare_batch` takes it.
         mask: [B, L], 1 = masked.
-        means: `mean_targets` of the training images, for both references; without it the constant is that of `batch`.
+        references: by name, what sees no image would predict: for each scale float, as its target [cells_k, 3*nbins].
     """
     training = model.training
     model.eval()
@@ -81,10 +83,6 @@ def reconstruct(
 
     height, width = model.grid_size
     grid_mask = mask.view(-1, 1, height, width).float()
-    guesses = {
-        "model": predictions,
-        "one constant for all cells": [level.mean(0) for level in means or [target.mean(0) for target in targets]],
-    } | ({"the mean of each place": means} if means else {})
 
     def patch_errors(guess: Sequence[Tensor]) -> np.ndarray:
         total = torch.zeros_like(grid_mask)
@@ -97,7 +95,6 @@ def reconstruct(
         shapes = [(-1, int(height * scale), int(width * scale), 3, model.hog.nbins) for scale in model.scale_list]
         return [level.float().view(shape).mean(3).cpu().numpy() for level, shape in zip(levels, shapes, strict=True)]
 
-    errors = {name: patch_errors(guess) for name, guess in guesses.items()}
     significant = significant_patches(foreground_of(batch), model.patch_size).view(-1, height, width)
     return Reconstruction(
         gray=gray_image(model, batch),
@@ -107,8 +104,8 @@ def reconstruct(
         targets=histograms(targets),
         predictions=histograms(predictions),
         predicted=[(mask_cells(grid_mask, scale)[:, 0] > 0).cpu().numpy() for scale in model.scale_list],
-        error=errors.pop("model"),
-        references=errors,
+        error=patch_errors(predictions),
+        references={name: patch_errors(guess) for name, guess in (references or {}).items()},
         cell_sizes=list(model.hog.cell_sizes),
     )
 

@@ -73,7 +73,7 @@ def parallel_steps(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)  # ranks start alike all the same
     model = CXRMIM(img_size=64, embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, id_list=(0, 1, 1, 1))
-    model = parallel(model, Ranks(rank, 2, rank, torch.device("cpu"), dist.group.WORLD))
+    model = parallel(model, Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD))
     generator = torch.Generator().manual_seed(rank)
     batch = {
         "img": torch.randint(0, 256, (1, 1, 64, 64), dtype=torch.uint8, generator=generator),

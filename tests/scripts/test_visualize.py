@@ -94,8 +94,10 @@ def test_pictures_of_mask_and_prediction():
 def test_references_are_the_errors_of_the_mean_targets(model):
     """One constant for all cells of a scale, and the mean of each cell over the training images."""
     batch, other, mask = make_batch(), make_batch(1), torch.ones(2, 16)
-    found = reconstruct(model, batch, mask, mean_targets(model, [batch, other]))
-    expected = {"one constant for all cells": 0.0, "the mean of each place": 0.0}
+    means = mean_targets(model, [batch, other])
+    references = {"one constant for all cells": [level.mean(0) for level in means], "the mean of each place": means}
+    found = reconstruct(model, batch, mask, references)
+    expected = dict.fromkeys(references, 0.0)
     for one, two in zip(found.targets, reconstruct(model, other, mask).targets, strict=True):
         both = np.concatenate([one, two])
         expected["one constant for all cells"] += ((one - both.mean((0, 1, 2))) ** 2).mean()
@@ -136,7 +138,7 @@ def test_training_batch_comes_back_exactly(model, tree):
         assert all(torch.equal(shown.batch[key], expected[key]) for key in expected)
         generator = mask_generator(ARGS["seed"], epoch, step, 0, "cpu")
         assert torch.equal(shown.mask, model.draw_mask(model.prepare_batch(expected), 0.5, 0.5, generator))
-        assert len(shown.names) == 2
+        assert len(shown.indices) == 2
 
 
 OUR_COLUMNS = "x,y,duration,sigma_x,sigma_y,xmin,ymin,xmax,ymax"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from util.errors import UserError
-from util.files import atomic_write, check_file_place, check_folder_place
+from util.export import check_file_place
+from util.files import atomic_write, check_folder_place
 
 
 @pytest.mark.parametrize("relative", [False, True])

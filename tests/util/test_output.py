@@ -12,7 +12,7 @@ from util.checkpoint import announce_resume, checkpoint_path, list_checkpoints, 
 from util.distributed import Ranks
 from util.output import hold_output
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def test_names_order_and_rule_of_saving(tmp_path):

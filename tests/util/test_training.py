@@ -23,7 +23,7 @@ def make_training(dtype: str = "float32") -> Training:
     training = Training(
         core=core,
         optimizer=torch.optim.AdamW(core.parameters()),
-        ranks=Ranks(0, 1, 0, CPU, None),
+        ranks=Ranks(0, 1, CPU, None),
         signals=SimpleNamespace(request=0),
         options={"dtype": dtype, "skip_nonfinite": 0},
         n_values=1,
