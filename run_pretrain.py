@@ -217,7 +217,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.log_dir:
         check_folder_place(args.log_dir, "--log_dir")
     for holds, message in (
-        (args.clip_grad is None or args.clip_grad > 0, f"--clip_grad {args.clip_grad}: must be above 0"),
+        (args.clip_grad is None or args.clip_grad > 0, f"--clip_grad {args.clip_grad or 0:g}: must be above 0"),
         (0 < args.min_crop_ratio <= 1, f"--min_crop_ratio {args.min_crop_ratio}: must be in (0, 1]"),
         (0 <= args.clinical_ratio <= 1, f"--clinical_ratio {args.clinical_ratio}: must be in [0, 1]"),
         (args.start_epoch < args.epochs, f"--start_epoch {args.start_epoch}: must be below --epochs {args.epochs}"),
