@@ -24,8 +24,8 @@ from datasets.transforms import Box, crop_resize_flip
 from datasets.tree import GazeTree, entry_subject
 from gaze.metrics import density
 from util.errors import UserError
-from util.subjects import MIMIC, same_subjects, subject_mark, subject_marks
-from util.tables import numeric_columns, read_table
+from util.subjects import MIMIC, subject_mark, subject_marks
+from util.tables import numeric_columns, read_table, same_subjects
 
 TRAIN, VALIDATE, TEST = PARTS = ("train", "validate", "test")
 FIXATIONS = "fixations.csv"

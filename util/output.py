@@ -234,17 +234,17 @@ class Progress:
         self._began = self._shown = time.monotonic()
         self._first = done
 
-    def add(self, count: int, note: str = "") -> None:
+    def add(self, count: int) -> None:
         """So many more are done."""
         self.done += count
         if time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
             rate = (self.done - self._first) / (time.monotonic() - self._began)
-            self.show(f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s", note)
+            self.show(f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.1f}/s")
 
-    def show(self, text: str, note: str = "") -> None:
+    def show(self, text: str) -> None:
         """Print this text now, with the time left."""
         self._shown = time.monotonic()
         seconds = (self._shown - self._began) / max(self.done - self._first, 1)
         left = timedelta(seconds=round((self.total - self.done) * seconds))
         if self.enabled:
-            print(f"{text}, left {left}  {note}".rstrip(), flush=True)
+            print(f"{text}, left {left}", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 MIMIC = "mimic"  # the study whose subjects every processed tree has
 UNNAMED = "unnamed"  # the mark of all subjects of a study that has no name
@@ -22,14 +22,6 @@ def subject_key(name: str) -> str:
     bare = _MIMIC.sub("", name.strip().casefold())
     number = _NUMBER.fullmatch(bare)
     return number[1] if number else bare
-
-
-def same_subjects(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names with one spelling for each subject, its first, and those that had another, as "'p3' and 'P3'"."""
-    first: dict[str, str] = {}
-    spelt = {name: first.setdefault(subject_key(name), name) for name in dict.fromkeys(names)}
-    merged = [f"{kept!r} and {name!r}" for name, kept in spelt.items() if kept.strip() != name.strip()]
-    return [spelt[name] for name in names], merged
 
 
 def subject_marks(subjects: Iterable[str], study: str) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from util.errors import UserError
+from util.subjects import subject_key
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 HEADER_LIMIT = 1 << 16  # characters looked at for the separator
@@ -133,3 +134,11 @@ def numeric_columns(
         if column not in infinite or np.isnan(numbers[column][line]):
             raise UserError(f"{path}: line {line}, column {column!r}: {table[column][line]!r} is not a finite number")
     return numbers
+
+
+def same_subjects(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names with one spelling for each subject, its first, and those that had another, as "'p3' and 'P3'"."""
+    first: dict[str, str] = {}
+    spelt = {name: first.setdefault(subject_key(name), name) for name in dict.fromkeys(names)}
+    merged = [f"{kept!r} and {name!r}" for name, kept in spelt.items() if kept.strip() != name.strip()]
+    return [spelt[name] for name in names], merged

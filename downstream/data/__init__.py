@@ -19,7 +19,8 @@ from downstream.data.rows import Source
 from downstream.data.splits import listed_parts, split_by_subject
 from downstream.data.tree import read_tree, subjects_of
 from util.errors import UserError
-from util.subjects import MIMIC, same_subjects, subject_key
+from util.subjects import MIMIC, subject_key
+from util.tables import same_subjects
 
 
 def read_from_args(args: argparse.Namespace, *, need_images: bool = True) -> LabelledImages:

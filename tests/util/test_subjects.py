@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from util.subjects import overlap_note, same_subjects, subject_marks
+from util.subjects import overlap_note, subject_marks
+from util.tables import same_subjects
 
 
 def test_spellings_of_one_subject():
