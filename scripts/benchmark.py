@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -25,12 +24,14 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import cached_property, partial
-from itertools import count, product
+from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
@@ -41,34 +42,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-import models_cxrmim
 import run_downstream
 import run_pretrain
 from datasets.build import build_dataset
+from datasets.phantom.labelled import make_rsna
+from datasets.phantom.reflacx import make_study
+from datasets.prepare.mimic import prepare_mimic
+from datasets.prepare.readings import prepare
+from gaze.fill import fill_tree
 from gaze.model import GazeNet
-from scripts import make_phantom, predict_gaze, prepare_mimic, prepare_reflacx
-from util.checkpoint import FORMAT, save_checkpoint
+from models_cxrmim import CXRMIM, ENCODERS
+from scripts.predict_gaze import as_predictor
 from util.cli import Parser, available_cpus, check_device
 from util.errors import run_cli
 from util.export import check_file_place
 from util.files import atomic_write
-from util.hog import GRADIENT_TOLERANCE, HOGPyramid
+from util.hog import sobel
 from util.lr_sched import parameter_groups
-from util.masking import masked_count
 from util.output import versions
 from util.precision import set_tf32
 
-REFLACX_IMAGES, PUBLISHED_EPOCHS = 2616, 400
 CELL_SIZES, NBINS = (4, 8, 16, 32), 9
+FORMATS = ("bfloat16", "float16", "TF32", "float32")
+SIZES = {  # compiling takes a minute or more for each format
+    "cpu": {"batch_size": 8, "repeats": 5, "formats": FORMATS[::3], "compiled": (), "workers": (2,)},
+    "cuda": {"batch_size": 128, "repeats": 10, "formats": FORMATS, "compiled": FORMATS, "workers": (4, 16)},
+}
+NATIVE_IMAGES, NATIVE_SIZE, INPUT_SIZE = 8, (3056, 2544), 224
+MODEL, ENCODER, PREDICTOR = "cxrmim_vit_base_patch16", "vit_base_patch16_224", {}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 128 on a GPU")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
+    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     # fmt: on
     return parser
 
@@ -81,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     set_tf32(False)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
         bench = Benchmark(args, Path(root))
-        for name, part in bench.parts().items():
+        for part, *how in bench.parts():
             try:
-                part()
+                part(*how)
             except Exception:  # costs its own rows alone
                 traceback.print_exc()
-                bench.failures.append(name)
+                bench.failures.append(" ".join([part.__name__, *map(str, how)]))
     bench.write()
     if bench.failures:
         print(f"error: {len(bench.failures)} parts failed: {'; '.join(bench.failures)}", file=sys.stderr)
@@ -106,55 +114,38 @@ def published_sample(files) -> Tensor:
 
 def direct_hog(img: Tensor) -> list[Tensor]:
     """Baseline: one pass for each channel and cell size. [B, 3, H, W] -> list of [B, cells, 3*NBINS]."""
-    targets = []
-    for cell in CELL_SIZES:
-        channels = []
-        for x in img.float().split(1, 1):
-            kernel = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
-            gradient = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), torch.stack([kernel, kernel.T])[:, None])
-            gradient = F.hardshrink(gradient, GRADIENT_TOLERANCE)  # [B, 2, H, W]
-            angle = torch.atan2(gradient[:, 1:], gradient[:, :1])
-            bins = (angle / torch.pi * NBINS).floor().long() % NBINS
-            one_hot = x.new_zeros(len(x), NBINS, *x.shape[2:]).scatter_(1, bins, gradient.norm(dim=1, keepdim=True))
-            channels.append(F.normalize(F.avg_pool2d(one_hot, cell), dim=1, eps=1e-12))
-        targets.append(torch.cat(channels, 1).flatten(2).transpose(1, 2))
-    return targets
+
+    def one_pass(x: Tensor, cell: int) -> Tensor:
+        gx, gy = sobel(x)  # [B, H, W]
+        bins = (torch.atan2(gy, gx) / torch.pi * NBINS).floor().long() % NBINS
+        one_hot = x.new_zeros(len(x), NBINS, *x.shape[1:]).scatter_(1, bins[:, None], torch.hypot(gx, gy)[:, None])
+        return F.normalize(F.avg_pool2d(one_hot, cell), dim=1, eps=1e-12).flatten(2)
+
+    channels = img.float().unbind(1)
+    return [torch.cat([one_pass(x, cell) for x in channels], 1).transpose(1, 2) for cell in CELL_SIZES]
 
 
 class Benchmark:
     """What is measured, with its inputs in `root`, and the rows so far."""
 
     def __init__(self, args: argparse.Namespace, root: Path):
-        self.args, self.root, self.quick, self.device = args, root, args.quick, args.device
-        self.gpu = self.device == "cuda"
-        self.batch_size = args.batch_size or self.of(2, 8, 128)
-        self.repeats = self.of(2, 5, 10)
-        self.input_size = self.of(64, 224, 224)
-        self.model = f"cxrmim_vit_{self.of('tiny', 'base', 'base')}_patch16"
+        self.args, self.root, self.device, self.gpu = args, root, args.device, args.device == "cuda"
+        self.sizes = SimpleNamespace(**SIZES[args.device])
         self.rows: list[dict] = []
         self.failures: list[str] = []
 
-    def of(self, quick, cpu, gpu):
-        """A size for this run."""
-        return quick if self.quick else gpu if self.gpu else cpu
-
-    def parts(self) -> dict[str, Callable[[], None]]:
-        """All measurements by name, the most important first."""
-        # Those of a GPU also in a quick run: they must work the first time.
-        formats = ("bfloat16", "float16", "TF32", "float32")
-        formats = self.of(formats, formats[::3], formats)
-        workers = self.of([1], [2], [4, 16])
-        compiled = self.of(formats[:1], (), formats)  # a minute or more each
-        return {
-            "samples": self.samples,
-            "HOG targets": self.hog,
-            **{f"step: {name}": partial(self.step, name) for name in formats},
-            **{f"training, {n} workers": partial(self.training, n) for n in workers},
-            "encoding": self.encoding,
-            "gaze prediction": self.prediction,
-            "linear evaluation": self.heads,
-            **{f"step: {name}, compiled": partial(self.step, name, compiled=True) for name in compiled},
-        }
+    def parts(self) -> list[tuple]:
+        """All measurements with their arguments, the most important first."""
+        return [
+            (self.sample, "native files", False, 1),
+            (self.sample, "the cache", True, 50),  # a single one takes less than the clock's noise
+            (self.hog,),
+            *((self.step, name) for name in self.sizes.formats),
+            *((self.training, workers) for workers in self.sizes.workers),
+            (self.prediction,),
+            (self.downstream,),
+            *((self.step, name, "compiled") for name in self.sizes.compiled),
+        ]
 
     def timed(self, function: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -164,233 +155,177 @@ class Benchmark:
         return time.perf_counter() - began
 
     def in_turns(self, *functions: Callable[[], object]) -> np.ndarray:
-        """Seconds of baseline and ours, called in turns after one call each to warm up: [turns, 2]."""
-        return np.array([[self.timed(function) for function in functions] for _ in range(self.repeats + 1)][1:])
+        """Seconds of each function, called in turns after one call each to warm up: [functions, turns]."""
+        return np.array([[self.timed(function) for function in functions] for _ in range(self.sizes.repeats + 1)][1:]).T
 
-    def add(self, name: str, note: str, turns: np.ndarray, unit: str = "s") -> None:
-        """Add a row of `turns`: baseline and ours [n, 2], or ours alone [n, 1]."""
-        *baseline, ours = np.median(turns, 0).tolist()
-        low, ratio, high = np.percentile(turns[:, 0] / turns[:, -1], (25, 50, 75)).tolist() if baseline else [None] * 3
-        row = {"name": name, "unit": unit, "baseline": baseline[0] if baseline else None, "ours": ours, "ratio": ratio}
-        self.rows.append(row | {"ratio_quartiles": (low, high), "repeats": len(turns), "note": note})
-        times = f"; baseline {baseline[0]:.4g}, {ratio:.3g} times as much ({low:.3g} to {high:.3g})" if baseline else ""
-        print(f"{name}: {ours:.4g} {unit}{times}; {note}", flush=True)
+    def add(self, name: str, note: str, ours, plain=None, images: int = 1) -> None:
+        """Add a row of seconds for so many images, ours and the baseline's: numbers, or an array by turn."""
+        row = {"name": name, "ours": np.median(ours), "repeats": np.size(ours), "note": note}
+        row["images_per_s"] = images / row["ours"]
+        text = f"{name}: {row['ours']:.4g} s, {row['images_per_s']:.4g} images/s"
+        if plain is not None:
+            low, ratio, high = np.percentile(plain / ours, (25, 50, 75))
+            row |= {"baseline": np.median(plain), "ratio": ratio, "ratio_quartiles": (low, high)}
+            text += f"; baseline {row['baseline']:.4g} s, {ratio:.3g} times as much ({low:.3g} to {high:.3g})"
+        self.rows.append(row)
+        print(f"{text}; {note}", flush=True)
         self.write()
 
     def write(self) -> None:
         if self.args.json is None:
             return
-        machine = {"platform": platform.platform(), "cores": available_cpus(), "threads": torch.get_num_threads()}
-        machine |= {"gpu": torch.cuda.get_device_name() if self.gpu else None, **versions()}
-        settings = vars(self.args) | {"batch_size": self.batch_size, "repeats": self.repeats}
+        machine = versions() | {"cores": available_cpus(), "gpu": self.gpu and torch.cuda.get_device_name()}
+        report = {"machine": machine, "settings": vars(self.sizes), "rows": self.rows, "failures": self.failures}
         with atomic_write(self.args.json, "w") as file:
-            report = {"machine": machine, "settings": settings, "rows": self.rows, "failures": self.failures}
             json.dump(report, file, indent=2)
 
     def run(self, program, text: str) -> None:
         """Call one of our programs, which speaks on stderr, with the words of a text."""
         with contextlib.redirect_stdout(sys.stderr):
-            status = program.main([word.format(root=self.root) for word in text.split()])
+            status = program.main(text.split())
         if status:  # a signal ended it: of this program, too
             raise SystemExit(status)
 
     @cached_property
     def tree(self) -> Path:
         """A processed tree in native resolution with JPG images, as the published program reads it."""
-        size = self.of("2 --width 560 --height 640", *["8 --width 2544 --height 3056"] * 2)
-        self.run(make_phantom, f"--out {{root}}/raw --shared_images 0 --n_images {size}")
-        source = "--raw {root}/raw/reflacx --images {root}/raw/mimic --out {root}/tree --size 0"
-        self.run(prepare_reflacx, f"{source} --workers {available_cpus()}")
-        tree = self.root / "tree"
+        study, tree = (
+            make_study(self.root / "raw", NATIVE_IMAGES, size=NATIVE_SIZE, shared_images=0),
+            self.root / "tree",
+        )
+        prepare(study.raw, study.images, tree, size=0, workers=available_cpus())
         for image in tree.glob("images/**/*.png"):  # MIMIC-CXR-JPG's own file in place of the lossless copy
-            next(self.root.glob(f"raw/mimic/**/{image.stem}.jpg")).rename(image.with_suffix(".jpg"))
+            next(study.images.glob(f"**/{image.stem}.jpg")).rename(image.with_suffix(".jpg"))
             image.unlink()
         index = tree / "reflacx.json"
         index.write_text(index.read_text().replace(".png", ".jpg"))
         return tree
 
-    def samples(self) -> None:
-        """One sample in one thread, as a loader's worker has: from native files and from the cache."""
-        native, cached = (build_dataset(self.tree, preload=True, use_cache=use) for use in (False, True))
-        turn, threads, many, note = count(), torch.get_num_threads(), 50, "one thread, stored foreground"
-
-        def published() -> Tensor:
-            return published_sample(native.files(next(turn) % len(native)))
-
-        def several(dataset, n: int) -> None:
-            for _ in range(n):
-                dataset[0, next(turn) % len(native)]
-
+    def sample(self, source: str, use_cache: bool, times: int) -> None:
+        """A sample in one thread, as a loader's worker has."""
+        dataset, threads = build_dataset(self.tree, preload=True, use_cache=use_cache), torch.get_num_threads()
+        turn = cycle(range(len(dataset)))
         torch.set_num_threads(1)
-        self.add("sample from native files", note, self.in_turns(published, partial(several, native, 1)))
-        # A cached sample takes less than the clock's noise.
-        turns = self.in_turns(published, partial(several, cached, many)) / [1, many]
-        self.add("sample from the cache", note, turns)
+        ours, plain = self.in_turns(
+            lambda: [dataset[0, next(turn)] for _ in range(times)], lambda: published_sample(dataset.files(next(turn)))
+        )
         torch.set_num_threads(threads)
+        self.add(f"sample from {source}", "one thread, stored foreground", ours / times, plain)
 
-    def ready_batch(self, size: int) -> dict[str, Tensor]:
+    def ready_batch(self) -> dict[str, Tensor]:
         """A batch as the loader hands it on."""
-        dataset = build_dataset(self.tree, preload=True, input_size=size)
-        keys = [(0, i % len(dataset)) for i in range(self.batch_size)]
-        return next(iter(DataLoader(dataset, self.batch_size, sampler=keys, pin_memory=self.gpu)))
+        dataset = build_dataset(self.tree, preload=True, input_size=INPUT_SIZE)
+        keys = [(0, i % len(dataset)) for i in range(self.sizes.batch_size)]
+        return next(iter(DataLoader(dataset, len(keys), sampler=keys, pin_memory=self.gpu)))
+
+    def training_model(self) -> CXRMIM:
+        torch.manual_seed(0)
+        model = ENCODERS[MODEL](img_size=INPUT_SIZE, gaze_weighted=True)
+        return model.to(self.device).train()
 
     @torch.no_grad()
     def hog(self) -> None:
         """All targets of a batch of gray pictures: 12 direct passes against one."""
-        model = models_cxrmim.cxrmim_vit_tiny_patch16().to(self.device)
-        batch, pyramid = model.prepare_batch(self.ready_batch(224)), HOGPyramid(NBINS, CELL_SIZES)
-        plain, ours = (lambda: direct_hog(batch["img"])), (lambda: pyramid(batch["gray"]))
-        difference = max((a - b).abs().max().item() for a, b in zip(plain(), ours(), strict=True))
-        note = f"{self.batch_size} images of 224 px; largest difference {difference:.1g}"
-        self.add("HOG targets of a batch", note, self.in_turns(plain, ours))
+        model = self.training_model()
+        batch, note = model.prepare_batch(self.ready_batch()), f"{self.sizes.batch_size} images of {INPUT_SIZE} px"
+        ours, plain = self.in_turns(lambda: model.hog(batch["gray"]), lambda: direct_hog(batch["img"]))
+        self.add("HOG targets of a batch", note, ours, plain, self.sizes.batch_size)
 
-    def training_step(self, dtype: torch.dtype, plain: bool = False, compiled: bool = False) -> Callable[[], None]:
-        """A step; `plain`: the same model with direct HOG of three channels and AdamW tensor by tensor."""
-        batch = self.ready_batch(self.input_size)
-        torch.manual_seed(0)
-        smaller = self.of({"depth": 2, "id_list": (0, 0, 1, 1)}, {}, {})
-        model = models_cxrmim.ENCODERS[self.model](img_size=self.input_size, gaze_weighted=True, **smaller)
-        model.to(self.device).train()
-        how = {"foreach": False} if plain else {"fused": True}
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), 1e-4, betas=(0.9, 0.95), **how)
+    def training_step(self, dtype: torch.dtype, compiled: bool = False, plain: bool = False) -> Callable[[], None]:
+        """A step; `plain`: the same with direct HOG of three channels."""
+        batch, model = self.ready_batch(), self.training_model()
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), 1e-4, betas=(0.9, 0.95), fused=True)
         if plain:
             model.hog.forward = direct_hog
-        if compiled:  # a quick run is to show that it runs, not to wait for a compiler
-            model.compile(backend=self.of("eager", "inductor", "inductor"))
+        if compiled:
+            model.compile()
 
         def step() -> None:
             ready = model.prepare_batch(batch)
             if plain:
                 ready.pop("gray")  # three channels, three times the work
-            mask = model.draw_mask(ready, 0.75, 0.5)
             with torch.autocast(self.device, dtype, enabled=dtype != torch.float32):
-                loss = model(ready, mask=mask, n_visible=mask.shape[1] - masked_count(mask.shape[1], 0.75))
+                loss = model(ready, mask=model.draw_mask(ready, 0.75, 0.5), n_visible=model.num_patches // 4)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         return step
 
-    def step(self, name: str, compiled: bool = False) -> None:
+    def step(self, name: str, compiled: str = "") -> None:
         """`name`: float32, TF32, float16 or bfloat16; the baseline is in float32, or float16 on a GPU, as published."""
-        plain = torch.float16 if self.gpu else torch.float32
-        dtype = torch.float32 if name == "TF32" else getattr(torch, name)
-        baseline, ours = self.training_step(plain, plain=True), self.training_step(dtype, compiled=compiled)
+        dtype, published = getattr(torch, name.replace("TF32", "float32")), torch.float16 if self.gpu else torch.float32
+        ours, baseline = self.training_step(dtype, bool(compiled)), self.training_step(published, plain=True)
         set_tf32(name == "TF32")
-        first = self.timed(ours)
-        turns = self.in_turns(baseline, ours)
+        note = f"baseline: {published}; first step {self.timed(ours):.3g} s"
+        turns = self.in_turns(ours, baseline)
         set_tf32(False)
         torch.compiler.reset()
-        rate = self.batch_size / np.median(turns[:, 1])
-        hours = REFLACX_IMAGES * PUBLISHED_EPOCHS / rate / 3600
-        note = f"baseline: {plain}; first step {first:.3g} s; {rate:.4g} images/s, so {hours:.3g} h for the published "
-        note += f"400 epochs; {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory at most so far"
-        self.add(f"step: {name}" + ", compiled" * compiled, note, turns)
+        self.add(f"step: {name}" + f", {compiled}" * bool(compiled), note, *turns, self.sizes.batch_size)
 
     def training(self, workers: int) -> None:
-        """Images per second of a run of run_pretrain.py, by its log."""
+        """Seconds per image of a run of run_pretrain.py, by its log."""
         output = self.root / f"output-{workers}"
-        trees = [f"{output}-tree{i}" for i in range(64 if self.gpu else 2)]  # a tree may be named once only
+        trees = [f"{output}-tree{i}" for i in range(self.sizes.batch_size // 4)]  # a tree may be named once only
         for copy in trees:
             shutil.copytree(self.tree, copy, copy_function=os.link)
-        n_images = len(trees) * len(build_dataset(self.tree, preload=True))
-        text = f"--data_path {' '.join(trees)} --preload --gaze_weighted --model {self.model} --pretrained none"
-        text += f" --device {self.device} --batch_size {self.batch_size} --num_workers {workers} --output_dir {output}"
-        self.run(run_pretrain, f"{text} --warmup_epochs 1 --epochs {self.of(2, 8, 8)}")
-        records = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-        # A device warms up in the first epoch.
-        per_image = np.mean([record["time_s"] for record in records[1:]]) / n_images
-        note = f"{1 / per_image:.4g} images/s at batch {self.batch_size}"
-        self.add(f"real training, {workers} workers, per image", note, np.array([[per_image]]))
-
-    def labelled(self, name: str, n: int, model: str) -> str:
-        """Make labelled images; the flags to judge an encoder with random weights on them."""
-        made = "--layout rsna --format jpg --height 192 --width 160 --normal_fraction 0.5 --lesion_kinds consolidation"
-        self.run(make_phantom, f"--out {{root}}/{name} --n_images {n} {made}")
-        return f"--dataset rsna --data_path {{root}}/{name}/rsna --weights random@{model} --device {self.device}"
-
-    def encoding(self) -> None:
-        """From image files to features on disk, against forward passes of a batch that lies ready.
-
-        Ours is a call of run_downstream.py less a second one that finds all features there.
-        """
-        name = f"vit_{self.of('tiny', 'small', 'base')}_patch16_224"
-        n, size = self.of((24, 8), (128, 32), (2048, 256))
-        flags = f"{self.labelled('encoded', n, name)} --method probe --encode_batch {size} --bootstrap 200"
-        flags += f" --num_workers {self.of(0, 0, 8)}"
-        batch = torch.rand(size, 3, 224, 224, device=self.device)
-        model = timm.create_model(name, num_classes=0).eval().to(self.device)
-
-        @torch.inference_mode()
-        def bare() -> None:
-            for _ in range(n // size):
-                with torch.autocast(self.device, torch.bfloat16, enabled=self.gpu):  # as run_downstream.py has it
-                    model(batch).float().cpu()
-
-        turns = []
-        for turn in range(self.repeats):
-            judge = partial(self.run, run_downstream, f"{flags} --output_dir {{root}}/encoding-{turn}")
-            first, again = self.timed(judge), self.timed(judge)
-            turns.append((self.timed(bare), max(first - again, 1e-9)))
-        note = f"{name}, batch {size}, {n} images"
-        self.add("downstream encoding: of bare rate", note, np.array(turns))
-        self.add("downstream encoding", note, np.array([[n / self.rows[-1]["ours"]]]), "images/s")
-
-    def heads(self) -> None:
-        """3 fractions x 3 seeds of linear heads on a frozen encoder, against the published loop for each: in every
-        epoch read and encode the training images, then the validation images. One seed of each fraction is timed."""
-        name = "vit_tiny_patch16_224"
-        n, epochs, size = self.of((24, 1, 4), (240, 5, 16), (240, 5, 16))
-        flags, model = self.labelled("heads", n, name), timm.create_model(name, num_classes=0).eval().to(self.device)
-        files = sorted(self.root.glob("heads/rsna/**/*.jpg"))
-
-        @torch.inference_mode()
-        def encode(paths: list[Path]) -> Tensor:
-            images = [TF.to_tensor(Image.open(path).convert("RGB").resize((224, 224))) for path in paths]
-            return model(torch.stack(images).to(self.device))
-
-        def plain() -> None:
-            for fraction in (0.3, 0.6, 1.0):
-                head = torch.nn.Linear(model.num_features, 1).to(self.device)
-                optimizer = torch.optim.Adam(head.parameters())
-                parts = (files[: round(0.7 * fraction * n)], True), (files[round(0.85 * n) :], False)
-                for _, (paths, learns) in product(range(epochs), parts):
-                    for start in range(0, len(paths), size):
-                        scores = head(encode(paths[start : start + size]).clone())
-                        if learns:
-                            optimizer.zero_grad()
-                            F.binary_cross_entropy_with_logits(scores, torch.ones_like(scores)).backward()
-                            optimizer.step()
-
-        flags += f" --method linear --fractions 0.3 0.6 1.0 --seeds 43 44 45 --epochs {epochs} --patience {epochs}"
-        flags += f" --batch_size {size} --bootstrap 200 --num_workers 0 --output_dir {{root}}/judged"
-        ours = self.timed(partial(self.run, run_downstream, flags))
-        note = f"{name}, {n} images, {epochs} epochs; baseline: one seed timed, times 3"
-        self.add("linear evaluation, 3 fractions x 3 seeds", note, np.array([[3 * self.timed(plain), ours]]))
+        text = f"--data_path {' '.join(trees)} --preload --gaze_weighted --model {MODEL} --pretrained none"
+        text += f" --device {self.device} --batch_size {self.sizes.batch_size} --num_workers {workers} --epochs 8"
+        self.run(run_pretrain, f"{text} --input_size {INPUT_SIZE} --output_dir {output} --warmup_epochs 1")
+        seconds = pd.read_json(output / "log.txt", lines=True)["time_s"].to_numpy()[
+            1:
+        ]  # a device warms up in the first
+        per_image = seconds / len(trees) / NATIVE_IMAGES
+        self.add(f"real training, {workers} workers, per image", f"batch {self.sizes.batch_size}", per_image)
 
     def prediction(self) -> None:
-        """Bare forward passes of the gaze predictor, and from the files of a tree to the files of a tree."""
-        batches, size = 6, self.of(2, 8, 32)
-        n = batches * size  # films as prepare_mimic.py scales them
-        self.run(make_phantom, f"--out {{root}}/films --n_images {n} --shared_images 0 --height 624 --width 512")
-        cpus = available_cpus()
-        self.run(prepare_mimic, f"--images {{root}}/films/mimic --out {{root}}/images --views all --workers {cpus}")
-        torch.manual_seed(0)
-        model = GazeNet("test_resnet", input_size=64) if self.quick else GazeNet()
-        about = {"config": model.config, "seen": [], "encoder_seen": [], "format": FORMAT}
-        save_checkpoint({"model": model.state_dict()} | about, self.root / "best.pth")
-        model.eval().to(self.device)
+        """From the files of a tree to the files of a tree, against bare forward passes of the gaze predictor."""
+        size, cpus, tree, batches = self.sizes.batch_size, available_cpus(), self.root / "images", 2
+        study = make_study(self.root / "films", batches * size, size=(624, 512), shared_images=0)
+        prepare_mimic(study.images, None, tree, views=["all"], workers=cpus)
+        model = GazeNet(**PREDICTOR).eval().to(self.device)
+        predictor = as_predictor(model)
         batch = torch.randint(0, 256, (size, 1, *[model.input_size] * 2), dtype=torch.uint8)
+        turns = self.in_turns(
+            lambda: fill_tree(tree, predictor, overwrite=True, batch_size=size, workers=cpus),
+            lambda: [predictor.maps(batch) for _ in range(batches)],
+        )
+        note = f"{model.config['backbone']} at {model.input_size} px, images of 512 x 624 px"
+        self.add("gaze prediction of a tree", note, *turns, batches * size)
 
-        @torch.inference_mode()
-        def forward() -> None:
-            for _ in range(batches):
-                model(batch.to(self.device)).exp().cpu()
+    def downstream(self) -> None:
+        """From image files to features on disk, against forward passes of a batch that lies ready; and 3 fractions x 3
+        seeds of linear heads on them, against the published loop for each head, which in every epoch reads and encodes
+        the training images, then the validation images."""
+        size, images, probed = self.sizes.batch_size, 16 * self.sizes.batch_size, self.root / "probed"
+        make_rsna(self.root, images, size=(192, 160), image_format="jpg", lesion_kinds=["consolidation"])
+        flags = f"--dataset rsna --data_path {self.root}/rsna --weights random@{ENCODER} --device {self.device}"
+        flags += f" --bootstrap 200 --encode_batch {size} --num_workers {8 * self.gpu}"
+        probe = partial(self.run, run_downstream, f"{flags} --method probe --output_dir {probed}")
+        model = timm.create_model(ENCODER, num_classes=0).eval().to(self.device)
+        batch = torch.rand(size, *model.default_cfg["input_size"], device=self.device)
 
-        flags = f"--weights {{root}}/best.pth --tree {{root}}/images --device {self.device} --overwrite"
-        fill = partial(self.run, predict_gaze, f"{flags} --batch_size {size} --workers {cpus}")
-        note = f"{model.config['backbone']} at {model.input_size} px, {n} images of 512 x 624 px"
-        self.add("gaze prediction of a tree", note, self.in_turns(forward, fill))
+        def probe_anew() -> None:
+            shutil.rmtree(probed, ignore_errors=True)
+            probe()
+
+        def bare() -> None:
+            # As run_downstream.py has it.
+            with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.gpu):
+                for _ in range(images // size):
+                    model(batch).float().cpu()
+
+        first, again, plain = self.in_turns(probe_anew, probe, bare)
+        encoding = np.maximum(first - again, 1e-9)  # the second finds all features there
+        self.add("downstream encoding", ENCODER, encoding, plain, images)
+
+        flags += " --method linear --fractions 0.3 0.6 1 --seeds 43 44 45 --epochs 5 --patience 5 --batch_size 4"
+        flags += f" --output_dir {self.root}/heads"
+        ours = self.timed(partial(self.run, run_downstream, flags))
+        # 5 epochs of 3 heads for each fraction; 70% of the images are for training, 15% for validation.
+        passes = 5 * 3 * (0.7 * (0.3 + 0.6 + 1) + 3 * 0.15)
+        note = f"{images} images, 5 epochs; baseline: {passes:.3g} times our encoding of all images"
+        self.add("linear evaluation, 3 fractions x 3 seeds", note, ours, passes * np.median(encoding))
 
 
 if __name__ == "__main__":
