@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reliability_runs import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models.vision_transformer import VisionTransformer
 
@@ -232,11 +231,3 @@ def test_torch_distributed_launch_as_published_with_two_processes(tree, tmp_path
     checkpoint = load_checkpoint(tmp_path / "checkpoint-0.pth")
     assert checkpoint["world_size"] == 2
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
-
-
-def test_without_launcher_an_error_is_one_line_and_the_status_is_not_zero(tmp_path):
-    argv = f"{SMALL} --id_list 0 1 --scale_list 4 0.5 --data_path".split()
-    status, output = run([*argv, str(tmp_path / "none")], tmp_path / "log")
-    assert status == 1
-    assert output.strip().splitlines()[-1].startswith("error: --data_path")
-    assert "Traceback" not in output

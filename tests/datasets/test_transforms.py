@@ -90,7 +90,7 @@ def test_box_distribution_is_that_of_random_resized_crop():
 
 def test_sizes_and_centred_boxes():
     """Pictures are scaled down only; where no crop fits, it is the largest centred box of an allowed aspect ratio."""
-    for size, grid in (((3056, 2544), (615, 512)), ((400, 300), (400, 300)), ((512, 700), (512, 700))):
+    for size, grid in (((3056, 2544), (615, 512)), ((400, 300), (400, 300))):
         assert grid_size(*size, 512) == grid and grid_size(*size[::-1], 512) == grid[::-1]
     for size, box in (((10, 1000), Box(0, 493, 10, 13)), ((1000, 9), Box(494, 0, 12, 9))):
         assert random_crop_box(np.random.default_rng(0), *size, 1.0) == box

@@ -118,11 +118,8 @@ def test_full_disk_is_foreseen(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_one_line(tmp_path):
-    for error in (KeyError("sums"), RuntimeError("size\n mismatch"), TypeError("x")):
-        with pytest.raises(CheckpointError, match=f"^a.pth: .*{type(error).__name__}") as caught, restoring("a.pth"):
-            raise error
-        assert "\n" not in str(caught.value)
-    for kind in (UserError, torch.OutOfMemoryError, NotImplementedError, MemoryError, AssertionError):
-        error = kind("as it is")
-        with pytest.raises(type(error), match="^as it is$"), restoring("a.pth"):
-            raise error
+    with pytest.raises(CheckpointError, match="^a.pth: .*RuntimeError[^\n]*$"), restoring("a.pth"):
+        raise RuntimeError("size\n mismatch")
+    for kind in (UserError, torch.OutOfMemoryError):
+        with pytest.raises(kind, match="^as it is$"), restoring("a.pth"):
+            raise kind("as it is")

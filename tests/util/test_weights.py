@@ -302,9 +302,7 @@ def test_build_model_gives_the_model_that_was_saved(change, stored, tmp_path):
 
 def test_build_model_refuses(vit, tmp_path):
     state, config = CXRMIM(**SMALL).state_dict(), CXRMIM(**SMALL).config
-    options = ("decoder_num_heads", "scale_list", "id_list")
     whole = {"num_heads": 1, "decoder_num_heads": 8, "scale_list": [2.0, 0.5], "id_list": [0, 1]}
-    newer = {"model": state, "model_config": config}
 
     def build(content, **args):
         return build_model(CXRMIM, *read_state_dict(save(content, tmp_path / "c.pth")), args)
@@ -313,10 +311,10 @@ def test_build_model_refuses(vit, tmp_path):
     assert build({"model": state, "model_config": config | {"masking": "gone"}}, masking="block").masking == "block"
     for content, args, reason in [
         (vit, {}, "not a CXR-MIM checkpoint"),
-        *((state, {k: v for k, v in whole.items() if k != name}, f"does not say.*{name}") for name in options),
+        (state, {k: v for k, v in whole.items() if k != "id_list"}, "does not say.*id_list"),
         (state, whole | {"id_list": [0, 9]}, "arguments don't fit.*id_list"),
         (state, whole | {"scale_list": [2.0, 1.0]}, "don't fit together.*decoder.1.pred"),
-        (newer | {"model_config": config | {"of_a_newer_program": 1}}, {}, "of_a_newer_program"),
+        ({"model": state, "model_config": config | {"of_a_newer_program": 1}}, {}, "of_a_newer_program"),
     ]:
         with pytest.raises(UserError, match=f"c.pth[^\n]*{reason}"):
             build(content, **args)

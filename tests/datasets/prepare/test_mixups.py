@@ -88,9 +88,6 @@ def test_the_layer_above_follows_the_tree_of_images(root):
     assert INDEX in before and not (root / "out" / INDEX).exists()
     mimic(root, "fresh", None)
     assert filled("out") == filled("fresh") != before
-    mimic(root, heatmaps=None, size=16, overwrite=True)
-    mimic(root, "small", None, size=16)
-    assert contents(root / "out") == contents(root / "small")
 
 
 def test_other_heatmaps_of_the_same_sizes_and_times(root):
@@ -155,15 +152,6 @@ def test_a_trees_own_maps_are_no_heatmaps(root):
     for place in ("out", "out/attention"):
         with pytest.raises(UserError, match="lies in a prepared tree"):
             mimic(root, heatmaps=place)
-
-
-def test_a_tree_without_its_record_is_no_source(root):
-    prepare(root / "reflacx", root / "mimic", root / "mimic/tree", size=16)
-    (root / "mimic/tree/prepare.json").unlink()
-    for path in (root / "mimic/files").rglob("*.jpg"):
-        path.unlink()
-    with pytest.raises(UserError, match="not one entry is left .*image missing"):
-        prepare(root / "reflacx", root / "mimic", root / "out")
 
 
 def test_options_of_egd_are_refused_for_reflacx(root):

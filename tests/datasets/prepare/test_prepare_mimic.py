@@ -221,7 +221,6 @@ def test_dicom_ids_are_found_in_names(tmp_path):
 
 def test_bad_metadata_and_places(source, tmp_path):
     study, heatmaps = source
-    (tmp_path / "empty").mkdir()
     table = pd.read_csv(study.images / "mimic-cxr-2.0.0-metadata.csv.gz", dtype=str)
     tables = {
         "view": table.drop(columns="ViewPosition"),
@@ -233,7 +232,6 @@ def test_bad_metadata_and_places(source, tmp_path):
     for images, maps, options, message in (
         (heatmaps, heatmaps, {}, "give its path with --metadata"),
         (study.images, tmp_path / "nowhere", {}, "no such directory; --heatmaps"),
-        (study.images, tmp_path / "empty", {}, "not one entry is left .*images with heatmaps': 0"),
         (
             study.images,
             heatmaps,

@@ -205,7 +205,7 @@ def test_egd_ids_that_may_be_several_or_are_empty_are_faults(egd):
 # --- the helpers of every adapter ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", ["", "..", "a/b", "a\\b", ".hidden", "a..b", "a b", "a\n", "é"])
+@pytest.mark.parametrize("bad", ["", "..", "a/b", "a\\b", ".hidden", "a\n", "é"])
 def test_ids_are_plain(bad):
     with pytest.raises(UserError, match="the id .* not a plain identifier"):
         check_id(bad, "the id")
