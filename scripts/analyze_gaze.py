@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_least(args, 0, "size", "examples")
     options = vars(args)
-    out, source = options.pop("out"), options.pop("source")
+    out = options.pop("out")
     check_folder_place(out, "--out")
-    analysis = analyze(**options, source=None if source == "auto" else source)
+    analysis = analyze(**options)
     analysis.write(out)
     print(f"{analysis}\nwritten to {out}")
     if faults := [exclusion for exclusion in analysis.exclusions if exclusion.is_fault]:

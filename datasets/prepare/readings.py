@@ -54,7 +54,7 @@ def add_raw_options(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     parser.add_argument("--raw", type=Path, required=True,
         help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above")
-    parser.add_argument("--source", choices=["auto", *SOURCES], default="auto", help="which data set --raw holds")
+    parser.add_argument("--source", choices=SOURCES, help="which data set --raw holds (default: what is found there)")
     parser.add_argument("--sigma", type=finite_float, default=None,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; "
              f"{DEFAULT_SIGMA:g} where none is given")
