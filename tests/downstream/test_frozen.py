@@ -4,8 +4,6 @@ beside them."""
 from __future__ import annotations
 
 import math
-import signal
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,17 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reliability_runs import run, signal_at_call
-from test_run_downstream import command, rsna  # noqa: F401  (a fixture)
+from read_labelled import make_labelled
 
 from downstream.data.images import CENTRE, Views, normalisation
-from downstream.data.labelled import LabelledImages
 from downstream.data.partition import Rows
 from downstream.driver import Recipe, Work, judge
 from downstream.encoders import read_candidates
 from downstream.forward import outputs
 from downstream.frozen import Linear, probabilities, train_heads
-from downstream.main import get_args_parser, main
+from downstream.main import get_args_parser
 from util import distributed
 from util.errors import UserError
 from util.stop import StopSignals
@@ -75,8 +71,8 @@ def test_a_view_per_epoch_is_the_published_loop(backbone, tmp_path):
         files.append(tmp_path / f"{i}.png")
         gray = rng.normal(90 + 40 * label, 30, (48, 40)).clip(0, 255)
         Image.fromarray(gray.astype(np.uint8)).save(files[-1])
-    names, parts = [file.stem for file in files], np.repeat(["train", "valid", "test"], (12, 4, 8)).astype(object)
-    images = LabelledImages("x", names, files, np.array(names), parts, ["x"], labels, strong_augmentation=True)
+    parts = np.repeat(["train", "valid", "test"], (12, 4, 8))
+    images = make_labelled(labels, parts, files=files, strong_augmentation=True)
     flags = "--dataset rsna --data_path none --epochs 4 --batch_size 4 --lr 5e-2 --patience 4 --seeds 43 44"
     flags += f" --num_workers 0 --device cpu --encode_batch 5 --cache_dir {tmp_path} --output_dir {tmp_path}"
     (candidate,) = read_candidates([str(backbone)], imagenet="")
@@ -96,7 +92,7 @@ def test_a_view_per_epoch_is_the_published_loop(backbone, tmp_path):
     rows, options = Rows(*map(images.indices, ("train", "valid", "test"))), Recipe(4, 4, 5e-2, patience=4)
     for outcome, other in zip(judged(4), judged(2), strict=True):
         head, *_ = plain_head(features, torch.from_numpy(labels), rows, outcome.run["seed"], options, "multilabel")
-        assert outcome.images.ids == [names[row] for row in rows.test]
+        assert outcome.images.ids == list(map(str, rows.test))
         expected = probabilities(F.linear(features(CENTRE, rows.test), *head), "multilabel")
         np.testing.assert_allclose(outcome.scores, expected, atol=1e-5)
         assert np.abs(outcome.scores - other.scores).max() > 1e-3
@@ -135,12 +131,3 @@ def test_a_loss_that_is_not_finite_is_one_line():
     views, labels, rows = [torch.full((9, 5), math.inf)] * 2, torch.eye(9, 3), Rows(np.arange(9), np.arange(9), None)
     with pytest.raises(UserError, match="ours, epoch 1: the validation loss is not finite; lower --lr"):
         heads_of(views, labels, rows, [1], Recipe(1, 8))
-
-
-def test_a_stop_keeps_what_was_encoded(rsna, tmp_path, capsys):  # noqa: F811
-    argv = command(rsna, tmp_path, "--weights", "pixels", "--method", "probe", "--encode_batch", "8")
-    stop = partial(signal_at_call, "downstream.forward", "outputs", 3, signal.SIGTERM)
-    status, output = run(argv, tmp_path / "log", main=main, fault=stop)
-    assert status == 128 + signal.SIGTERM, output
-    assert main(argv) == 0
-    assert "pixels: 96 images encoded" in capsys.readouterr().out  # of 120

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from read_labelled import make_labelled
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
-from downstream.data.labelled import LabelledImages
 from downstream.results import Outcome, markdown_table, results_table
 
 
 def outcome_of(targets: np.ndarray, scores: np.ndarray, task: str = "multilabel", **options) -> Outcome:
-    n, c = targets.shape
-    names, parts, labels = [str(i) for i in range(n)], np.full(n, "test"), [f"l{j}" for j in range(c)]
-    images = LabelledImages("x", names, names, np.array(names), parts, labels, targets.astype(np.float32), task)
+    images = make_labelled(targets, "test", task=task)
     run = {"weights": "a", "dataset": "x", "method": "linear", "fraction": 1.0, "seed": 43}
     return Outcome(run, images, scores.astype(np.float32), **options)
 
@@ -39,7 +37,7 @@ def test_a_draw_counts_by_the_labels_that_it_can_judge(positives, label, mean):
         targets[positives * j : positives * (j + 1), j] = 1
     outcome = outcome_of(targets, np.random.default_rng(0).random((100, 14)))
     table = results_table([outcome])
-    for name, (least, most) in (("l0", label), ("mean", mean)):
+    for name, (least, most) in (("L0", label), ("mean", mean)):
         row = table.set_index("label").loc[name]
         assert least <= row["draws"] <= most
         assert row["low"] < row["auc"] < row["high"] if least else np.isnan(row["low"])

@@ -86,8 +86,6 @@ def test_test_subjects_of_pretraining_are_counted_and_may_be_left_out(mimic, tmp
     assert set(images.ids) - set(without.ids) == {"50000022-PA", "50000022-AP"}
     (row,) = (line for line in split_table(without).splitlines() if "left out for it" in line)
     assert row.split()[-1] == "2"
-    with pytest.raises(UserError, match="--pretrained_on has no effect with --dataset rsna"):
-        read_dataset("rsna", mimic, pretrained_on=[tree])
     with pytest.raises(UserError, match="pass --study mimic"):
         read_dataset("csv", mimic, csv=mimic / "mimic-cxr-2.0.0-split.csv.gz", image_column="dicom_id",
                      label_columns=["split"], subject_column="subject_id", split="subject", pretrained_on=[tree])  # fmt: skip
@@ -127,12 +125,6 @@ def test_lists_of_others_say_who_trains_and_tests(ten, lists):
     paths[2].write_text("7\n1.png")
     with pytest.raises(UserError, match="a/1.png is in the list of train too"):
         read_dataset("csv", ten, split_lists=paths)
-    paths[2].write_text("none.png")
-    assert "test.lst: 1 of 1 lines name no image" in " ".join(read_dataset("csv", ten, split_lists=paths).notes)
-    for path in paths[:2]:
-        path.write_text("none.png")
-    with pytest.raises(UserError, match="test.lst: no line names an image of the table"):
-        read_dataset("csv", ten, split_lists=paths)
 
 
 def test_damaged_images_are_listed_at_once_or_left_out(ten, capsys):
@@ -143,17 +135,12 @@ def test_damaged_images_are_listed_at_once_or_left_out(ten, capsys):
         path = ten / f"a/{i}.png"
         path.write_bytes(path.read_bytes()[:-keep] if i == 1 else path.read_bytes()[:keep])
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(ten / "a/0.png")  # black, and sound
-    fixed = ["--dataset", "csv", "--data_path", ten, "--csv", ten / "t.csv", "--weights", "pixels", "--method", "probe"]
-    argv = [
-        str(word)
-        for word in [*fixed, "--device", "cpu", "--seeds", "1", "--num_workers", "0", "--output_dir", ten / "out"]
-    ]
+    fixed = "--dataset csv --weights pixels --method probe --device cpu --seeds 1 --num_workers 0"
+    argv = [*fixed.split(), "--data_path", str(ten), "--output_dir", str(ten / "out")]
     with pytest.raises(UserError, match="2 of 10 images are damaged .*a/[17].png.*--skip_damaged leaves them out"):
-        main([*argv])
+        main(argv)
     printed = capsys.readouterr().out
     assert "a/1.png" in printed and "a/7.png" in printed
-    assert main([*argv, "--skip_damaged", "--dry_run"]) == 0
-    assert "damaged images" not in capsys.readouterr().out
     assert main([*argv, "--skip_damaged"]) == 0
     printed = capsys.readouterr().out
     assert "2 damaged images are left out" in printed and "damaged images  " in printed
