@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from pathlib import Path
 
@@ -36,11 +35,11 @@ def patients(rsna: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
-    """A small ViT for 224 px with random weights."""
+    """A small ViT for 224 px with random weights, and with more heads than its width suggests."""
     torch.manual_seed(1)
-    model = timm.create_model("vit_base_patch16_224", embed_dim=64, depth=1, num_heads=1, num_classes=0)
+    model = timm.create_model("vit_base_patch16_224", embed_dim=64, depth=1, num_heads=2, num_classes=0)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
-    torch.save({"state_dict": model.state_dict(), "metadata": {"num_heads": "1"}}, path)
+    torch.save({"state_dict": model.state_dict(), "metadata": {"num_heads": "2"}}, path)
     return path
 
 
@@ -113,14 +112,6 @@ def test_a_study_that_is_there_stays_as_it_is(rsna, tmp_path):
     argv = command(rsna, tmp_path, "--weights", "pixels", "--seeds", "1")
     assert main(argv) == 0
     (tmp_path / "results.png").unlink()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # the tables fit, the picture doesn't
-    try:
-        with pytest.raises(OSError, match=r"File too large: .*results.png"):  # which util.errors prints as one line
-            main(argv)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.glob(".tmp*"))
     split = (tmp_path / "split.csv").read_text()
     for other in (["--split", "subject"], ["--labels", "Pneumonia", "--split", "folds"], ["--method", "probe"]):
         with pytest.raises(UserError, match="holds results of .*rsna.*linear.*choose another"):
@@ -137,7 +128,6 @@ def test_dry_run_tells_what_a_run_would_refuse_hours_later(rsna, tmp_path, capsy
     for options, reason in [
         (["1", "0.08"], "--batch_size 8: there are only 7 images"),
         (["0.1", "--weights", "ours=none.pth", "--method", "evaluate"], "none.pth"),
-        (["1", "0.08", "--split", "folds", "--folds", "3"], r"only \d images"),
         (["1", "--method", "probe", "--split", "folds", "--folds", "100"], "--folds 100: no label has so many images"),
     ]:
         with pytest.raises(UserError, match=reason):
@@ -151,10 +141,9 @@ def test_dry_run_tells_what_a_run_would_refuse_hours_later(rsna, tmp_path, capsy
     assert sorted(path.name for path in out.glob("[!.]*")) == ["split.csv"]
 
 
-def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
+def test_features_of_other_heads_are_other_features(rsna, encoder, tmp_path, capsys):
     """The same weights with another number of attention heads are another encoder."""
-    model = timm.create_model("vit_base_patch16_224", embed_dim=64, depth=1, num_heads=2, num_classes=0)
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    torch.save(torch.load(encoder)["state_dict"], tmp_path / "plain.pth")
     options = ["--weights", tmp_path / "plain.pth", "--seeds", "43", "--views", "1", "--num_heads"]
     for heads in (1, 2):
         assert main(command(rsna, tmp_path / "out", *options, heads)) == 0
@@ -169,7 +158,6 @@ def test_features_of_other_heads_are_other_features(rsna, tmp_path, capsys):
         ((102, 18), ["--skip_missing"], False),
         ((102, 18), ["--split", "subject"], False),
         ((102, 18), ["--labels", "Pneumonia"], False),
-        ((102, 18), ["--where", "Target=0", "Target=1"], False),
         ((102, 18), ["--fractions", "0.5"], False),
     ],
 )
@@ -188,7 +176,7 @@ def test_published_numbers_stand_beside_results_of_all_published_images_only(
 @pytest.mark.parametrize(("folds", "n"), [([], 18), (["--split", "folds", "--folds", "2"], 120)])
 def test_test_subjects_that_pretrained_an_encoder_are_counted_in_the_table(rsna, encoder, tmp_path, folds, n):
     seen = json.dumps(subject_marks(patients(rsna), "rsna"))
-    content = torch.load(encoder, weights_only=True) | {"metadata": {"num_heads": "1", "seen": seen}}
+    content = torch.load(encoder, weights_only=True) | {"metadata": {"num_heads": "2", "seen": seen}}
     torch.save(content, tmp_path / "encoder.pth")
     short = ["--method", "probe", "--seeds", "43", "44", "--weights", tmp_path / "encoder.pth", "random", *folds]
     assert main(command(rsna, tmp_path / "out", *short)) == 0
@@ -209,24 +197,17 @@ def test_another_study_makes_best_anew(rsna, encoder, tmp_path):
     assert len(read_tuned(newest).seen & set(subject_marks(names, "mimic"))) == 102
 
 
-def test_a_share_of_one_class_and_features_that_overflow_are_told(rsna, encoder, tmp_path, capsys):
-    state = torch.load(encoder)["state_dict"]
-    state["norm.bias"][0] = 3e38
-    torch.save({"state_dict": state, "metadata": {"num_heads": "1"}}, tmp_path / "inf.pth")
-    with pytest.raises(UserError, match="inf: features are not finite; pass --dtype float32"):
-        main(command(rsna, tmp_path, "--weights", tmp_path / "inf.pth"))
-    options = ["--weights", "pixels", "--fractions", "0.012", "--batch_size", "1", "--seeds", "1"]
-    assert main(command(rsna, tmp_path / "out", *options)) == 0
-    assert "--fractions 0.012 keeps 1 training images, all of one kind by Pneumonia" in capsys.readouterr().out
-
-
 def test_bad_input_is_one_line(rsna, encoder, tmp_path):
-    pixels = ["--weights", "pixels"]
-    for options, reason in [
+    pixels, content = ["--weights", "pixels"], torch.load(encoder)
+    content["state_dict"]["norm.bias"][0] = 3e38
+    torch.save(content, tmp_path / "inf.pth")
+    cases = [
         ([], "--weights: name at least one"),
         (["--weights", "a=none.pth"], "none.pth: no such weights file"),
         (["--weights", "imagenet", "--imagenet", tmp_path / "no.pth"], "--weights imagenet: .*no.pth is not there"),
-        (["--weights", encoder, "--fractions", "0.1"], "--batch_size 16: there are only 8 images"),
+        (["--weights", tmp_path / "inf.pth"], "inf: features are not finite; pass --dtype float32"),
+        ([*pixels, "--method", "finetune"], "--weights pixels: only timm's encoders are fine-tuned"),
+        (["--weights", encoder, "--method", "finetune", "--lr", "1e30"], "lower --lr or use --dtype float32"),
         ([*pixels, "--fractions", "0"], "--fractions 0: expected more than 0"),
         ([*pixels, "--min_positives", "10"], "no label has 10 images with it, and as many without, in test"),
         ([*pixels, "--lr", "0"], "--lr 0: must be above 0"),
@@ -234,8 +215,9 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         ([*pixels, "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),
         ([*pixels, "--split", "folds", "--folds", "121"], "--folds 121: there are only 120"),
         ([*pixels, "--output_dir", encoder], "--output_dir .*encoder.pth: .*is no directory"),
-    ]:
+    ]
+    for number, (options, reason) in enumerate(cases):
         with pytest.raises(UserError, match=reason) as caught:
-            main(command(rsna, tmp_path / "out", *options))
+            main(command(rsna, tmp_path / str(number), *options))
         assert "\n" not in str(caught.value)
-        assert not (tmp_path / "out" / "results.csv").exists()
+    assert not list(tmp_path.rglob("results.csv"))

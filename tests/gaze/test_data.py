@@ -47,13 +47,12 @@ def test_parts_without_a_split_are_drawn_by_subject(tmp_path):
     assert draw_parts(["a", "b", "c"]) == draw_parts(["c", "a", "b"])
 
 
-@pytest.mark.parametrize("spelling", ["{}", "p{} "])
-def test_a_subject_follows_its_part_in_another_tree_under_any_spelling(tree, tmp_path, spelling):
+def test_a_subject_follows_its_part_in_another_tree_under_any_spelling(tree, tmp_path):
     other = make_gaze_tree(tmp_path / "b")
-    edit_index(other, lambda _, entry: {"subject_id": spelling.format(entry["subject_id"]), "split": None})
+    edit_index(other, lambda _, entry: {"subject_id": f"p{entry['subject_id']} ", "split": None})
     study = GazeStudy([tree, other])
     assert subjects(study) == [2 * names for names in subjects(GazeStudy([tree]))]
-    assert ("taken for one" in study.describe()) == (spelling != "{}")
+    assert "taken for one" in study.describe()
     edit_index(other, lambda number, _: {} if number else {"split": "test"})
     with pytest.raises(UserError, match=r"b/reflacx.json: entry 0: subject 10000 is in test here and in train"):
         GazeStudy([tree, other])

@@ -27,11 +27,7 @@ def downloaded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("model", "name", "told"),
-    [
-        ("tiny", "vit_tiny_patch16_224", TAG),
-        ("vit_tiny_patch16_224", "vit_tiny_patch16_224", TAG),
-        ("test_resnet", "test_resnet", "test_resnet.r160_in1k"),
-    ],
+    [("tiny", "vit_tiny_patch16_224", TAG), ("test_resnet", "test_resnet", "test_resnet.r160_in1k")],
 )
 def test_local_file_lands_where_programs_look_for_it(downloaded, tmp_path, monkeypatch, capsys, model, name, told):
     monkeypatch.setattr("util.export.FOLDER", tmp_path / "preTrain")

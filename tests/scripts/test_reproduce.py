@@ -175,11 +175,8 @@ def test_what_was_begun_and_left_goes_on_and_an_out_can_be_moved(chain):
         ({"NIH": "nowhere"}, "NIH={root}/nowhere: no such directory"),
         ({"PRETRAINED": "no.pth"}, "PRETRAINED={root}/no.pth: no such file"),
         ({"PREDICTED_GAZE": "true"}, "PREDICTED_GAZE=true: expected yes or no"),
-        ({"EPOCHS": "many"}, "EPOCHS=many"),
-        ({"N_GPUS": "0"}, "GPUS=0: torch sees 0 here; DEVICE=cpu"),
         ({"GPUS": "3"}, "GPUS=3: torch sees 2"),
         ({"BATCH_SIZE": "5"}, "BATCH_SIZE=5: 2 GPUs can't share it"),
-        ({"DEVICE": "cdua"}, "DEVICE=cdua: expected cuda or cpu"),
         ({"PRETRAIN_FLAGS": "--epochs 5"}, "PRETRAIN_FLAGS=--epochs 5: set EPOCHS"),
         ({"OUT": "hook"}, "{root}/hook"),
     ],
@@ -192,9 +189,7 @@ def test_what_can_not_work_is_refused_at_once(chain, wrong, told):
     assert not chain.notes.read_text()
 
 
-@pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75)]
-)
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
 def test_a_signal_lets_the_step_save_and_ends_the_script(chain, signum, status):
     """Also where the step has come to its end meanwhile. Before its time is up a job goes back into the queue."""
     chain.tool("scontrol", '#!/usr/bin/env bash\necho "$*" >> "$NOTES"\n')

@@ -92,16 +92,8 @@ def test_the_demos_flags_are_understood_by_their_programs():
         importlib.import_module(program).get_args_parser().parse_args(f"{needed} {flags[name]}".split())
 
 
-@pytest.mark.parametrize(
-    ("python", "told"),
-    [
-        ("bare/bin/python", "bare/bin/python has no torch and no timm"),
-        ("missing/python", "missing/python is no Python that runs"),
-    ],
-)
-def test_a_python_without_the_requirements_is_one_line(tmp_path, python, told):
+def test_a_python_without_the_requirements_is_one_line(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
-    result = run("bash", ROOT / "scripts/test.sh", cwd=tmp_path, PYTHON=python)
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: PYTHON=") and told in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    result = run("bash", ROOT / "scripts/test.sh", cwd=tmp_path, PYTHON="bare/bin/python")
+    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: PYTHON=") and "bare/bin/python has no torch and no timm" in result.stderr

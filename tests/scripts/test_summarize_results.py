@@ -63,13 +63,7 @@ def test_what_is_refused(tmp_path):
     path, table = results(tmp_path / "a", "rsna")
     with pytest.raises(UserError, match="43 stands in another file too"):
         summarize_results.main([str(path), str(path), "--out", str(tmp_path)])
-    for change, message in (
-        (table.drop(columns="auc"), "no column 'auc'"),
-        (table[table["label"] != "mean"], "no row of 'mean'"),
-        (table.drop(columns="seed"), "'seed'"),
-    ):
-        change.to_csv(path, index=False)
+    table.drop(columns="auc").to_csv(path, index=False)
+    for other, message in ((path, "no column 'auc'"), (tmp_path / "none.csv", "missing")):
         with pytest.raises(UserError, match=message):
-            summarize_results.main([str(path), "--out", str(tmp_path)])
-    with pytest.raises(UserError, match="missing"):
-        summarize_results.main([str(tmp_path / "none.csv"), "--out", str(tmp_path)])
+            summarize_results.main([str(other), "--out", str(tmp_path)])
