@@ -16,7 +16,6 @@ from downstream.driver import RECIPES
 from downstream.encoders import Candidate, describe, input_size, pooled, read_candidates
 from downstream.evaluate import read_tuned
 from downstream.finetune import build, write_tuned
-from downstream.forward import outputs
 from util.errors import UserError
 
 TOKENS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -181,10 +180,7 @@ def test_flags_go_before_the_configuration(made):
     assert clip.normalisation("imagenet")[0] == (0.485, 0.456, 0.406)
     path = made("timm's ResNet")[1]
     (small,) = read_candidates([f"{path}@test_resnet"], imagenet="", img_size=64)
-    built = small.build().eval()
-    gray = torch.full((1, 1, 224, 224), 128, dtype=torch.uint8)
-    assert input_size(built) == (64, 64)
-    assert outputs(built, gray, small.normalisation(None), torch.float32).shape == (1, built.num_features)
+    assert input_size(small.build()) == (64, 64)
 
 
 @pytest.mark.parametrize(
