@@ -149,7 +149,7 @@ def pretrain(args: argparse.Namespace, signals: StopSignals) -> int:
         training.log.close()
     distributed.stop()
     if request != GO_ON:
-        ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")
+        ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command continues from here")
     return request
 
 

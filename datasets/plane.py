@@ -32,7 +32,7 @@ PREPROCESSING_VERSION = 4
 LOCK_FILE = "lock"
 ABSENT = (FileNotFoundError, NotADirectoryError, PermissionError)  # not there, or not for this user
 ITEMS_AT_ONCE = 512  # bounds the memory that waiting results take
-ELSEWHERE = "; name another place by --cache_dir, or pass --no_cache"
+ELSEWHERE = "; give another place with --cache_dir, or pass --no_cache"
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Picture = Callable[[Path], tuple[np.ndarray, tuple[int, int]]]

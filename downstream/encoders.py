@@ -134,7 +134,7 @@ def read_candidates(
             path = local_file(imagenet)
             if not Path(path).exists():
                 raise UserError(
-                    f"--weights imagenet: {path} is not there; scripts/fetch_weights.py makes it, or name it by --imagenet"
+                    f"--weights imagenet: {path} is not there; scripts/fetch_weights.py makes it, or give its path with --imagenet"
                 )
             encoder = read_encoder(path, img_size=img_size)
         elif kind == "file" and is_transformers_folder(path):

@@ -73,7 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=(*METHODS, "evaluate"), default="linear", help="how the encoders are judged (default: %(default)s)")
     add("--fractions", nargs="+", type=finite_float, default=[1.0], help="shares of the training images to use (default: %(default)s)")
-    add("--seeds", nargs="+", type=seed_number, default=[43, 44, 45], help="of heads, order and folds (default: %(default)s)")
+    add("--seeds", nargs="+", type=seed_number, default=[43, 44, 45], help="seeds of heads, order and folds (default: %(default)s)")
     add("--folds", type=int, default=5, help="grouped folds of --split folds (default: %(default)s)")
     add("--views", type=int, default=10, help="linear: augmented views per training image, cycled through (default: %(default)s)")
     add("--recipe", choices=tuple(RECIPES), default="published",
@@ -96,7 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: bfloat16 on CUDA, float32 on CPU)")
-    add("--max_minutes", type=finite_float, help="stop after so long, exit status 75; the same command goes on")
+    add("--max_minutes", type=finite_float, help="stop after this many minutes, with exit status 75; the same command continues")
     # fmt: on
     return parser
 
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals
     try:
         outcomes = [outcome for make in methods for outcome in judge(work, make())]
     except Stopped:
-        ranks.say("stopped; the same command goes on from here")
+        ranks.say("stopped; the same command continues from here")
         return ranks.largest(signals.request)
     distributed.on_main(ranks, lambda: report(work, outcomes))
     return 0

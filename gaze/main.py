@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr", type=finite_float, default=1e-3, help="learning rate, after a warm-up of an epoch and before a half-cycle cosine")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
         help="autocast type (default: float16 on CUDA, float32 on CPU)")
-    add("--seed", type=seed_number, default=0, help="of initial weights and sample order")
+    add("--seed", type=seed_number, default=0, help="seed of initial weights and sample order")
     add("--output_dir", default="./output_dir/gaze", help="best.pth, checkpoints, log.txt, metrics, pictures")
     add("--resume", default="", metavar="PATH",
         help="checkpoint to continue from (default: the newest in output_dir)")
@@ -159,7 +159,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     request = training.run()
     training.log.close()
     if request != GO_ON:
-        ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command goes on from here")
+        ranks.say(f"stopped at epoch {training.epoch + 1}, step {training.step}; the same command continues from here")
         return request
     if best["epoch"] < 0:
         raise UserError(f"{args.output_dir}: no epoch had a finite validation KLD; lower --lr or use --dtype float32")
@@ -170,7 +170,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
 def check_same_run(state: Mapping[str, Any], training: Training, path: Path) -> None:
     """UserError unless the run of a checkpoint can go on: the same model, images and heatmaps. Prints other changes."""
     if not state.get("optimizer"):
-        raise UserError(f"--resume {path}: holds weights alone; go on from a checkpoint-*.pth")
+        raise UserError(f"--resume {path}: holds weights alone; continue from a checkpoint-*.pth")
     wrong = [
         name for name in training.warn_of_changes(state, path) if name in ("--backbone", "--weights", "--input_size")
     ]

@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser.add_argument("--model", default="base",
         help=f"a size of ViT ({', '.join(VITS)}), or timm's name of a model, with or without tag, such as resnet50")
-    parser.add_argument("--file", help="model.safetensors of that model's page, where the Hugging Face hub can't be reached from here")
+    parser.add_argument("--file", help="model.safetensors of that model's page, if the Hugging Face hub can't be reached from here")
     parser.add_argument("--out", help="file to write (default: where the programs look for it in preTrain/)")
     # fmt: on
     return parser

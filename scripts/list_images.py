@@ -20,7 +20,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     # fmt: off
     parser.add_argument("--raw", type=Path, required=True, help="root of REFLACX, with main_data/")
-    parser.add_argument("--format", choices=tuple(SITES), default="jpg", help="of MIMIC-CXR-JPG, or of MIMIC-CXR")
+    parser.add_argument("--format", choices=tuple(SITES), default="jpg", help="jpg: MIMIC-CXR-JPG; dcm: MIMIC-CXR")
     parser.add_argument("--out", default="images.txt", help="list to write")
     # fmt: on
     return parser

@@ -32,21 +32,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add = parser.add_argument
     add("--out", required=True, help="directory to write into: reflacx/ and mimic/, or rsna/ or nih/")
-    add("--layout", choices=MAKERS, default="reflacx", help="of which data set")
+    add("--layout", choices=MAKERS, default="reflacx", help="the data set whose layout is written")
     add("--n_images", type=int, default=24, help="number of images")
     add("--seed", type=seed_number, default=0, help="same seed, same study")
     add("--width", type=int, default=420, help="width of the images, px")
     add("--height", type=int, default=512, help="height of the images, px")
     add("--format", choices=("jpg", "dcm", "mixed"),
-        help="kind of image files; without it jpg, for rsna dcm (nih has png)")
-    add("--shared_images", type=int, help="images read by several readers, in phases 1 and 2; a quarter if not given")
-    add("--readers", type=int, help="readers of each shared image; 3 if not given")
+        help="kind of image files (default: jpg; dcm for rsna; nih is always png)")
+    add("--shared_images", type=int, help="images read by several readers, in phases 1 and 2 (default: a quarter)")
+    add("--readers", type=int, help="readers of each shared image (default: 3)")
     add("--lesion_kinds", nargs="+", choices=LESION_KINDS, default=list(LESION_KINDS), help="abnormalities to draw from")
     add("--lesion_size", type=finite_float, default=1.0, help="multiplies the lesions' usual extent")
     add("--lesion_contrast", type=finite_float, default=1.0, help="multiplies the lesions' usual contrast")
     add("--normal_fraction", type=finite_float, default=0.2, help="share of images without a lesion")
     add("--dwell_ratio", type=finite_float,
-        help="gaze density inside abnormal ellipses over that outside; 6 if not given")
+        help="gaze density inside abnormal ellipses over that outside (default: 6)")
     # fmt: on
     return parser
 

@@ -24,7 +24,7 @@ from util.radiograph import add_dicom_contrast
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__ + " Damaged images are listed and left out; the exit status is 1 then. An interrupted run "
-        "goes on where it stopped; a second run changes nothing."
+        "continues where it stopped; a second run changes nothing."
     )
     # fmt: off
     add = parser.add_argument

@@ -20,7 +20,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add = parser.add_argument
     add("--readings", choices=["one", "each", "merge"], default="one",
-        help="of an image with several readings: the first usable by id, each as an entry of its own, or "
+        help="for an image with several readings: the first usable by id, each as an entry of its own, or "
              "one entry with their heatmaps added")
     add("--split", choices=["all", "train", "validate", "test"], default="all",
         help="'all' is what the paper pretrains on; 'train' keeps REFLACX's validation and test images out "

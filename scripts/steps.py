@@ -84,7 +84,7 @@ class Steps:
         request = self.signals.request
         if not request:
             return
-        print(f"stopped {where}; the same command goes on from here", file=sys.stderr, flush=True)
+        print(f"stopped {where}; the same command continues from here", file=sys.stderr, flush=True)
         job = os.environ.get("SLURM_JOB_ID")
         if request == PAUSE and job and subprocess.run(["scontrol", "requeue", job]).returncode:
             print(f"error: job {job} is not back in the queue; submit it again", file=sys.stderr)
@@ -108,11 +108,13 @@ class Steps:
             self._stop_if_asked(f"in step '{name}'")
             print(log.read_text()[-3000:] if self.quiet else "", file=sys.stderr)
             status = status if status > 0 else 128 - status
-            message = f"error: step '{name}' ended with status {status} (see above); the same command goes on from here"
+            message = (
+                f"error: step '{name}' ended with status {status} (see above); the same command continues from here"
+            )
             print(message, file=sys.stderr, flush=True)
             raise SystemExit(status)
         if self.quiet:
-            print(f"   {time.monotonic() - began:.0f} s; what it said is in {log}", flush=True)
+            print(f"   {time.monotonic() - began:.0f} s; its output is in {log}", flush=True)
 
 
 def write(path: Path, text: str) -> None:

@@ -39,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     results = results.assign(run=run_names(results))
     key = ["run", "weights", "fraction", "seed"]
     if (twice := results[results.duplicated(key)]).size:
-        raise UserError(
-            f"{twice['file'].iloc[0]}: {', '.join(map(str, twice[key].iloc[0]))} stands in another file too"
-        )
+        raise UserError(f"{twice['file'].iloc[0]}: {', '.join(map(str, twice[key].iloc[0]))} is in another file too")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(summary_table(results), out / "table.md")

@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--masking", choices=MASKINGS, help="what chooses the masked patches")
     add("--mask_ratio", type=finite_float, help="share of masked patches")
     add("--clinical_ratio", type=finite_float, help="share of the significant patches that are masked")
-    add("--seed", type=seed_number, help="of the masks, and of the crops of --epoch and --step")
+    add("--seed", type=seed_number, help="seed of the masks, and of the crops of --epoch and --step")
     add("--num_heads", type=int, help="for a file that doesn't say: attention heads of the encoder")
     add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images")
     add("--device", default="cpu", help="replaying masks of a run on CUDA needs cuda")

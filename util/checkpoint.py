@@ -104,7 +104,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     state = read_torch(path)
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: not a checkpoint of this program, or of another version's format, so training can't go on from it; "
+            f"{path}: not a checkpoint of this program, or of another version's format, so training can't continue from it; "
             "to start from its weights pass --pretrained instead of --resume"
         )
     return state
@@ -223,7 +223,7 @@ def newest_checkpoint(output_dir: str | os.PathLike) -> Path | None:
             faults.append(str(error))
             continue
         for fault in faults:
-            warnings.warn(f"{fault} (going on from {path.name})", stacklevel=2)
+            warnings.warn(f"{fault} (continuing from {path.name})", stacklevel=2)
         return path
     if faults:
         raise UserError(

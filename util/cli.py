@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
             if any("\udc80" <= letter <= "\udcff" for letter in word):
-                self.error(f"{word!r} is not UTF-8; rename it, or name it by a link")
+                self.error(f"{word!r} is not UTF-8; rename it, or use a link to it")
         return super().parse_known_args(args, namespace)
 
 

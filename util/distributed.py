@@ -96,7 +96,9 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
     chosen = torch.device(device)
     if device == "cuda":
         if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"process {local_rank} of this node has no GPU, there are {count}: lower --nproc_per_node")
+            raise UserError(
+                f"process {local_rank} of this node has no GPU, since it has {count}; lower --nproc_per_node"
+            )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
 

@@ -20,13 +20,13 @@ _HASH = re.compile(r"-([a-f0-9]{8,64})\.")
 
 
 def address_name(text: str | None) -> str | None:
-    """The name of the file that an address names, "" if it names none; None for what is no address."""
+    """The name of the file that an address names, "" if it names none; None for what is not an address."""
     if not re.match("https?:", text or "", re.IGNORECASE):
         return None
     try:
         return Path(unquote(urlsplit(text).path)).name
     except ValueError as error:
-        raise UserError(f"{text}: is no address ({error})") from None
+        raise UserError(f"{text}: is not an address ({error})") from None
 
 
 def local_file(name: str | None) -> str | None:
@@ -42,7 +42,7 @@ def local_file(name: str | None) -> str | None:
     if file_name is None:
         return name
     if not file_name:
-        raise UserError(f"{name}: ends in no file name")
+        raise UserError(f"{name}: has no file name at its end")
     path = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(name.encode()).hexdigest()[:12], file_name)
     if path.exists():
         return str(path)

@@ -30,7 +30,7 @@ def check_folder_place(path: str | os.PathLike, option: str) -> None:
     path = Path(path).resolve()
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir():
-        raise UserError(f"{option} {path}: {there} is no directory; choose another place")
+        raise UserError(f"{option} {path}: {there} is not a directory; choose another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{option} {path}: {there} can't be written; choose another place")
 

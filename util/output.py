@@ -122,7 +122,10 @@ class RunLog:
             self._write_lines()
         except OSError as error:
             reason = error.strerror or error
-            print(f"warning: {self.path}: can't be written: {reason}; training goes on, its lines wait", flush=True)
+            print(
+                f"warning: {self.path}: can't be written: {reason}; training continues, its lines are written later",
+                flush=True,
+            )
 
     def _draw(self, draw: Callable[[SummaryWriter], None]) -> None:
         """Give TensorBoard something. Where that fails its writer is given up, after a warning."""
@@ -136,7 +139,7 @@ class RunLog:
                 broken.close()
             reason = getattr(error, "strerror", None) or error
             print(
-                f"warning: {self.log_dir}: can't be written: {reason}; training goes on, points are missing in "
+                f"warning: {self.log_dir}: can't be written: {reason}; training continues, points are missing in "
                 "TensorBoard from here on",
                 flush=True,
             )

@@ -40,7 +40,7 @@ def add_dicom_contrast(
     told = "; ".join(f"{name}: {text}" for name, text in choices.items())
     # fmt: off
     parser.add_argument("--dicom_contrast", choices=tuple(choices), default=default,
-        help=f"gray of DICOM files, while JPG and PNG are as they are; {told} (default: {next(iter(choices))})")
+        help=f"gray of DICOM files (JPG and PNG are used as they are); {told} (default: {next(iter(choices))})")
     # fmt: on
 
 

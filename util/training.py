@@ -124,7 +124,7 @@ class Training:
         with restoring(path):
             changed = changes(state, self.options, self.setting())
         if table := describe_changes(state, changed):
-            self.ranks.say(f"warning: going on from {path} with other options than it was made with:\n{table}")
+            self.ranks.say(f"warning: continuing from {path} with other options than it was made with:\n{table}")
         return changed
 
     def start(self, loader, *, log: RunLog | None = None, progress=None, sync_buffers: bool = False) -> None:

@@ -285,7 +285,7 @@ def attention_heads(state: Mapping[str, Tensor], info: WeightsInfo, num_heads: i
     else:
         raise UserError(
             f"{info.path}: the file does not say how many attention heads its encoder has (width {width}, "
-            f"{depth} blocks{', ' + name if 'model' in info.args else ''}); say it with --num_heads "
+            f"{depth} blocks{', ' + name if 'model' in info.args else ''}); give it with --num_heads "
             "(visualize.py, export_backbone.py, run_downstream.py; the other programs read the export)"
         )
     if not (str(heads).isdecimal() and int(heads) and width % int(heads) == 0):

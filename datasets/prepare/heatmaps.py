@@ -52,5 +52,5 @@ def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     # By a power of two to a peak below 1: the smallest have no room in float32, and this rounds nothing.
     values = np.ldexp(values, -np.frexp(values.max())[1]).astype(np.float32)
     if values.min() == values.max():
-        raise UserError(f"{path}: all values are equal, it attends to nothing")
+        raise UserError(f"{path}: all values are equal, so it shows no gaze")
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR)).clip(0)

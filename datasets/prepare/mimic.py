@@ -213,7 +213,7 @@ def _tasks_of_table(
         raise UserError(f"{path}: line {twice.index[0]}, column 'dicom_id': {twice.iloc[0, 0]} appears twice")
     if unknown := {*views} - {"all", *FRONTAL, *view}:
         known = ", ".join(sorted({*view} - {""}))
-        raise UserError(f"{path}: no row is of --views {' '.join(unknown)}; there are {known}")
+        raise UserError(f"{path}: no row has the view {' '.join(unknown)} of --views; there are {known}")
     if maps is not None:
         report.exclusions += [Exclusion(name, "not in the metadata", maps[name]) for name in maps.keys() - {*folded}]
         table = table[folded.isin([*maps])]

@@ -57,7 +57,7 @@ def add_raw_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", choices=SOURCES, help="which data set --raw holds (default: what is found there)")
     parser.add_argument("--sigma", type=finite_float, default=None,
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; "
-             f"{DEFAULT_SIGMA:g} where none is given")
+             f"{DEFAULT_SIGMA:g} if not given")
     parser.add_argument("--metadata", type=Path, default=None,
         help="EGD-CXR only: MIMIC-CXR's table of metadata, which has the sizes of the original images that fixations "
              "are in pixels of (default: the one in --images)")
@@ -132,7 +132,7 @@ def prepare(
     read_options = egd_options(source, sigma, metadata and metadata.resolve(), images)
     chosen = Options(source, sigma=read_options.get("sigma"), **options)
     if chosen.screen_filter and source != "reflacx":
-        raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} has not")
+        raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} does not have")
     making = TreeMaking(out, asdict(chosen), index=INDEX, overwrite=overwrite, dry_run=dry_run)
     with making.running():
         gaze = SOURCES[source][1](raw, **read_options)

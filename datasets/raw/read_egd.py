@@ -66,7 +66,7 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None =
     """
     if metadata is None:
         raise UserError(
-            f"{raw}: EGD-CXR does not say how large its images are; give MIMIC-CXR's table of metadata by --metadata, "
+            f"{raw}: EGD-CXR does not say how large its images are; give MIMIC-CXR's table of metadata with --metadata, "
             "or --images with it"
         )
     result = RawReadings([])

@@ -125,7 +125,7 @@ def _tested_pretrained(
 ) -> np.ndarray:
     """Which images --leave_out_pretrained leaves out, bool [N]; `tallies` counts the subjects that pretraining saw."""
     if not args.pretrained_on:
-        raise UserError("--leave_out_pretrained: name the trees by --pretrained_on")
+        raise UserError("--leave_out_pretrained: give the trees with --pretrained_on")
     if study != MIMIC:
         raise UserError("--pretrained_on: its subjects are MIMIC's; if a csv's are too, pass --study mimic")
     seen = subjects.map(subject_key).isin(subjects_of(args.pretrained_on)).to_numpy()

@@ -27,7 +27,7 @@ OPTIONS = {
         {"choices": SPLITS, "default": AUTO}),
     "split_lists": (NAMES, "lists of a split, text or csv: the first word of a line names an image; images in none are left "
         "out", {"nargs": 3, "type": Path, "metavar": ("TRAIN", "VALID", "TEST")}),
-    "split_seed": (NAMES, "of the draws by subject (default: %(default)s)", {"type": seed_number, "default": 0}),
+    "split_seed": (NAMES, "seed of the draws by subject (default: %(default)s)", {"type": seed_number, "default": 0}),
     "uncertain": (CELLS, "what -1 counts as: ignore: neither in the loss nor in the AUC; published: 1 for Atelectasis, Edema "
         "and Pleural Effusion, else 0 (default: published for chexpert and mimic, ignore for csv)",
         {"choices": (PUBLISHED, *CELL_RULES)}),
@@ -42,7 +42,7 @@ OPTIONS = {
     "label_columns": (CSV, "csv: one column per label, or one column of names joined by --separator (default: %(default)s)",
         {"nargs": "+", "default": ["labels"]}),
     "separator": (CSV, "csv: between the names in a joined column (default: %(default)s)", {"default": "|"}),
-    "subject_column": (CSV, "csv: column of the subject (default: subject_id, if there is one)", {}),
+    "subject_column": (CSV, "csv: column of the subject (default: subject_id, if present)", {}),
     "split_column": (CSV, "csv: column of train, valid, test (default: split, if there is one)", {}),
     "study": (CSV, "csv: study that its subjects are patients of, e.g. mimic or nih: shows if they trained an encoder", {}),
     "min_certainty": (("tree",), "tree: a finding counts as present from this certainty on (default: %(default)s)",

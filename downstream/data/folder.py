@@ -45,7 +45,7 @@ class Folder:
         if len(found) > 1 or (needed and not found):
             raise UserError(
                 f"{self.root}: expected one {' or '.join(patterns)} in it or below, but it has {' and '.join(found) or 'none'}; "
-                "keep one of them there, or name the table by --csv"
+                "keep one of them there, or give the table with --csv"
             )
         return self.root / found[0] if found else None
 
@@ -72,7 +72,7 @@ class Folder:
                 if os.path.dirname(first) != os.path.dirname(chosen):
                     raise UserError(
                         f"{self.root}: {home} of the table could be the directory of {first} or of {chosen}; name the folder "
-                        "of the images by --images"
+                        "of the images with --images"
                     )
         if several:
             notes.append(f"{len(several)} images are there more than once, {several[0]}")
@@ -90,7 +90,7 @@ class Folder:
             # The same picture copied to two places is no question; a mask of the same name would be.
             if rank(other) == rank(chosen) and not filecmp.cmp(self.root / chosen, self.root / other, shallow=False):
                 raise UserError(
-                    f"{self.root}: image {name!r} could be {chosen} or {other}; name the folder of the images by --images"
+                    f"{self.root}: image {name!r} could be {chosen} or {other}; give the folder of the images with --images"
                 )
         return chosen
 
@@ -99,7 +99,7 @@ class Folder:
         there = f"{len(pictures)} image files are below it, e.g. {pictures[0]}" if pictures else "it has no image"
         return (
             f"{self.root}: {len(missing)} of {total} images are missing, e.g. {missing[0]!r} ({there}); "
-            "name their folder by --images, or pass --skip_missing to go on without them"
+            "give their folder with --images, or pass --skip_missing to continue without them"
         )
 
 

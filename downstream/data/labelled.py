@@ -128,7 +128,7 @@ def check_labels(images: LabelledImages, *, fractions: Sequence[float] = (1.0,),
     train, test = (_counts(images.labels[places[part]]) for part in (TRAIN, TEST))
     if (useless := (train == 0).any(0)).any():
         raise UserError(
-            f"{name}: no training image, or every one, has {', '.join(names[useless])}; name the labels to keep by --labels "
+            f"{name}: no training image, or every one, has {', '.join(names[useless])}; give the labels to keep with --labels "
             f"(there are {', '.join(names[~useless])})"
         )
     check_judged(images, images.labels[places[VALID]], VALID, 1)

@@ -222,7 +222,7 @@ def test_full_disk(tree, monkeypatch, function):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(datasets.plane.os, function, full)
-    refused(tree, "No space left", "needs about 0.00 GiB; name another place by --cache_dir, or pass --no_cache")
+    refused(tree, "No space left", "needs about 0.00 GiB; give another place with --cache_dir, or pass --no_cache")
     assert cache_files(tree) == {}
 
 

@@ -64,5 +64,5 @@ def test_time_limit(flags, tmp_path):
     out = tmp_path / "out"
     argv = flags(out, "--epochs", "2000", "--save_every", "2000", "--max_minutes", "0.02")
     status, output = run(argv, tmp_path / "log")
-    assert status == 75 and "the same command goes on" in output
+    assert status == 75 and "the same command continues" in output
     assert len(list(out.glob("checkpoint-*.pth"))) == 1

@@ -49,7 +49,7 @@ def test_a_disk_that_runs_full_under_the_logs_is_a_warning(flags, undisturbed, t
     status, output = run(flags(out), tmp_path / "log", fault=partial(fail_log_writes, 0, 3))
     assert status == 0, output
     told = [line for line in output.splitlines() if line.startswith("warning: ")]
-    assert f"{out}: can't be written: No space left on device; training goes on, points are missing" in told[0]
+    assert f"{out}: can't be written: No space left on device; training continues, points are missing" in told[0]
     assert all(f"{out / 'log.txt'}: can't be written: No space left on device" in line for line in told[1:])
     assert "Traceback" not in output
     reference = undisturbed() / "checkpoint-2.pth"

@@ -202,7 +202,7 @@ def test_a_signal_lets_the_step_save_and_ends_the_script(chain, signum, status):
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert err.splitlines()[1] == "stopped before step 'rsna-linear-check'; the same command goes on from here"
+    assert err.splitlines()[1] == "stopped before step 'rsna-linear-check'; the same command continues from here"
     assert chain.notes.read_text().split("saved\n")[1] == ("requeue 77\n" if status == 75 else "")
 
 

@@ -61,7 +61,7 @@ def test_runs_of_other_images_parts_or_labels_have_columns_of_their_own(tmp_path
 
 def test_what_is_refused(tmp_path):
     path, table = results(tmp_path / "a", "rsna")
-    with pytest.raises(UserError, match="43 stands in another file too"):
+    with pytest.raises(UserError, match="43 is in another file too"):
         summarize_results.main([str(path), str(path), "--out", str(tmp_path)])
     table.drop(columns="auc").to_csv(path, index=False)
     for other, message in ((path, "no column 'auc'"), (tmp_path / "none.csv", "missing")):

@@ -76,7 +76,7 @@ def test_nobody_there_and_paths(address):
     with pytest.raises(UserError, match="can't be downloaded"):
         local_file("http://127.0.0.1:9/x.pth")
     assert local_file(None) is None and local_file("") == "" and local_file("a/b.pth") == "a/b.pth"
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match="is not an address"):
         local_file("http://[bad/x.pth")
 
 

@@ -208,7 +208,7 @@ def test_bad_input_is_named_and_writes_nothing(small, tmp_path):
         (checkpoint, "x.pth", "--img_size 100", "--img_size 100"),
         (checkpoint, "no/x.pth", "", "no/x.pth: no such directory"),
         (checkpoint, "x.pth", "--format safetensors", "x.pth.*safetensors"),
-        (checkpoint, "resnet.pth", "--format hf", "resnet.pth: .* is no directory"),
+        (checkpoint, "resnet.pth", "--format hf", "resnet.pth: .* is not a directory"),
         ("mute.pth", "mute.pth", "", "mute.pth: is the checkpoint itself"),
     ]:
         with pytest.raises(UserError, match=reason):

@@ -37,6 +37,6 @@ def test_where_nothing_can_be_written_is_told_before_and_nothing_is_made(tmp_pat
     for path in (tmp_path, tmp_path / "a" / "b"):
         check_folder_place(path, "--out")
     for path in (tmp_path / "file", tmp_path / "file" / "a"):
-        with pytest.raises(UserError, match=f"^--out {path}: {tmp_path}/file is no directory"):
+        with pytest.raises(UserError, match=f"^--out {path}: {tmp_path}/file is not a directory"):
             check_folder_place(path, "--out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

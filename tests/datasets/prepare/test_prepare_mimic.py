@@ -236,7 +236,7 @@ def test_bad_metadata_and_places(source, tmp_path):
             study.images,
             heatmaps,
             {"views": ("SWIMMERS",)},
-            "no row is of --views SWIMMERS; there are AP, LATERAL, LL, PA",
+            "no row has the view SWIMMERS of --views; there are AP, LATERAL, LL, PA",
         ),
         (study.images, heatmaps, {"metadata": "view"}, "view.csv: column 'ViewPosition' is missing"),
         (study.images, heatmaps, {"metadata": "twice"}, "twice.csv: line 10, column 'dicom_id': .* appears twice"),

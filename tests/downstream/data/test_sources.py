@@ -278,7 +278,7 @@ def test_covidx_splits_patients_not_images_and_offers_the_published(tmp_path):
     write(tmp_path / "labels/test_COVIDx9A.txt", *tests, "900 a.png normal")
     assert "line 4" in refused("covidx", tmp_path)
     shutil.copy(train, train.with_name("train_COVIDx9B.txt"))
-    assert "name the table by --csv" in refused("covidx", tmp_path)
+    assert "give the table with --csv" in refused("covidx", tmp_path)
 
 
 # ---------------------------------------------------------------- labels of a CSV
