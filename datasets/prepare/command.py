@@ -15,7 +15,7 @@ def preparation_parser(description: str, left_out: str) -> argparse.ArgumentPars
     """The parser with the options that both have; `left_out`: what may be damaged."""
     parser = Parser(
         description=f"{description} Damaged {left_out} are listed at the end and left out; the exit status is 1 then. "
-        "An interrupted run goes on where it stopped; a second run changes nothing."
+        "An interrupted run continues where it stopped; a second run changes nothing."
     )
     # fmt: off
     add = parser.add_argument
@@ -26,7 +26,7 @@ def preparation_parser(description: str, left_out: str) -> argparse.ArgumentPars
     add_dicom_contrast(parser)
     add("--workers", type=int, default=available_cpus(), help="processes; the result does not depend on it")
     add("--overwrite", action="store_true", help="start afresh; the new tree replaces the old one in --out once it is whole")
-    add("--accept_damaged", action="store_true", help="exit status 0, not 1, where damaged files were listed and left out")
+    add("--accept_damaged", action="store_true", help="exit status 0, not 1, if damaged files were listed and left out")
     add("--dry_run", action="store_true", help="check and count everything but the pixels; write nothing")
     # fmt: on
     return parser

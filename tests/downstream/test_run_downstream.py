@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(rsna, encoder, tmp_path):
         ([*pixels, "--device", "abacus"], "--device abacus"),
         ([*pixels, "--split", "folds", "--folds", "2"], "--folds 2: must be at least 3"),
         ([*pixels, "--split", "folds", "--folds", "121"], "--folds 121: there are only 120"),
-        ([*pixels, "--output_dir", encoder], "--output_dir .*encoder.pth: .*is no directory"),
+        ([*pixels, "--output_dir", encoder], "--output_dir .*encoder.pth: .*is not a directory"),
     ]
     for number, (options, reason) in enumerate(cases):
         with pytest.raises(UserError, match=reason) as caught:
