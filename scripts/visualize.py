@@ -133,12 +133,11 @@ def main(argv: list[str] | None = None) -> int:
 
     references = {}
     if not args.sheet:
-        if args.image:
-            means = mean_targets(model, [shown.batch])
-        else:
-            means = mean_targets(model, (default_collate([dataset[(args.epoch or 0, index)]]) for index in chosen))
+        several = [shown.batch] if args.image else (default_collate([dataset[args.epoch or 0, i]]) for i in chosen)
+        means = mean_targets(model, several)
+        references["one constant for all cells"] = [level.mean(0) for level in means]
+        if not args.image:
             references["the mean of each place"] = means
-        references = {"one constant for all cells": [level.mean(0) for level in means], **references}
     found = reconstruct(model, shown.batch, shown.mask, references)
     data = args.image or (path if isinstance(path, str) else " ".join(path))
     where = f"training step {args.step} of epoch {args.epoch}" if replay else "whole images"
@@ -181,13 +180,8 @@ def check_unchanged(args: argparse.Namespace, info: WeightsInfo, samples: str) -
 @torch.no_grad()
 def mean_targets(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Mean HOG target of each cell over all images of the batches: for each scale float [cells_k, 3*nbins]."""
-    sums, count = [0.0] * len(model.scale_list), 0
-    for batch in batches:
-        prepared = model.prepare_batch(batch)
-        targets = model.hog_targets(prepared.get("gray", prepared["img"]))
-        sums = [total + target.double().sum(0) for total, target in zip(sums, targets, strict=True)]
-        count += len(prepared["img"])
-    return [(total / count).float() for total in sums]
+    targets = [model.hog_targets(model.prepare_batch(batch)["img"]) for batch in batches]
+    return [torch.cat(level).double().mean(0).float() for level in zip(*targets)]
 
 
 def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: str, sheet: bool = False) -> Figure:
@@ -216,10 +210,9 @@ def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: st
         Patch(fc=MASKED, alpha=0.8, label="masked"),
         Patch(fc=SIGNIFICANT, alpha=0.8, label="masked, significant (gazed at)"),
         Patch(fc="none", ec=SIGNIFICANT, lw=1.2, label="visible, significant"),
-    ]
-    if not sheet:
-        handles += [Patch(fc="#001927", ec="#003350", hatch="//////", label="in predictions: visible, not predicted")]
-        handles += [Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right")]
+        Patch(fc="#001927", ec="#003350", hatch="//////", label="in predictions: visible, not predicted"),
+        Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right"),
+    ][: 3 if sheet else 5]
     key = {"title": "\n".join(fit_lines(key, width, 7)), "fontsize": 7, "title_fontsize": 7, "frameon": False}
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **key)
     return figure
@@ -239,40 +232,31 @@ def caption(found: Reconstruction, i: int, sheet: bool) -> str:
 
 
 def draw_image(band, found: Reconstruction, i: int, sheet: bool) -> None:
-    """Draw the panels of image i into a subfigure."""
-    masked, mask_place = found.masked[i], (0, 1) if sheet else (1, 0)
+    """Draw the panels of image i into a subfigure. Their axes count patches."""
+    masked, (height, width) = found.masked[i], found.masked[i].shape
     if sheet:
         mask = mask_picture(found.gray[i], found.significant[i], masked)
         lines = [[("", gaze_overlay(found.gray[i], found.attention[i])), ("", mask)]]
     else:
-        lines, finest, side = (
-            reconstruction_panels(found, i),
-            2 + int(np.argmin(found.cell_sizes)),
-            min(4, *masked.shape),
-        )
-        counts = np.lib.stride_tricks.sliding_window_view(masked, (side, side)).sum((2, 3))
-        top, left = np.array(np.unravel_index(counts.argmax(), counts.shape))  # of where most is masked
+        lines, finest = reconstruction_panels(found, i), 2 + int(np.argmin(found.cell_sizes))
         for line, what in zip(lines, ("target", "prediction"), strict=True):
-            picture = line[finest][1]
-            size = picture.shape[0] // masked.shape[0]  # of a patch
-            enlarged = picture[top * size : (top + side) * size, left * size : (left + side) * size]
-            line.append((f"{what}, framed part enlarged", enlarged))
+            line.append((f"{what}, framed part enlarged", line[finest][1]))
     panels = band.subplots(len(lines), len(lines[0]), squeeze=False)
     for axes, (text, picture) in zip(panels.flat, [panel for line in lines for panel in line], strict=True):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
         axes.set_title(text, fontsize=8, pad=2.5)
         axes.set_axis_off()
-    for place in np.argwhere(found.significant[i] & ~masked):
-        frame(panels[mask_place], masked, place, 1, ec=SIGNIFICANT, lw=0.8)
-    for axes in () if sheet else (panels[mask_place], *panels[:, finest]):
-        frame(axes, masked, (top, left), side, ec=ENLARGED, lw=1.4)
-
-
-def frame(axes, masked: np.ndarray, place: Sequence[int], side: int, **style) -> None:
-    """Frame `side` x `side` patches of a picture, from that at `place` = (row, column) on."""
-    size = axes.get_images()[0].get_array().shape[0] / masked.shape[0]
-    row, column = np.asarray(place) * size - 0.5
-    axes.add_patch(Rectangle((column, row), side * size, side * size, fill=False, **style))
+    mask_axes = panels[-1, 1 if sheet else 0]
+    for row, column in np.argwhere(found.significant[i] & ~masked):
+        mask_axes.add_patch(Rectangle((column, row), 1, 1, fill=False, ec=SIGNIFICANT, lw=0.8))
+    if not sheet:
+        side = min(4, height, width)
+        counts = np.lib.stride_tricks.sliding_window_view(masked, (side, side)).sum((2, 3))
+        top, left = np.unravel_index(counts.argmax(), counts.shape)  # of where most is masked
+        for axes in (mask_axes, *panels[:, finest]):
+            axes.add_patch(Rectangle((left, top), side, side, fill=False, ec=ENLARGED, lw=1.4))
+        for axes in panels[:, -1]:
+            axes.set(xlim=(left, left + side), ylim=(top + side, top))
 
 
 if __name__ == "__main__":
