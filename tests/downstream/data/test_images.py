@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from downstream.data.images import (
     open_squares,
     options_heeded,
 )
-from downstream.data.labelled import LabelledImages
+from downstream.data.labelled import LabelledImages, files_digest
 from util.errors import UserError
 
 
@@ -173,3 +174,14 @@ def test_normalisation():
     assert torch.equal(normalise(gray, *normalisation("half")), torch.tensor([-1.0, 1.0]).expand(1, 3, 1, 2))
     mean, std = normalisation("imagenet")
     assert normalise(gray, mean, std)[0, :, 0, 0].tolist() == pytest.approx([-m / s for m, s in zip(mean, std)])
+
+
+def test_files_replaced_with_equal_size_and_time_are_other_files(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    shutil.copystat(tmp_path / "a", tmp_path / "b")
+    images = labelled([tmp_path / "a"])
+    before = files_digest(images)
+    assert files_digest(images) == before
+    (tmp_path / "b").replace(tmp_path / "a")
+    assert files_digest(images) != before

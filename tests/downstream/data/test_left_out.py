@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -70,6 +71,10 @@ def test_mimic_labels_of_studies_stand_at_their_frontal_images(mimic):
         "mimic", mimic, labels=["Edema"], uncertain="ignore", empty="ignore", where=["ViewPosition=AP"]
     )
     assert len(ignored) == 23 and np.isnan(ignored.labels).sum() == 11
+    rows = gzip.decompress((mimic / "mimic-cxr-2.0.0-split.csv.gz").read_bytes()).replace(b",validate", b",later")
+    (mimic / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(rows)
+    with pytest.raises(UserError, match="'50000018-PA' has no part in mimic-cxr-2.0.0-split.csv"):
+        read_dataset("mimic", mimic, labels=["Edema"])
 
 
 def test_test_subjects_of_pretraining_are_counted_and_may_be_left_out(mimic, tmp_path):
