@@ -61,6 +61,10 @@ def check(given: dict[str, str]) -> None:
                 raise UserError(f"{name}={given[name]}: expected {what}")
     if "--epochs" in given["PRETRAIN_FLAGS"]:
         raise UserError(f"PRETRAIN_FLAGS={given['PRETRAIN_FLAGS']}: set EPOCHS for --epochs")
+    if given["PREDICTED_GAZE"] == "yes" and "--split" in given["PREPARE_FLAGS"]:
+        raise UserError(
+            f"PREPARE_FLAGS={given['PREPARE_FLAGS']}: PREDICTED_GAZE=yes needs all parts, leave out --split"
+        )
     if given["DEVICE"] == "cuda":
         ask = [given["PYTHON"], "-c", "import torch; print(torch.cuda.device_count())"]
         there = int(subprocess.run(ask, stdout=subprocess.PIPE, check=True).stdout)

@@ -178,6 +178,10 @@ def test_what_was_begun_and_left_goes_on_and_an_out_can_be_moved(chain):
         ({"GPUS": "3"}, "GPUS=3: torch sees 2"),
         ({"BATCH_SIZE": "5"}, "BATCH_SIZE=5: 2 GPUs can't share it"),
         ({"PRETRAIN_FLAGS": "--epochs 5"}, "PRETRAIN_FLAGS=--epochs 5: set EPOCHS"),
+        (
+            {"PREDICTED_GAZE": "yes", "PREPARE_FLAGS": "--split train"},
+            "PREPARE_FLAGS=--split train: PREDICTED_GAZE=yes",
+        ),
         ({"OUT": "hook"}, "{root}/hook"),
     ],
     ids=str,
