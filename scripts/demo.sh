@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain of scripts/reproduce.sh on made-up data: raw gaze to heatmaps, a gaze predictor and a tree of images
-# that it fills, pretraining on both, and a table of what the encoder is worth on labelled images. Four minutes on two
+# that it fills, pretraining on both, and a table of what the encoder is worth on labelled images. Two to three minutes on two
 # quiet CPU cores once .venv is there. Everything lands in output_dir/demo/, anew in each run; the same numbers come out
 # each time. Nothing in it is of medical use: the models are tiny, the chests and the gaze invented.
 set -euo pipefail
