@@ -73,7 +73,7 @@ MODEL, ENCODER, PREDICTOR = "cxrmim_vit_base_patch16", "vit_base_patch16_224", {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     # fmt: off
     parser.add_argument("--json", metavar="PATH", help="also write everything measured to this file")
     parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")

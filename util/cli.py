@@ -12,14 +12,14 @@ from pathlib import Path
 from util.errors import UserError
 
 
-class HelpFormatter(argparse.HelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each option that has one, unless its help tells it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", action.default
+        text, default = action.help, action.default
         if "(default" in text or default in (None, "", [], argparse.SUPPRESS) or isinstance(default, bool):
             return text
-        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
         return f"{text} (default: {shown})"
 
 
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     hold."""
 
     def __init__(self, prog: str | None = None, **kwargs):
-        super().__init__(prog, allow_abbrev=False, **({"formatter_class": HelpFormatter} | kwargs))
+        super().__init__(prog, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
@@ -69,8 +69,7 @@ def check_least(args: argparse.Namespace, least: float, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and not value >= least:
-            what = "must not be negative" if least == 0 else f"must be at least {least:g}"
-            raise UserError(f"--{name} {value}: {what}")
+            raise UserError(f"--{name} {value}: must be at least {least:g}")
 
 
 def check_device(device: str) -> str:

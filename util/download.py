@@ -23,10 +23,7 @@ def address_name(text: str | None) -> str | None:
     """The name of the file that an address names, "" if it names none; None for what is not an address."""
     if not re.match("https?:", text or "", re.IGNORECASE):
         return None
-    try:
-        return Path(unquote(urlsplit(text).path)).name
-    except ValueError as error:
-        raise UserError(f"{text}: is not an address ({error})") from None
+    return Path(unquote(urlsplit(text).path)).name
 
 
 def local_file(name: str | None) -> str | None:

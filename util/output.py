@@ -29,6 +29,7 @@ from util.files import TEMPORARY_PREFIX, atomic_write, check_folder_place, file_
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK_FILE = ".lock"
 SECONDS_BETWEEN_LINES = 20.0
+OWNER_FILE = ".run"  # in a log_dir: the output_dir of the run whose events it holds
 
 
 @contextlib.contextmanager
@@ -100,12 +101,21 @@ class RunLog:
             self._write_lines()
             if start is not None:
                 _add_start(self.path.with_name("args.json"), start)
+            self._claim_log_dir()
             threading.excepthook = _no_traceback_of_tensorboard
             # The points at start_epoch itself were written before the checkpoint and are not done again.
             self.writer = SummaryWriter(self.log_dir, purge_step=epoch_1000x(start_epoch) + 1)
             self.writer.flush()
         except OSError as error:
             raise UserError(f"{error.filename or self.log_dir}: can't be written: {error.strerror or error}") from None
+
+    def _claim_log_dir(self) -> None:
+        """Refuse another run's log_dir: TensorBoard would take both for one run and purge points."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        mark, own = self.log_dir / OWNER_FILE, self.path.parent.resolve()
+        if self.log_dir.resolve() != own and mark.exists() and (owner := mark.read_text()) != str(own):
+            raise UserError(f"--log_dir {self.log_dir}: holds the events of the run in {owner}; choose another")
+        mark.write_text(str(own))
 
     def _write_lines(self) -> None:
         with atomic_write(self.path, "w") as file:

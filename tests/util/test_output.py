@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from made_checkpoints import write
 
 from util.checkpoint import announce_resume, checkpoint_path, list_checkpoints, newest_checkpoint, prune
 from util.distributed import Ranks
-from util.output import hold_output
+from util.errors import UserError
+from util.output import RunLog, hold_output
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -70,3 +72,13 @@ def test_a_run_that_goes_back_overwrites_nothing(tmp_path):
     kept = [tmp_path / f"{'superseded-' * number}checkpoint-4.pth" for number in (1, 2, 3)]
     assert [path.read_bytes() for path in kept] == contents
     assert names(tmp_path) == []
+
+
+def test_a_log_dir_is_of_one_run(tmp_path):
+    a, b, logs = tmp_path / "a", tmp_path / "b", tmp_path / "logs"
+    for log_dir in (logs, logs, None):
+        RunLog(a, log_dir, 0).close()
+    for log_dir in (logs, a):
+        with pytest.raises(UserError, match=f"--log_dir {log_dir}: holds the events of the run in {a}; choose another"):
+            RunLog(b, log_dir, 0)
+    RunLog(b, None, 0).close()
