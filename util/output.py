@@ -49,8 +49,8 @@ def hold_output(output_dir: str | os.PathLike, *, ranks: Ranks) -> Iterator[None
                 file_lock(place / LOCK_FILE, what=what, mend="wait for it or stop it, or choose another --output_dir")
             )
             for folder in (place, *place.glob("runs/*")):
-                for leftover in folder.glob(f"{TEMPORARY_PREFIX}*.pth-*"):
-                    leftover.unlink()  # of a killed save: the lock is held, so it is not in use
+                for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                    leftover.unlink()  # of a killed run: the lock is held, so it is not in use
 
         on_main(ranks, hold)
         yield

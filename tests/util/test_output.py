@@ -31,11 +31,12 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "runs/a").mkdir(parents=True)
     for name in (".tmp-checkpoint-3.pth-abc", "runs/a/.tmp-best.pth-a"):
         (tmp_path / name).write_bytes(path.read_bytes()[:1000])
-    (tmp_path / ".tmp-args.json-abc123").touch()
+    for name in (".tmp-args.json-abc123", "tmp-of-mine"):
+        (tmp_path / name).touch()
     assert newest_checkpoint(tmp_path) == path
     with hold_output(tmp_path, ranks=ALONE):
         pass
-    left = [".lock", ".tmp-args.json-abc123", "checkpoint-2.pth", "runs", "runs/a"]
+    left = [".lock", "checkpoint-2.pth", "runs", "runs/a", "tmp-of-mine"]
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == left
 
 
