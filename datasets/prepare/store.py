@@ -208,7 +208,7 @@ class TreeMaking:
         write_lines(moves, (json.dumps(name) for name in names if self._differs(name)))
         last, remove = [name for name in root if self._differs(name)], sorted(gone)
         if gone or os.path.getsize(moves) or {*last} - {record}:  # the record alone is nothing that others are made of
-            remove = [self.index, *(there["root_files"][0] for there in records.values()), *remove]
+            remove = [*(there["root_files"][0] for there in records.values()), *remove]
             last.append(self.index)
         if last:
             write_lines(self._folder / "commit", [json.dumps({"remove": remove, "last": last})])

@@ -45,6 +45,14 @@ def test_a_draw_counts_by_the_labels_that_it_can_judge(positives, label, mean):
     assert (" to " in row) == (positives > 1)
 
 
+def test_a_label_of_too_few_images_is_left_out_of_the_mean():
+    targets = np.zeros((100, 2))
+    targets[:50, 0] = targets[:3, 1] = 1
+    outcome = outcome_of(targets, np.random.default_rng(0).random((100, 2)), min_count=5)
+    auc = results_table([outcome]).set_index("label")["auc"]
+    assert auc["mean"] == auc["L0"] != auc["L1"]
+
+
 def test_the_auc_of_folds_is_the_mean_of_theirs():
     """Scores of different models are not compared."""
     rng, folds = np.random.default_rng(0), np.arange(60) % 3

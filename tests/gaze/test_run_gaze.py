@@ -189,3 +189,11 @@ def test_bad_options_are_one_line(tree, trained, backbone, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             train(tree, out, f"{flags} --epochs 9")
         assert "\n" not in str(caught.value)
+
+
+def test_shuffled_auc_takes_other_subjects_fixations_alone(trained, tmp_path):
+    other = make_gaze_tree(tmp_path / "other")
+    edit_index(other, lambda _, entry: {"subject_id": "1"} if entry["split"] == "test" else {})
+    assert train(other, tmp_path / "judged", f"--judge {trained / 'best.pth'}") == 0
+    rows = pd.read_csv(tmp_path / "judged/readings.csv")
+    assert len(set(rows["image"])) > 1 and rows["auc_shuffled"].isna().all() and rows["auc_judd"].notna().all()

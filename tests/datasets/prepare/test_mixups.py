@@ -61,6 +61,24 @@ def test_a_source_that_changes_meanwhile_is_an_error(root, monkeypatch):
         mimic(root)
 
 
+def test_a_tree_that_is_being_moved_has_no_index(root, monkeypatch):
+    mimic(root)
+    changed = next((root / "heatmaps").iterdir())
+    np.save(changed, np.load(changed).T)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "move", killed)
+        mimic(root)
+    assert not (root / "out" / INDEX).exists()
+    mimic(root)
+    mimic(root, "again")
+    for name in (INDEX, *(path.relative_to(root / "out") for path in (root / "out").rglob("*.png"))):
+        assert (root / "out" / name).read_bytes() == (root / "again" / name).read_bytes()
+
+
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(root):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
