@@ -18,6 +18,7 @@ import run_pretrain
 
 ROOT = Path(run_pretrain.__file__).parent
 ONE_EACH = ("--batch_size", "1")
+JOB = str(os.getpid())  # the port, by which ranks meet, depends on it: tests run in parallel
 
 
 class Launched:
@@ -138,7 +139,7 @@ def slurm(tmp_path: Path, *flags: str, python: str, **env: str) -> Launched:
         ["bash", str(ROOT / "scripts/slurm_pretrain.sh"), *flags],
         tmp_path / "slurm.log",
         PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        SLURM_JOB_ID="77",
+        SLURM_JOB_ID=JOB,
         SLURM_GPUS_ON_NODE="2",
         PYTHON=python,
         **env,
@@ -156,7 +157,7 @@ def test_slurm_script_saves_before_the_limit_and_requeues(tmp_path):
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 75  # as the program has it
     text = job.log.read_text()
-    assert text.count("saved") == 2 and text.count("requeued 77") == 1
+    assert text.count("saved") == 2 and text.count(f"requeued {JOB}") == 1
     args = given_flags(job)
     assert (args.epochs, args.seed, args.output_dir) == (7, 3, "./output_dir/cxrmim-seed3")
 
