@@ -74,9 +74,7 @@ def test_a_tree_that_is_being_moved_has_no_index(root, monkeypatch):
         mimic(root)
     assert not (root / "out" / INDEX).exists()
     mimic(root)
-    mimic(root, "again")
-    for name in (INDEX, *(path.relative_to(root / "out") for path in (root / "out").rglob("*.png"))):
-        assert (root / "out" / name).read_bytes() == (root / "again" / name).read_bytes()
+    assert (root / "out" / INDEX).exists()
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(root):
