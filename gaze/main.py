@@ -17,7 +17,7 @@ from datasets.sampler import train_loader
 from gaze import metrics as saliency
 from gaze.data import TRAIN, VALIDATE, GazeSamples, GazeStudy
 from gaze.judge import write_judgement
-from gaze.model import GazeNet, load_gaze_net
+from gaze.model import GazeNet, gaze_net_of, load_gaze_net
 from util import distributed
 from util.checkpoint import FORMAT, announce_resume, find_checkpoint, load_checkpoint, save_and_prune, save_checkpoint
 from util.cli import Parser, add_launch_arguments, check_least, finite_float, seed_number
@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSignals) -> int:
     """Train to the end, early or not (0), or to a request to stop, which is returned."""
     resumed = distributed.on_main(ranks, lambda: find_checkpoint(args.output_dir, resume=args.resume))
-    core, about = (load_gaze_net(resumed), f"weights of {resumed}") if resumed else build_model(args)
+    state = load_checkpoint(resumed) if resumed else {}
+    core, about = (gaze_net_of(state, resumed), f"weights of {resumed}") if resumed else build_model(args)
     study = open_study(args, core.input_size)
     samples, held_out = (GazeSamples(study.parts[part], core.input_size, core.map_size) for part in (TRAIN, VALIDATE))
     core.to(ranks.device)
@@ -146,7 +147,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     if resumed is None:
         core.set_prior(distributed.on_main(ranks, lambda: centre_prior(in_order(samples, 32))))
     else:
-        check_same_run(state := load_checkpoint(resumed), training, resumed)
+        check_same_run(state, training, resumed)
         best = state["best"] or best
         training.restore(state, resumed)
         announce_resume(resumed, state, args.output_dir, ranks, named=bool(args.resume))

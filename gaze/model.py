@@ -123,12 +123,16 @@ def feature_maps(backbone: str, input_size: int, args: Mapping[str, Any]) -> nn.
 
 
 def load_gaze_net(path: str | os.PathLike) -> GazeNet:
-    """The model of a checkpoint of run_gaze.py, on the CPU in eval mode.
+    """`gaze_net_of` a checkpoint's file."""
+    return gaze_net_of(load_checkpoint(path), path)
+
+
+def gaze_net_of(state: Mapping[str, Any], path: str | os.PathLike) -> GazeNet:
+    """The model of a checkpoint of run_gaze.py, read from `path`, on the CPU in eval mode.
 
     Raises:
         UserError: a file of something else, or of a backbone that timm doesn't have.
     """
-    state = load_checkpoint(path)
     if "config" not in state:
         raise UserError(f"{path}: not a gaze predictor; pass a checkpoint of run_gaze.py")
     with restoring(path):

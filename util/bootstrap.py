@@ -82,11 +82,6 @@ def mean_of_known(values: np.ndarray | list[np.ndarray], axis: int) -> np.ndarra
         return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
 
-def n_drawn(values: np.ndarray) -> int:
-    """How many draws (all values but the first) have a value."""
-    return int(np.isfinite(values[1:]).sum())
-
-
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Value on the data (first), and the 2.5 and 97.5 percentiles of the draws (the others) that have a value; NaN
     where these are fewer than `MIN_DRAWS`."""
