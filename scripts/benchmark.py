@@ -45,8 +45,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 import run_downstream
 import run_pretrain
 from datasets.build import build_dataset
+from datasets.phantom.gaze_study import make_study
 from datasets.phantom.labelled import make_rsna
-from datasets.phantom.reflacx import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare
 from gaze.fill import fill_tree

@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.phantom.chest import LESION_KINDS
+from datasets.phantom.gaze_study import make_study
 from datasets.phantom.labelled import make_nih, make_rsna
-from datasets.phantom.reflacx import make_study
 from util.cli import Parser, check_least, finite_float, seed_number
 from util.errors import UserError, run_cli
 from util.files import check_folder_place

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.readings import prepare
 
 torch.set_num_threads(1)  # tests run in parallel processes

@@ -18,7 +18,7 @@ from trees import brightness, contents, smooth
 
 from datasets.build import build_dataset
 from datasets.fixations import heatmap_to_uint8
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.pixels import attention_maps
 from datasets.prepare.readings import prepare

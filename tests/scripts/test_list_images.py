@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from scripts.list_images import SITES, main
 from util.errors import UserError
 

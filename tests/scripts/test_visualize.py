@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import run_pretrain
 from datasets.build import build_dataset
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.replay import training_batch
 from datasets.sampler import TrainBatches
 from datasets.shown import training_dataset

@@ -15,7 +15,7 @@ from datasets.analysis.figure import ANY, SIZES
 from datasets.analysis.gaze_density import ellipse_mask
 from datasets.analysis.measure import analyze
 from datasets.fixations import fixation_heatmap
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.readings import prepare
 from datasets.raw.findings import COMMON_FINDING
 from datasets.raw.mimic_cxr import find_metadata

@@ -7,8 +7,8 @@ from read_labelled import read_dataset
 from trees import contents
 
 from datasets.phantom.chest import LESION_KINDS, Lesion, draw_lesion, pixel_box, render_chest
+from datasets.phantom.gaze_study import make_study
 from datasets.phantom.labelled import make_nih, make_rsna
-from datasets.phantom.reflacx import make_study
 from downstream.data.images import Reading
 from downstream.data.labelled import TEST, TRAIN, VALID
 from util.errors import UserError

@@ -13,7 +13,7 @@ from phantom_egd import make_egd
 from trees import add_metadata_and_heatmaps, brightness, contents
 
 from datasets.analysis.measure import analyze
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.pixels import make_image
 from datasets.prepare.readings import detect_source, prepare

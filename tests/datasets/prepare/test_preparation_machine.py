@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from PIL import Image
 from trees import add_metadata_and_heatmaps, contents
 
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare
 from datasets.prepare.store import TreeMaking, read_line

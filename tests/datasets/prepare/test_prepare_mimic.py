@@ -13,7 +13,7 @@ from trees import contents
 from datasets.build import build_dataset
 from datasets.check import check_data
 from datasets.fixations import heatmap_to_uint8
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.heatmaps import find_heatmaps, read_heatmap
 from datasets.prepare.mimic import FRONTAL, IMAGES_INDEX, INDEX, prepare_mimic
 from util.errors import UserError

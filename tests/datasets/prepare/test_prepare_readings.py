@@ -16,7 +16,7 @@ from PIL import Image
 from trees import contents
 
 from datasets.fixations import fixation_heatmap, heatmap_to_uint8
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.pixels import count_significant
 from datasets.prepare.readings import SOURCES, prepare
 from datasets.raw.mimic_cxr import find_images

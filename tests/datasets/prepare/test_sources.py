@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from trees import contents
 
 from datasets.fixations import inside_image
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.heatmaps import read_heatmap
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare

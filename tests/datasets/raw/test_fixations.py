@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from datasets.fixations import off_the_image_shown, on_the_button
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.raw.read_reflacx import read_reflacx
 from util.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 from phantom_egd import make_egd
 
 from datasets.fixations import FIXATION_COLUMNS
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from datasets.prepare.readings import detect_source
 from datasets.raw.mimic_cxr import find_images, find_metadata
 from datasets.raw.read_egd import find_egd_root, read_egd

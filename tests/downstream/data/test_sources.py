@@ -16,7 +16,7 @@ from phantom_chexpert import make_chexpert
 from read_labelled import make_labelled, read_dataset
 from sklearn.model_selection import train_test_split
 
-from datasets.phantom.reflacx import make_study
+from datasets.phantom.gaze_study import make_study
 from downstream.data.choices import NAMES
 from downstream.data.folder import Folder
 from downstream.data.labelled import PARTS, TEST, TRAIN, VALID, LabelledImages, check_labels, sample_fraction
