@@ -68,7 +68,7 @@ def test_command_line_writes_each_layout(tmp_path, capsys, options, printed, suf
     "options, message",
     [
         ("--layout rsna --shared_images 2", "--shared_images has no effect"),
-        ("--n_images 1 --dwell_ratio 1e6", "cannot make this study: no gaze"),
+        ("--n_images 1 --dwell_ratio 1e6", "cannot make this study: found no gaze"),
     ],
 )
 def test_options_that_give_no_study_are_refused(tmp_path, options, message):
