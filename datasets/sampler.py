@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from util.distributed import Ranks
 from util.errors import UserError
-from util.loading import SampleLoader, ignore_stop_signals
+from util.loading import SampleLoader
 
 ORDER = ("batch_size", "seed", "epochs", "accum_iter")  # options on which the order of the samples depends
 
@@ -104,5 +104,4 @@ def train_loader(dataset: Dataset, options: Mapping[str, Any], ranks: Ranks, *, 
         num_workers=options["num_workers"],
         pin_memory=options.get("pin_mem", True) and ranks.device.type == "cuda",
         prefetch_factor=4 if options["num_workers"] else None,
-        worker_init_fn=ignore_stop_signals,
     )

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from downstream.data.images import CENTRE, normalise
 from downstream.encoders import Scale, input_size, pooled
 from util.distributed import Ranks
-from util.loading import SampleLoader, ignore_stop_signals
+from util.loading import SampleLoader
 from util.output import Progress
 from util.stop import StopSignals
 
@@ -71,7 +71,6 @@ def all_outputs(
         sampler=[(image, view) for image in images.tolist()],
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
     )
 
     def results() -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from util.cli import Parser, add_launch_arguments, check_least, finite_float, se
 from util.download import local_file
 from util.errors import UserError
 from util.export import read_encoder, split_model, stored_weights
-from util.loading import SampleLoader, ignore_stop_signals
+from util.loading import SampleLoader
 from util.lr_sched import parameter_groups
 from util.output import hold_output
 from util.precision import set_tf32
@@ -97,7 +97,7 @@ def train(args: argparse.Namespace, ranks: distributed.Ranks, signals: StopSigna
     study = open_study(args, core.input_size)
     samples, held_out = (GazeSamples(study.parts[part], core.input_size, core.map_size) for part in (TRAIN, VALIDATE))
     core.to(ranks.device)
-    in_order = partial(SampleLoader, num_workers=args.num_workers, worker_init_fn=ignore_stop_signals)
+    in_order = partial(SampleLoader, num_workers=args.num_workers)
     # What best.pth holds; in every checkpoint too, so that any can be gone on with.
     best: dict[str, Any] = {"epoch": -1, "val_kld": math.inf}
 

@@ -23,14 +23,14 @@ class SampleLoader(DataLoader):
     a line was meant. Here workers hand the error over in the place of its batch.
 
     On Linux workers are forked whatever Python's default is (forkserver from 3.14 on): they share the data set's memory
-    with this process, and end with it (`util.loading.ignore_stop_signals`); those of a fork server end with that.
+    with this process, and end with it (`ignore_stop_signals`); those of a fork server end with that.
     """
 
     def __init__(self, dataset: Dataset, *args: Any, collate_fn: Callable[[list], Any] | None = None, **options: Any):
         collate = partial(_collate, collate_fn or default_collate)
         if options.get("num_workers") and sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
-        super().__init__(_Caught(dataset), *args, collate_fn=collate, **options)
+        super().__init__(_Caught(dataset), *args, collate_fn=collate, worker_init_fn=ignore_stop_signals, **options)
 
     def __iter__(self) -> Iterator[Any]:
         return _raising(super().__iter__())
@@ -57,11 +57,14 @@ def _collate(collate: Callable[[list], Any], samples: list) -> Any:
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, UserError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # in a cycle with its traceback it would keep the workers, until another thread collects them
         yield batch
 
 
-def ignore_stop_signals(worker_id: int = 0) -> None:
+def ignore_stop_signals(worker_id: int) -> None:
     """`worker_init_fn` of a DataLoader: the main process alone decides when its workers end.
 
     Signals to a process group reach workers too and would end them in the middle of the step after which

@@ -80,7 +80,6 @@ import os, signal, time
 import torch
 import multiprocessing
 from util.loading import SampleLoader
-from util.loading import ignore_stop_signals
 multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
 class Slow(torch.utils.data.Dataset):
     def __len__(self): return 10**6
@@ -89,7 +88,7 @@ class Slow(torch.utils.data.Dataset):
         return os.getpid()
 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(signum, lambda *_: None)
-batches = iter(SampleLoader(Slow(), batch_size=4, num_workers=2, worker_init_fn=ignore_stop_signals))
+batches = iter(SampleLoader(Slow(), batch_size=4, num_workers=2))
 print(len({int(next(batches)[0]) for _ in range(2)}), "workers")
 for _ in range(@BATCHES@):
     next(batches)
