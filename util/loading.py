@@ -6,8 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -26,11 +25,10 @@ class SampleLoader(DataLoader):
     with this process, and end with it (`ignore_stop_signals`); those of a fork server end with that.
     """
 
-    def __init__(self, dataset: Dataset, *args: Any, collate_fn: Callable[[list], Any] | None = None, **options: Any):
-        collate = partial(_collate, collate_fn or default_collate)
+    def __init__(self, dataset: Dataset, *args: Any, **options: Any):
         if options.get("num_workers") and sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
-        super().__init__(_Caught(dataset), *args, collate_fn=collate, worker_init_fn=ignore_stop_signals, **options)
+        super().__init__(_Caught(dataset), *args, collate_fn=_collate, worker_init_fn=ignore_stop_signals, **options)
 
     def __iter__(self) -> Iterator[Any]:
         return _raising(super().__iter__())
@@ -50,8 +48,8 @@ class _Caught(Dataset):
             return error.with_traceback(None)
 
 
-def _collate(collate: Callable[[list], Any], samples: list) -> Any:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
+def _collate(samples: list) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
 
 
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
