@@ -27,11 +27,6 @@ REFLACX_COLUMNS = {
     "angular_resolution_y_pixels_per_degree": "sigma_y",
     **{f"{edge}_shown_from_image": edge for edge in RECTANGLE},
 }
-REFLACX_SCREEN_COLUMNS = {f"{edge}_in_screen_coordinates": edge for edge in RECTANGLE}
-# The filter of the REFLACX authors' example: how far a fixation may lie outside of the image shown,
-# and how near to the button that their readers clicked, in pixels of their screen.
-MAX_DEGREES_OUTSIDE = 0.5
-BUTTON_X, BUTTON_Y, BUTTON_MARGIN = (10.0, 650.0), (933.0, 1122.0), 50.0
 
 
 def fixation_columns(table: pd.DataFrame | Mapping[str, Sequence[float]]) -> pd.DataFrame:
@@ -108,27 +103,6 @@ def inside_image(fixations: pd.DataFrame, image_size: tuple[int, int]) -> pd.Ser
     """Which fixations lie in the image of (height, width) `image_size`, borders included: bool [n]."""
     height, width = image_size
     return fixations["x"].between(-0.5, width - 0.5) & fixations["y"].between(-0.5, height - 0.5)
-
-
-def off_the_image_shown(fixations: pd.DataFrame) -> pd.Series:
-    """Which fixations lie more than half a degree outside of the rectangle in view: bool [n]."""
-    inside = True
-    for axis in "xy":
-        slack = MAX_DEGREES_OUTSIDE * fixations[f"sigma_{axis}"]
-        inside &= fixations[axis].between(fixations[f"{axis}min"] - slack, fixations[f"{axis}max"] + slack)
-    return ~inside
-
-
-def on_the_button(fixations: pd.DataFrame, screen: pd.DataFrame) -> pd.Series:
-    """Which fixations lie on the button of REFLACX's screen or within `BUTTON_MARGIN` px above, below or
-    beside it: bool [n]. `screen` has the rectangle in view again, xmin ... ymax, px of the screen."""
-    near = True
-    for axis, (low, high) in (("x", BUTTON_X), ("y", BUTTON_Y)):
-        start, end = fixations[f"{axis}min"], fixations[f"{axis}max"]
-        share = (fixations[axis] - start) / (end - start)  # NaN or infinite in an empty rectangle: not near
-        at = screen[f"{axis}min"] + share * (screen[f"{axis}max"] - screen[f"{axis}min"])
-        near &= at.between(low - BUTTON_MARGIN, high + BUTTON_MARGIN)
-    return near
 
 
 def merge_heatmaps(heatmaps: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from datasets.build import IMAGES_INDEX, detect_tree
-from datasets.files_by_id import FileIndex
+from datasets.files_by_id import files_below
 from datasets.mimic import Mimic
 from datasets.prepare.heatmaps import LOOSE_INDEX
 from datasets.prepare.pixels import attention_maps, count_significant, write_image
@@ -146,7 +146,7 @@ def _real_readings(trees: Sequence[Path]) -> dict[str, list[str]]:
 
 def _loose_units(images: Path, out: Path) -> list[Unit]:
     found: dict[str, Unit] = {}
-    for image in FileIndex(images, [out]).files():
+    for image in files_below(images, [out]):
         key, suffix = os.path.splitext(image)
         if suffix.lower() not in RADIOGRAPHS:
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.analysis.measure import analyze
-from datasets.prepare.readings import add_raw_options
+from datasets.raw.sources import add_raw_options
 from util.cli import Parser, available_cpus, check_least, finite_float
 from util.errors import run_cli
 from util.files import check_folder_place

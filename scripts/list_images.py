@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.raw.read_reflacx import read_reflacx
+from datasets.raw.sources import find_raw
 from util.cli import Parser
 from util.errors import run_cli
 from util.files import atomic_write
@@ -29,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     # The last four parts are p10/p<subject>/s<study>/<dicom_id>, whatever stands before them.
-    places = {PurePosixPath(reading.image_path).parts[-4:] for reading in read_reflacx(args.raw).readings}
+    places = {PurePosixPath(reading.image_path).parts[-4:] for reading in read_reflacx(find_raw(args.raw)[1]).readings}
     tails = [PurePosixPath(*parts).with_suffix(f".{args.format}") for parts in sorted(places)]
     with atomic_write(args.out, "w") as file:
         file.writelines(f"{SITES[args.format]}/files/{tail}\n" for tail in tails)

@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.prepare.command import preparation_parser, run_preparation
-from datasets.prepare.readings import add_raw_options, prepare
+from datasets.prepare.readings import prepare
+from datasets.raw.sources import add_raw_options
 from util.errors import run_cli
 
 
@@ -25,9 +26,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--split", choices=["all", "train", "validate", "test"], default="all",
         help="'all' is what the paper pretrains on; 'train' keeps REFLACX's validation and test images out "
              "of pretraining, so that a later evaluation on them has no leak (EGD-CXR has no splits)")
-    add("--screen_filter", action="store_true",
-        help="REFLACX only: leave out fixations on the screen's button, or more than half a degree outside of the "
-             "image shown, as the data set's authors' example does")
     # fmt: on
     return parser
 

@@ -1,6 +1,6 @@
 """Where radiologists look: the motivation analysis of the CXR-MIM paper, on a user's own raw data.
 
-Three questions, for any gaze data set that `datasets.prepare.readings` reads: how large are the marked
+Three questions, for any gaze data set that `datasets.raw.sources` reads: how large are the marked
 abnormalities; how much denser is the gaze on them than elsewhere; how many patches of an image does
 the gaze make significant at 224 px. The first two need abnormalities marked on the image (REFLACX has
 ellipses, EGD-CXR has none).
@@ -26,10 +26,11 @@ from datasets.analysis.figure import ANY, SIZES, analysis_figure
 from datasets.analysis.gaze_density import box_mask, density_ratio, ellipse_mask
 from datasets.fixations import RECTANGLE, fixation_heatmap
 from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
-from datasets.prepare.readings import SOURCES, detect_source, egd_options, reading_gaze
+from datasets.prepare.readings import reading_gaze
 from datasets.prepare.work import run_tasks
 from datasets.raw.mimic_cxr import find_images
-from datasets.raw.readings import Exclusion, Reading, first_of, is_simulated
+from datasets.raw.readings import Exclusion, Reading, first_of
+from datasets.raw.sources import read_raw
 from util.bootstrap import bootstrap_means, interval
 from util.errors import UserError
 from util.figures import save_figure
@@ -80,7 +81,6 @@ def analyze(
     raw: Path,
     images: Path | None = None,
     *,
-    source: str | None = None,
     split: str = "all",
     size: int = 256,
     size_thresholds: tuple[float, float] = (0.01, 0.05),
@@ -93,7 +93,7 @@ def analyze(
     """Analyse all usable readings of a raw gaze data set.
 
     Args:
-        raw: root of REFLACX or EGD-CXR, see `datasets.prepare.readings.detect_source`.
+        raw: root of REFLACX or EGD-CXR, see `datasets.raw.sources.find_raw`.
         images: root of the MIMIC-CXR images, for the examples.
         size: short side of the heatmaps, px.
         size_thresholds: area shares of the image at which medium and large begin.
@@ -107,9 +107,7 @@ def analyze(
     if not 0 < small < medium < 1:
         raise UserError(f"--size_thresholds {small:g} {medium:g}: two rising shares of the image's area, in 0..1")
     root = raw.resolve()
-    source = source or detect_source(root)
-    find, read = SOURCES[source]
-    found = read(root, **egd_options(source, sigma, metadata, images))
+    found = read_raw(root, images, sigma=sigma, metadata=metadata)
     chosen = found.of_split(split)
     measure = partial(_measure, size=size, min_certainty=min_certainty)
     measured = []
@@ -151,9 +149,9 @@ def analyze(
             pictures.append((reading.id, picture))
         except UserError as error:
             found.exclusions.append(Exclusion(reading.id, "no example", str(error), is_fault=True))
-    made_up = "; SIMULATED GAZE, no radiologist looked at these images" if is_simulated(find(root)) else ""
+    made_up = "; SIMULATED GAZE, no radiologist looked at these images" if found.simulated else ""
     title = (
-        f"{raw} ({source}), split {split}: {len(readings):,} readings of {readings['image_id'].nunique():,} images; "
+        f"{raw} ({found.source}), split {split}: {len(readings):,} readings of {readings['image_id'].nunique():,} images; "
         f"medium abnormalities from {small:.3g} of the image's area, large ones from {medium:.3g}{made_up}"
     )
     return Analysis(tables, pictures, title, found.exclusions, found.notes)
@@ -244,7 +242,8 @@ def _ratio_table(ratios: pd.DataFrame) -> pd.DataFrame:
 def _picture(reading: Reading, path: str, min_certainty: int) -> np.ndarray:
     """The radiograph and beside it the same below its gaze, both with the abnormalities' outlines: RGB [H, 2W, 3]."""
     file_size = radiograph_size(path)
-    image_size, size = reading.original_size(file_size), scaled_size(file_size, EXAMPLE_SIZE)
+    reading.check_copy(file_size)
+    image_size, size = reading.image_size, scaled_size(file_size, EXAMPLE_SIZE)
     gray = resize_gray(read_radiograph(path, MIMIC_CXR_JPG), size) / 255
     heatmap = fixation_heatmap(reading.load_fixations().table, image_size, size)
     mask = ellipse_mask(_abnormalities(reading, min_certainty)[BOX].to_numpy(float), image_size, size)

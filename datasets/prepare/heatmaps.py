@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.files_by_id import FileIndex, FoundFiles, check_originals
+from datasets.files_by_id import FoundFiles, check_originals, files_below, find_by_id
 from datasets.raw.mimic_cxr import DICOM_ID
 from util.errors import UserError
 from util.images import read_map
@@ -27,7 +27,8 @@ def find_heatmaps(root: Path, *, without: Iterable[Path] = ()) -> FoundFiles:
     """Heatmap files (.png, .npy) below `root` by dicom_id (`heatmap_id`) in small letters: `<dicom_id>.png`,
     `pred_<dicom_id>_gaze.npy`, ..."""
     check_originals(root, "--heatmaps holds one PNG or NPY per image, as a predictor wrote them", but=LOOSE_INDEX)
-    return FileIndex(root, without, but=LOOSE_INDEX).search(lambda stem: heatmap_id(stem).casefold(), (".npy", ".png"))
+    files = files_below(root, without, but=LOOSE_INDEX)
+    return find_by_id(root, files, lambda stem: heatmap_id(stem).casefold(), (".npy", ".png"))
 
 
 def read_heatmap(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:

@@ -15,11 +15,10 @@ the same file. Nothing depends on the number of processes or on where an earlier
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,36 +31,13 @@ from datasets.prepare.store import TreeMaking
 from datasets.prepare.units import Made, Report, Unit, origin_of, stamp
 from datasets.prepare.work import make_units
 from datasets.raw.findings import merge_findings, unify
-from datasets.raw.mimic_cxr import find_images, find_metadata, no_image
-from datasets.raw.read_egd import DEFAULT_SIGMA, find_egd_root, read_egd
-from datasets.raw.read_reflacx import find_reflacx_root, read_reflacx
-from datasets.raw.readings import Exclusion, Fixations, RawReadings, Reading, is_simulated
-from util.cli import finite_float
+from datasets.raw.mimic_cxr import find_images, no_image
+from datasets.raw.readings import Exclusion, Fixations, Reading
+from datasets.raw.sources import read_raw
 from util.errors import UserError
 from util.radiograph import MIMIC_CXR_JPG
 
 INDEX, FIXATIONS = "reflacx.json", "fixations.csv"
-
-# Data set -> (where a directory holds it, its reader). A further data set is one more line here.
-SOURCES: dict[str, tuple[Callable[[Path], Path | None], Callable[..., RawReadings]]] = {
-    "reflacx": (find_reflacx_root, read_reflacx),
-    "egd": (find_egd_root, read_egd),
-}
-
-
-def add_raw_options(parser: argparse.ArgumentParser) -> None:
-    """--raw, --source, --sigma and --metadata: which data set, and how its fixations become heatmaps."""
-    # fmt: off
-    parser.add_argument("--raw", type=Path, required=True,
-        help="root of REFLACX (holds main_data/) or of EGD-CXR (holds master_sheet.csv), or one above")
-    parser.add_argument("--source", choices=SOURCES, help="which data set --raw holds (default: what is found there)")
-    parser.add_argument("--sigma", type=finite_float, default=None,
-        help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; "
-             f"{DEFAULT_SIGMA:g} if not given")
-    parser.add_argument("--metadata", type=Path, default=None,
-        help="EGD-CXR only: MIMIC-CXR's table of metadata, which has the sizes of the original images that fixations "
-             "are in pixels of (default: the one in --images)")
-    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -71,7 +47,6 @@ class Options:
     `size`: short side of the stored images, px, 0 = native; never enlarged. `readings`: one (the
     first usable by id), each, or merge. `split`: of the readings taken, or all. `sigma`: EGD-CXR's Gaussian, px of
     the original image (REFLACX brings its own). `dicom_contrast`: one of `util.radiograph.CONTRASTS`.
-    `screen_filter`: without fixations on the screen beside the image.
     """
 
     source: str
@@ -80,33 +55,6 @@ class Options:
     split: str = "all"
     sigma: float | None = None
     dicom_contrast: str = MIMIC_CXR_JPG
-    screen_filter: bool = False
-
-
-def detect_source(raw: Path) -> str:
-    """Name of the data set that `raw` holds."""
-    names = [name for name, (find, _) in SOURCES.items() if find(raw) is not None]
-    if len(names) == 1:
-        return names[0]
-    raise UserError(
-        f"{raw}: holds {' and '.join(names)}; give the root of one of them as --raw"
-        if names
-        else f"{raw}: neither REFLACX (main_data/metadata_phase_*.csv) nor EGD-CXR (master_sheet.csv) is here "
-        "or one directory below"
-    )
-
-
-def egd_options(source: str, sigma: float | None, metadata: Path | None, images: Path | None) -> dict[str, Any]:
-    """What `read_egd` is given; UserError for options that another data set has no need of."""
-    if source == "egd":
-        return {
-            "sigma": DEFAULT_SIGMA if sigma is None else sigma,
-            "metadata": metadata or (images and find_metadata(images)),
-        }
-    for option, value in (("--sigma", sigma), ("--metadata", metadata)):
-        if value is not None:
-            raise UserError(f"{option} {value}: is for EGD-CXR; {source} records the sizes itself")
-    return {}
 
 
 def prepare(
@@ -114,7 +62,6 @@ def prepare(
     images: Path,
     out: Path,
     *,
-    source: str | None = None,
     sigma: float | None = None,
     metadata: Path | None = None,
     workers: int = 1,
@@ -128,16 +75,12 @@ def prepare(
     """
     # The record is the same from wherever it is run and however a path is spelt.
     raw, images, out = raw.resolve(), images.resolve(), out.resolve()
-    source = source or detect_source(raw)
-    read_options = egd_options(source, sigma, metadata and metadata.resolve(), images)
-    chosen = Options(source, sigma=read_options.get("sigma"), **options)
-    if chosen.screen_filter and source != "reflacx":
-        raise UserError(f"--screen_filter needs REFLACX's columns of the screen, which {source} does not have")
+    gaze = read_raw(raw, images, sigma=sigma, metadata=metadata and metadata.resolve())
+    chosen = Options(gaze.source, sigma=gaze.options.get("sigma"), **options)
     making = TreeMaking(out, asdict(chosen), index=INDEX, overwrite=overwrite, dry_run=dry_run)
     with making.running():
-        gaze = SOURCES[source][1](raw, **read_options)
         readings = gaze.of_split(chosen.split)
-        metadata = read_options.get("metadata")
+        metadata = gaze.options.get("metadata")
         record = {"raw": str(raw), "images": str(images), "metadata": metadata and str(metadata)}
         report = Report([], {"readings found": gaze.n_found}, [*gaze.exclusions], gaze.notes, record)
         hints = {reading.image_id: reading.image_path for reading in readings.values()}
@@ -167,7 +110,7 @@ def prepare(
         if bad:
             report.notes.append(f"{len(bad)} bad fixations were left out, listed in prepare.json, such as {bad[0]}")
         report.record["bad_fixations"] = bad
-        mark = {"simulated": True} if is_simulated(SOURCES[source][0](raw)) else {}
+        mark = {"simulated": True} if gaze.simulated else {}
         n_other_split, n_used = len(gaze.readings) - len(readings), sum(len(group) for group, _ in samples)
         n_spare = gaze.n_found - len(report.exclusions) - n_other_split - n_used
         counted = {
@@ -209,12 +152,12 @@ class ReadingsTask:
         """
         mapped, left_out, bad = [], Counter(), []
         for reading in self.readings:
-            gaze = reading_gaze(reading, sources[0], file_size, size, screen_filter=options.screen_filter)
+            gaze = reading_gaze(reading, sources[0], file_size, size)
             if isinstance(gaze, Exclusion):
                 made.exclusions.append(gaze)
                 continue
             fixations, heatmap = gaze
-            mapped.append((reading, _fixation_rows(fixations.table, reading.original_size(file_size)), heatmap))
+            mapped.append((reading, _fixation_rows(fixations.table, reading.image_size), heatmap))
             left_out.update(fixations.left_out)
             bad += [f"{reading.id}: {text}" for text in fixations.bad]
             if options.readings == "one":
@@ -234,22 +177,17 @@ class ReadingsTask:
 
 
 def reading_gaze(
-    reading: Reading,
-    path: str | os.PathLike,
-    file_size: tuple[int, int],
-    out_size: tuple[int, int],
-    *,
-    screen_filter: bool = False,
+    reading: Reading, path: str | os.PathLike, file_size: tuple[int, int], out_size: tuple[int, int]
 ) -> tuple[Fixations, np.ndarray] | Exclusion:
     """Usable fixations of one reading, see `Reading.load_fixations`, and its gaze map, float64 [H, W] of `out_size`; or
-    why there is none. Sizes are (height, width); the file may be a scaled copy, see `Reading.original_size`."""
+    why there is none. Sizes are (height, width); the image's file may be a scaled copy."""
     reason, where = "image size differs", path
     try:
-        size = reading.original_size(file_size)
+        reading.check_copy(file_size)
         reason, where = "unusable fixations", reading.fixations_path
-        found = replace(reading, image_size=size).load_fixations(screen_filter=screen_filter)
-        if inside_image(found.table, size).any():
-            return found, fixation_heatmap(found.table, size, out_size)
+        found = reading.load_fixations()
+        if inside_image(found.table, reading.image_size).any():
+            return found, fixation_heatmap(found.table, reading.image_size, out_size)
     except UserError as error:
         named = "" if str(where) in str(error) else f"{where}: "
         return Exclusion(reading.id, reason, f"{named}{error}", is_fault=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from datasets.files_by_id import FileIndex, FoundFiles, check_originals
+from datasets.files_by_id import FoundFiles, check_originals, files_below, find_by_id
 from datasets.raw.readings import Exclusion
 from util.tables import numeric_columns, read_table
 
@@ -40,21 +41,28 @@ def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterabl
 
     `hints` maps each dicom_id to the path that its data set gives (relative, any suffix, may be empty). A .jpg or .dcm
     at that place, or at a tail of it below `root`, is the image. For other ids the whole tree is walked, once; letter
-    case does not count there. Prepared trees and the directories `without` hold no originals, see `FileIndex`.
+    case does not count there. Prepared trees and the directories `without` hold no originals, see `datasets.files_by_id`.
     """
     check_originals(root, "--images is the root of MIMIC-CXR-JPG or MIMIC-CXR")
-    files = FileIndex(root, without)
+    files = files_below(root, without)
     if hints is None:
-        return files.search(lambda stem: stem.lower() if DICOM_ID.fullmatch(stem) else None, SUFFIXES)
+        return find_by_id(root, files, lambda stem: stem.lower() if DICOM_ID.fullmatch(stem) else None, SUFFIXES)
     at_place, others = {}, {}
     for image_id, hint in hints.items():
-        if path := files.at_place(hint.rpartition("/")[0], (f"{image_id}.jpg", f"{image_id}.dcm")):
+        if path := _at_place(root, hint, image_id):
             at_place[image_id] = path
         else:
             others[image_id.casefold()] = image_id
-    found = files.search(lambda stem: others.get(stem.casefold()), SUFFIXES) if others else FoundFiles()
+    found = find_by_id(root, files, lambda stem: others.get(stem.casefold()), SUFFIXES) if others else FoundFiles()
     found.paths |= at_place
     return found
+
+
+def _at_place(root: Path, hint: str, image_id: str) -> str | None:
+    """The image in the directory of `hint`, or in a tail of it, never outside of the root; costs no walk."""
+    folders = [part for part in hint.split("/")[:-1] if part not in ("", "..")]
+    places = ("/".join([str(root), *folders[start:], image_id]) for start in range(len(folders)))
+    return next(filter(os.path.isfile, (place + suffix for place in places for suffix in (".jpg", ".dcm"))), None)
 
 
 def no_image(name: str, image_id: str, found: FoundFiles, root: Path) -> Exclusion:

@@ -20,7 +20,6 @@ from datasets.raw.readings import (
     RawReadings,
     Reading,
     digest_of,
-    find_root,
     parse_labels,
     parse_rows,
     usable_fixations,
@@ -31,8 +30,6 @@ from util.tables import check_id, read_table, to_numbers
 DEFAULT_SIGMA = 150.0  # px of the original image, the data set's authors' own
 _IDS = ("DICOM_ID", "SESSION_ID")
 _NUMBERS = ("Time (in secs)", "X_ORIGINAL", "Y_ORIGINAL", "FPOGD")
-
-find_egd_root = partial(find_root, pattern="master_sheet.csv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,7 @@ class EgdReading(Reading):
     def fixations_origin(self) -> str:
         return f"{self.sigma} {digest_of(self.rows.to_csv().encode())}"
 
-    def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
+    def load_fixations(self) -> Fixations:
         """As `Reading.load_fixations`; fixations off the picture are left out, the picture was always shown whole."""
         numbers = self.rows[list(_NUMBERS)].astype(np.float64)
         fixations = numbers.set_axis(["time", "x", "y", "duration"], axis=1).assign(
@@ -57,7 +54,7 @@ class EgdReading(Reading):
         return usable_fixations(numbers, fixations, self.fixations_path, {"off the picture": ~on})
 
 
-def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None = None) -> RawReadings:
+def read_egd(root: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None = None) -> RawReadings:
     """All readings of the raw data set, ordered by id; raises `UserError` for unusable tables.
 
     A reading is one image in one session, its id <dicom_id>-<session>. The data set has no angular
@@ -66,14 +63,15 @@ def read_egd(raw: Path, *, sigma: float = DEFAULT_SIGMA, metadata: Path | None =
     """
     if metadata is None:
         raise UserError(
-            f"{raw}: EGD-CXR does not say how large its images are; give MIMIC-CXR's table of metadata with --metadata, "
+            f"{root}: EGD-CXR does not say how large its images are; give MIMIC-CXR's table of metadata with --metadata, "
             "or --images with it"
         )
     result = RawReadings([])
-    sheet_path = (find_egd_root(raw) or raw) / "master_sheet.csv"
-    path = sheet_path.with_name("fixations.csv")
+    path = root / "fixations.csv"
     make = partial(_reading, sizes=read_sizes(metadata), source="egd", sigma=sigma, fixations_path=path)
-    sheet = parse_rows(sheet_path, ("dicom_id", "path", "study_id", "patient_id", *LABELS["egd"]), make, result)
+    sheet = parse_rows(
+        root / "master_sheet.csv", ("dicom_id", "path", "study_id", "patient_id", *LABELS["egd"]), make, result
+    )
     table = read_table(path, (*_IDS, *_NUMBERS))
     images = _image_ids(table["DICOM_ID"], sorted({*sheet} | {own.id for own in result.exclusions}), path, result)
     rows = pd.concat([images, table["SESSION_ID"], to_numbers(table, _NUMBERS)], axis=1)

@@ -8,14 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from datasets.fixations import (
-    RECTANGLE,
-    REFLACX_COLUMNS,
-    REFLACX_SCREEN_COLUMNS,
-    fixation_columns,
-    off_the_image_shown,
-    on_the_button,
-)
+from datasets.fixations import RECTANGLE, REFLACX_COLUMNS, fixation_columns
 from datasets.raw.findings import COMMON_FINDING, LABELS
 from datasets.raw.readings import (
     Cell,
@@ -23,7 +16,6 @@ from datasets.raw.readings import (
     Fixations,
     RawReadings,
     Reading,
-    find_root,
     parse_labels,
     parse_rows,
     usable_fixations,
@@ -35,22 +27,14 @@ PHASES = (1, 2, 3)
 _DISCARDED = "eye_tracking_data_discarded"
 _COLUMNS = ("id", "dicom_id", "subject_id", "split", "image", _DISCARDED, "image_size_x", "image_size_y")
 
-find_reflacx_root = partial(find_root, pattern="main_data/metadata_phase_1.csv")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReflacxReading(Reading):
     """A reading whose tables lie in main_data/<id>."""
 
-    def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
-        wanted = (*REFLACX_COLUMNS, *(REFLACX_SCREEN_COLUMNS if screen_filter else ()))
-        numbers = to_numbers(read_table(self.fixations_path, wanted), wanted)
-        fixations, rules = fixation_columns(numbers), {}
-        if screen_filter:
-            screen = numbers.rename(columns=REFLACX_SCREEN_COLUMNS)
-            rules["on the screen's button"] = on_the_button(fixations, screen)
-            rules["outside of the image shown"] = off_the_image_shown(fixations)
-        return usable_fixations(numbers, fixations, self.fixations_path, rules)
+    def load_fixations(self) -> Fixations:
+        numbers = to_numbers(read_table(self.fixations_path, REFLACX_COLUMNS), REFLACX_COLUMNS)
+        return usable_fixations(numbers, fixation_columns(numbers), self.fixations_path)
 
     def load_ellipses(self) -> pd.DataFrame:
         path, columns = self.fixations_path.with_name("anomaly_location_ellipses.csv"), (*RECTANGLE, "certainty")
@@ -70,14 +54,13 @@ class ReflacxReading(Reading):
         return tuple(boxes[0].tolist())
 
 
-def read_reflacx(raw: Path) -> RawReadings:
-    """All readings of the raw data set, ordered by id; raises `UserError` for unusable metadata.
-
-    `raw` holds main_data/, or is the directory above. Rows that cannot be used are exclusions.
+def read_reflacx(root: Path) -> RawReadings:
+    """All readings of the raw data set whose main_data/ is in `root`, ordered by id; raises `UserError` for unusable
+    metadata. Rows that cannot be used are exclusions.
     """
     result = RawReadings([])
     for phase in PHASES:
-        path = (find_reflacx_root(raw) or raw) / "main_data" / f"metadata_phase_{phase}.csv"
+        path = root / "main_data" / f"metadata_phase_{phase}.csv"
         make = partial(_reading, phase, path.parent)
         for name, reading in parse_rows(path, (*_COLUMNS, *LABELS[phase]), make, result).items():
             if reading is None:

@@ -1,7 +1,7 @@
 """What a gaze data set has to give, whatever its files look like.
 
 One data set = one short module with one function that returns `RawReadings` (see read_reflacx.py and read_egd.py),
-entered in `datasets.prepare.readings.SOURCES`. Everything after that (joining with the images, heatmaps, writing the
+entered in `datasets.raw.sources.SOURCES`. Everything after that (joining with the images, heatmaps, writing the
 processed tree, the gaze analysis) is the same for all of them.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from util.tables import check_truth, check_whole, read_table
 
 Check = Callable[[str, str], Any]  # of a cell and what a message calls it, as those of `util.tables`
 Cell = Callable[..., Any]  # see `parse_rows`
-# In the root of a raw data set whose gaze is made up; see `is_simulated`.
+# In the root of a raw data set whose gaze is made up, as scripts/make_phantom.py marks it. Preparation carries the mark
+# into the entries of the index as `"simulated": true`, and every picture prints it.
 SIMULATED_FILE = "SIMULATED_GAZE.txt"
 CHECKS: Mapping[str, Check] = {
     "certainty": partial(check_whole, allowed=range(6)),
@@ -50,7 +52,7 @@ class Fixations:
 
 
 def usable_fixations(
-    numbers: pd.DataFrame, fixations: pd.DataFrame, path: Path, rules: Mapping[str, np.ndarray | pd.Series]
+    numbers: pd.DataFrame, fixations: pd.DataFrame, path: Path, rules: Mapping[str, pd.Series] = MappingProxyType({})
 ) -> Fixations:
     """The rows that can be used, from a file's columns as numbers (NaN where a cell is none), its lines for an index,
     and the `FIXATION_COLUMNS` made of them.
@@ -89,8 +91,8 @@ class Reading:
     """One reader looking at one image once; a subclass for each data set has `load_fixations`.
 
     `image_id` is the image's dicom_id, `image_path` where the data set says the image lies (a hint,
-    relative, may be empty), `image_size` (height, width) in pixels of the original image, or None where the data set
-    does not say. `labels` are the data set's own columns with their own values (certainty 0-5, bool or
+    relative, may be empty), `image_size` (height, width) in pixels of the original image, which positions count in.
+    `labels` are the data set's own columns with their own values (certainty 0-5, bool or
     text); `datasets.raw.findings.unify` maps them to common findings. `split` is train, validate, test
     or None. `fixations_path` is the file that messages name. The heavy tables are read by the load_
     methods, when they are wanted.
@@ -101,30 +103,23 @@ class Reading:
     subject_id: str
     image_id: str
     image_path: str = ""
-    image_size: tuple[int, int] | None
+    image_size: tuple[int, int]
     labels: Mapping[str, int | bool | str]
     split: str | None = None
     phase: int | None = None
     source: str
     fixations_path: Path
 
-    def load_fixations(self, *, screen_filter: bool = False) -> Fixations:
-        """The usable fixations, see `usable_fixations`; with `screen_filter` without those that look at
-        the screen beside the image.
-
-        Raises `UserError` naming file, line and column.
-        """
+    def load_fixations(self) -> Fixations:
+        """The usable fixations, see `usable_fixations`. Raises `UserError` naming file, line and column."""
         raise NotImplementedError
 
-    def original_size(self, file_size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the image that positions count in, in whose scaled copy of `file_size` they are looked at:
-        the recorded size, or the file's. UserError where the sides have another ratio (by more than a pixel each)."""
-        if self.image_size is None:
-            return file_size
+    def check_copy(self, file_size: tuple[int, int]) -> None:
+        """UserError unless a file of (height, width) `file_size` can be a scaled copy of the image: its sides have the
+        same ratio, within a pixel each."""
         (height, width), (rows, columns) = file_size, self.image_size
         if abs(width * rows - height * columns) > columns + rows:
             raise UserError(f"is {width} x {height} px, the readings were made on {columns} x {rows}")
-        return self.image_size
 
     def fixations_origin(self) -> str:
         """Digest of what `load_fixations` reads; by default the content of `fixations_path`."""
@@ -153,28 +148,6 @@ def digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=10).hexdigest()
 
 
-def find_root(raw: Path, pattern: str) -> Path | None:
-    """`raw` if it holds files of the `pattern`, else the one directory below that does; None if none does. UserError if
-    several do, as versions beside each other, which no rule can choose from."""
-    files = [*raw.glob(pattern)] or [*raw.glob(f"*/{pattern}")]
-    roots = sorted({file.parents[pattern.count("/")] for file in files})
-    if len(roots) > 1:
-        raise UserError(
-            f"{raw}: the data set is in {len(roots)} of its directories, {roots[0].name} and {roots[1].name} among "
-            "them; give one of them as --raw"
-        )
-    return roots[0] if roots else None
-
-
-def is_simulated(root: Path) -> bool:
-    """Whether the raw data set at `root` says that its gaze is made up, as scripts/make_phantom.py marks it.
-
-    Preparation carries the mark into the entries of the index as `"simulated": true`, and every picture
-    prints it.
-    """
-    return (root / SIMULATED_FILE).is_file()
-
-
 @dataclass(frozen=True)
 class Exclusion:
     """A reading or image that is left out. `reason` is a short fixed phrase to count by, `detail` names the
@@ -196,11 +169,15 @@ def first_of(exclusions: Sequence[Exclusion]) -> str:
 
 @dataclass
 class RawReadings:
-    """The readings of a raw data set, in the order of their ids, and those already left out."""
+    """The readings of a raw data set, in the order of their ids, and those already left out. `datasets.raw.sources.read_raw`
+    sets the others: the data set's name, the options of its reader, and whether its gaze is made up."""
 
     readings: list[Reading]
     exclusions: list[Exclusion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    source: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    simulated: bool = False
 
     @property
     def n_found(self) -> int:

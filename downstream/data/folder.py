@@ -11,7 +11,7 @@ from functools import cached_property
 from glob import glob
 from pathlib import Path, PurePosixPath
 
-from datasets.files_by_id import FileIndex
+from datasets.files_by_id import files_below
 from util.errors import UserError
 
 # In the order of preference if an image has several files: an 8-bit picture is read faster.
@@ -29,7 +29,7 @@ class Folder:
     @cached_property
     def files(self) -> list[str]:
         """Every file below, as a path from the root, parts separated by "/"."""
-        return sorted(FileIndex(self.root, but="prepare.json").files())
+        return sorted(files_below(self.root, but="prepare.json"))
 
     def table(self, *patterns: str, needed: bool = True) -> Path | None:
         """The file whose name fits the first of the patterns that any file fits, letter case and ".gz" aside: one in the root

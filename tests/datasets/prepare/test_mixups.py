@@ -16,7 +16,7 @@ from datasets.analysis.measure import analyze
 from datasets.phantom.gaze_study import make_study
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.pixels import make_image
-from datasets.prepare.readings import detect_source, prepare
+from datasets.prepare.readings import prepare
 from gaze.fill import Predictor, fill_tree
 from util.errors import UserError
 from util.images import read_gray, write_gray
@@ -153,14 +153,14 @@ def test_letter_case_is_no_absence(root, where):
 def test_one_of_several_versions_of_the_gaze_is_not_chosen(root, tmp_path):
     for name in ("1.0.0", "1.0.1"):
         shutil.copytree(root / "reflacx", tmp_path / "versions" / name)
-    with pytest.raises(UserError, match="in 2 of its directories, 1.0.0 and 1.0.1"):
+    with pytest.raises(UserError, match="holds 1.0.0/main_data/.* and 1.0.1/main_data/.*; give the root of one"):
         prepare(tmp_path / "versions", root / "mimic", root / "out")
     shutil.rmtree(tmp_path / "versions/1.0.1")
     make_egd(tmp_path / "other", n_images=1, size=(20, 20))
     egd = next((tmp_path / "other").rglob("master_sheet.csv")).parent
     shutil.copytree(egd, tmp_path / "versions/egd")
-    with pytest.raises(UserError, match="holds reflacx and egd"):
-        detect_source(tmp_path / "versions")
+    with pytest.raises(UserError, match="holds 1.0.0/main_data/.* and egd/master_sheet.csv"):
+        prepare(tmp_path / "versions", root / "mimic", root / "out")
 
 
 def test_a_trees_own_maps_are_no_heatmaps(root):

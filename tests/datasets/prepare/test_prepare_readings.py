@@ -18,11 +18,12 @@ from trees import contents
 from datasets.fixations import fixation_heatmap, heatmap_to_uint8
 from datasets.phantom.gaze_study import make_study
 from datasets.prepare.pixels import count_significant
-from datasets.prepare.readings import SOURCES, prepare
+from datasets.prepare.readings import prepare
 from datasets.raw.mimic_cxr import find_images
 from datasets.raw.read_egd import read_egd
 from datasets.raw.read_reflacx import read_reflacx
 from datasets.raw.readings import Fixations, RawReadings, Reading
+from datasets.raw.sources import SOURCES
 from scripts.prepare_reflacx import main
 from util.errors import UserError
 from util.images import read_gray
@@ -197,9 +198,9 @@ def test_each_planted_fault_is_found_and_the_rest_is_made(tmp_path, capsys):
 
 def test_one_pixel_of_difference_is_tolerated_two_are_not(mixed):
     reading = read_reflacx(mixed.raw).readings[0]
-    assert reading.original_size((200, 161)) == (200, 160)
+    reading.check_copy((200, 161))
     with pytest.raises(UserError, match="is 162 x 200 px, the readings were made on 160 x 200"):
-        reading.original_size((200, 162))
+        reading.check_copy((200, 162))
 
 
 def test_unusable_arguments(mixed, tmp_path):
@@ -318,7 +319,7 @@ def test_scaled_copies_of_the_images_have_the_same_maps_and_cropped_ones_are_fau
 class LeftEyeReading(Reading):
     """Of a data set made up here: one fixation in the middle of the image's left half."""
 
-    def load_fixations(self, *, screen_filter=False):
+    def load_fixations(self):
         height, width = self.image_size
         box = {"xmin": 0, "ymin": 0, "xmax": width, "ymax": height}
         gaze = {"x": width / 4, "y": height / 2, "duration": 1, "sigma_x": 9, "sigma_y": 9}
@@ -332,7 +333,7 @@ def read_left_eye(raw):
         study_id="5",
         subject_id="6",
         image_id=image_id,
-        image_size=None,
+        image_size=(200, 160),
         labels={"Nodule": 3},
         split=None,
         phase=None,
@@ -346,8 +347,7 @@ def test_a_third_data_set_needs_one_function(mixed, tmp_path, monkeypatch):
     """What docs/extend.md says: a `Reading`, a reader, a line in SOURCES."""
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "left_eye.txt").write_text(mixed.truth[0].dicom_id)
-    find = lambda raw: raw if (raw / "left_eye.txt").exists() else None  # noqa: E731
-    monkeypatch.setitem(SOURCES, "left_eye", (find, read_left_eye))
+    monkeypatch.setitem(SOURCES, "left_eye", ("left_eye.txt", read_left_eye))
     report = prepare(tmp_path / "raw", mixed.images, tmp_path / "out")
     (entry,) = entries_of(tmp_path / "out")
     attention, _ = maps_of(tmp_path / "out", entry)

@@ -8,10 +8,10 @@ from phantom_egd import make_egd
 
 from datasets.fixations import FIXATION_COLUMNS
 from datasets.phantom.gaze_study import make_study
-from datasets.prepare.readings import detect_source
 from datasets.raw.mimic_cxr import find_images, find_metadata
-from datasets.raw.read_egd import find_egd_root, read_egd
+from datasets.raw.read_egd import read_egd
 from datasets.raw.read_reflacx import read_reflacx
+from datasets.raw.sources import find_raw
 from util.errors import UserError
 from util.tables import check_id
 
@@ -131,7 +131,7 @@ def test_egd_readings(egd):
         assert list(found.table) == list(FIXATION_COLUMNS) and (found.table["sigma_x"] == 12).all()
         np.testing.assert_allclose(found.table[["x", "duration"]], on[["X_ORIGINAL", "FPOGD"]])
     assert found.left_out["off the picture"] > 0
-    assert detect_source(egd.raw) == "egd" and find_egd_root(egd.raw.parent) == egd.raw
+    assert find_raw(egd.raw) == find_raw(egd.raw.parent) == ("egd", egd.raw)
 
 
 def test_egd_needs_the_table_of_sizes(egd):
