@@ -299,23 +299,23 @@ def _texture(size: tuple[int, int], rng: np.random.Generator, grain: float) -> n
 
 def _vessels(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Branching pulmonary vessels, 0..1, [H, W]: from each hilum outward, thinner at every branch."""
-    picture = Image.new("L", size[::-1], 0)
+    picture, unit = Image.new("L", size[::-1]), pixels_per_unit(size)
     pen = ImageDraw.Draw(picture)
-    branches = []
-    for sign in (-1.0, 1.0):
-        for direction in (np.linspace(-1.35, 1.35, 11) + rng.uniform(-0.1, 0.1, 11)).tolist():
-            branches.append((sign * 0.075, -0.025 + 0.03 * direction, sign, direction, 0.010, 0))
-    unit = pixels_per_unit(size)
-    middle_x, middle_y = to_pixels(size, 0.0, 0.0).tolist()
+    branches = [
+        (sign * 0.075, -0.025 + 0.03 * direction, sign, direction, 0.010, 0)
+        for sign in (-1.0, 1.0)
+        for direction in (np.linspace(-1.35, 1.35, 11) + rng.uniform(-0.1, 0.1, 11)).tolist()
+    ]
     while branches:
         x, y, sign, direction, thick, depth = branches.pop()
-        line = [(middle_x + unit * x, middle_y + unit * y)]
+        line = [(x, y)]
         for bend in rng.uniform(-0.16, 0.16, 5 if depth < 4 else 3).tolist():
             direction += bend
             x, y = x + sign * 0.013 * math.cos(direction), y + 0.013 * math.sin(direction)
-            line.append((middle_x + unit * x, middle_y + unit * y))
+            line.append((x, y))
+        points = to_pixels(size, *np.transpose(line)).T.ravel().tolist()
         shade = int(255 * min(1.0, 0.10 + 75 * thick))
-        pen.line(line, fill=shade, width=max(1, round(thick * unit)), joint="curve")
+        pen.line(points, fill=shade, width=max(1, round(thick * unit)), joint="curve")
         if depth < 5 and abs(x) < 0.34:
             up, down = rng.uniform(0.2, 0.55, 2).tolist()
             branches.append((x, y, sign, direction - up, thick * 0.74, depth + 1))

@@ -9,25 +9,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from datasets.fixations import RECTANGLE
 from datasets.phantom.chest import CHEST, pixel_box
 from datasets.phantom.gaze import simulate_fixations
 from datasets.phantom.study import PhantomImage, PhantomStudy, draw_chests, fixed_number, write_csv, write_image
-from datasets.raw.findings import LABELS
+from datasets.raw.findings import COMMON_FINDING, LABELS
 
-_COMMON = {
+LABEL_OF_KIND = {  # of phase 1; the later phases have its common finding
+    "nodule": "Nodule",
+    "mass": "Mass",
     "consolidation": "Consolidation",
+    "effusion": "Pleural effusion",
     "pneumothorax": "Pneumothorax",
-    "atelectasis": "Atelectasis",
     "cardiomegaly": "Enlarged cardiac silhouette",
-}
-_LATER = {**_COMMON, **dict.fromkeys(("nodule", "mass"), "Lung nodule or mass"), "effusion": "Pleural abnormality"}
-LABEL_OF_KIND = {
-    1: {**_COMMON, "nodule": "Nodule", "mass": "Mass", "effusion": "Pleural effusion"},
-    2: _LATER,
-    3: _LATER,
+    "atelectasis": "Atelectasis",
 }
 METADATA = "id split eye_tracking_data_discarded image dicom_id subject_id image_size_x image_size_y".split()
-BOX = ["xmin", "ymin", "xmax", "ymax"]
 
 
 def make_study(
@@ -61,19 +58,28 @@ def make_study(
     for image, gray, _ in draw_chests(study, n_images, size, 0, **options):
         index = image.index
         write_image(image, gray, inverted=index % 4 == 3)
+        path = image.path.relative_to(study.images).with_suffix(".dcm").as_posix()
         for reader in range(readers if index < shared else 1):
             phase = 1 + (index + reader) % 2 if index < shared else 3
             rng = np.random.default_rng([seed, index, 2, reader])
             group, number = len(rows[phase]) // 100, fixed_number(seed, index, reader)
             while (reading_id := f"P{phase}{group:02d}R{number % 1_000_000:06d}") in rows[phase]:
                 number += 1
-            row = write_reading(study, image, reading_id, phase, rng, dwell_ratio)
-            row["eye_tracking_data_discarded"] = index == 0 and shared > 0 and reader == readers - 1
-            rows[phase][reading_id] = row
+            image.reading_ids.append(reading_id)
+            rows[phase][reading_id] = {
+                "id": reading_id,
+                "split": image.split,
+                "eye_tracking_data_discarded": index == 0 and shared > 0 and reader == readers - 1,
+                "image": f"physionet.org/files/mimic-cxr/2.0.0/{path}",
+                "dicom_id": image.dicom_id,
+                "subject_id": image.subject_id,
+                "image_size_x": size[1],
+                "image_size_y": size[0],
+                **write_reading(study.raw / "main_data" / reading_id, image, phase, rng, dwell_ratio),
+            }
     for phase, found in rows.items():
-        table = pd.DataFrame(
-            found.values(), columns=[*METADATA, *_labels(phase), *(LABELS[phase].keys() - _labels(phase))]
-        )
+        columns = [*METADATA, *_labels(phase), *(LABELS[phase].keys() - _labels(phase))]
+        table = pd.DataFrame(found.values(), columns=columns)
         write_csv(table, study.raw / "main_data" / f"metadata_phase_{phase}.csv")
     study.mark_simulated()
     return study
@@ -84,39 +90,24 @@ def _labels(phase: int) -> list[str]:
 
 
 def write_reading(
-    study: PhantomStudy, image: PhantomImage, reading_id: str, phase: int, rng: np.random.Generator, dwell_ratio: float
-) -> dict:
-    """Write the files of one reading and return its row of the metadata."""
-    image.reading_ids.append(reading_id)
+    directory: Path, image: PhantomImage, phase: int, rng: np.random.Generator, dwell_ratio: float
+) -> dict[str, int | bool]:
+    """Write the files of one reading and return its labels."""
     boxes = [_reader_box(box, image.size, rng) for box in image.boxes]
     certainty = [int(rng.choice((3, 4, 5, 5))) for _ in boxes]
-    labels = [LABEL_OF_KIND[phase][lesion.kind] for lesion in image.lesions]
-
-    directory = study.raw / "main_data" / reading_id
+    found = [LABEL_OF_KIND[lesion.kind] for lesion in image.lesions]
+    if phase > 1:
+        found = [COMMON_FINDING[label] for label in found]
     write_csv(simulate_fixations(image.size, boxes, rng, dwell_ratio=dwell_ratio), directory / "fixations.csv")
-    ellipses = pd.DataFrame(boxes, columns=BOX, dtype=float).round(2)
+    ellipses = pd.DataFrame(boxes, columns=RECTANGLE, dtype=float).round(2)
     ellipses["certainty"] = pd.Series(certainty, dtype=int)
     for label in _labels(phase):
-        ellipses[label] = [label == own for own in labels]
+        ellipses[label] = [label == own for own in found]
     write_csv(ellipses, directory / "anomaly_location_ellipses.csv")
     chest = _reader_box(pixel_box(image.size, CHEST), image.size, rng, 0.01)
-    write_csv(pd.DataFrame([chest], columns=BOX).round(2), directory / "chest_bounding_box.csv")
-
-    path = image.path.relative_to(study.images).with_suffix(".dcm").as_posix()
-    row = {
-        "id": reading_id,
-        "split": image.split,
-        "eye_tracking_data_discarded": False,
-        "image": f"physionet.org/files/mimic-cxr/2.0.0/{path}",
-        "dicom_id": image.dicom_id,
-        "subject_id": image.subject_id,
-        "image_size_x": image.size[1],
-        "image_size_y": image.size[0],
-    }
-    row |= {label: 0 if LABELS[phase][label] == "certainty" else False for label in _labels(phase)}
-    for label, sure in zip(labels, certainty):
-        row[label] = max(row[label], sure)
-    return row
+    write_csv(pd.DataFrame([chest], columns=RECTANGLE).round(2), directory / "chest_bounding_box.csv")
+    sure = dict(sorted(zip(found, certainty)))  # the highest of each
+    return {label: LABELS[phase][label] == "certainty" and sure.get(label, 0) for label in _labels(phase)}
 
 
 def _reader_box(

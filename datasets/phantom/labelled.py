@@ -79,7 +79,7 @@ def make_nih(
     study = labelled_study(Path(root, "nih"), seed)
     files = {"Data_Entry_2017.csv": [NIH_HEADER], "train_val_list.txt": [], "test_list.txt": []}
     seen = Counter()
-    for image, gray, _ in draw_chests(study, n_images, size, STREAM, image_format="png", **options):
+    for image, gray, _ in draw_chests(study, n_images, size, STREAM, **options):
         # The subjects of `draw_chests`, counted from 1; a second study follows its first.
         follow_up = int(image.index % 6 == 5)
         patient = image.index + 1 - follow_up

@@ -17,7 +17,7 @@ from PIL import Image
 from datasets.phantom.chest import LESION_KINDS, Lesion, draw_lesion, pixel_box, render_chest
 from datasets.raw.readings import SIMULATED_FILE
 
-SUFFIXES = {"jpg": (".jpg",), "dcm": (".dcm",), "mixed": (".jpg", ".dcm"), "png": (".png",)}
+SUFFIXES = {"jpg": (".jpg",), "dcm": (".dcm",), "mixed": (".jpg", ".dcm")}
 
 
 @dataclass
@@ -132,10 +132,8 @@ def _write_dicom(image: PhantomImage, gray: np.ndarray, inverted: bool) -> None:
     data.ImageComments = "Made-up chest, not a patient"
     data.WindowCenter, data.WindowWidth = 2048, 4096
     stored = (gray.astype(np.uint32) * 4095 // 255).astype(np.uint16)  # 16 bits would overflow
-    if inverted:
-        data.set_pixel_data(4095 - stored, "MONOCHROME1", 12, generate_instance_uid=False)
-    else:
-        data.set_pixel_data(stored, "MONOCHROME2", 12, generate_instance_uid=False)
+    kind, pixels = ("MONOCHROME1", 4095 - stored) if inverted else ("MONOCHROME2", stored)
+    data.set_pixel_data(pixels, kind, 12, generate_instance_uid=False)
     data.save_as(image.path, enforce_file_format=True)
 
 
