@@ -17,7 +17,7 @@ A tree may have two layers, each with its own options, record and index: `prepar
     <layer>.json        the record: options, counts, what was left out
     tables, the index   the index comes last: a tree that has it is whole
     .making/<layer>-<digest of the options>/    while a run is at work: `tree/` (what it has made), `units` (a line for
-                        each unit in it, written after the unit's files), and `moves` and `commit`, once everything is there
+                        each unit in it, written after the unit's files), and `commit`, once everything is there
 
 Until `commit` exists the tree is what it was. From then on the next run, whichever it is, first finishes moving.
 """
@@ -32,7 +32,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -181,7 +180,11 @@ class TreeMaking:
                 f"{self.out}: not one entry is left for the tree, of {report.counts}{first_of(report.exclusions)}"
             )
         records = {layer: there for layer in self._layers if (there := read_record(self.out, layer))}
-        gone = self._gone(records) - {*root}
+        old, now = {line for lines in self._old.values() for line in lines.values()}, {*self._now.values()}
+        gone = files_of(old - now) - files_of(now - old)
+        for layer, there in records.items() if self.overwrite else ():
+            gone |= {f"{layer}.origins", f"{layer}.json", *there["root_files"]}
+        gone -= {*root}
         if gone and not self.overwrite:
             raise UserError(
                 f"{self.out}: the finished tree would lose {len(gone)} of its files, as their sources are missing, can't "
@@ -203,15 +206,13 @@ class TreeMaking:
         for name, each in {**tables, record: record_lines, self.index: ["[", lines, "]"]}.items():
             write_lines(self.staging / name, each)
 
-        names = (name for key in self._staged for name in read_line(self._now[key])[2])
-        moves = self._folder / "moves"
-        write_lines(moves, (json.dumps(name) for name in names if self._differs(name)))
-        last, remove = [name for name in root if self._differs(name)], sorted(gone)
-        if gone or os.path.getsize(moves) or {*last} - {record}:  # the record alone is nothing that others are made of
+        staged = files_of(self._now[key] for key in self._staged)
+        moves, remove = [name for name in (*sorted(staged), *root) if self._differs(name)], sorted(gone)
+        if gone or {*moves} - {record}:  # the record alone is nothing that others are made of
             remove = [*(there["root_files"][0] for there in records.values()), *remove]
-            last.append(self.index)
-        if last:
-            write_lines(self._folder / "commit", [json.dumps({"remove": remove, "last": last})])
+            moves.append(self.index)
+        if moves:
+            write_lines(self._folder / "commit", [json.dumps({"remove": remove, "moves": moves})])
             finish_commit(self.out, self._folder)
         for folder in self.out.glob(f"{STAGING}/{self.layer}-*"):
             shutil.rmtree(folder)
@@ -223,17 +224,6 @@ class TreeMaking:
         """Whether the tree has a file otherwise than it is staged, or not at all."""
         there = self.out / name
         return not (there.is_file() and filecmp.cmp(self.staging / name, there, shallow=False))
-
-    def _gone(self, records: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Files of the old tree that no unit has any more; with `overwrite` all that lie at its root, too."""
-        gone: set[str] = set()
-        for lines in self._old.values():
-            gone.update(*(read_line(line)[2] for key, line in lines.items() if self._now.get(key) != line))
-        for line in self._now.values() if gone else ():
-            gone.difference_update(read_line(line)[2])
-        for layer, there in records.items() if self.overwrite else ():
-            gone |= {f"{layer}.origins", f"{layer}.json", *there["root_files"]}
-        return gone
 
 
 def versions() -> dict[str, str]:
@@ -274,6 +264,10 @@ def read_line(line: str) -> tuple[str, str, dict[str, int], Any]:
     return key, origin, {name.replace("*", key): size for name, size in files.items()}, note
 
 
+def files_of(lines: Iterable[str]) -> set[str]:
+    return {name for line in lines for name in read_line(line)[2]}
+
+
 def refuse_foreign(root: Path) -> None:
     """UserError unless `root` is a tree of ours, or nothing."""
     if read_record(root) or not root.exists() or any(root.glob(f"{STAGING}/*/commit")):
@@ -287,16 +281,15 @@ def refuse_foreign(root: Path) -> None:
 def finish_commit(root: Path, folder: Path) -> None:
     """Move what is staged in `folder` into the tree. May be cut off and called again at any moment."""
     todo, staged = json.loads((folder / "commit").read_text(encoding="utf-8")), folder / "tree"
-    if (staged / todo["last"][-1]).exists():  # the index: until the new one is there the old one must not be
+    if (staged / todo["moves"][-1]).exists():  # the index: until the new one is there the old one must not be
         for name in todo["remove"]:
             (root / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty
                 os.removedirs((root / name).parent)
-    with open(folder / "moves", encoding="utf-8") as moves:
-        for name in chain(map(json.loads, moves), todo["last"]):
-            if (staged / name).exists():
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(staged / name, root / name)
+    for name in todo["moves"]:
+        if (staged / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(staged / name, root / name)
     (folder / "commit").unlink()
     shutil.rmtree(folder)
 
