@@ -26,12 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.plane import Plane, open_plane
-from datasets.transforms import Box, crop_resize_flip, full_scale_foreground, grid_size
-from datasets.tree import GazeTree
-from util.images import read_gray, read_map
-
-PLANES = ("gray", "attention", "foreground")  # in the order of datasets.tree.EntryFiles
+from datasets.plane import open_plane
+from datasets.transforms import Box, crop_resize_flip, grid_size
+from datasets.tree import GazeTree, read_plane
 
 
 def add_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> None:
@@ -46,25 +43,18 @@ def add_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> Non
     Raises:
         UserError: a missing or damaged original, a damaged cache, no place to write, disk full.
     """
-    tree.cache = [cached_plane(tree, role, cache_dir) for role in range(tree.n_planes)]
-
-
-def cached_plane(
-    tree: GazeTree, role: int, cache_dir: str | os.PathLike | None = None, *, build: bool = True
-) -> Plane | None:
-    """One of the planes of a tree, by its place in `EntryFiles`; see `open_plane`."""
     kind = Path(tree.index_file).stem
     place = hashlib.sha256(os.fsencode(tree.root.resolve())).hexdigest()[:8]
     directory = Path(cache_dir, f"{kind}-{place}") if cache_dir else tree.root / ".cache" / kind
-    files = [tree.entry_files(entry)[role] for entry in tree.entries]
-    picture = partial(_picture, PLANES[role], tree.cache_size)
-    return open_plane(directory, f"{PLANES[role]}-{tree.cache_size}", files, picture, root=tree.root, build=build)
+    planes = []
+    for role, files in zip(tree.roles, zip(*map(tree.entry_files, tree.entries))):
+        name = f"{role.replace('image', 'gray')}-{tree.cache_size}"
+        planes.append(open_plane(directory, name, files, partial(_picture, role, tree.cache_size), root=tree.root))
+    tree.cache = planes
 
 
-def _picture(name: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """A file of plane `name` (0/1 of foregrounds becomes 0/255) at short side `cache_size`, and its native size."""
-    native = read_gray(file) if name == "gray" else read_map(file)
-    if name == "foreground":
-        native = full_scale_foreground(native)
+def _picture(role: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """An entry's file at short side `cache_size`, see `read_plane`, and its native size."""
+    native = read_plane(role, file)
     size = grid_size(*native.shape, cache_size)
     return crop_resize_flip([native], Box(0, 0, *native.shape), size)[0].numpy(), native.shape

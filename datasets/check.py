@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from datasets.build import DataPath, detect_trees
-from datasets.cache import cached_plane
 from datasets.plane import in_threads
-from datasets.tree import EntryFiles, GazeTree, check_same_size, read_index
+from datasets.tree import EntryFiles, GazeTree, check_same_size, read_index, read_plane
 from util.errors import UserError
-from util.images import read_gray, read_map
 
 ALL_EQUAL = {
     "image": "all pixels are equal",
@@ -23,7 +20,7 @@ ALL_EQUAL = {
 
 
 class Problem(NamedTuple):
-    """One finding: severity is "error", "warning" or, where all is well, "note"; the message begins with the file."""
+    """One finding: severity is "error" or "warning"; the message begins with the file."""
 
     severity: str
     message: str
@@ -32,29 +29,14 @@ class Problem(NamedTuple):
         return f"{self.severity}: {self.message}"
 
 
-def check_data(
-    data_path: DataPath,
-    *,
-    preload: bool = False,
-    use_cache: bool = False,
-    cache_dir: str | os.PathLike | None = None,
-    cache_size: int = 512,
-) -> list[Problem]:
-    """Read every file of the trees and return every bad entry, or those of the index alone where it has some.
-
-    With `use_cache` the planes of the cache that `build_dataset` would use with these settings are read too if no file is
-    bad: a note for each that is whole, an error for a damaged one. Raises UserError for an unreadable index.
-    """
+def check_data(data_path: DataPath, *, preload: bool = False) -> list[Problem]:
+    """Read every file of the trees and return every bad entry, or those of the index alone where it has some. Raises
+    UserError for an unreadable index."""
     found = []
     for tree_type, root in detect_trees(data_path):
         index = root / tree_type.index_file
         problems = [Problem("error", f"{index}: {problem}") for problem in tree_type.entry_problems(read_index(index))]
-        if not problems:
-            tree = tree_type(root, preload=preload, cache_size=cache_size)
-            problems = check_files(tree)
-            if use_cache and not any(problem.severity == "error" for problem in problems):
-                problems += check_cache(tree, cache_dir)
-        found += problems
+        found += problems or check_files(tree_type(root, preload=preload))
     return found
 
 
@@ -64,7 +46,7 @@ def check_files(tree: GazeTree) -> list[Problem]:
     A tree may do without a directory of foregrounds unless it was made with `preload`; where it has one, it should be
     whole.
     """
-    roles = EntryFiles._fields[: 3 if (tree.root / "foreground").is_dir() else tree.n_planes]
+    roles = EntryFiles._fields if (tree.root / "foreground").is_dir() else tree.roles
     found = in_threads(partial(_check_entry, tree, roles), range(len(tree)))
     return [problem for own in tqdm(found, "checking files", len(tree), disable=None) for problem in own]
 
@@ -75,7 +57,7 @@ def _check_entry(tree: GazeTree, roles: tuple[str, ...], index: int) -> list[Pro
     for role, file in zip(roles, files):
         where = f"(entry {index}, {role} of {tree.entries[index]['image_path']})"
         try:
-            plane = read_gray(file) if role == "image" else read_map(file)
+            plane = read_plane(role, file)
             if role == "image":
                 image = plane
             elif image is not None:
@@ -86,19 +68,3 @@ def _check_entry(tree: GazeTree, roles: tuple[str, ...], index: int) -> list[Pro
         if plane.min() == plane.max():
             problems.append(Problem("warning", f"{file}: {ALL_EQUAL[role]} {where}"))
     return problems
-
-
-def check_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> list[Problem]:
-    """Read the planes of a tree's cache that are there, and change nothing."""
-    found = []
-    for role in range(tree.n_planes):
-        try:
-            if (plane := cached_plane(tree, role, cache_dir, build=False)) is not None:
-                for _ in in_threads(plane.__getitem__, range(len(plane.rows))):
-                    pass
-                found.append(
-                    Problem("note", f"{plane.path}: {len(plane.rows)} cached pictures, all as they were written")
-                )
-        except UserError as error:
-            found.append(Problem("error", str(error)))
-    return found

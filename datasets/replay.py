@@ -34,19 +34,12 @@ def training_batch(
     Raises:
         UserError: no such step or rank in this run.
     """
-    batches = TrainBatches(
-        len(dataset),
-        world_size=world_size,
-        rank=rank % world_size,
-        start_epoch=epoch,
-        start_step=step,
-        **{name: args[name] for name in ORDER if name in args},
-    )
+    order = {name: args[name] for name in ORDER if name in args}
+    batches = TrainBatches(len(dataset), world_size=world_size, rank=rank % world_size, **order)
     had = {"rank": (rank, world_size), "epoch": (epoch, batches.epochs), "step": (step, batches.steps_per_epoch)}
     for name, (value, n) in had.items():
         if not 0 <= value < n:
             raise UserError(f"--{name} {value}: the run had {n} {name}s, 0 to {n - 1}")
-    keys = next(iter(batches))
-    batch = default_collate([dataset[key] for key in keys])
-    mask = draw_mask(model, batch, args, (epoch, step, rank), epoch, step)
-    return Shown(batch, mask, [index for _, index in keys])
+    indices = batches.batch(epoch, step)
+    batch = default_collate([dataset[epoch, index] for index in indices])
+    return Shown(batch, draw_mask(model, batch, args, (epoch, step, rank), epoch, step), indices)

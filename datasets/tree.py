@@ -80,7 +80,7 @@ class GazeTree(Dataset):
 
     def __post_init__(self):
         self.root = Path(self.root)
-        self.n_planes = 3 if self.preload else 2  # of an entry's files, in the order of EntryFiles
+        self.roles = EntryFiles._fields[: 3 if self.preload else 2]  # the files of an entry that samples are made of
         self.first_index = 0  # of this tree among several, see ConcatTrees
         self.cache: list[Plane] | None = None  # of gray, attention and, with `preload`, foreground
         self.entries = read_index(self.root / self.index_file)
@@ -145,7 +145,7 @@ class GazeTree(Dataset):
             return b"".join(plane.checksums[list(indices)].tobytes() for plane in self.cache)
         sizes = []
         for index in indices:
-            for file in self.entry_files(self.entries[index])[: self.n_planes]:
+            for file in self.entry_files(self.entries[index])[: len(self.roles)]:
                 with contextlib.suppress(OSError):  # reading the sample reports it
                     sizes.append(os.path.getsize(file))
         return json.dumps(sizes).encode()
@@ -183,9 +183,7 @@ class GazeTree(Dataset):
             planes = [plane[index] for plane in self.cache]
             sizes = [tuple(plane.native_size[index].tolist()) for plane in self.cache]
         else:
-            planes = [read_gray(files.image), read_map(files.attention)]
-            if self.preload:
-                planes.append(full_scale_foreground(read_map(files.foreground)))
+            planes = [*map(read_plane, self.roles, files)]
             sizes = [plane.shape for plane in planes]
         for file, size in zip(files, sizes):
             check_same_size(file, size, files.image, sizes[0])
@@ -239,6 +237,12 @@ def read_index(path: Path) -> list[Any]:
     if not entries or not isinstance(entries, list):
         raise UserError(f"{path}: expected a JSON list of entries, got {json.dumps(entries)[:40]}")
     return entries
+
+
+def read_plane(role: str, file: str | Path) -> np.ndarray:
+    """The file of an entry that `EntryFiles` calls `role`, uint8 [H, W]; a foreground of 0/1 becomes one of 0/255."""
+    plane = read_gray(file) if role == "image" else read_map(file)
+    return full_scale_foreground(plane) if role == "foreground" else plane
 
 
 def check_same_size(file: str | Path, shape: tuple[int, int], image: str | Path, image_shape: tuple[int, int]) -> None:

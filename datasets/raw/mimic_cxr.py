@@ -53,7 +53,7 @@ def find_images(root: Path, hints: Mapping[str, str] | None, *, without: Iterabl
             at_place[image_id] = path
         else:
             others[image_id.casefold()] = image_id
-    found = find_by_id(root, files, lambda stem: others.get(stem.casefold()), SUFFIXES) if others else FoundFiles()
+    found = find_by_id(root, files if others else (), lambda stem: others.get(stem.casefold()), SUFFIXES)
     found.paths |= at_place
     return found
 

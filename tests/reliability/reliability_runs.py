@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 import engine_pretrain
 import run_pretrain
-from datasets import cache
+from datasets import tree
 from util import checkpoint
 from util.errors import run_cli
 from util.images import write_gray
@@ -399,14 +399,14 @@ def together(*faults: Callable[[], None]) -> None:
 
 def pause_in_build() -> None:
     """Wait for a signal in the building of the cache, while a plane is half-written."""
-    original = cache.read_gray
+    original = tree.read_gray
 
     def patched(file):
         print("paused", flush=True)
         time.sleep(3)  # in one of several threads; a signal goes to the main thread, which waits for it
         return original(file)
 
-    cache.read_gray = patched
+    tree.read_gray = patched
 
 
 def dead_output() -> None:
