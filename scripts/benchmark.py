@@ -43,7 +43,7 @@ import run_downstream
 import run_pretrain
 from datasets.build import build_dataset
 from datasets.phantom.gaze_study import make_study
-from datasets.phantom.labelled import make_rsna
+from datasets.phantom.label_study import make_rsna
 from datasets.prepare.mimic import prepare_mimic
 from datasets.prepare.readings import prepare
 from gaze.fill import fill_tree

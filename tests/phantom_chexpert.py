@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.phantom.labelled import STREAM, labelled_study
-from datasets.phantom.study import PhantomStudy, draw_chests, write_csv, write_image
+from datasets.phantom.label_study import STREAM
+from datasets.phantom.study import PhantomStudy, draw_chests, start_study, write_csv, write_image
 from downstream.data.readers import CHEXPERT_FINDINGS as FINDINGS
 
 PREFIX = "CheXpert-v1.0-small"  # which every Path begins with, whatever the directory is called
@@ -30,7 +30,8 @@ def make_chexpert(root: str | Path, n_images: int, seed: int = 0, *, size: tuple
     Every fifth image is named a lateral one (and looks like the others). As in the real tables valid.csv has
     neither uncertain nor empty cells.
     """
-    study = labelled_study(Path(root, "chexpert"), seed)
+    folder = Path(root, "chexpert")
+    study = start_study(folder, folder, seed, "MADE_UP.txt")
     rows: dict[str, list[dict]] = {"train": [], "valid": []}
     for image, gray, _ in draw_chests(study, n_images, size, STREAM):
         part = "valid" if image.split == "test" else "train"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from datasets.phantom.gaze import simulate_fixations
-from datasets.phantom.study import PhantomStudy, draw_chests, write_csv, write_image
+from datasets.phantom.study import PhantomStudy, draw_chests, start_study, write_csv, write_image
 
 SCREEN = np.array([1080, 1920])  # (height, width), px
 COLUMNS = {
@@ -35,7 +35,7 @@ def make_egd(
     calibration screen whose DICOM_ID is in no master sheet. The pictures stand in the middle of the
     screen, at its full height or width, with padding beside them.
     """
-    study = PhantomStudy(Path(root, "egd-cxr"), Path(root, "mimic"), seed)
+    study = start_study(Path(root, "egd-cxr"), Path(root, "mimic"), seed)
     own = np.array(size)
     corner = np.round((SCREEN - own * (SCREEN / own).min()) / 2).astype(int)  # top, left
     tables = {"master": [], "metadata": [], "fixations": []}
@@ -56,7 +56,6 @@ def make_egd(
     write_csv(files["master"], study.raw / "master_sheet.csv")
     write_csv(files["fixations"], study.raw / "fixations.csv")
     write_csv(files["metadata"], study.images / "mimic-cxr-2.0.0-metadata.csv")
-    study.mark_simulated()
     return study
 
 

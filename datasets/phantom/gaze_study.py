@@ -12,7 +12,15 @@ import pandas as pd
 from datasets.fixations import RECTANGLE
 from datasets.phantom.chest import CHEST, pixel_box
 from datasets.phantom.gaze import simulate_fixations
-from datasets.phantom.study import PhantomImage, PhantomStudy, draw_chests, fixed_number, write_csv, write_image
+from datasets.phantom.study import (
+    PhantomImage,
+    PhantomStudy,
+    draw_chests,
+    fixed_number,
+    start_study,
+    write_csv,
+    write_image,
+)
 from datasets.raw.findings import COMMON_FINDING, LABELS
 
 LABEL_OF_KIND = {  # of phase 1; the later phases have its common finding
@@ -53,7 +61,7 @@ def make_study(
         ValueError: a dwell_ratio that no gaze can have on lesions of that size.
     """
     shared = n_images // 4 if shared_images is None else shared_images
-    study = PhantomStudy(Path(root, "reflacx"), Path(root, "mimic"), seed)
+    study = start_study(Path(root, "reflacx"), Path(root, "mimic"), seed)
     rows: dict[int, dict[str, dict]] = {1: {}, 2: {}, 3: {}}  # of a phase, by their reading
     for image, gray, _ in draw_chests(study, n_images, size, 0, **options):
         index = image.index
@@ -81,7 +89,6 @@ def make_study(
         columns = [*METADATA, *_labels(phase), *(LABELS[phase].keys() - _labels(phase))]
         table = pd.DataFrame(found.values(), columns=columns)
         write_csv(table, study.raw / "main_data" / f"metadata_phase_{phase}.csv")
-    study.mark_simulated()
     return study
 
 

@@ -17,6 +17,11 @@ from PIL import Image
 from datasets.phantom.chest import LESION_KINDS, Lesion, draw_lesion, pixel_box, render_chest
 from datasets.raw.readings import SIMULATED_FILE
 
+# What the file of each name says in the folder of a study.
+MARKS = {
+    SIMULATED_FILE: "Simulated gaze: made up by scripts/make_phantom.py, no radiologist looked at these images.\n",
+    "MADE_UP.txt": "Made-up chests, drawn by scripts/make_phantom.py: no result on them says anything of medicine.\n",
+}
 SUFFIXES = {"jpg": (".jpg",), "dcm": (".dcm",), "mixed": (".jpg", ".dcm")}
 
 
@@ -50,10 +55,12 @@ class PhantomStudy:
     seed: int
     truth: list[PhantomImage] = field(default_factory=list)
 
-    def mark_simulated(self) -> None:
-        """Leave the mark by which preparation and pictures know that nobody looked at these images."""
-        text = "Simulated gaze: made up by scripts/make_phantom.py, no radiologist looked at these images.\n"
-        (self.raw / SIMULATED_FILE).write_text(text, encoding="utf-8")
+
+def start_study(raw: Path, images: Path, seed: int, mark: str = SIMULATED_FILE) -> PhantomStudy:
+    """An empty study, with the file by which preparation, pictures and people know that it is made up."""
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / mark).write_text(MARKS[mark], encoding="utf-8")
+    return PhantomStudy(raw, images, seed)
 
 
 def draw_chests(

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import downstream.driver
-from datasets.phantom.labelled import make_rsna
+from datasets.phantom.label_study import make_rsna
 from downstream.evaluate import read_tuned
 from downstream.main import main
 from util.errors import UserError

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from phantom_chexpert import make_chexpert
 from reliability_runs import processes_with, wait_until_gone
 from test_launchers import ROOT, Launched
 
@@ -37,8 +38,8 @@ SETTINGS = {
     "PYTHONUNBUFFERED": "1",
 }
 STEPS = (
-    "prepare prepare_mimic check rsna-linear-check nih-linear-check gaze predict pretrain export "
-    "rsna-linear nih-linear table pictures"
+    "prepare prepare_mimic check rsna-linear-check chexpert-linear-check gaze predict pretrain export "
+    "rsna-linear chexpert-linear table pictures"
 ).split()
 # For the user, and the same whenever it is made.
 KEPT = ("*.csv", "*.md", "*.png")
@@ -55,10 +56,16 @@ def data(tmp_path_factory):
             "",
             "--n_images 48 --height 64 --width 56 --seed 2 --layout rsna --lesion_kinds consolidation --normal_fraction 0.5",
         ),
-        ("", "--n_images 56 --height 64 --width 56 --layout nih"),
     ):
         make_phantom.main(["--out", str(root / folder), *words.split()])
-    places = {"REFLACX": "reflacx", "IMAGES": "mimic", "MORE_IMAGES": "more/mimic", "RSNA": "rsna", "NIH": "nih"}
+    make_chexpert(root, 56, size=(64, 56))
+    places = {
+        "REFLACX": "reflacx",
+        "IMAGES": "mimic",
+        "MORE_IMAGES": "more/mimic",
+        "RSNA": "rsna",
+        "CHEXPERT": "chexpert",
+    }
     return {name: str(root / place) for name, place in places.items()}
 
 
