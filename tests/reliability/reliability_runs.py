@@ -254,14 +254,6 @@ def signal_at_call(module: str, name: str, number: int, signum: int) -> None:
     setattr(place, name, patched)
 
 
-def kill_once_then_pause(rank: int, kill_epoch: int, pause_epoch: int) -> None:
-    """For torchrun: kill -9 of one rank in an epoch; after the restart, wait in a later one for a signal."""
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
-        pause_at(pause_epoch, 2)
-    elif int(os.environ["RANK"]) == rank:
-        signal_at(kill_epoch, 3, signal.SIGKILL)
-
-
 def pause_at(epoch: int, step: int) -> None:
     """Wait for a signal before a step."""
 

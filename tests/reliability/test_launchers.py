@@ -45,47 +45,20 @@ class Launched:
         return status
 
 
-def torchrun(fault: list[str], argv: list[str], log: Path, *options: str) -> Launched:
-    return Launched(
-        [
-            sys.executable,
-            str(ROOT / "scripts/launch.py"),
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            *options,
-            reliability_runs.__file__,
-            *fault,
-            "--",
-            *argv,
-        ],
-        log,
-    )
-
-
-def test_torchrun_restarts_after_a_killed_rank_and_passes_sigterm_on(flags, undisturbed, tmp_path):
+def test_torchrun_passes_sigterm_on_and_waits(flags, undisturbed, tmp_path):
     out = tmp_path / "out"
     argv = flags(out, *ONE_EACH, "--num_workers", "1")
-    fault = ["kill_once_then_pause", "1", "0", "2"]
-    launched = torchrun(fault, argv, tmp_path / "log", "--max-restarts", "1")
+    program = [reliability_runs.__file__, "pause_at", "1", "2", "--", *argv]
+    launcher = [sys.executable, str(ROOT / "scripts/launch.py"), "--standalone", "--nproc_per_node", "2"]
+    launched = Launched([*launcher, *program], tmp_path / "log")
     launched.until("paused", count=2)
-    assert (out / "checkpoint-1.pth").exists()
     launched.process.terminate()
-    assert launched.wait() != 0
+    assert launched.wait() == 143, launched.log.read_text()
     assert launched.log.read_text().count("SIGTERM: saving a checkpoint") >= 2
-    assert (out / "checkpoint-2-step3.pth").exists(), launched.log.read_text()
+    assert (out / "checkpoint-1-step3.pth").exists(), launched.log.read_text()
     statuses, outputs = run_ranks(flags(out, *ONE_EACH), tmp_path / "last")
     assert statuses == [0, 0], "\n".join(outputs)
     assert_same_run(out, undisturbed(*ONE_EACH, ranks=2))
-
-
-def test_a_mistake_is_told_without_the_launchers_traceback(tmp_path):
-    job = Launched(
-        ["bash", str(ROOT / "scripts/pretrain.sh"), "--epochs", "0"], tmp_path / "log", GPUS="2", PYTHON=sys.executable
-    )
-    assert job.wait() == 1
-    lines = job.log.read_text().splitlines()
-    assert "error: --epochs 0: must be at least 1" in lines and len(lines) < 6, lines
 
 
 SRUN = """#!/usr/bin/env bash
@@ -101,11 +74,15 @@ exit "$status"
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == requeue ]]; then echo "requeued $2"; else echo localhost; fi
 """
-# Stands for Python: runs this program in run_pretrain.py's place, under the real launcher.
+# Stand for Python: one runs a program in run_pretrain.py's place, under the real launcher; one is done at once.
 STAND_IN = """#!/usr/bin/env bash
 exec {python} "${{@/run_pretrain.py/{program}}}"
 """
-PROGRAM = """
+SHOW_FLAGS = """#!/usr/bin/env bash
+while [[ $1 != run_pretrain.py ]]; do shift; done
+echo flags "${@:2}"
+"""
+TRAIN = """
 import os, signal, sys, time
 def save(*_):
     time.sleep({save_seconds})
@@ -114,14 +91,14 @@ def save(*_):
 for signum in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(signum, save)
 print("flags", *sys.argv[1:], flush=True)
-time.sleep({seconds})
+time.sleep(60)
 """
 
 
-def program(folder: Path, seconds: float, save_seconds: float = 0.0) -> str:
-    """A path in place of Python's, under which two ranks train and save for so long."""
+def stand_in(folder: Path, program: str) -> str:
+    """A path in place of Python's, which runs `program` for run_pretrain.py."""
     path = folder / "program.py"
-    path.write_text(PROGRAM.format(seconds=seconds, save_seconds=save_seconds))
+    path.write_text(program)
     return str(executable(folder / "python", STAND_IN.format(python=sys.executable, program=path)))
 
 
@@ -151,8 +128,18 @@ def given_flags(job: Launched):
     return run_pretrain.get_args_parser().parse_args(given)
 
 
+def test_a_mistake_is_told_without_the_launchers_traceback(tmp_path):
+    python = stand_in(tmp_path, "raise SystemExit('error: --epochs 0')")
+    job = Launched(["bash", str(ROOT / "scripts/pretrain.sh")], tmp_path / "log", GPUS="2", PYTHON=python)
+    assert job.wait() == 1
+    lines = job.log.read_text().splitlines()
+    assert "error: --epochs 0" in lines and len(lines) < 6, lines
+
+
 def test_slurm_script_saves_before_the_limit_and_requeues(tmp_path):
-    job = slurm(tmp_path, "--epochs", "7", python=program(tmp_path, 60), SLURM_ARRAY_TASK_ID="3")
+    job = slurm(
+        tmp_path, "--epochs", "7", python=stand_in(tmp_path, TRAIN.format(save_seconds=0)), SLURM_ARRAY_TASK_ID="3"
+    )
     job.until("flags", count=2)
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 75  # as the program has it
@@ -165,7 +152,7 @@ def test_slurm_script_saves_before_the_limit_and_requeues(tmp_path):
 @pytest.mark.parametrize("whole_job", [False, True], ids=["shell", "job"])
 def test_slurm_script_waits_for_its_ranks_to_save_at_sigterm(tmp_path, whole_job):
     """As scancel and a preemption send it: to all of the job, or by hand to the script alone."""
-    job = slurm(tmp_path, python=program(tmp_path, 60, save_seconds=1.5))
+    job = slurm(tmp_path, python=stand_in(tmp_path, TRAIN.format(save_seconds=1.5)))
     job.until("flags", count=2)
     for pid in processes_with(job.token) if whole_job else [job.process.pid]:
         os.kill(pid, signal.SIGTERM)
@@ -186,7 +173,7 @@ def test_slurm_script_waits_for_its_ranks_to_save_at_sigterm(tmp_path, whole_job
 )
 def test_slurm_script_gives_each_task_of_an_array_a_run_of_its_own(tmp_path, flags, array, output_dir, seed):
     env = {} if array is None else {"SLURM_ARRAY_TASK_ID": array}
-    job = slurm(tmp_path, *flags, "--epochs", "7", python=program(tmp_path, 0), **env)
+    job = slurm(tmp_path, *flags, "--epochs", "7", python=str(executable(tmp_path / "python", SHOW_FLAGS)), **env)
     assert job.wait(60) == 0
     args = given_flags(job)
     assert (args.output_dir, args.seed, args.epochs) == (output_dir, seed, 7)
