@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from gaze.metrics import TITLES, density, gaze_patches
-from util.figures import fit_lines, set_title
+from util.figures import fit_lines, set_title, show_panels
 from util.pictures import enlarge, gaze_overlay
 
 PATCH = 16  # px
@@ -63,12 +63,8 @@ def examples_figure(lines: Sequence[Sequence[tuple[str, np.ndarray]]], *, title:
     """A line of panels for each `example`, under a title that says of which model and images."""
     columns = max(map(len, lines))
     figure = Figure((1.75 * columns, 2.05 * len(lines) + 0.7), layout="constrained")
-    for row, line in zip(figure.subplots(len(lines), columns, squeeze=False), lines):
-        for axes in row:
-            axes.set_axis_off()
-        for axes, (heading, picture) in zip(row, line):
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title("\n".join(fit_lines(heading, 1.75, 7)), fontsize=7, pad=2)
+    fitted = [[("\n".join(fit_lines(heading, 1.75, 7)), picture) for heading, picture in line] for line in lines]
+    show_panels(figure, fitted, points=7, pad=2, interpolation="nearest")
     text = f"{title}. Gaze: brighter where longer. Significant: at least half of the patch is gaze foreground (Otsu)."
     set_title(figure, text, 8)
     handles = [Patch(fc=colour, label=name) for name, colour in SIGNIFICANT.items()]

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,17 @@ PUBLISHED_DEFAULTS = {
     "local_rank": -1,
     "dist_url": "env://",
 }
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """The tiny model with a quarter of its width, so that a checkpoint has 4 MB."""
+    entry = run_pretrain.models_cxrmim.ENCODERS["cxrmim_vit_tiny_patch16"]
+    monkeypatch.setitem(
+        run_pretrain.models_cxrmim.ENCODERS,
+        "cxrmim_vit_tiny_patch16",
+        partial(entry, embed_dim=48, decoder_embed_dim=32),
+    )
 
 
 def train(tree, out, flags=""):
@@ -133,7 +145,7 @@ def test_tensorboard_shows_numbers_and_pictures_on_one_axis(tree, tmp_path):
 def test_starts_from_timm_weights_and_keeps_who_was_seen(tree, tmp_path, capsys):
     """By the run, its initial weights and what it goes on from. No tree is named twice."""
     earlier = subject_marks(["7"], "nih")
-    vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=48, depth=12, num_heads=3)
     metadata = {"num_heads": "3", "seen": json.dumps(earlier)}
     torch.save({"state_dict": vit.state_dict(), "metadata": metadata}, tmp_path / "vit.pth")
     train(tree, tmp_path / "out", f"--pretrained {tmp_path / 'vit.pth'} --lr 1e-12")
