@@ -143,8 +143,11 @@ def read_candidates(
             encoder = read_encoder(path, model, img_size=img_size, num_heads=num_heads)
         candidates.append(Candidate(name, kind, encoder, module))
     files = [c.encoder for kind in ("file", IMAGENET) for c in candidates if c.kind == kind and c.encoder]
-    alike = files[0] if files else replace(_untrained(DEFAULT_MODEL, img_size), scaling=None)
-    return [c if c.encoder or c.module else replace(c, encoder=alike) for c in candidates]
+
+    def alike() -> Encoder:
+        return files[0] if files else replace(_untrained(DEFAULT_MODEL, img_size), scaling=None)
+
+    return [c if c.encoder or c.module else replace(c, encoder=alike()) for c in candidates]
 
 
 def _untrained(timm_model: str, img_size: int | None) -> Encoder:

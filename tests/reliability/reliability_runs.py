@@ -395,7 +395,7 @@ def pause_in_build() -> None:
 
     def patched(file):
         print("paused", flush=True)
-        time.sleep(3)  # in one of several threads; a signal goes to the main thread, which waits for it
+        time.sleep(1)  # in one of several threads; a signal goes to the main thread, which waits for it
         return original(file)
 
     tree.read_gray = patched

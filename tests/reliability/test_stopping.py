@@ -109,7 +109,7 @@ def test_a_stop_while_the_cache_is_built_comes_at_once(flags, tree, tmp_path, si
     os.kill(building.pid, signum)
     began = time.monotonic()
     assert building.wait() == status, building.output
-    assert time.monotonic() - began < 20  # 13 files of 3 s each, less what several threads save
+    assert time.monotonic() - began < 5  # 13 files of 1 s each, by as many threads as there are cores
     assert f"{signum.name}: stopping; there is nothing to save yet" in building.output
     assert "Traceback" not in building.output
     assert not list(copy.rglob(".tmp-*")) and not list(out.glob("*.pth"))
