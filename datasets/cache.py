@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.plane import open_plane
-from datasets.transforms import Box, crop_resize_flip, grid_size
+from datasets.transforms import grid_size, resize_gray
 from datasets.tree import GazeTree, read_plane
 
 
@@ -56,5 +56,4 @@ def add_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> Non
 def _picture(role: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[int, int]]:
     """An entry's file at short side `cache_size`, see `read_plane`, and its native size."""
     native = read_plane(role, file)
-    size = grid_size(*native.shape, cache_size)
-    return crop_resize_flip([native], Box(0, 0, *native.shape), size)[0].numpy(), native.shape
+    return resize_gray(native, grid_size(*native.shape, cache_size)), native.shape

@@ -98,6 +98,11 @@ def crop_resize_flip(planes: Sequence[np.ndarray], box: Box, size: tuple[int, in
     return (resized.flip(-1) if flip else resized).contiguous()
 
 
+def resize_gray(gray: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A whole picture, uint8 [H, W], at (height, width) `size`; see `crop_resize_flip`."""
+    return crop_resize_flip([gray], Box(0, 0, *gray.shape), size)[0].numpy()
+
+
 def full_scale_foreground(foreground: np.ndarray) -> np.ndarray:
     """A stored foreground of 0/1 or 0/255 as 0..255, uint8 [H, W]."""
     return foreground * np.uint8(255) if foreground.max() <= 1 else foreground

@@ -91,10 +91,9 @@ def fill_tree(
             f"--images ... --out {root}` makes one"
         )
     options = {"source": LAYER, "predictor": predictor.digest}
-    making = TreeMaking(root, options, index=Mimic.index_file, layer=LAYER, overwrite=overwrite)
-    with making.running():
+    with TreeMaking(root, options, index=Mimic.index_file, layer=LAYER, overwrite=overwrite).running() as making:
         units = _tree_units(root, _real_readings(real))
-        report = Report(units, {"images": len(units)}, record={"real": [str(path.resolve()) for path in real]})
+        report = Report(units, {"images": len(units)}, record={"real": [path.resolve() for path in real]})
         return _make(making, report, predictor, read_gray, **how)
 
 
@@ -113,10 +112,9 @@ def predict_files(
     if not images.is_dir():
         raise UserError(f"--images {images}: no such directory")
     options = {"source": "predict_gaze", "predictor": predictor.digest, "dicom_contrast": dicom_contrast}
-    making = TreeMaking(out, options, index=LOOSE_INDEX, overwrite=overwrite)
-    with making.running():
+    with TreeMaking(out, options, index=LOOSE_INDEX, overwrite=overwrite).running() as making:
         units = _loose_units(images, out)
-        report = Report(units, {"images": len(units)}, record={"images": str(images)})
+        report = Report(units, {"images": len(units)}, record={"images": images})
         return _make(making, report, predictor, partial(read_radiograph, contrast=dicom_contrast), **how)
 
 

@@ -25,12 +25,13 @@ from skimage.segmentation import mark_boundaries
 from datasets.analysis.figure import ANY, SIZES, analysis_figure
 from datasets.analysis.gaze_density import box_mask, density_ratio, ellipse_mask
 from datasets.fixations import RECTANGLE, fixation_heatmap
-from datasets.prepare.pixels import attention_maps, count_significant, resize_gray, scaled_size
+from datasets.prepare.pixels import attention_maps, count_significant, scaled_size
 from datasets.prepare.readings import reading_gaze
 from datasets.prepare.work import run_tasks
 from datasets.raw.mimic_cxr import find_images
 from datasets.raw.readings import Exclusion, Reading, first_of
 from datasets.raw.sources import read_raw
+from datasets.transforms import resize_gray
 from util.bootstrap import bootstrap_means, interval
 from util.errors import UserError
 from util.figures import save_figure

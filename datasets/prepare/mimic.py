@@ -119,13 +119,11 @@ def prepare_mimic(
     excluded = read_excluded(exclude) if exclude else set()
     digest = f"{len(excluded)} ids ({origin_of(sorted(excluded))})" if exclude else None
     chosen = MimicOptions(views=views, exclude=digest, heatmaps=heatmaps is not None, **options)
-    making = TreeMaking(
-        out, asdict(chosen), index=INDEX if heatmaps else IMAGES_INDEX, overwrite=overwrite, dry_run=dry_run
-    )
-    with making.running():
+    index = INDEX if heatmaps else IMAGES_INDEX
+    with TreeMaking(out, asdict(chosen), index=index, overwrite=overwrite, dry_run=dry_run).running() as making:
         metadata = metadata or find_metadata(images)
-        paths = {"images": images, "heatmaps": heatmaps, "metadata": metadata, "exclude": exclude}
-        report = Report([], {}, record={name: path and str(path) for name, path in paths.items()})
+        record = {"images": images, "heatmaps": heatmaps, "metadata": metadata, "exclude": exclude}
+        report = Report([], {}, record=record)
         maps, without = None, [out]
         if heatmaps is None:
             report.notes.append("images without heatmaps: scripts/predict_gaze.py makes them")

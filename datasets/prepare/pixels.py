@@ -12,7 +12,7 @@ from PIL import Image
 from datasets.fixations import heatmap_to_uint8
 from datasets.prepare.units import Made, Unit
 from datasets.raw.readings import Exclusion
-from datasets.transforms import Box, crop_resize_flip, grid_size
+from datasets.transforms import grid_size, resize_gray
 from util.errors import UserError
 from util.images import write_gray
 from util.masking import otsu_foreground, significant_patches
@@ -57,11 +57,6 @@ def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     """(height, width) with the short side `short_side`, aspect ratio kept; unchanged where that would
     enlarge, and for `short_side` 0."""
     return size if short_side == 0 else grid_size(*size, short_side)
-
-
-def resize_gray(gray: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W] resized to (height, width) `size`, bicubic with antialiasing."""
-    return crop_resize_flip([gray], Box(0, 0, *gray.shape), size)[0].numpy()
 
 
 def attention_maps(heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -77,11 +77,9 @@ def prepare(
     raw, images, out = raw.resolve(), images.resolve(), out.resolve()
     gaze = read_raw(raw, images, sigma=sigma, metadata=metadata and metadata.resolve())
     chosen = Options(gaze.source, sigma=gaze.options.get("sigma"), **options)
-    making = TreeMaking(out, asdict(chosen), index=INDEX, overwrite=overwrite, dry_run=dry_run)
-    with making.running():
+    with TreeMaking(out, asdict(chosen), index=INDEX, overwrite=overwrite, dry_run=dry_run).running() as making:
         readings = gaze.of_split(chosen.split)
-        metadata = gaze.options.get("metadata")
-        record = {"raw": str(raw), "images": str(images), "metadata": metadata and str(metadata)}
+        record = {"raw": raw, "images": images, "metadata": gaze.options.get("metadata")}
         report = Report([], {"readings found": gaze.n_found}, [*gaze.exclusions], gaze.notes, record)
         hints = {reading.image_id: reading.image_path for reading in readings.values()}
         place = find_images(images, hints, without=[out])

@@ -3,12 +3,11 @@
 A finished tree is exactly its sources and options. It consists of units (an image with its maps): a run makes those
 whose origin (a digest of their sources) is not the one in the tree, and keeps the others.
 
-    making = TreeMaking(out, options, index="images.json")
-    with making.running():                                            # lock, finish a cut-off commit, check
-        for unit in making.begin(Report(units, {})):                  # those to make
-            ...                                                       # write files below making.staging
+    with TreeMaking(out, options, index="images.json").running() as making:    # lock, finish a cut-off commit, check
+        for unit in making.begin(Report(units, {})):                           # those to make
+            ...                                                                # write files below making.staging
             making.place(unit, Made(["files/a.jpg"], note))
-        report = making.finish(entries, {})                           # check, then commit
+        report = making.finish(entries, {})                                    # check, then commit
 
 A tree may have two layers, each with its own options, record and index: `prepare` (images, with heatmaps if given) and
 `gaze` (heatmaps predicted from a tree's images). At the tree's root a layer has
@@ -74,8 +73,8 @@ class TreeMaking:
     dry_run: bool = False
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Lock the tree, finish a commit that was cut off, check; then `begin`, `place` each unit and `finish`."""
+    def running(self) -> Iterator[TreeMaking]:
+        """This run: lock the tree, finish a commit that was cut off, check; then `begin`, `place` each unit and `finish`."""
         try:
             refuse_foreign(self.out)
             with contextlib.ExitStack() as stack:
@@ -88,7 +87,7 @@ class TreeMaking:
                         raise UserError(f"{self.out}: a run was cut off at its end; finish it first, without --dry_run")
                     finish_commit(self.out, commit.parent)
                 self._check()
-                yield
+                yield self
         except OSError as error:
             name = error.filename or self.out
             raise UserError(f"{name}: can't be read or written ({error.strerror or error})") from error
@@ -202,7 +201,7 @@ class TreeMaking:
         content = {"options": self.options, "root_files": [self.index, *tables], "origins": digest}
         content |= report.record | {"made_with": self._made_with}
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-        record_lines = [json.dumps(content, indent=1, ensure_ascii=False)]
+        record_lines = [json.dumps(content, indent=1, ensure_ascii=False, default=os.fspath)]
         for name, each in {**tables, record: record_lines, self.index: ["[", lines, "]"]}.items():
             write_lines(self.staging / name, each)
 

@@ -75,7 +75,7 @@ class Report:
         counts: the table of the report, in its order.
         exclusions: what is left out.
         notes: lines below the table.
-        record: what the tree's record has beside these.
+        record: what the tree's record has beside these: JSON, and paths.
     """
 
     units: list[Unit]
