@@ -6,14 +6,14 @@ Samples of a data set, the exact batch of a training step (--epoch and --step), 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from util.cli import Parser, check_device, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import build_model
-from util.figures import check_picture_path, fit_lines, save_figure
+from util.figures import check_picture_path, fit_lines, save_figure, set_title
 from util.masking import MASKINGS
 from util.pictures import (
     MASKED,
@@ -43,13 +43,17 @@ from util.pictures import (
 from util.radiograph import add_dicom_contrast
 from util.weights import WeightsInfo, read_state_dict
 
-# Options whose default is what the checkpoint stores.
-STORED = ("masking", "mask_ratio", "clinical_ratio", "seed", "num_heads")
-
 # Of a large data set, so many images spread over it give the mean of each place.
 REFERENCE_IMAGES = 100
 
 ENLARGED = "#CC79A7"  # purple
+LEGEND = {  # a contact sheet needs the first three
+    "masked": {"fc": MASKED, "alpha": 0.8},
+    "masked, significant (gazed at)": {"fc": SIGNIFICANT, "alpha": 0.8},
+    "visible, significant": {"fc": "none", "ec": SIGNIFICANT, "lw": 1.2},
+    "in predictions: visible, not predicted": {"fc": "#001927", "ec": "#003350", "hatch": "//////"},
+    "enlarged at the right": {"fc": "none", "ec": ENLARGED, "lw": 1.4},
+}
 SHEET_KEY = "significant: at least half of the patch is gaze foreground (Otsu)."
 KEY = (
     " Glyphs: lines along the edges of a cell, brighter where more of its gradient has that direction. Squared error: "
@@ -98,65 +102,69 @@ def main(argv: list[str] | None = None) -> int:
     out, replay = check_picture_path(args.out), args.epoch is not None
     if replay != (args.step is not None):
         raise UserError("--epoch and --step belong together")
-    if args.image and (args.data_path or args.index or replay):
-        raise UserError("--image shows one image; leave out --data_path, --index, --epoch and --step")
-    if not args.image and (args.heatmap or args.fixations):
-        raise UserError("--heatmap and --fixations belong to --image")
+    if any([args.data_path, args.index, replay] if args.image else [args.heatmap, args.fixations]):
+        raise UserError(
+            "--heatmap and --fixations go with --image; --data_path, --index, --epoch and --step without it"
+        )
     check_device(args.device)
     state, info = read_state_dict(local_file(args.checkpoint))
-    given = {name: vars(args)[name] for name in STORED if vars(args)[name] is not None}
-    options = {**info.args, **given}
-    model = build_model(CXRMIM, state, info, given).to(args.device)
+    options = info.args | {name: value for name, value in vars(args).items() if value is not None}
+    model = build_model(CXRMIM, state, info, options).to(args.device)
 
+    where, references = "whole images", {}
     if args.image:
-        gaze = {"heatmap": args.heatmap, "fixations": args.fixations}
-        shown = single_image(model, options, args.image, **gaze, dicom_contrast=args.dicom_contrast)
-        names = [Path(args.image).name]
-        if model.masking == "attention" and not (args.heatmap or args.fixations):
-            print("no --heatmap or --fixations: no patch is significant, the mask is random")
+        shown = single_image(
+            model,
+            options,
+            args.image,
+            heatmap=args.heatmap,
+            fixations=args.fixations,
+            dicom_contrast=args.dicom_contrast,
+        )
+        names, data = [Path(args.image).name], args.image
     else:
-        path = args.data_path or options.get("data_path")
+        path = options.get("data_path")
         if not path:
             raise UserError("--data_path is needed: the checkpoint does not say where its data were")
         dataset = training_dataset(options, path, model.img_size, augment=replay)
         if replay:
             check_unchanged(args, info, dataset.identity())
-            place = {"epoch": args.epoch, "step": args.step, "rank": args.rank}
-            world_size = info.entries.get("world_size", 1)
-            shown = training_batch(model, dataset, options, **place, world_size=world_size)
+            where = f"training step {args.step} of epoch {args.epoch}"
+            shown = training_batch(
+                model,
+                dataset,
+                options,
+                epoch=args.epoch,
+                step=args.step,
+                rank=args.rank,
+                world_size=info.entries.get("world_size", 1),
+            )
             shown = take(shown, chosen_indices(args, len(shown.indices)))
         else:
             indices = chosen_indices(args, len(dataset))
             shown = chosen_samples(model, dataset, options, indices, max(info.epoch or 0, 0))
         names = [picture_name(dataset, index) for index in shown.indices]
-        chosen = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))
+        data = path if isinstance(path, str) else " ".join(path)
+        if not args.sheet:
+            spread = range(0, len(dataset), math.ceil(len(dataset) / REFERENCE_IMAGES))
+            references = mean_targets(model, default_collate([dataset[args.epoch or 0, i] for i in spread]))
 
-    references = {}
-    if not args.sheet:
-        several = [shown.batch] if args.image else (default_collate([dataset[args.epoch or 0, i]]) for i in chosen)
-        means = mean_targets(model, several)
-        references["one constant for all cells"] = [level.mean(0) for level in means]
-        if not args.image:
-            references["the mean of each place"] = means
     found = reconstruct(model, shown.batch, shown.mask, references)
-    data = args.image or (path if isinstance(path, str) else " ".join(path))
-    where = f"training step {args.step} of epoch {args.epoch}" if replay else "whole images"
-    title = f"{args.checkpoint}, {data}, {where}"
-    save_figure(reconstruction_figure(found, names, title, args.sheet), out)
+    save_figure(reconstruction_figure(found, names, f"{args.checkpoint}, {data}, {where}", args.sheet), out)
     print(f"wrote {out}: {', '.join(names)}")
-    if not (args.image or args.sheet):
-        values = {"the model": found.error} | found.references
-        told = ", ".join(f"{error[found.masked].mean():.4f} of {name}" for name, error in values.items())
-        print(f"mean squared error of masked patches, {len(names)} images: {told} ({len(chosen)} images)")
+    print(f"mean squared error of masked patches, {len(names)} images: {errors(found, ...)}")
     return 0
 
 
 def picture_name(dataset, index: int) -> str:
     """A sample's name for a picture: with its split, and with a mark where its gaze is no reader's."""
     entry = dataset.entries[index]
-    marks = [str(entry.get("split") or "")]
-    marks += ["SIMULATED GAZE"] * bool(entry.get("simulated")) + ["PREDICTED GAZE"] * (entry.get("gaze") == "predicted")
-    return ", ".join([dataset.sample_name(index), *filter(None, marks)])
+    marks = [
+        entry.get("split"),
+        entry.get("simulated") and "SIMULATED GAZE",
+        entry.get("gaze") == "predicted" and "PREDICTED GAZE",
+    ]
+    return ", ".join([dataset.sample_name(index), *map(str, filter(None, marks))])
 
 
 def check_unchanged(args: argparse.Namespace, info: WeightsInfo, samples: str) -> None:
@@ -178,10 +186,20 @@ def check_unchanged(args: argparse.Namespace, info: WeightsInfo, samples: str) -
 
 
 @torch.no_grad()
-def mean_targets(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Mean HOG target of each cell over all images of the batches: for each scale float [cells_k, 3*nbins]."""
-    targets = [model.hog_targets(model.prepare_batch(batch)["img"]) for batch in batches]
-    return [torch.cat(level).double().mean(0).float() for level in zip(*targets)]
+def mean_targets(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """What sees no image would predict, by the images of a batch: their mean HOG target, of all cells of a scale or of
+    each cell; for each scale float [3*nbins] or [cells_k, 3*nbins]."""
+    targets = model.hog_targets(model.prepare_batch(batch)["gray"])
+    means = [level.double().mean(0).float() for level in targets]
+    return {"one constant for all cells": [level.mean(0) for level in means], "the mean of each place": means}
+
+
+def errors(found: Reconstruction, images) -> str:
+    """Mean squared error of the masked patches of `images`, an index or `...` for all: the model's, and that of what
+    sees no image."""
+    values = {"the model": found.error} | found.references
+    masked = found.masked[images]
+    return ", ".join(f"{error[images][masked].mean():.4f} of {name}" for name, error in values.items())
 
 
 def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: str, sheet: bool = False) -> Figure:
@@ -192,40 +210,31 @@ def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: st
     Args:
         names, title: a line of text per image; what is shown: checkpoint, data, step.
     """
-    images, side, points = len(found.gray), 1.5 if sheet else 2.26, 5.5 if sheet else 8.5
-    columns = min(4, images) if sheet else 1
-    inches = side * (2 if sheet else 3 + len(found.cell_sizes))  # of an image
-    width = max(columns * inches, 5)
-    captions = [fit_lines(f"{name}\n{caption(found, i, sheet)}", inches, points) for i, name in enumerate(names)]
-    height = (1 if sheet else 2) * (side + 0.2) + points / 45 * max(map(len, captions))
-    rows = math.ceil(images / columns)
-    figure = Figure((width, rows * height + 1.1), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle("\n".join(fit_lines(f"{title}, {images} image{'s' * (images > 1)}", width, 9)), fontsize=9)
-    for i, band in zip(range(images), figure.subfigures(rows, columns, squeeze=False).flat):
+    images = len(names)
+    # Inches of a panel, size of the caption's letters, images side by side, lines and columns of an image's panels.
+    side, points, across, lines, columns = 2.26, 8.5, 1, 2, 3 + len(found.cell_sizes)
+    if sheet:
+        side, points, across, lines, columns = 1.5, 5.5, min(4, images), 1, 2
+    inches, rows = side * columns, math.ceil(images / across)
+    captions = [fit_lines(f"{name}\n{caption(found, i)}", inches, points) for i, name in enumerate(names)]
+    height = lines * (side + 0.2) + points / 45 * max(map(len, captions))
+    figure = Figure((max(across * inches, 5), rows * height + 1.1), dpi=200, layout="constrained")
+    set_title(figure, f"{title}, {images} image{'s' * (images > 1)}", 9)
+    for i, band in zip(range(images), figure.subfigures(rows, across, squeeze=False).flat):
         band.suptitle("\n".join(captions[i]), fontsize=points, x=0.005, ha="left")
         draw_image(band, found, i, sheet)
     key = SHEET_KEY if sheet else SHEET_KEY + KEY.format(found.largest_error)
-    handles = [
-        Patch(fc=MASKED, alpha=0.8, label="masked"),
-        Patch(fc=SIGNIFICANT, alpha=0.8, label="masked, significant (gazed at)"),
-        Patch(fc="none", ec=SIGNIFICANT, lw=1.2, label="visible, significant"),
-        Patch(fc="#001927", ec="#003350", hatch="//////", label="in predictions: visible, not predicted"),
-        Patch(fc="none", ec=ENLARGED, lw=1.4, label="enlarged at the right"),
-    ][: 3 if sheet else 5]
-    key = {"title": "\n".join(fit_lines(key, width, 7)), "fontsize": 7, "title_fontsize": 7, "frameon": False}
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **key)
+    handles = [Patch(label=label, **style) for label, style in LEGEND.items()][: 3 if sheet else 5]
+    key = {"title": "\n".join(fit_lines(key, figure.get_figwidth(), 7)), "title_fontsize": 7}
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False, **key)
     return figure
 
 
-def caption(found: Reconstruction, i: int, sheet: bool) -> str:
-    """Counts of an image, and its error beside what needs no image."""
+def caption(found: Reconstruction, i: int) -> str:
+    """Error and counts of an image."""
     significant, masked = found.significant[i], found.masked[i]
-    if sheet:
-        return f"{significant.sum()} significant, {(masked & significant).sum()} of them masked"
-    references = "".join(f"; of {what} {error[i][masked].mean():.3f}" for what, error in found.references.items())
     return (
-        f"Mean squared error of masked patches: {found.error[i][masked].mean():.3f}{references}. "
+        f"Mean squared error of masked patches: {errors(found, i)}. "
         f"{significant.sum()} of {masked.size} patches significant; masked: {masked.sum()}, of which significant: "
         f"{(masked & significant).sum()}"
     )
@@ -233,30 +242,32 @@ def caption(found: Reconstruction, i: int, sheet: bool) -> str:
 
 def draw_image(band, found: Reconstruction, i: int, sheet: bool) -> None:
     """Draw the panels of image i into a subfigure. Their axes count patches."""
-    masked, (height, width) = found.masked[i], found.masked[i].shape
+    gray, significant, masked = found.gray[i], found.significant[i], found.masked[i]
+    grid = len(masked)
     if sheet:
-        mask = mask_picture(found.gray[i], found.significant[i], masked)
-        lines = [[("", gaze_overlay(found.gray[i], found.attention[i])), ("", mask)]]
+        mask = mask_picture(gray, significant, masked)
+        lines = [[("", gaze_overlay(gray, found.attention[i])), ("", mask)]]
     else:
         lines, finest = reconstruction_panels(found, i), 2 + int(np.argmin(found.cell_sizes))
-        for line, what in zip(lines, ("target", "prediction"), strict=True):
+        for line, what in zip(lines, ("target", "prediction")):
             line.append((f"{what}, framed part enlarged", line[finest][1]))
     panels = band.subplots(len(lines), len(lines[0]), squeeze=False)
-    for axes, (text, picture) in zip(panels.flat, [panel for line in lines for panel in line], strict=True):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+    for axes, (text, picture) in zip(panels.flat, itertools.chain(*lines)):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(0, grid, grid, 0))
         axes.set_title(text, fontsize=8, pad=2.5)
         axes.set_axis_off()
-    mask_axes = panels[-1, 1 if sheet else 0]
-    for row, column in np.argwhere(found.significant[i] & ~masked):
+    mask_axes = panels[-1, int(sheet)]
+    for row, column in np.argwhere(significant & ~masked):
         mask_axes.add_patch(Rectangle((column, row), 1, 1, fill=False, ec=SIGNIFICANT, lw=0.8))
-    if not sheet:
-        side = min(4, height, width)
-        counts = np.lib.stride_tricks.sliding_window_view(masked, (side, side)).sum((2, 3))
-        top, left = np.unravel_index(counts.argmax(), counts.shape)  # of where most is masked
-        for axes in (mask_axes, *panels[:, finest]):
-            axes.add_patch(Rectangle((left, top), side, side, fill=False, ec=ENLARGED, lw=1.4))
-        for axes in panels[:, -1]:
-            axes.set(xlim=(left, left + side), ylim=(top + side, top))
+    if sheet:
+        return
+    side = min(4, grid)
+    counts = np.lib.stride_tricks.sliding_window_view(masked, (side, side)).sum((2, 3))
+    top, left = np.unravel_index(counts.argmax(), counts.shape)  # of where most is masked
+    for axes in (mask_axes, *panels[:, finest]):
+        axes.add_patch(Rectangle((left, top), side, side, fill=False, ec=ENLARGED, lw=1.4))
+    for axes in panels[:, -1]:
+        axes.set(xlim=(left, left + side), ylim=(top + side, top))
 
 
 if __name__ == "__main__":

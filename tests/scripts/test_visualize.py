@@ -94,8 +94,7 @@ def test_pictures_of_mask_and_prediction():
 def test_references_are_the_errors_of_the_mean_targets(model):
     """One constant for all cells of a scale, and the mean of each cell over the training images."""
     batch, other, mask = make_batch(), make_batch(1), torch.ones(2, 16)
-    means = mean_targets(model, [batch, other])
-    references = {"one constant for all cells": [level.mean(0) for level in means], "the mean of each place": means}
+    references = mean_targets(model, {key: torch.cat([batch[key], other[key]]) for key in batch})
     found = reconstruct(model, batch, mask, references)
     expected = dict.fromkeys(references, 0.0)
     for one, two in zip(found.targets, reconstruct(model, other, mask).targets, strict=True):
