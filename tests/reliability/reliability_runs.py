@@ -74,7 +74,7 @@ def start_process(target: Callable, *args) -> multiprocessing.Process:
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(run_pretrain.__file__).parent)])
     earlier = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = paths if earlier is None else os.pathsep.join([paths, earlier])
-    CONTEXT.set_forkserver_preload(["reliability_runs"])
+    CONTEXT.set_forkserver_preload(["reliability_runs", "downstream.main", "downstream.figure"])
     try:
         forkserver.ensure_running()
     finally:
