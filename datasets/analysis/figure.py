@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from util.figures import fit_lines
+from util.figures import set_title
 from util.pictures import MASKED, SIGNIFICANT
 
 ANY = "Any abnormality"
@@ -23,13 +23,13 @@ def analysis_figure(
 ) -> Figure:
     """The tables of `datasets.analysis.measure.Analysis`, side by side, and the examples below."""
     panels = {"size_by_finding": _draw_sizes, "ratio_by_finding": _draw_ratios, "readings": _draw_patches}
-    panels = {name: draw for name, draw in panels.items() if name in tables}
+    known = [name for name in panels if name in tables]
     heights = [6.5, 3.8][: 1 + bool(examples)]
     figure = Figure(figsize=(14, sum(heights)), dpi=130, layout="constrained")
-    figure.suptitle("\n".join(fit_lines(title, 14, 11)), fontsize=11)
+    set_title(figure, title, 11)
     upper, *lower = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights))
-    for axes, (name, draw) in zip(upper.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        draw(axes, tables[name])
+    for name, axes in zip(known, np.ravel(upper.subplots(1, len(known)))):
+        panels[name](axes, tables[name])
         axes.spines[["top", "right"]].set_visible(False)
     for subfigure in lower:
         subfigure.suptitle("Examples: image, gaze (brighter where longer), outlines of abnormalities", fontsize=10)

@@ -33,8 +33,7 @@ def box_mask(box: Sequence[float], image_size: tuple[int, int], out_size: tuple[
 def pixel_centres(image_size: tuple[int, int], out_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """y [height, 1] and x [1, width] of the pixel centres of a map of `out_size` = (height, width), in px of the
     original image of `image_size` = (height, width)."""
-    y, x = (pixel_middles(length, out) - 0.5 for length, out in zip(image_size, out_size))
-    return y[:, None], x[None, :]
+    return np.ix_(*(pixel_middles(length, out) - 0.5 for length, out in zip(image_size, out_size)))
 
 
 def density_ratio(heatmap: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:

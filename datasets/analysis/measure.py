@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from util.files import atomic_write
 from util.pictures import gaze_overlay
 from util.radiograph import MIMIC_CXR_JPG, radiograph_size, read_radiograph
 
-NOT_ABNORMAL = ("Support devices", "Quality issue")  # findings that make an ellipse no abnormality
+NOT_ABNORMAL = {"Support devices", "Quality issue"}  # findings that make an ellipse no abnormality
 BOX = list(RECTANGLE)
 # Columns of the ratios, and within what they are computed.
 REGIONS = {"ratio_image": "whole image", "ratio_chest": "chest box"}
@@ -117,15 +118,15 @@ def analyze(
     if not measured:
         raise UserError(f"{root}: none of the {len(chosen)} readings can be analysed{first_of(found.exclusions)}")
 
-    readings = pd.DataFrame([row for row, _, _ in measured])
-    ellipses = pd.concat([own for _, own, _ in measured])
+    rows, parts, ratios = zip(*measured)
+    readings, ellipses = pd.DataFrame(rows), pd.concat(parts)
     counts = np.bincount(readings["significant_patches"])  # of readings, by their number of significant patches
     tables = {
         "readings": readings,
         "significant_patches": pd.DataFrame({"significant_patches": range(len(counts)), "readings": counts}),
     }
     if ellipses.empty:
-        tables["readings"] = readings.drop(columns=["ellipses", *REGIONS])
+        tables["readings"] = readings.drop(columns="ellipses")
         found.notes.append(
             f"no abnormality is marked with a certainty of {min_certainty} or more (EGD-CXR marks none): no ellipse sizes "
             "and no density ratios"
@@ -133,15 +134,15 @@ def analyze(
     else:
         edges = (-np.inf, small, medium, np.inf)
         ellipses["size"] = pd.cut(ellipses["area_share"], edges, right=False, labels=SIZES)
-        tables["ellipses"] = ellipses.assign(findings=ellipses["findings"].str.join("|"))
+        tables["ellipses"] = ellipses.assign(findings=ellipses["findings"].str[1:].str.join("|"))
         tables["size_by_finding"] = _size_table(ellipses)
-        ratios = pd.DataFrame([row for _, _, rows in measured for row in rows])
-        tables["ratio_by_finding"] = _ratio_table(ratios)
+        tables["ratio_by_finding"] = _ratio_table(pd.DataFrame(chain(*ratios)))
 
     pictures = []
     paths = find_images(images, {own.image_id: own.image_path for own in chosen.values()}).paths if images else {}
-    shown = readings[readings["image_id"].isin([*paths])].drop_duplicates("image_id").sort_values("ratio_image")
-    shown = shown if ellipses.empty else shown.dropna(subset="ratio_image")
+    shown = readings[readings["image_id"].isin([*paths])].drop_duplicates("image_id")
+    if not ellipses.empty:
+        shown = shown.dropna(subset="ratio_image").sort_values("ratio_image")
     # Evenly spread over the ranks of the ratios.
     for row in np.linspace(0, len(shown) - 1, min(examples, len(shown))).astype(int):
         reading = chosen[shown["id"].iloc[row]]
@@ -177,9 +178,9 @@ def _measure(
         return Exclusion(reading.id, "unusable reading", str(error), is_fault=True)
     _, heatmap = gaze
     who = {"id": reading.id, "subject_id": reading.subject_id}
-    by_finding = {ANY: ellipses} | dict(iter(ellipses.explode("findings").groupby("findings")))
     masks = {
-        name: ellipse_mask(own[BOX].to_numpy(float), image_size, heatmap.shape) for name, own in by_finding.items()
+        name: ellipse_mask(own[BOX].to_numpy(float), image_size, heatmap.shape)
+        for name, own in ellipses.explode("findings").groupby("findings")
     }
     in_chest = np.bool_(False) if chest is None else box_mask(chest, image_size, heatmap.shape)
     ratios = {
@@ -190,7 +191,7 @@ def _measure(
         for name, mask in masks.items()
         if mask.any()
     }
-    area = np.pi / 4 * (ellipses["xmax"] - ellipses["xmin"]) * (ellipses["ymax"] - ellipses["ymin"])
+    area = np.pi / 4 * ellipses.eval("(xmax - xmin) * (ymax - ymin)")
     ellipses = ellipses.assign(**who, area_share=area / (image_size[0] * image_size[1]))
     row = {
         **who,
@@ -198,31 +199,30 @@ def _measure(
         "split": reading.split,
         "ellipses": len(ellipses),
         "significant_patches": count_significant(attention_maps(heatmap)[1]),
-        **ratios.get(ANY, dict.fromkeys(REGIONS, np.nan)),
+        **ratios.get(ANY, {}),
     }
     own = ellipses[["id", "subject_id", "findings", "certainty", "area_share"]]
     return row, own, [{**who, "finding": name, **both} for name, both in ratios.items()]
 
 
 def _abnormalities(reading: Reading, min_certainty: int) -> pd.DataFrame:
-    """The ellipses of a reading that mark abnormalities, with these as `findings`."""
-    ellipses = reading.load_ellipses().astype({"certainty": int})
-    findings = ellipses["findings"].map(lambda own: [name for name in own if name not in NOT_ABNORMAL])
-    marks = (findings.str.len() > 0) | (ellipses["findings"].str.len() == 0)
-    return ellipses.assign(findings=findings)[marks & (ellipses["certainty"] >= min_certainty)]
+    """The ellipses of a reading that mark abnormalities; the `findings` of each are `ANY` and its own ones."""
+    ellipses = reading.load_ellipses()
+    other = [bool(own) and NOT_ABNORMAL.issuperset(own) for own in ellipses["findings"]]
+    findings = [[ANY, *(name for name in own if name not in NOT_ABNORMAL)] for own in ellipses["findings"]]
+    return ellipses.assign(findings=findings)[(ellipses["certainty"] >= min_certainty) & ~np.array(other, bool)]
 
 
 def _by_number(rows: pd.DataFrame, column: str) -> Iterable[tuple[str, pd.DataFrame]]:
-    """The rows of each finding in a column; `ANY` first, then by number."""
-    return sorted(rows.groupby(column), key=lambda group: (group[0] != ANY, -len(group[1]), group[0]))
+    """The rows of each finding in a column; `ANY` first, then by number, then by name."""
+    return sorted(rows.groupby(column), key=lambda group: (group[0] != ANY, -len(group[1])))
 
 
 def _size_table(ellipses: pd.DataFrame) -> pd.DataFrame:
     """Per finding: ellipses, the share of each size class, median area share."""
-    each = pd.concat([ellipses.assign(findings=ANY), ellipses.explode("findings")])
     rows = [
         [finding, len(own), *((own["size"] == size).mean() for size in SIZES), own["area_share"].median()]
-        for finding, own in _by_number(each, "findings")
+        for finding, own in _by_number(ellipses.explode("findings"), "findings")
     ]
     return pd.DataFrame(rows, columns=["finding", "ellipses", *SIZES, "median_area_share"])
 
