@@ -18,8 +18,9 @@ from datasets.analysis.gaze_density import ellipse_mask
 from datasets.fixations import FIXATION_COLUMNS, fixation_heatmap
 from datasets.phantom.chest import CHEST_REGIONS, to_pixels
 
-FIXATION_FILE_COLUMNS = """
-timestamp_start_fixation timestamp_end_fixation x_position y_position pupil_area_normalized window_level window_width
+# Of fixations.csv, in which the window never changes.
+NUMBERS = """
+timestamp_start_fixation timestamp_end_fixation x_position y_position pupil_area_normalized
 angular_resolution_x_pixels_per_degree angular_resolution_y_pixels_per_degree
 xmin_shown_from_image ymin_shown_from_image xmax_shown_from_image ymax_shown_from_image
 xmin_in_screen_coordinates ymin_in_screen_coordinates xmax_in_screen_coordinates ymax_in_screen_coordinates
@@ -158,11 +159,12 @@ def _fixation_table(looks: np.ndarray, rng: np.random.Generator) -> pd.DataFrame
         end.round(4),
         place.round(2),
         (1 + 0.08 * rng.standard_normal((n, 1))).round(4),
-        np.full((n, 2), (2048, 4096)),
         sigma.round(4),
         shown.round(2),
         corner.round(1),
         (corner + on_screen).round(1),
     ]
-    table = pd.DataFrame(np.hstack(columns), columns=FIXATION_FILE_COLUMNS)
-    return table.astype({"window_level": int, "window_width": int})
+    table = pd.DataFrame(np.hstack(columns), columns=NUMBERS)
+    table.insert(5, "window_level", 2048)
+    table.insert(6, "window_width", 4096)
+    return table

@@ -38,10 +38,8 @@ def make_rsna(
             left, top, right, bottom = boxes[0]
             middle = (top + bottom) / 2
             boxes = [(left, top, right, middle), (left, middle, right, bottom)]
-        for left, top, right, bottom in boxes:
-            rows.append([patient, left, top, right - left, bottom - top, 1])
-        if not boxes:
-            rows.append([patient, *[None] * 4, 0])
+        found = [[patient, left, top, right - left, bottom - top, 1] for left, top, right, bottom in boxes]
+        rows += found or [[patient, *[None] * 4, 0]]
     table = pd.DataFrame(rows, columns=["patientId", "x", "y", "width", "height", "Target"])
     write_csv(table.round(1), study.raw / "stage_2_train_labels.csv")
     return study
