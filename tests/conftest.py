@@ -1,6 +1,7 @@
 """What several test files read (and never write to): a small phantom study, raw and processed; a backbone."""
 
 import signal
+from functools import partial
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 
 from datasets.phantom.gaze_study import make_study
 from datasets.prepare.readings import prepare
+from models_cxrmim import ENCODERS
 
 torch.set_num_threads(1)  # tests run in parallel processes
 
@@ -40,6 +42,13 @@ def backbone(tmp_path_factory):
     path = tmp_path_factory.mktemp("backbone") / "backbone.pth"
     torch.save({"state_dict": model.state_dict(), "metadata": {"num_heads": "1"}}, path)
     return path
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """The tiny model with a quarter of its width, so that a checkpoint has 4 MB."""
+    name = "cxrmim_vit_tiny_patch16"
+    monkeypatch.setitem(ENCODERS, name, partial(ENCODERS[name], embed_dim=48, decoder_embed_dim=32))
 
 
 # Not needed by what runs on a GPU node; the tests that need one of them are skipped where it is not installed.

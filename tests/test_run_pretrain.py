@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,8 @@ from util.subjects import subject_marks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = "--model cxrmim_vit_tiny_patch16 --input_size 64 --device cpu --batch_size 4 --num_workers 0 --warmup_epochs 1"
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 PUBLISHED_DEFAULTS = {
     "batch_size": 32,
@@ -59,17 +60,6 @@ PUBLISHED_DEFAULTS = {
     "local_rank": -1,
     "dist_url": "env://",
 }
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """The tiny model with a quarter of its width, so that a checkpoint has 4 MB."""
-    entry = run_pretrain.models_cxrmim.ENCODERS["cxrmim_vit_tiny_patch16"]
-    monkeypatch.setitem(
-        run_pretrain.models_cxrmim.ENCODERS,
-        "cxrmim_vit_tiny_patch16",
-        partial(entry, embed_dim=48, decoder_embed_dim=32),
-    )
 
 
 def train(tree, out, flags=""):

@@ -177,6 +177,7 @@ def test_command_reads_dicom_in_the_contrast_that_is_asked_for(checkpoint, tmp_p
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.usefixtures("narrow")
 def test_steps_that_the_run_saw_otherwise_are_refused(tree, tmp_path):
     """Before a change of options; and all of them once the tree has changed."""
     tree = shutil.copytree(tree, tmp_path / "tree")
