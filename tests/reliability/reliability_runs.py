@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import engine_pretrain
 import run_pretrain
 from datasets import tree
-from util import checkpoint
+from util import checkpoint, files
 from util.errors import run_cli
 from util.images import write_gray
 
@@ -399,6 +399,11 @@ def pause_in_build() -> None:
         return original(file)
 
     tree.read_gray = patched
+
+
+def impatient() -> None:
+    """Do not wait long for a lock that another run holds."""
+    files.PATIENCE_SECONDS = 0.1
 
 
 def dead_output() -> None:

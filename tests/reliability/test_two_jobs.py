@@ -8,7 +8,7 @@ import signal
 import socket
 from functools import partial
 
-from reliability_runs import Run, assert_same_run, pause_at, run, run_ranks
+from reliability_runs import Run, assert_same_run, impatient, pause_at, run, run_ranks
 
 
 def test_a_second_run_in_one_output_dir_is_told_who_holds_it(flags, undisturbed, tmp_path):
@@ -18,9 +18,9 @@ def test_a_second_run_in_one_output_dir_is_told_who_holds_it(flags, undisturbed,
     (out / ".tmp-checkpoint-1.pth-half").touch()  # as if the first were in the middle of a save
     before = sorted(path.name for path in out.iterdir())
     told = rf"error: --output_dir {out} is in use by process {first.pid} on {re.escape(socket.gethostname())} since "
-    status, output = run(flags(out), tmp_path / "second")
+    status, output = run(flags(out), tmp_path / "second", fault=impatient)
     assert status == 1 and re.search(told, output) and "Traceback" not in output
-    statuses, outputs = run_ranks(flags(out), tmp_path / "ranks")  # of which rank 0 alone looks
+    statuses, outputs = run_ranks(flags(out), tmp_path / "ranks", faults={0: impatient})  # of which rank 0 alone looks
     assert statuses == [1, 1] and re.search(told, outputs[0]) and "Traceback" not in "".join(outputs)
     assert sorted(path.name for path in out.iterdir()) == before
     (out / ".tmp-checkpoint-1.pth-half").unlink()
