@@ -69,29 +69,31 @@ def read_own_fixations(path: str | os.PathLike) -> pd.DataFrame:
     return fixation_columns(numeric_columns(read_table(path, columns), columns, path, infinite=RECTANGLE))
 
 
-def check_rectangles(fixations: pd.DataFrame, image_size: tuple[int, int], path: object) -> str | None:
-    """Whether the parts in view fit an image of (height, width) `image_size`: None if they do, a doubt if they end
-    before it does, `UserError` naming `path` if one reaches beyond it (both by more than a pixel)."""
+def check_rectangles(fixations: pd.DataFrame, image_size: tuple[int, int], path: object) -> None:
+    """Whether the parts in view fit an image of (height, width) `image_size`: `UserError` naming `path` if one reaches
+    beyond it, a warning if all end before it does (both by more than a pixel; infinite ones are uncut)."""
     height, width = image_size
-    right, bottom = fixations[["xmax", "ymax"]].replace(np.inf, 0).max()
+    ends = fixations[["xmax", "ymax"]]
+    right, bottom = ends.replace(np.inf, 0).max()
     if right > width + 1 or bottom > height + 1:
         raise UserError(
             f"{path}: parts of an image of {right:g} x {bottom:g} px or more were in view, but this one has "
             f"{width} x {height}; give the image at its original size"
         )
-    if right < width - 1 or bottom < height - 1:
-        return (
-            f"{path}: nothing beyond {right:g} x {bottom:g} px is said to have been in view, and this image has "
-            f"{width} x {height}; is it the same, at its original size?"
+    xmax, ymax = ends.max()
+    if xmax < width - 1 or ymax < height - 1:
+        print(
+            f"warning: {path}: nothing beyond {right:g} x {bottom:g} px is said to have been in view, and this image has "
+            f"{width} x {height}; is it the same, at its original size?",
+            file=sys.stderr,
+            flush=True,
         )
-    return None
 
 
 def _fixation_map(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     """Heatmap of the fixations on an image of `size` = (height, width), uint8 of that size."""
     fixations = read_own_fixations(path)
-    if (doubt := check_rectangles(fixations, size, path)) is not None:
-        print(f"warning: {doubt}", file=sys.stderr, flush=True)
+    check_rectangles(fixations, size, path)
     try:
         return heatmap_to_uint8(fixation_heatmap(fixations, size, size))
     except UserError as error:

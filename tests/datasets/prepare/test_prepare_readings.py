@@ -19,6 +19,7 @@ from datasets.fixations import fixation_heatmap, heatmap_to_uint8
 from datasets.phantom.gaze_study import make_study
 from datasets.prepare.pixels import count_significant
 from datasets.prepare.readings import prepare
+from datasets.prepare.work import run_tasks
 from datasets.raw.mimic_cxr import find_images
 from datasets.raw.read_egd import read_egd
 from datasets.raw.read_reflacx import read_reflacx
@@ -218,7 +219,8 @@ def test_unusable_arguments(mixed, tmp_path):
 def test_workers_end_with_a_killed_program():
     """All of them have its standard output open, which ends with the last."""
     program = (
-        "import time; from datasets.prepare.work import run_tasks\n"
+        "import time; from multiprocessing import context; from datasets.prepare.work import run_tasks\n"
+        "context.ForkServerContext.set_forkserver_preload = lambda *_: None  # time.sleep needs no torch\n"
         "for _ in run_tasks(time.sleep, [0] * 9 + [99] * 99, 2): print('made', flush=True)"
     )
     command = [sys.executable, "-c", program]
@@ -241,6 +243,8 @@ def test_number_of_workers_does_not_matter(tmp_path, monkeypatch):
     two = prepare(study.raw, study.images, tmp_path / "two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert (one.counts, one.exclusions) == (two.counts, two.exclusions) and len(one.faults) == 1
+    probe = "{*__import__('sys').modules} & {'torch', 'matplotlib', 'timm'}"  # what a worker has imported
+    assert [*run_tasks(eval, [probe] * 4, 2)] == [{"torch"}] * 4
 
 
 # --- finding images --------------------------------------------------------------------------------

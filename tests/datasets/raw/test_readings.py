@@ -1,6 +1,9 @@
 """The adapters: REFLACX and EGD-CXR read into the same `Reading`s; bad cells named; no join that fails looks like
 absence, and none is made to another image."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,10 +41,15 @@ def fault(raw):
 # --- REFLACX ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("whole"), 4, shared_images=2, size=(64, 64), normal_fraction=0)
+
+
 @pytest.fixture
-def own_study(tmp_path):
-    """A study that a test may damage: 2 images of 3 readings each (phases 1, 2), 2 of phase 3."""
-    return make_study(tmp_path, n_images=4, shared_images=2, size=(120, 96), normal_fraction=0)
+def raw(whole, tmp_path):
+    """Of a study that a test may damage: 2 images of 3 readings each (phases 1, 2), 2 of phase 3."""
+    return shutil.copytree(whole.raw, tmp_path / "raw")
 
 
 def test_every_row_becomes_a_reading_or_an_exclusion(study):
@@ -66,47 +74,53 @@ def test_every_row_becomes_a_reading_or_an_exclusion(study):
         ("Support devices", "maybe", "'maybe' is neither true nor false"),
     ],
 )
-def test_a_bad_cell_leaves_its_reading_out(own_study, column, value, words):
-    path = own_study.raw / "main_data/metadata_phase_3.csv"
+def test_a_bad_cell_leaves_its_reading_out(raw, column, value, words):
+    path = raw / "main_data/metadata_phase_3.csv"
     set_cell(path, column, 1, value)
-    raw = read_reflacx(own_study.raw)
-    assert f"{path}: line 3, column {column!r}" in fault(raw).detail and words in fault(raw).detail
-    assert sum(reading.phase == 3 for reading in raw.readings) == 1
+    found = read_reflacx(raw)
+    assert f"{path}: line 3, column {column!r}" in fault(found).detail and words in fault(found).detail
+    assert sum(reading.phase == 3 for reading in found.readings) == 1
 
 
-def test_rows_that_repeat_an_id(own_study):
-    path = own_study.raw / "main_data/metadata_phase_3.csv"
+def test_rows_that_repeat_an_id(raw):
+    path = raw / "main_data/metadata_phase_3.csv"
     set_cell(path, "id", 1, pd.read_csv(path, dtype=str)["id"][0])
-    assert "line 3" in fault(read_reflacx(own_study.raw)).detail
+    assert "line 3" in fault(read_reflacx(raw)).detail
 
 
 @pytest.mark.parametrize("damage", ["column", "file"])
-def test_unusable_metadata_stops(own_study, damage):
-    path = own_study.raw / "main_data/metadata_phase_3.csv"
+def test_unusable_metadata_stops(raw, damage):
+    path = raw / "main_data/metadata_phase_3.csv"
     if damage == "file":
         path.unlink()
     else:
         pd.read_csv(path).drop(columns="dicom_id").to_csv(path, index=False)
     with pytest.raises(UserError, match="metadata_phase_3.csv: (column 'dicom_id'|file) is missing"):
-        read_reflacx(own_study.raw)
+        read_reflacx(raw)
 
 
-def test_reflacx_ids_with_leading_zeros_and_blanks_stay_text(own_study):
+def test_reflacx_ids_with_leading_zeros_and_blanks_stay_text(raw):
     def change(table):
         table["subject_id"] = ["007", " 1e5 "]
         table["dicom_id"] = " " + table["dicom_id"]
 
-    edit(own_study.raw / "main_data/metadata_phase_3.csv", change)
-    subjects = [reading.subject_id for reading in read_reflacx(own_study.raw).readings if reading.phase == 3]
+    edit(raw / "main_data/metadata_phase_3.csv", change)
+    subjects = [reading.subject_id for reading in read_reflacx(raw).readings if reading.phase == 3]
     assert sorted(subjects) == ["007", "1e5"]
 
 
 # --- EGD-CXR ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole_egd(tmp_path_factory):
+    return make_egd(tmp_path_factory.mktemp("egd"), n_images=4, size=(120, 96))
+
+
 @pytest.fixture
-def egd(tmp_path):
-    return make_egd(tmp_path, n_images=4, size=(120, 96))
+def egd(whole_egd, tmp_path):
+    raw, images = (shutil.copytree(path, tmp_path / path.name) for path in (whole_egd.raw, whole_egd.images))
+    return replace(whole_egd, raw=raw, images=images)
 
 
 def read(study, **options):
