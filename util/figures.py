@@ -42,14 +42,14 @@ def show_panels(
     lines: Sequence[Sequence[tuple[str, np.ndarray]]],
     *,
     points: float,
-    pad: float,
+    pad: float | None = None,
     **shown: Any,
 ) -> np.ndarray:
     """Lines of pictures in 0..1, each below its title, without frames. Returns the axes, [lines, columns].
 
     Args:
         lines: (title, gray [H, W] or RGB [H, W, 3]) of each panel; lines may be of different lengths.
-        points, pad: font size of the titles, and their distance from the pictures.
+        points, pad: font size of the titles, and their distance from the pictures (None: matplotlib's).
         shown: further options of `matplotlib.axes.Axes.imshow`.
     """
     # Ticks would take half of the time of drawing, and be hidden.

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from util.figures import set_title
+from util.figures import set_title, show_panels
 from util.pictures import MASKED, SIGNIFICANT
 
 ANY = "Any abnormality"
@@ -33,10 +33,7 @@ def analysis_figure(
         axes.spines[["top", "right"]].set_visible(False)
     for subfigure in lower:
         subfigure.suptitle("Examples: image, gaze (brighter where longer), outlines of abnormalities", fontsize=10)
-        for axes, (name, picture) in zip(np.ravel(subfigure.subplots(1, len(examples))), examples):
-            axes.imshow(picture)
-            axes.set_axis_off()
-            axes.set_title(name, fontsize=8)
+        show_panels(subfigure, [examples], points=8)
     return figure
 
 
