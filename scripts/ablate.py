@@ -98,32 +98,27 @@ def ablate(v: SimpleNamespace, step: Steps) -> None:
 def side_by_side(function: Callable[..., None], calls: Iterable[tuple], jobs: int) -> None:
     """Call it with each tuple, so many at a time. Where one fails, those at work end, and no other begins."""
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda call: function(*call), calls))
+        list(pool.map(function, *zip(*calls)))
 
 
 def seed_table(results: list[pd.DataFrame]) -> pd.DataFrame:
     """Gather runs that differ in their seed only.
 
     Args:
-        results: tables of `results.csv`, where the weights are named "SETTING_sSEED, PART"; labels with fewer than ten
-            test images with or without are left out, rows of other weights ignored.
+        results: tables of `results.csv`, where the weights are named "SETTING_sSEED, PART"; rows of other weights are
+            ignored.
 
     Returns:
         By part, label and setting: seeds, mean AUC with a 95% interval (Student's t over the seeds: training noise,
         for these test images), and the mean paired difference to `REFERENCE` with its interval.
     """
     table = pd.concat(results, ignore_index=True)
-    table = table[~((table["n_positive"] < 10) | (table["n"] - table["n_positive"] < 10))]  # the mean has no count
-    table = table[["label", "auc"]].join(
-        table["weights"].str.extract(r"^(?P<setting>.+)_s(?P<seed>\d+), (?P<features>.+)$")
-    )
-    aucs = table.pivot_table("auc", ["features", "label", "setting"], "seed")
+    names = table["weights"].str.extract(r"^(?P<setting>.+)_s(?P<seed>\d+), (?P<features>.+)$")
+    aucs = table[["label", "auc"]].join(names).pivot_table("auc", ["features", "label", "setting"], "seed")
     reference = aucs.xs(REFERENCE, level="setting").reindex(aucs.index.droplevel("setting")).to_numpy()
+    differences = (aucs - reference).drop(REFERENCE, level="setting")
     found = {"seeds": aucs.count(axis=1)}
-    for name, prefix, values in (
-        ("auc", "", aucs),
-        ("difference", "diff_", (aucs - reference).drop(REFERENCE, level=2)),
-    ):
+    for name, prefix, values in (("auc", "", aucs), ("difference", "diff_", differences)):
         half = stats.t.ppf(0.975, values.count(axis=1) - 1) * values.sem(axis=1)  # NaN for a single run
         found[name] = values.mean(axis=1)
         found |= {f"{prefix}low": found[name] - half, f"{prefix}high": found[name] + half}

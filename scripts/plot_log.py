@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +40,6 @@ def loss_figure(logs: Mapping[str, pd.DataFrame]) -> Figure:
     names = dict.fromkeys(name for log in logs.values() for name in log if name.startswith(SCALE_PREFIX))
     rows = math.ceil((1 + len(names)) / 3)
     figure = Figure((10, 2.8 * rows + 0.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     for place, name in enumerate(["train_loss", *names], 1):
         axes = figure.add_subplot(rows, 3, place, sharey=figure.axes[1] if place > 2 else None)
         axes.set(title=f"scale {name.removeprefix(SCALE_PREFIX)}" if place > 1 else "sum of the scales", xlabel="epoch")

@@ -92,29 +92,24 @@ class Steps:
 
     def _run(self, name: str, command: list[str]) -> None:
         """A signal goes on to the command, once and as TERM (torchrun dies of USR1), and its end is waited for."""
-        began, log, told = time.monotonic(), Path(self.out, "steps", f"{name}.txt"), False
-        if not self.quiet:
-            print(shlex.join(command), flush=True)
-        with open(log if self.quiet else os.devnull, "a") as file:
-            output = {"stdout": file, "stderr": subprocess.STDOUT} if self.quiet else {}
-            # A session of its own, so that Ctrl-C comes here only.
-            child = subprocess.Popen(command, start_new_session=True, pass_fds=[self.lock], **output)
-            while (status := child.poll()) is None:
-                if self.signals.request and not told:
-                    child.terminate()
-                    told = True
-                time.sleep(0.02)
+        log, told = Path(self.out, "steps", f"{name}.txt"), False
+        print(f"   its output goes into {log}" if self.quiet else shlex.join(command), flush=True)
+        output = log.open("a") if self.quiet else None
+        # A session of its own, so that Ctrl-C comes here only.
+        child = subprocess.Popen(command, start_new_session=True, pass_fds=[self.lock], stdout=output, stderr=output)
+        while (status := child.poll()) is None:
+            if self.signals.request and not told:
+                child.terminate()
+                told = True
+            time.sleep(0.02)
         if status:
             self._stop_if_asked(f"in step '{name}'")
-            print(log.read_text()[-3000:] if self.quiet else "", file=sys.stderr)
             status = status if status > 0 else 128 - status
             message = (
                 f"error: step '{name}' ended with status {status} (see above); the same command continues from here"
             )
-            print(message, file=sys.stderr, flush=True)
+            print(log.read_text()[-3000:] if self.quiet else "", message, sep="\n", file=sys.stderr, flush=True)
             raise SystemExit(status)
-        if self.quiet:
-            print(f"   {time.monotonic() - began:.0f} s; its output is in {log}", flush=True)
 
 
 def write(path: Path, text: str) -> None:

@@ -15,16 +15,10 @@ from util.hog import HOGPyramid
 
 def test_every_row_is_measured_in_turns(tmp_path, monkeypatch):
     """Also those that only a GPU is measured with: they must work the first time."""
-    sizes = {"batch_size": 4, "workers": [0], "labelled": 16, "probed": "test_vit"}
+    sizes = {"batch_size": 4, "workers": [0], "labelled": 16, "encoder": "test_vit"}
     monkeypatch.setitem(benchmark.SIZES, "cpu", sizes)
     monkeypatch.setitem(benchmark.STEPS, "cpu", [*benchmark.FORMATS, "bfloat16, compiled"])
-    tiny = {
-        "NATIVE_SIZE": (320, 280),
-        "INPUT_SIZE": 64,
-        "MODEL": "cxrmim_vit_tiny_patch16",
-        "ENCODER": "test_vit",
-        "REPEATS": 1,
-    }
+    tiny = {"NATIVE_SIZE": (320, 280), "INPUT_SIZE": 64, "MODEL": "cxrmim_vit_tiny_patch16", "REPEATS": 1}
     for name, value in (tiny | {"PREDICTOR": {"backbone": "test_resnet", "input_size": 64}}).items():
         monkeypatch.setattr(benchmark, name, value)
     small = partial(ENCODERS[benchmark.MODEL], depth=2, id_list=(0, 0, 1, 1))
