@@ -180,7 +180,7 @@ class TreeMaking:
             )
         records = {layer: there for layer in self._layers if (there := read_record(self.out, layer))}
         old, now = {line for lines in self._old.values() for line in lines.values()}, {*self._now.values()}
-        gone = files_of(old - now) - files_of(now - old)
+        gone = set(files_of(old - now)).difference(files_of(now - old))
         for layer, there in records.items() if self.overwrite else ():
             gone |= {f"{layer}.origins", f"{layer}.json", *there["root_files"]}
         gone -= {*root}
@@ -205,13 +205,13 @@ class TreeMaking:
         for name, each in {**tables, record: record_lines, self.index: ["[", lines, "]"]}.items():
             write_lines(self.staging / name, each)
 
-        staged = files_of(self._now[key] for key in self._staged)
-        moves, remove = [name for name in (*sorted(staged), *root) if self._differs(name)], sorted(gone)
+        staged = files_of(map(self._now.get, self._staged))
+        moves, remove = [name for name in (*staged, *root) if self._differs(name)], sorted(gone)
         if gone or {*moves} - {record}:  # the record alone is nothing that others are made of
             remove = [*(there["root_files"][0] for there in records.values()), *remove]
             moves.append(self.index)
         if moves:
-            write_lines(self._folder / "commit", [json.dumps({"remove": remove, "moves": moves})])
+            write_lines(self._folder / "commit", map(json.dumps, [remove, *moves]))
             finish_commit(self.out, self._folder)
         for folder in self.out.glob(f"{STAGING}/{self.layer}-*"):
             shutil.rmtree(folder)
@@ -263,8 +263,8 @@ def read_line(line: str) -> tuple[str, str, dict[str, int], Any]:
     return key, origin, {name.replace("*", key): size for name, size in files.items()}, note
 
 
-def files_of(lines: Iterable[str]) -> set[str]:
-    return {name for line in lines for name in read_line(line)[2]}
+def files_of(lines: Iterable[str]) -> Iterator[str]:
+    return (name for line in lines for name in read_line(line)[2])
 
 
 def refuse_foreign(root: Path) -> None:
@@ -279,13 +279,15 @@ def refuse_foreign(root: Path) -> None:
 
 def finish_commit(root: Path, folder: Path) -> None:
     """Move what is staged in `folder` into the tree. May be cut off and called again at any moment."""
-    todo, staged = json.loads((folder / "commit").read_text(encoding="utf-8")), folder / "tree"
-    if (staged / todo["moves"][-1]).exists():  # the index: until the new one is there the old one must not be
-        for name in todo["remove"]:
+    staged = folder / "tree"
+    with open(folder / "commit", encoding="utf-8") as lines:
+        remove, *moves = map(json.loads, lines)
+    if (staged / moves[-1]).exists():  # the index: until the new one is there the old one must not be
+        for name in remove:
             (root / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty
                 os.removedirs((root / name).parent)
-    for name in todo["moves"]:
+    for name in moves:
         if (staged / name).exists():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(staged / name, root / name)
