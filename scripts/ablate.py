@@ -20,7 +20,6 @@ from scipy import stats
 from scripts.steps import Steps, located, running
 from util.cli import Parser
 from util.errors import run_cli
-from util.files import atomic_write
 
 KINDS = "nodule mass consolidation effusion"
 # Findings of readings in phase 2 of REFLACX that these lesions have; the others have no image to learn from.
@@ -39,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     with running(v.OUT, quiet=True) as step:
         ablate(v, step)
         table = seed_table([pd.read_csv(path) for path in Path(v.OUT, "downstream").glob("*/results.csv")])
-        with atomic_write(Path(v.OUT, "table.csv"), "w") as file:
-            table.to_csv(file, float_format="%.4f")
+        table.to_csv(Path(v.OUT, "table.csv"), float_format="%.4f")
         print(table.to_string(float_format="{:.3f}".format))
         print(f"mean over seeds, 95% intervals (Student's t); differences to {REFERENCE}, paired by seed")
     return 0

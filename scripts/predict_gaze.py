@@ -46,10 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_least(args, 1, "batch_size", "workers")
-    if (args.tree is None) == (args.images is None) or (args.images is None) != (args.out is None):
-        raise UserError("pass either --tree, or --images and --out")
-    if args.real and args.tree is None:
-        raise UserError("--real: only with --tree")
+    if any([args.images, args.out] if args.tree else [not args.images, not args.out, args.real]):
+        raise UserError("pass either --tree, which may have --real, or --images and --out")
     predictor = as_predictor(load_gaze_net(local_file(args.weights)).to(check_device(args.device)))
     how = {"batch_size": args.batch_size, "workers": args.workers, "overwrite": args.overwrite}
     if args.tree is not None:

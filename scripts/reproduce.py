@@ -67,8 +67,8 @@ def check(given: dict[str, str]) -> None:
         )
     if given["DEVICE"] == "cuda":
         ask = [given["PYTHON"], "-c", "import torch; print(torch.cuda.device_count())"]
-        there = int(subprocess.run(ask, stdout=subprocess.PIPE, check=True).stdout)
-        given["GPUS"] = str(there) if given["GPUS"] == "auto" else given["GPUS"]
+        there = int(subprocess.check_output(ask))
+        given["GPUS"] = given["GPUS"].replace("auto", str(there))
         if not 0 < int(given["GPUS"]) <= there:
             raise UserError(f"GPUS={given['GPUS']}: torch sees {there} here; DEVICE=cpu runs on the CPU")
     given["GPUS"] = given["GPUS"].replace("auto", "1")

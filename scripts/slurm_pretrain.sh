@@ -3,7 +3,7 @@
 #
 #   sbatch scripts/slurm_pretrain.sh                            # the command at the end of this file
 #   sbatch scripts/slurm_pretrain.sh --seed 1 --output_dir ...  # further flags, which win
-#   sbatch --array=0-2 --gres=gpu:1 scripts/slurm_pretrain.sh   # three runs: seed and output_dir per task
+#   OUTPUT_DIR=DIR sbatch --array=0-2 scripts/slurm_pretrain.sh # three runs, with these seeds, in DIR-seedN
 #
 # One node with more GPUs, or more nodes: edit the next line; ranks meet on the first node.
 #SBATCH --nodes=1 --gpus-per-node=1 --ntasks-per-node=1 --cpus-per-task=16
@@ -19,17 +19,9 @@ CDPATH='' cd "$(dirname "$0")/.." 2> /dev/null || :
 OUTPUT_DIR=${OUTPUT_DIR:-./output_dir/cxrmim}
 run=(--seed 0 --output_dir "$OUTPUT_DIR" "$@") # of a flag that is given twice the last one counts
 if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then # a run of its own
-    flag=
-    for word; do
-        case $word in
-            --seed | --seed=*) echo "error: the tasks of an array have their number as seed; leave --seed out" >&2; exit 1 ;;
-            --output_dir=*) OUTPUT_DIR=${word#*=} ;;
-        esac
-        [[ $flag != --output_dir ]] || OUTPUT_DIR=$word
-        flag=$word
-    done
-    while [[ $OUTPUT_DIR == */ ]]; do OUTPUT_DIR=${OUTPUT_DIR%/}; done
-    run+=(--seed "$SLURM_ARRAY_TASK_ID" --output_dir "$OUTPUT_DIR-seed$SLURM_ARRAY_TASK_ID")
+    [[ " $*" != *" --seed"* && " $*" != *" --output_dir"* ]] ||
+        { echo "error: task N of an array has seed N, in OUTPUT_DIR-seedN: set OUTPUT_DIR for --output_dir and --seed" >&2; exit 1; }
+    run+=(--seed "$SLURM_ARRAY_TASK_ID" --output_dir "${OUTPUT_DIR%/}-seed$SLURM_ARRAY_TASK_ID")
 fi
 export OMP_NUM_THREADS=1
 # From Slurm 22.05 on, srun does not take --cpus-per-task from the job and would give a task one CPU.

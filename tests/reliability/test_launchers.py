@@ -163,16 +163,14 @@ def test_slurm_script_waits_for_its_ranks_to_save_at_sigterm(tmp_path, whole_job
 
 
 @pytest.mark.parametrize(
-    ("flags", "array", "output_dir", "seed"),
+    ("flags", "env", "output_dir", "seed"),
     [
-        (["--output_dir", "x/"], "2", "x-seed2", 2),
-        (["--output_dir=x"], "2", "x-seed2", 2),
-        (["--output_dir", "x/", "--seed", "5"], None, "x/", 5),
-        ([], None, "./output_dir/cxrmim", 0),
+        ([], {"OUTPUT_DIR": "x/", "SLURM_ARRAY_TASK_ID": "2"}, "x-seed2", 2),
+        (["--output_dir", "x/", "--seed", "5"], {}, "x/", 5),
+        ([], {}, "./output_dir/cxrmim", 0),
     ],
 )
-def test_slurm_script_gives_each_task_of_an_array_a_run_of_its_own(tmp_path, flags, array, output_dir, seed):
-    env = {} if array is None else {"SLURM_ARRAY_TASK_ID": array}
+def test_slurm_script_gives_each_task_of_an_array_a_run_of_its_own(tmp_path, flags, env, output_dir, seed):
     job = slurm(tmp_path, *flags, "--epochs", "7", python=str(executable(tmp_path / "python", SHOW_FLAGS)), **env)
     assert job.wait(60) == 0
     args = given_flags(job)
@@ -180,6 +178,7 @@ def test_slurm_script_gives_each_task_of_an_array_a_run_of_its_own(tmp_path, fla
     assert "requeued" not in job.log.read_text()  # it is done
 
 
-def test_slurm_script_refuses_an_array_of_one_seed(tmp_path):
-    job = slurm(tmp_path, "--seed", "1", python="none", SLURM_ARRAY_TASK_ID="3")
-    assert job.wait(60) == 1 and job.log.read_text().startswith("error: the tasks of an array")
+@pytest.mark.parametrize("flags", [["--seed", "1"], ["--output_dir=x"]])
+def test_slurm_script_refuses_an_array_in_one_place_or_of_one_seed(tmp_path, flags):
+    job = slurm(tmp_path, *flags, python="none", SLURM_ARRAY_TASK_ID="3")
+    assert job.wait(60) == 1 and job.log.read_text().startswith("error: task N of an array")

@@ -44,7 +44,7 @@ def test_a_tree_and_loose_files(study, weights, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "pass either --tree, or --images and --out"),
+        ("", "pass either --tree, which may have --real, or --images and --out"),
         ("--images b", "pass either"),
         ("--tree a --weights foreign.pth", "foreign.pth: .*not a checkpoint"),
     ],
