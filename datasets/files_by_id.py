@@ -15,7 +15,7 @@ from pathlib import Path
 
 from util.errors import UserError
 
-TREE_FILES = {"prepare.json", "prepare.origins", ".prepare.lock"}  # a tree whose record was lost is a tree all the same
+TREE_FILES = ("prepare.json", "prepare.origins", ".prepare.lock")  # a tree whose record was lost is a tree all the same
 
 
 @dataclass
@@ -41,7 +41,7 @@ def files_below(root: Path, without: Iterable[Path] = (), *, but: str | None = N
     visited = {os.path.realpath(path) for path in without} - {os.path.realpath(root)}
     for path, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         own = os.path.realpath(path)
-        if own in visited or (TREE_FILES.intersection(files) and but not in files):
+        if own in visited or (but not in files and not {*files}.isdisjoint(TREE_FILES)):
             folders.clear()
             continue
         visited.add(own)
