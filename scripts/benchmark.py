@@ -187,8 +187,8 @@ def model_and_batch(s) -> tuple[CXRMIM, dict[str, Tensor]]:
     torch.manual_seed(0)
     model = ENCODERS[MODEL](img_size=INPUT_SIZE, gaze_weighted=True).to(s.device).train()
     dataset = build_dataset(s.tree, preload=True, input_size=INPUT_SIZE)
-    keys = [(0, i) for i in range(s.batch_size)]
-    return model, next(iter(DataLoader(dataset, s.batch_size, sampler=keys, pin_memory=s.gpu)))
+    loader = DataLoader(dataset, s.batch_size, sampler=[(0, i) for i in range(s.batch_size)], pin_memory=s.gpu)
+    return model, next(iter(loader))
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def hog(s) -> tuple:
     return "HOG targets of a batch", f"{s.batch_size} images of {INPUT_SIZE} px", *turns, s.batch_size
 
 
-def training_step(s, name: str, compiled: bool = False, plain: bool = False) -> Callable[[], None]:
+def training_step(s, name: str, compiled: str = "", plain: bool = False) -> Callable[[], None]:
     """A step in one of `FORMATS`; `plain`: the same with direct HOG of three channels."""
     model, batch = model_and_batch(s)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), 1e-4, betas=(0.9, 0.95), fused=True)
@@ -227,7 +227,7 @@ def step(s, name: str) -> tuple:
     """The baseline is in float32, or float16 on a GPU, as published."""
     dtype, _, compiled = name.partition(", ")
     published = "float16" if s.gpu else "float32"
-    ours, baseline = training_step(s, dtype, bool(compiled)), training_step(s, published, plain=True)
+    ours, baseline = training_step(s, dtype, compiled), training_step(s, published, plain=True)
     set_tf32(dtype == "TF32")
     note = f"baseline: {published}; first step {timed(ours):.3g} s"
     turns = in_turns(ours, baseline)

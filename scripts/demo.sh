@@ -31,9 +31,8 @@ tail -n 1 "$out/steps/pictures.txt"
 cat <<EOF
 
 Look at these in $out/:
-  pictures.png, loss.png             image, gaze, mask, HOG targets and what was predicted of them; loss by epoch
-  gaze/examples.png, metrics.png     gaze of the readers beside the predicted one, on images that it did not train on
-  results.png, table.md              an encoder pretrained for two minutes, and random weights, which are better here:
-                                     these made-up lesions show in the gray values themselves
-Made on the way: raw/, data/ (the trees that training reads), gaze/, pretrain/, backbone.pth, downstream/, steps/
+  pictures.png, loss.png           image, gaze, mask, HOG targets and predictions; loss by epoch
+  gaze/examples.png, metrics.png   readers' gaze beside the predicted one, on images that it did not train on
+  results.png, table.md            an encoder after two minutes of pretraining, and random weights, which are better here:
+                                   these made-up lesions show in the gray values themselves
 EOF

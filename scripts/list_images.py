@@ -34,8 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     tails = [PurePosixPath(*parts).with_suffix(f".{args.format}") for parts in sorted(places)]
     with atomic_write(args.out, "w") as file:
         file.writelines(f"{SITES[args.format]}/files/{tail}\n" for tail in tails)
-    print(f"wrote {len(tails)} images to {args.out}; with your PhysioNet name:")
-    print(f"wget -x -N -c --user NAME --ask-password -i {args.out}")
+    print(
+        f"wrote {len(tails)} images to {args.out}; with your PhysioNet name:\n"
+        f"wget -x -N -c --user NAME --ask-password -i {args.out}"
+    )
     return 0
 
 

@@ -105,10 +105,11 @@ class Steps:
         if status:
             self._stop_if_asked(f"in step '{name}'")
             status = status if status > 0 else 128 - status
-            message = (
-                f"error: step '{name}' ended with status {status} (see above); the same command continues from here"
+            print(log.read_text()[-3000:] if self.quiet else "", file=sys.stderr)
+            print(
+                f"error: step '{name}' ended with status {status} (see above); the same command continues from here",
+                file=sys.stderr,
             )
-            print(log.read_text()[-3000:] if self.quiet else "", message, sep="\n", file=sys.stderr, flush=True)
             raise SystemExit(status)
 
 

@@ -25,7 +25,7 @@ COLUMNS = ("weights", "dataset", "method", "label", "study", "note", *NUMBERS)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("summarize_results.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__)
     # fmt: off
     parser.add_argument("results", nargs="+", help="results.csv of run_downstream.py")
     parser.add_argument("--out", required=True, help="directory of table.md and results.png")

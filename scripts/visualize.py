@@ -106,10 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "--heatmap and --fixations go with --image; --data_path, --index, --epoch and --step without it"
         )
-    check_device(args.device)
     state, info = read_state_dict(local_file(args.checkpoint))
     options = info.args | {name: value for name, value in vars(args).items() if value is not None}
-    model = build_model(CXRMIM, state, info, options).to(args.device)
+    model = build_model(CXRMIM, state, info, options).to(check_device(args.device))
 
     where, references = "whole images", {}
     if args.image:
@@ -151,8 +150,10 @@ def main(argv: list[str] | None = None) -> int:
 
     found = reconstruct(model, shown.batch, shown.mask, references)
     save_figure(reconstruction_figure(found, names, f"{args.checkpoint}, {data}, {where}", args.sheet), out)
-    print(f"wrote {out}: {', '.join(names)}")
-    print(f"mean squared error of masked patches, {len(names)} images: {errors(found, ...)}")
+    print(
+        f"wrote {out}: {', '.join(names)}\n"
+        f"mean squared error of masked patches, {len(names)} images: {errors(found, ...)}"
+    )
     return 0
 
 
