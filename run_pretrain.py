@@ -42,7 +42,7 @@ LEAST = {
 OF_MODEL = (
     "decoder_depth decoder_num_heads hog_nbins id_list scale_list gaze_weighted gaze_temperature masking"
 ).split()
-OF_DATA = "input_size min_crop_ratio seed preload use_cache cache_dir cache_size".split()
+OF_DATA = "preload use_cache cache_dir cache_size".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "these, and below input_size / sqrt(min_crop_ratio), 501 by default, the smallest of them are enlarged")
     add("--no_cache", action="store_false", dest="use_cache", help="decode the files in every epoch")
     add("--check_data", action="store_true",
-        help="read every file of the data, list the bad ones, and exit")
+        help="read every file of the data and the cache, list the bad ones, and exit")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="cxrmim_vit_base_patch16", choices=tuple(models_cxrmim.ENCODERS), help="encoder size")
@@ -233,8 +233,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Read the whole tree and list every bad entry; returns the exit status."""
-    problems = check_data(args.data_path, preload=args.preload)
+    """Read the whole tree, and its cache where there is one, and list every bad entry; returns the exit status."""
+    problems = check_data(args.data_path, **some(args, OF_DATA))
     for problem in problems:
         print(problem)
     n_errors, n_warnings = (sum(p.severity == kind for p in problems) for kind in ("error", "warning"))
@@ -247,7 +247,7 @@ def some(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def build_data(args: argparse.Namespace):
-    return build_dataset(args.data_path, **some(args, OF_DATA))
+    return build_dataset(args.data_path, **some(args, ["input_size", "min_crop_ratio", "seed", *OF_DATA]))
 
 
 def build_model(args: argparse.Namespace) -> models_cxrmim.CXRMIM:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.cache import add_cache
+from datasets.cache import open_planes
 from datasets.mimic import Mimic
 from datasets.reflacx import Reflacx
 from datasets.tree import ConcatTrees, GazeTree
@@ -39,7 +39,7 @@ def build_dataset(
             default `<tree>/.cache`; see `datasets.cache`.
 
     Raises:
-        UserError: see `detect_trees`, `GazeTree` and `datasets.cache.add_cache`.
+        UserError: see `detect_trees`, `GazeTree` and `datasets.cache.open_planes`.
     """
     trees = [
         tree_type(root, input_size, min_crop_ratio, seed, preload=preload, augment=augment, cache_size=cache_size)
@@ -47,7 +47,7 @@ def build_dataset(
     ]
     if use_cache:
         for tree in trees:
-            add_cache(tree, cache_dir)
+            tree.cache = open_planes(tree, cache_dir)
     return trees[0] if len(trees) == 1 else ConcatTrees(trees)
 
 

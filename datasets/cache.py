@@ -26,19 +26,20 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.plane import open_plane
+from datasets.plane import Plane, open_plane
 from datasets.transforms import grid_size, resize_gray
 from datasets.tree import GazeTree, read_plane
 
 
-def add_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> None:
-    """Let a tree read its planes from the cache, building what is missing or out of date.
+def open_planes(tree: GazeTree, cache_dir: str | os.PathLike | None = None, *, build: bool = True) -> list[Plane]:
+    """The planes of a tree's cache, for `tree.cache`, building what is missing or out of date.
 
     Safe to call from any number of processes at once: one builds, the others wait and use the result.
 
     Args:
         cache_dir: where the cache goes; each tree gets a directory of its own in it. Default: `.cache`
             in the tree.
+        build: without it, the planes that are there.
 
     Raises:
         UserError: a missing or damaged original, a damaged cache, no place to write, disk full.
@@ -49,8 +50,9 @@ def add_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> Non
     planes = []
     for role, files in zip(tree.roles, zip(*map(tree.entry_files, tree.entries))):
         name = f"{role.replace('image', 'gray')}-{tree.cache_size}"
-        planes.append(open_plane(directory, name, files, partial(_picture, role, tree.cache_size), root=tree.root))
-    tree.cache = planes
+        picture = partial(_picture, role, tree.cache_size)
+        planes.append(open_plane(directory, name, files, picture, root=tree.root, build=build))
+    return [plane for plane in planes if plane]
 
 
 def _picture(role: str, cache_size: int, file: Path) -> tuple[np.ndarray, tuple[int, int]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from datasets.build import DataPath, detect_trees
-from datasets.plane import in_threads
+from datasets.cache import open_planes
+from datasets.plane import Plane, in_threads
 from datasets.tree import EntryFiles, GazeTree, check_same_size, read_index, read_plane
 from util.errors import UserError
 
@@ -20,7 +22,7 @@ ALL_EQUAL = {
 
 
 class Problem(NamedTuple):
-    """One finding: severity is "error" or "warning"; the message begins with the file."""
+    """One finding: severity is "error", "warning" or, where all is well, "note"; the message begins with the file."""
 
     severity: str
     message: str
@@ -29,14 +31,29 @@ class Problem(NamedTuple):
         return f"{self.severity}: {self.message}"
 
 
-def check_data(data_path: DataPath, *, preload: bool = False) -> list[Problem]:
-    """Read every file of the trees and return every bad entry, or those of the index alone where it has some. Raises
-    UserError for an unreadable index."""
+def check_data(
+    data_path: DataPath,
+    *,
+    preload: bool = False,
+    use_cache: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    cache_size: int = 512,
+) -> list[Problem]:
+    """Read every file of the trees and return every bad entry, or those of the index alone where it has some.
+
+    With `use_cache` the planes of the cache that `build_dataset` would use with these settings are read too if no file is
+    bad: a note for each that is whole, an error for a damaged one. Raises UserError for an unreadable index.
+    """
     found = []
     for tree_type, root in detect_trees(data_path):
         index = root / tree_type.index_file
         problems = [Problem("error", f"{index}: {problem}") for problem in tree_type.entry_problems(read_index(index))]
-        found += problems or check_files(tree_type(root, preload=preload))
+        if not problems:
+            tree = tree_type(root, preload=preload, cache_size=cache_size)
+            problems = check_files(tree)
+            if use_cache and not any(problem.severity == "error" for problem in problems):
+                problems += check_cache(tree, cache_dir)
+        found += problems
     return found
 
 
@@ -68,3 +85,20 @@ def _check_entry(tree: GazeTree, roles: tuple[str, ...], index: int) -> list[Pro
         if plane.min() == plane.max():
             problems.append(Problem("warning", f"{file}: {ALL_EQUAL[role]} {where}"))
     return problems
+
+
+def check_cache(tree: GazeTree, cache_dir: str | os.PathLike | None = None) -> list[Problem]:
+    """Read the planes of a tree's cache that are there, and change nothing."""
+    try:
+        return [*map(_check_plane, open_planes(tree, cache_dir, build=False))]
+    except UserError as error:
+        return [Problem("error", str(error))]
+
+
+def _check_plane(plane: Plane) -> Problem:
+    try:
+        for _ in in_threads(plane.__getitem__, range(len(plane.rows))):
+            pass
+    except UserError as error:
+        return Problem("error", str(error))
+    return Problem("note", f"{plane.path}: {len(plane.rows)} cached pictures, all as they were written")

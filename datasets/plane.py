@@ -92,7 +92,9 @@ class Plane:
         )
 
 
-def open_plane(directory: Path, name: str, files: Sequence[str | Path], picture: Picture, *, root: Path) -> Plane:
+def open_plane(
+    directory: Path, name: str, files: Sequence[str | Path], picture: Picture, *, root: Path, build: bool = True
+) -> Plane | None:
     """The plane of these files in a directory, built if it is not there.
 
     Args:
@@ -100,6 +102,7 @@ def open_plane(directory: Path, name: str, files: Sequence[str | Path], picture:
         files: one that is there several times is held once.
         picture: file -> (picture, uint8 [h, w]; (height, width) of the original image).
         root: names below it are part of the digest, its own place is not.
+        build: without it, None if the directory has no such plane.
 
     Raises:
         UserError: a damaged cache, an original that can't be read, no place to write, disk full.
@@ -109,6 +112,8 @@ def open_plane(directory: Path, name: str, files: Sequence[str | Path], picture:
     path = directory / f"{name}-{_digest(row, root)}.pixels"
     with contextlib.suppress(*ABSENT):
         return Plane(path, rows)
+    if not build:
+        return None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / LOCK_FILE).touch()

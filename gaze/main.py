@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets.cache import add_cache
+from datasets.cache import open_planes
 from datasets.sampler import train_loader
 from gaze import metrics as saliency
 from gaze.data import TRAIN, VALIDATE, GazeSamples, GazeStudy
@@ -233,7 +233,7 @@ def open_study(args: argparse.Namespace, input_size: int) -> GazeStudy:
     """The images of --data_path, cached at a size that enlarges none of them."""
     study = GazeStudy(args.data_path, cache_size=max(CACHE_SIZE, input_size))
     for tree in study.trees if args.use_cache else ():
-        add_cache(tree, args.cache_dir)
+        tree.cache = open_planes(tree, args.cache_dir)
     return study
 
 

@@ -22,6 +22,7 @@ from trees import equal, make_mimic, make_reflacx, save
 import datasets.plane
 import datasets.tree
 from datasets.build import build_dataset
+from datasets.check import check_data
 from datasets.reflacx import Reflacx
 from datasets.transforms import Box, crop_resize_flip, grid_size
 from util.errors import UserError
@@ -310,3 +311,22 @@ def test_a_damaged_table_or_length_is_refused_at_the_start(tree, suffix):
                 assert "the cache is damaged" in str(error)
     path.unlink()
     np.testing.assert_array_equal(build(tree).cache[0].table, expected)
+
+
+def test_checking_reads_the_cache_and_changes_nothing(tree):
+    def check(**options):
+        return [(p.severity, p.message) for p in check_data(tree, use_cache=True, **{"cache_size": 128, **options})]
+
+    assert check() == []
+    build(tree)
+    path = gray_plane(tree)
+    whole = ("note", f"{path}: 3 cached pictures, all as they were written")
+    assert check()[0] == whole and len(check(preload=True)) == 2 and check(cache_size=99) == []
+    flip(path, path.stat().st_size - 1)
+    before = path.read_bytes()
+    (severity, message), (other, _) = check()
+    assert severity == "error" and message.startswith(f"{path}: the cache is damaged (picture 2); del")
+    assert other == "note" and path.read_bytes() == before
+    Reflacx(tree).files(1).image.unlink()
+    [(severity, message)] = check()
+    assert "image1" in message

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gaze_trees import edit_index, make_gaze_tree
 
-from datasets.cache import add_cache
+from datasets.cache import open_planes
 from gaze.data import PARTS, GazeSamples, GazeStudy, draw_parts, read_fixations
 from util.errors import UserError
 from util.images import write_gray
@@ -26,7 +26,7 @@ def subjects(study):
 def test_readings_of_an_image_are_one_sample(tree, tmp_path):
     study, cached = GazeStudy([tree]), GazeStudy([tree])
     assert [sum(len(image.entries) for image in study.parts[part]) for part in PARTS] == [10, 2, 4]
-    add_cache(cached.trees[0], tmp_path)
+    cached.trees[0].cache = open_planes(cached.trees[0], tmp_path)
     for part in PARTS:
         samples = GazeSamples(study.parts[part], 32, 8)
         assert samples[0]["img"].shape == (1, 32, 32) and samples[0]["img"].dtype == torch.uint8
