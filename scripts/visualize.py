@@ -6,7 +6,6 @@ Samples of a data set, the exact batch of a training step (--epoch and --step), 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from util.cli import Parser, check_device, finite_float, seed_number
 from util.download import local_file
 from util.errors import UserError, run_cli
 from util.export import build_model
-from util.figures import check_picture_path, fit_lines, save_figure, set_title
+from util.figures import check_picture_path, fit_lines, save_figure, set_title, show_panels
 from util.masking import MASKINGS
 from util.pictures import (
     MASKED,
@@ -252,11 +251,7 @@ def draw_image(band, found: Reconstruction, i: int, sheet: bool) -> None:
         lines, finest = reconstruction_panels(found, i), 2 + int(np.argmin(found.cell_sizes))
         for line, what in zip(lines, ("target", "prediction")):
             line.append((f"{what}, framed part enlarged", line[finest][1]))
-    panels = band.subplots(len(lines), len(lines[0]), squeeze=False)
-    for axes, (text, picture) in zip(panels.flat, itertools.chain(*lines)):
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(0, grid, grid, 0))
-        axes.set_title(text, fontsize=8, pad=2.5)
-        axes.set_axis_off()
+    panels = show_panels(band, lines, points=8, pad=2.5, extent=(0, grid, grid, 0))
     mask_axes = panels[-1, int(sheet)]
     for row, column in np.argwhere(significant & ~masked):
         mask_axes.add_patch(Rectangle((column, row), 1, 1, fill=False, ec=SIGNIFICANT, lw=0.8))
