@@ -105,7 +105,8 @@ class Steps:
         if status:
             self._stop_if_asked(f"in step '{name}'")
             status = status if status > 0 else 128 - status
-            print(log.read_text()[-3000:] if self.quiet else "", file=sys.stderr)
+            if self.quiet:
+                print(log.read_text()[-3000:], file=sys.stderr)
             print(
                 f"error: step '{name}' ended with status {status} (see above); the same command continues from here",
                 file=sys.stderr,
