@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, status = [], 0
     parts = [(sample, "native files"), (sample, "the cache"), (hog,), *((training, n) for n in s.workers)]
     parts += [(prediction,), (encoding,), (heads,), *((step, name) for name in STEPS[s.device])]
+    # `s` is what every part gets: sizes, device, a folder, and what the parts before have made.
     with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
         s.root = Path(root)
         make_tree(s)

@@ -247,8 +247,8 @@ def test_every_command_of_the_ablation_is_understood(chain, preset):
     files = {f"{name}={out}/runs/{name}/backbone.pth" for name in files}
     assert {weight for args in probes for weight in args.weights} == {*files, "random", "pixels"}
     assert set(pd.read_csv(out / "table.csv")["label"]) == {"Mass", "mean"}
-    assert chain.call(**settings)[0] == []
     assert "can't share" in chain.call(1, **settings, PARTS="3")[1]
+    assert gpu or chain.call(**settings)[0] == []
 
 
 AUCS = {"random_unweighted": [0.6, 0.7, 0.8], "attention_weighted": [0.7, 0.75, 0.95]}
