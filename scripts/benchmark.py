@@ -52,6 +52,7 @@ from models_cxrmim import CXRMIM, ENCODERS
 from scripts.predict_gaze import as_predictor
 from util.cli import Parser, available_cpus, check_device
 from util.errors import run_cli
+from util.export import check_file_place
 from util.files import atomic_write
 from util.hog import sobel
 from util.lr_sched import parameter_groups
@@ -83,6 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_device(args.device)
+    if args.json:
+        check_file_place(args.json, "--json")
     s = SimpleNamespace(device=args.device, gpu=args.device == "cuda", **SIZES[args.device])
     machine = versions() | {"cores": available_cpus(), "gpu": s.gpu and torch.cuda.get_device_name()}
     rows, status = [], 0
@@ -318,7 +321,7 @@ def published_heads(s) -> None:
 
 
 def heads(s) -> tuple:
-    """Linear heads on the features of one view, against the published loop."""
+    """Linear heads on the images of `encoding` in one view, against the published loop with its encoder."""
     flags = f"--method linear --fractions 0.3 0.6 1 --seeds 43 44 45 --views 1 --epochs 3 --output_dir {s.root}/heads"
     ours = timed(downstream(s, f"{flags} --batch_size {s.batch_size // 2}"))
     plain = timed(partial(published_heads, s))
