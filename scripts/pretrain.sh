@@ -5,7 +5,13 @@
 # each: GPUS=2 bash scripts/pretrain.sh --batch_size 64. Other nodes: scripts/slurm_pretrain.sh
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/.."
-source scripts/venv.sh
+# Set PYTHON to use an environment of your own.
+if [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; then
+  PYTHON=${PYTHON:-python3}
+  [[ $PYTHON == */* && $PYTHON != /* ]] && PYTHON=$OLDPWD/$PYTHON # as seen from where this was called
+else
+  PYTHON=.venv/bin/python
+fi
 
 # One thread per process for the CPU's part: the loader's workers are processes of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
