@@ -7,7 +7,8 @@ CDPATH='' cd "$(dirname "$0")/.."
 source scripts/venv.sh
 # Tests run in several processes, so each gets one thread.
 export OMP_NUM_THREADS=1
-# Each takes its share of the files in one piece, so that what they share is made once, and then from the others'.
-parallel=(-n "${PYTEST_WORKERS:-2}" --dist worksteal)
+# Three for two cores, since some tests wait. Each takes its share of the files in one piece, so that what they share is
+# made once, and then from the others'.
+parallel=(-n "${PYTEST_WORKERS:-3}" --dist worksteal)
 "$PYTHON" -c "import xdist" > /dev/null 2>&1 || { echo "no pytest-xdist: in one process"; parallel=(); }
 exec "$PYTHON" -m pytest ${parallel[@]+"${parallel[@]}"} "$@"

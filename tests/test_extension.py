@@ -75,9 +75,7 @@ def exercise(
     assert (found - expected).abs().max() < 1e-5
 
     assert visualize.main([str(checkpoint), "--index", "0", "--out", str(out / "picture.jpg")]) == 0
-    step = ["--epoch", "1", "--step", "0", "--sheet", "--out", str(out / "step.jpg")]
-    assert visualize.main([str(checkpoint), *step]) == 0
-    assert (out / "picture.jpg").stat().st_size > 1000 < (out / "step.jpg").stat().st_size
+    assert (out / "picture.jpg").stat().st_size > 1000
     return model
 
 
@@ -91,6 +89,8 @@ def test_every_scale(scale, trees, tmp_path):
 @pytest.mark.parametrize("masking", [name for name in MASKINGS if name != "attention"])  # all others train with it
 def test_every_masking_rule(masking, trees, tmp_path):
     exercise(trees["Reflacx"], tmp_path, masking=masking)
+    step = ["--epoch", "1", "--step", "0", "--sheet", "--out", str(tmp_path / "step.jpg")]
+    assert visualize.main([str(tmp_path / "checkpoint-1.pth"), *step]) == 0
 
 
 def check_rule(masking: str, shape: tuple[int, int, int] = (3, 64, 96)) -> None:

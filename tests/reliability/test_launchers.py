@@ -129,7 +129,7 @@ def given_flags(job: Launched):
 
 
 def test_a_mistake_is_told_without_the_launchers_traceback(tmp_path):
-    python = stand_in(tmp_path, "raise SystemExit('error: --epochs 0')")
+    python = stand_in(tmp_path, r"import os; os.write(2, b'error: --epochs 0\n'); raise SystemExit(1)")
     job = Launched(["bash", str(ROOT / "scripts/pretrain.sh")], tmp_path / "log", GPUS="2", PYTHON=python)
     assert job.wait() == 1
     lines = job.log.read_text().splitlines()

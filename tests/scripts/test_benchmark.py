@@ -13,6 +13,7 @@ from scripts import benchmark
 from util.hog import HOGPyramid
 
 
+@pytest.mark.usefixtures("narrow")
 def test_every_row_is_measured_in_turns(tmp_path, monkeypatch):
     """Also those that only a GPU is measured with: they must work the first time."""
     sizes = {"batch_size": 4, "workers": [0], "labelled": 16, "encoder": "test_vit"}
