@@ -25,6 +25,13 @@ from util.subjects import subject_marks
 SMALL = "--backbone test_resnet --input_size 64 --device cpu --batch_size 4 --num_workers 0"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_examples():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gaze.judge, "EXAMPLES", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return make_gaze_tree(tmp_path_factory.mktemp("gaze"), 36)
