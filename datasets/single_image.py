@@ -83,7 +83,7 @@ def check_rectangles(fixations: pd.DataFrame, image_size: tuple[int, int], path:
     xmax, ymax = ends.max()
     if xmax < width - 1 or ymax < height - 1:
         print(
-            f"warning: {path}: nothing beyond {right:g} x {bottom:g} px is said to have been in view, and this image has "
+            f"warning: {path}: nothing beyond {xmax:g} x {ymax:g} px is said to have been in view, and this image has "
             f"{width} x {height}; is it the same, at its original size?",
             file=sys.stderr,
             flush=True,

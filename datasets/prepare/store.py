@@ -95,9 +95,10 @@ class TreeMaking:
     def _check(self) -> None:
         self.options = json.loads(json.dumps({"format": FORMAT, **self.options}))
         record = read_record(self.out, self.layer)
-        if record and record["options"] != self.options and not self.overwrite:
-            was = record["options"]
-            keys = [key for key in {**was, **self.options} if was.get(key) != self.options.get(key)]
+        was = record.get("options", self.options)
+        # An option of another version that is off says nothing of the files.
+        keys = [key for key in {**was, **self.options} if (was.get(key) or None) != (self.options.get(key) or None)]
+        if keys and not self.overwrite:
             told = ", ".join(f"{key} {was.get(key)} there, {key} {self.options.get(key)} asked for" for key in keys)
             raise UserError(
                 f"{self.out}: was prepared with other options: {told}; choose another --out, or --overwrite to replace it"

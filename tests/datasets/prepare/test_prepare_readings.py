@@ -288,6 +288,9 @@ def test_egd_gives_the_same_kind_of_tree(tmp_path):
     for entry in entries_of(out):
         assert entry["source"] == "egd" and set(entry["labels"]) == {"Normal", "CHF", "Pneumonia"}
         np.testing.assert_array_equal(maps_of(out, entry)[0], heatmap_to_uint8(maps[entry["reflacx_id"]]))
+    before, record = contents(out), out / "prepare.json"
+    record.write_text(record.read_text().replace('"sigma"', '"screen_filter": false, "sigma"'))  # of an earlier version
+    assert prepare(study.raw, study.images, out, sigma=9).counts["made by this run"] == 0 and contents(out) == before
     for options, message in (
         ({"split": "train"}, "no usable reading of split 'train'"),
         ({"sigma": 10}, "other options"),
