@@ -3,10 +3,10 @@
 
 A row compares two functions called in turns: the *baseline*, the published program's way or the nearest plain one, and
 ours. The ratio is the median over the turns, its spread their quartiles. Inputs are phantoms of 2544 x 3056 px, made
-below TMPDIR and removed again.
+in a folder in TMPDIR, which is removed at the end.
 
     python scripts/benchmark.py                 # CPU or GPU, whichever is there
-    python scripts/benchmark.py --json out.json # written after every row: what is measured is kept
+    python scripts/benchmark.py --json out.json # rewritten after every row, so that an interrupted run keeps its rows
 
 If a part fails, its traceback is printed, the others go on, and the exit status is 1.
 """
@@ -91,14 +91,14 @@ def main(argv: list[str] | None = None) -> int:
     rows, status = [], 0
     parts = [(sample, "native files"), (sample, "the cache"), (hog,), *((training, n) for n in s.workers)]
     parts += [(prediction,), (encoding,), (heads,), *((step, name) for name in STEPS[s.device])]
-    # `s` is what every part gets: sizes, device, a folder, and what the parts before have made.
+    # `s` goes to every part: sizes, device, a folder, and what earlier parts have made.
     with tempfile.TemporaryDirectory(prefix="benchmark-") as root:
         s.root = Path(root)
         make_tree(s)
         for part, *how in parts:
             try:
                 rows.append(measured(*part(s, *how)))
-            except Exception:  # costs its own row alone
+            except Exception:  # only this row is lost
                 traceback.print_exc()
                 status = 1
             if args.json:
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured(name: str, note: str, ours, plain=None, images: int = 1) -> dict:
-    """A row of seconds for so many images, ours and the baseline's: numbers, or an array by turn."""
+    """A row of the report. `ours` and `plain`: seconds for `images` images, a number or an array by turn."""
     values = {"ours": np.median(ours), "images_per_s": images / np.median(ours)}
     if plain is not None:
         low, ratio, high = np.percentile(plain / ours, (25, 50, 75))
@@ -131,10 +131,10 @@ def in_turns(*functions: Callable[[], object]) -> np.ndarray:
 
 
 def run(program, text: str) -> None:
-    """Call one of our programs, which speaks on stderr, with the words of a text."""
+    """Call one of our programs with the words of `text` as its arguments; its output goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         status = program.main(text.split())
-    if status:  # a signal ended it: of this program, too
+    if status:  # a signal stopped it; stop here, too
         raise SystemExit(status)
 
 
@@ -142,8 +142,8 @@ def run(program, text: str) -> None:
 
 
 def make_tree(s) -> None:
-    """Make a processed tree in native resolution with JPG images, as the published program reads it. Its images stand
-    in it several times, for two batches."""
+    """Make a processed tree in native resolution with JPG images, as the published program reads it. Its index
+    lists each image several times, enough for two batches."""
     s.tree = s.root / "tree"
     study = make_study(s.root / "raw", NATIVE_IMAGES, size=NATIVE_SIZE, shared_images=0)
     prepare(study.raw, study.images, s.tree, size=0)
@@ -162,7 +162,7 @@ def published_sample(files) -> Tensor:
 
 
 def sample(s, source: str) -> tuple:
-    """A sample in one thread, as a loader's worker has."""
+    """Seconds per sample in one thread, as in a worker of the loader: five samples of each image against one."""
     dataset = build_dataset(s.tree, preload=True, use_cache=source == "the cache")
     images, threads = range(NATIVE_IMAGES), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -188,7 +188,7 @@ def direct_hog(img: Tensor) -> list[Tensor]:
 
 
 def model_and_batch(s) -> tuple[CXRMIM, dict[str, Tensor]]:
-    """A model to train, and a batch as the loader hands it on."""
+    """A model to train, and a batch from the loader."""
     model = ENCODERS[MODEL](img_size=INPUT_SIZE, gaze_weighted=True).to(s.device)
     dataset = build_dataset(s.tree, preload=True, input_size=INPUT_SIZE)
     loader = DataLoader(dataset, s.batch_size, sampler=[(0, i) for i in range(s.batch_size)], pin_memory=s.gpu)
@@ -240,12 +240,12 @@ def step(s, name: str) -> tuple:
 
 
 def training(s, workers: int) -> tuple:
-    """Seconds per image of a run of run_pretrain.py, by its log."""
+    """Seconds per image of a run of run_pretrain.py, from its log."""
     output = s.root / f"output-{workers}"
     text = f"--data_path {s.tree} --preload --gaze_weighted --model {MODEL} --pretrained none --device {s.device}"
     text += f" --batch_size {s.batch_size} --num_workers {workers} --epochs 8 --warmup_epochs 1"
     run(run_pretrain, f"{text} --input_size {INPUT_SIZE} --output_dir {output}")
-    seconds = pd.read_json(output / "log.txt", lines=True)["time_s"][1:]  # a device warms up in the first
+    seconds = pd.read_json(output / "log.txt", lines=True)["time_s"][1:]  # the first warms up the device
     return f"real training, {workers} workers, per image", f"batch {s.batch_size}", seconds / (2 * s.batch_size)
 
 
@@ -280,7 +280,7 @@ def features(s, images: Tensor) -> Tensor:
 
 
 def encoding(s) -> tuple:
-    """From image files to features on disk, against forward passes of a batch that lies ready."""
+    """From image files to features on disk, against forward passes of a batch in memory."""
     output = s.root / "probed"
     make_rsna(
         s.root, s.labelled, size=(192, 160), image_format="jpg", lesion_kinds=["consolidation"], normal_fraction=0.5
@@ -290,7 +290,7 @@ def encoding(s) -> tuple:
     batch = torch.rand(s.batch_size, 3, 224, 224)
     first, again, plain = in_turns(
         lambda: (shutil.rmtree(output, ignore_errors=True), probe()),
-        probe,  # finds all features there
+        probe,  # all features are on disk: what is left is start and probe
         lambda: [features(s, batch).cpu() for _ in range(s.labelled // s.batch_size)],
     )
     return "downstream encoding", s.encoder, np.maximum(first - again, 1e-9), plain, s.labelled
@@ -313,7 +313,7 @@ def published_heads(s) -> None:
         )
         for loader in 3 * [train, valid]:
             for batch in loader:
-                loss = F.softplus(head(features(s, batch))).mean()  # all labels 0, which changes no time
+                loss = F.softplus(head(features(s, batch))).mean()  # all labels 0; the time is the same
                 if loader is train:
                     loss.backward()
                     optimizer.step()

@@ -42,7 +42,7 @@ from util.pictures import (
 from util.radiograph import add_dicom_contrast
 from util.weights import WeightsInfo, read_state_dict
 
-# Of a large data set, so many images spread over it give the mean of each place.
+# The mean of each place is taken over at most this many images, spread over the data set.
 REFERENCE_IMAGES = 100
 
 ENLARGED = "#CC79A7"  # purple
@@ -80,7 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mask_ratio", type=finite_float, help="share of masked patches")
     add("--clinical_ratio", type=finite_float, help="share of the significant patches that are masked")
     add("--seed", type=seed_number, help="seed of the masks, and of the crops of --epoch and --step")
-    add("--num_heads", type=int, help="for a file that doesn't say: attention heads of the encoder")
+    add("--num_heads", type=int, help="attention heads of the encoder, if the file doesn't say")
     add("--sheet", action="store_true", help="contact sheet: gaze and mask only, many images")
     add("--device", default="cpu", help="replaying masks of a run on CUDA needs cuda")
     add("--out", default="picture.png", help=".png, .pdf, .svg or .jpg")
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def picture_name(dataset, index: int) -> str:
-    """A sample's name for a picture: with its split, and with a mark where its gaze is no reader's."""
+    """A sample's name for a picture, with its split and a mark if its gaze is simulated or predicted."""
     entry = dataset.entries[index]
     marks = [
         entry.get("split"),
@@ -168,7 +168,7 @@ def picture_name(dataset, index: int) -> str:
 
 
 def check_unchanged(args: argparse.Namespace, info: WeightsInfo, samples: str) -> None:
-    """Refuse a training step that this checkpoint's run did not see so: with other data, options or device."""
+    """Refuse a training step that the run took with other data or options, or on another device."""
     if info.entries.get("samples") not in (None, samples):
         raise UserError(
             "--data_path: holds other images or heatmaps than the run trained on, in another order, or cached "
@@ -187,31 +187,32 @@ def check_unchanged(args: argparse.Namespace, info: WeightsInfo, samples: str) -
 
 @torch.no_grad()
 def mean_targets(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """What sees no image would predict, by the images of a batch: their mean HOG target, of all cells of a scale or of
-    each cell; for each scale float [3*nbins] or [cells_k, 3*nbins]."""
+    """Two predictions that use no image: the mean HOG target of a batch over all cells of a scale, and for each cell.
+    For each scale float [3*nbins], and [cells_k, 3*nbins]."""
     targets = model.hog_targets(model.prepare_batch(batch)["gray"])
     means = [level.double().mean(0).float() for level in targets]
     return {"one constant for all cells": [level.mean(0) for level in means], "the mean of each place": means}
 
 
 def errors(found: Reconstruction, images) -> str:
-    """Mean squared error of the masked patches of `images`, an index or `...` for all: the model's, and that of what
-    sees no image."""
+    """Mean squared error of the masked patches of `images` (an index, or `...` for all), for the model and for the
+    predictions of `mean_targets`."""
     values = {"the model": found.error} | found.references
     masked = found.masked[images]
     return ", ".join(f"{error[images][masked].mean():.4f} of {name}" for name, error in values.items())
 
 
 def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: str, sheet: bool = False) -> Figure:
-    """Figure of B images, each with its caption: two lines of panels, radiograph, gaze, targets; mask, error,
-    predictions, and last the finest cells enlarged where most is masked; or with `sheet` gaze and mask alone, four
-    images side by side.
+    """Figure of B images. Each has a caption and two rows of panels: radiograph, gaze, targets; mask, error,
+    predictions. The last column enlarges the finest cells where most patches are masked. With `sheet`: gaze and mask
+    alone, four images side by side.
 
     Args:
-        names, title: a line of text per image; what is shown: checkpoint, data, step.
+        names: a line of text per image.
+        title: what is shown: checkpoint, data, step.
     """
     images = len(names)
-    # Inches of a panel, size of the caption's letters, images side by side, lines and columns of an image's panels.
+    # Side of a panel in inches, font size of captions, images side by side, rows and columns of an image's panels.
     side, points, across, lines, columns = 2.26, 8.5, 1, 2, 3 + len(found.cell_sizes)
     if sheet:
         side, points, across, lines, columns = 1.5, 5.5, min(4, images), 1, 2
@@ -259,7 +260,7 @@ def draw_image(band, found: Reconstruction, i: int, sheet: bool) -> None:
         return
     side = min(4, grid)
     counts = np.lib.stride_tricks.sliding_window_view(masked, (side, side)).sum((2, 3))
-    top, left = np.unravel_index(counts.argmax(), counts.shape)  # of where most is masked
+    top, left = np.unravel_index(counts.argmax(), counts.shape)  # of the window with most masked patches
     for axes in (mask_axes, *panels[:, finest]):
         axes.add_patch(Rectangle((left, top), side, side, fill=False, ec=ENLARGED, lw=1.4))
     for axes in panels[:, -1]:

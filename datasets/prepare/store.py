@@ -1,10 +1,10 @@
 """A tree made from sources, whole or not at all: stage everything, then commit.
 
-A finished tree is exactly its sources and options. It consists of units (an image with its maps): a run makes those
-whose origin (a digest of their sources) is not the one in the tree, and keeps the others.
+A finished tree matches its sources and options exactly. It consists of units (an image with its maps): a run makes
+those whose origin (a digest of their sources) differs from the one in the tree, and keeps the others.
 
-    with TreeMaking(out, options, index="images.json").running() as making:    # lock, finish a cut-off commit, check
-        for unit in making.begin(Report(units, {})):                           # those to make
+    with TreeMaking(out, options, index="images.json").running() as making:    # lock, finish an old commit, check
+        for unit in making.begin(Report(units, {})):                           # the units still to make
             ...                                                                # write files below making.staging
             making.place(unit, Made(["files/a.jpg"], note))
         report = making.finish(entries, {})                                    # check, then commit
@@ -15,10 +15,11 @@ A tree may have two layers, each with its own options, record and index: `prepar
     <layer>.origins     a line for each unit, sorted: [key, origin, {file: size}, note]; in names `*` stands for the key
     <layer>.json        the record: options, counts, what was left out
     tables, the index   the index comes last: a tree that has it is whole
-    .making/<layer>-<digest of the options>/    while a run is at work: `tree/` (what it has made), `units` (a line for
-                        each unit in it, written after the unit's files), and `commit`, once everything is there
+    .making/<layer>-<digest of the options>/    during a run: `tree/` (the files made so far), `units` (a line for each
+                        unit in it, written after the unit's files), and at the end `commit`: what to remove and move
 
-Until `commit` exists the tree is what it was. From then on the next run, whichever it is, first finishes moving.
+Until `commit` exists the tree is unchanged. After that, an interrupted run is finished by the next one, whatever its
+layer and options.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ class TreeMaking:
         options: all that decides pixels or membership and is the same for every unit; a tree has one set.
         index: name of the index, which `finish` writes last.
         layer: one of `LAYERS`. A layer above needs the tree below it.
-        overwrite: keep nothing of the old tree, which stays until the new one is whole. Killed, the same call goes on.
-        dry_run: take no lock, write nothing; `begin`, `place` and `finish` check all the same.
+        overwrite: keep nothing of the old tree, which stays until the new one is whole. If killed, call it again.
+        dry_run: take no lock and write nothing; `begin`, `place` and `finish` check as usual.
 
     Raises (each method):
         UserError: the tree is in use, has other options, or is not ours; a finished tree would lose a file;
-            nothing is there to make; or a file can't be read, written or removed.
+            no unit can be made; or a file can't be read, written or removed.
     """
 
     out: Path
@@ -74,14 +75,14 @@ class TreeMaking:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[TreeMaking]:
-        """This run: lock the tree, finish a commit that was cut off, check; then `begin`, `place` each unit and `finish`."""
+        """Lock the tree, finish an interrupted commit, check the options. Within: `begin`, `place` each unit, `finish`."""
         try:
             refuse_foreign(self.out)
             with contextlib.ExitStack() as stack:
                 if not self.dry_run:
                     self.out.mkdir(parents=True, exist_ok=True)
-                    told = {"what": str(self.out), "mend": "wait for it, or choose another --out"}
-                    stack.enter_context(file_lock(self.out / LOCK, **told))
+                    message = {"what": str(self.out), "mend": "wait for it, or choose another --out"}
+                    stack.enter_context(file_lock(self.out / LOCK, **message))
                 for commit in self.out.glob(f"{STAGING}/*/commit"):
                     if self.dry_run:
                         raise UserError(f"{self.out}: a run was cut off at its end; finish it first, without --dry_run")
@@ -96,33 +97,33 @@ class TreeMaking:
         self.options = json.loads(json.dumps({"format": FORMAT, **self.options}))
         record = read_record(self.out, self.layer)
         was = record.get("options", self.options)
-        # An option of another version that is off says nothing of the files.
+        # An option that only another version has, and that is off, changes no file.
         keys = [key for key in {**was, **self.options} if (was.get(key) or None) != (self.options.get(key) or None)]
         if keys and not self.overwrite:
-            told = ", ".join(f"{key} {was.get(key)} there, {key} {self.options.get(key)} asked for" for key in keys)
+            changed = ", ".join(f"{key} {was.get(key)} there, {key} {self.options.get(key)} asked for" for key in keys)
             raise UserError(
-                f"{self.out}: was prepared with other options: {told}; choose another --out, or --overwrite to replace it"
+                f"{self.out}: was prepared with other options: {changed}; choose another --out, or --overwrite to replace it"
             )
         self._layers = LAYERS[LAYERS.index(self.layer) :]
-        # Lines of what the new tree replaces, by layer and key; the versions of all programs that made what is kept.
+        # Lines of the layers that may be replaced, by layer and key; the versions that made the kept units.
         self._old = {layer: finished_lines(self.out, layer) for layer in self._layers[: None if self.overwrite else 1]}
         self._made_with = [] if self.overwrite else record.get("made_with", [])
         self._folder = self.out / STAGING / f"{self.layer}-{origin_of(self.options)}"
-        self.staging = self._folder / "tree"  # where a unit's files are written, each by its path in the tree
+        self.staging = self._folder / "tree"  # where a unit's files are written, under their paths in the tree
         self._journal = self._folder / "units"
-        self._now: dict[str, str] = {}  # lines of the tree to be, by key
+        self._now: dict[str, str] = {}  # lines of the new tree, by key
         self.n_made = 0
 
     def begin(self, report: Report) -> list[Unit]:
-        """Of all units that the tree shall hold, `report.units`, those to make."""
+        """The units still to make, of `report.units`: all that the new tree is to have."""
         self.report = report
         self._units = {unit.key: unit for unit in report.units}
-        if self._journal.exists():  # go on from what earlier runs staged
+        if self._journal.exists():  # continue from what earlier runs staged
             for line in self._journal.read_text(encoding="utf-8", errors="replace").split("\n"):
                 with contextlib.suppress(ValueError):  # cut off by a kill
                     if self._holds(line, self.staging):
                         self._now[json.loads(line)[0]] = line
-            if not self.dry_run:  # the other lines must not hold again, later
+            if not self.dry_run:  # drop the other lines, lest they match again later
                 write_lines(self._journal, self._now.values())
         self._staged = set(self._now)  # keys of those whose files are staged
         for key, line in () if self.overwrite else self._old[self.layer].items():
@@ -131,16 +132,16 @@ class TreeMaking:
         return [unit for unit in report.units if unit.key not in self._now]
 
     def _holds(self, line: str, folder: Path) -> bool:
-        """Whether a line is of a unit that is made from what is there now, its files whole in `folder`."""
+        """Whether a line is up to date: its unit has the same origin now, and its files are complete in `folder`."""
         key, origin, sizes, _ = read_line(line)
         if key not in self._units or self._units[key].origin != origin:
             return False
         return all(stamp(f"{folder}/{name}")[0] == size for name, size in sizes.items())
 
     def place(self, unit: Unit, made: Made) -> None:
-        """Take a unit that has been made; each unit of `begin` must come here."""
+        """Record that a unit has been made; call it for each unit of `begin`."""
         for source, was in zip(unit.sources, unit.stamps):
-            # Its status may have changed (a link more, other rights): then the next run makes it anew.
+            # The status time may differ (a new link, other permissions): then the next run makes it again.
             if stamp(source)[:2] != was[:2]:
                 raise UserError(f"{source}: changed while the tree was made from it; run again")
         self.report.exclusions += made.exclusions
@@ -148,6 +149,7 @@ class TreeMaking:
             return
         self.n_made += 1
         sizes = {name: stamp(self.staging / name)[0] for name in made.files}
+        # An empty origin matches none, so the next run tries what was left out again.
         line = write_line(unit.key, "" if made.exclusions else unit.origin, sizes, made.note)
         self._now[unit.key] = line
         self._staged.add(unit.key)
@@ -156,7 +158,7 @@ class TreeMaking:
                 journal.write(line + "\n")
 
     def notes(self) -> Iterator[tuple[Unit, dict[str, Any]]]:
-        """The units that the tree holds, kept and made, with their notes, in the order of `begin`."""
+        """The units of the new tree, kept and made, with their notes, in the order of `begin`."""
         for key, unit in self._units.items():
             if key in self._now:
                 yield unit, read_line(self._now[key])[3]
@@ -168,8 +170,8 @@ class TreeMaking:
 
         Args:
             entries: the entries of the index, in their order.
-            counted: for the report, behind its own counts and those of each reason for leaving out.
-            tables: by name, the lines of further files at the root.
+            counted: further counts for the report, listed after its own.
+            tables: lines of further files at the root, by file name.
         """
         report = self.report
         report.count(counted, (n for _, note in self.notes() for n in note.get("significant", ())))
@@ -208,7 +210,7 @@ class TreeMaking:
 
         staged = files_of(map(self._now.get, self._staged))
         moves, remove = [name for name in (*staged, *root) if self._differs(name)], sorted(gone)
-        if gone or {*moves} - {record}:  # the record alone is nothing that others are made of
+        if gone or {*moves} - {record}:  # no layer depends on the record alone
             remove = [*(there["root_files"][0] for there in records.values()), *remove]
             moves.append(self.index)
         if moves:
@@ -216,18 +218,18 @@ class TreeMaking:
             finish_commit(self.out, self._folder)
         for folder in self.out.glob(f"{STAGING}/{self.layer}-*"):
             shutil.rmtree(folder)
-        with contextlib.suppress(OSError):  # the other layer is unfinished
+        with contextlib.suppress(OSError):  # not empty: another run is unfinished
             (self.out / STAGING).rmdir()
         return report
 
     def _differs(self, name: str) -> bool:
-        """Whether the tree has a file otherwise than it is staged, or not at all."""
+        """Whether the tree lacks a file, or has it with other content than the staged one."""
         there = self.out / name
         return not (there.is_file() and filecmp.cmp(self.staging / name, there, shallow=False))
 
 
 def versions() -> dict[str, str]:
-    """Of what decides pixels."""
+    """Versions of Python and the packages that decide pixels."""
     return {"python": python_version()} | {package: version(package) for package in PACKAGES}
 
 
@@ -238,8 +240,8 @@ def read_record(root: Path, layer: str = LAYERS[0]) -> dict[str, Any]:
 
 
 def finished_lines(root: Path, layer: str) -> dict[str, str]:
-    """The lines of a layer's origins by key, in their order; none if it was never finished. UserError if the list is
-    not the one that the record was written with."""
+    """The lines of a layer's origins by key, in their order; none if it was never finished. UserError if the list does
+    not match the record."""
     path, record = root / f"{layer}.origins", read_record(root, layer)
     if not record:
         return {}
@@ -253,7 +255,7 @@ def finished_lines(root: Path, layer: str) -> dict[str, str]:
 
 
 def write_line(key: str, origin: str, sizes: Mapping[str, int], note: Any) -> str:
-    """A line, without its end. Lines stay text in memory: of 377,000 units, parsed, they would take gigabytes."""
+    """A line of origins, without a line break. Lines stay text in memory: parsed, 377,000 would take gigabytes."""
     files = {name.replace(key, "*"): size for name, size in sizes.items()}
     return json.dumps([key, origin, files, note], ensure_ascii=False, separators=(",", ":"))
 
@@ -269,7 +271,7 @@ def files_of(lines: Iterable[str]) -> Iterator[str]:
 
 
 def refuse_foreign(root: Path) -> None:
-    """UserError unless `root` is a tree of ours, or nothing."""
+    """UserError unless `root` is one of our trees, empty, or missing."""
     if read_record(root) or not root.exists() or any(root.glob(f"{STAGING}/*/commit")):
         return
     if strangers := sorted(name for name in os.listdir(root) if not name.startswith((LOCK, STAGING))):
@@ -279,11 +281,11 @@ def refuse_foreign(root: Path) -> None:
 
 
 def finish_commit(root: Path, folder: Path) -> None:
-    """Move what is staged in `folder` into the tree. May be cut off and called again at any moment."""
+    """Move the files staged in `folder` into the tree. It may be killed at any moment and called again."""
     staged = folder / "tree"
     with open(folder / "commit", encoding="utf-8") as lines:
         remove, *moves = map(json.loads, lines)
-    if (staged / moves[-1]).exists():  # the index: until the new one is there the old one must not be
+    if (staged / moves[-1]).exists():  # the new index is not in place yet, so the old one goes first
         for name in remove:
             (root / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty

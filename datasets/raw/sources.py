@@ -1,4 +1,4 @@
-"""The gaze data sets that can be read: which of them a directory holds, and its readings."""
+"""The gaze data sets that can be read: which one a directory contains, and its readings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets.raw.readings import SIMULATED_FILE, RawReadings
 from util.cli import finite_float
 from util.errors import UserError
 
-# Data set -> (a file below its root, its reader). A further data set is one more line here.
+# For each data set a file below its root that identifies it, and its reader. Add a line for a further data set.
 SOURCES: dict[str, tuple[str, Callable[..., RawReadings]]] = {
     "reflacx": ("main_data/metadata_phase_1.csv", read_reflacx),
     "egd": ("master_sheet.csv", read_egd),
@@ -29,14 +29,14 @@ def add_raw_options(parser: argparse.ArgumentParser) -> None:
         help="EGD-CXR only: standard deviation of a fixation's Gaussian, px of the original image; "
              f"{DEFAULT_SIGMA:g} if not given")
     parser.add_argument("--metadata", type=Path, default=None,
-        help="EGD-CXR only: MIMIC-CXR's table of metadata, which has the sizes of the original images that fixations "
-             "are in pixels of (default: the one in --images)")
+        help="EGD-CXR only: MIMIC-CXR's table of metadata, for the sizes of the original images, in whose pixels "
+             "fixations are (default: the table in --images)")
     # fmt: on
 
 
 def find_raw(raw: Path) -> tuple[str, Path]:
-    """The data set that `raw` holds, or else the directories below it, by name, and its root. UserError if there are
-    several, also versions of one, which no rule can choose from."""
+    """Name and root of the data set in `raw`, or else in a directory right below it. UserError if there are several,
+    two versions of one included, or none."""
     for place in ("", "*/"):
         found = [(source, path) for source, (file, _) in SOURCES.items() for path in raw.glob(place + file)]
         if len(found) > 1:
@@ -57,7 +57,7 @@ def read_raw(
 
     Args:
         images: root of the MIMIC-CXR images, for their table of metadata.
-        sigma, metadata: of EGD-CXR, see `read_egd`; UserError for other data sets.
+        sigma, metadata: for EGD-CXR, see `read_egd`; UserError with other data sets.
     """
     source, root = find_raw(raw)
     options = {name: value for name, value in (("sigma", sigma), ("metadata", metadata)) if value is not None}
