@@ -29,7 +29,7 @@ def build_dataset(
     cache_dir: str | os.PathLike | None = None,
     cache_size: int = 512,
 ) -> GazeTree | ConcatTrees:
-    """Data set over one or several processed trees, told apart by their index files.
+    """Data set over one or several processed trees; the index file says of which kind each is.
 
     Args:
         data_path: directory of a tree, its index file, or a list of those.

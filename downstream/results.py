@@ -61,7 +61,7 @@ class Outcome:
     @cached_property
     def found(self) -> tuple[np.ndarray, np.ndarray]:
         """Which labels count in the mean, bool [C], and values, float64 [1 + draws, C + 1]: AUC of each label, or share
-        of each class that is told right, and last the mean (of classes: over all images).
+        of each class that is predicted right, and last the mean (for classes over all images).
 
         The first row is on the data, the others on draws of subjects; a draw's mean is over the labels that it has both
         kinds of. If the images with a label, or, of AUCs, those without it, are of one subject, its draws are NaN: their

@@ -13,7 +13,7 @@ from util.errors import UserError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each option that has one, unless its help tells it."""
+    """Shows the default of each option that has one, unless its help contains it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help, action.default

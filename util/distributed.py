@@ -123,7 +123,7 @@ def start(device: str, *, local_rank: int = -1, world_size: int = 1, dist_url: s
 def on_main(ranks: Ranks, work: Callable[[], object]) -> object:
     """Do `work` on rank 0 while the others wait; returns its result on every rank.
 
-    A UserError of it ends all ranks; rank 0 tells it.
+    If it raises UserError, all ranks end and rank 0 prints it.
     """
     done = None  # where work fails
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from util.masking import foreground_of, mask_cells, significant_patches
 
-# Colours told apart by every common kind of colour vision (Okabe and Ito 2008).
+# Colours that every common kind of colour vision distinguishes (Okabe and Ito 2008).
 SIGNIFICANT = "#E69F00"  # orange
 MASKED = "#0072B2"  # blue
 GAZE_MAP = "inferno"  # perceptually uniform

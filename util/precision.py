@@ -48,7 +48,7 @@ def nan_gradient_unless_finite(loss: Tensor) -> Tensor:
 
 def update_was_skipped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
     """Whether the last `scaler.step` left out its update, before `update_scale`: a scalar on the device, 0 or 1."""
-    # GradScaler tells this publicly only by waiting for the device (a lower get_scale()).
+    # GradScaler's public way to find this out, a lower get_scale(), waits for the device.
     return torch.stack(list(scaler._found_inf_per_device(optimizer).values())).max()
 
 

@@ -16,8 +16,8 @@ _MIMIC = re.compile(r"p(?=\d{5,})")  # MIMIC's folders are called p10000032 wher
 def subject_key(name: str) -> str:
     """What all spellings of a subject have in common.
 
-    Blanks around a name, letter case, leading zeros, ".0" behind a number and MIMIC's "p" before one tell no
-    subjects apart. To take two for one costs nothing; to take one for two puts a patient on both sides.
+    Names that differ only in blanks around them, letter case, leading zeros, ".0" behind a number or MIMIC's "p" before
+    one are one subject. Joining two subjects costs nothing; splitting one puts a patient in two parts.
     """
     bare = _MIMIC.sub("", name.strip().casefold())
     number = _NUMBER.fullmatch(bare)

@@ -86,7 +86,7 @@ class LabelledImages:
         return np.flatnonzero(self.parts == part)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> LabelledImages:
-        """Some of the images, in the order of `indices`; `UserError` where there is none."""
+        """Some of the images, in the order of `indices`; `UserError` if none."""
         lists = {name: [getattr(self, name)[i] for i in indices] for name in ("ids", "files")}
         arrays = {name: getattr(self, name)[np.asarray(indices, int)] for name in ("subjects", "parts", "labels")}
         return replace(self, **lists, **arrays)

@@ -143,7 +143,7 @@ def read_covidx(source: Source) -> Table:
     """Lines "patient filename class source" of train.txt, test.txt and, in newer releases, val.txt, images in train/,
     test/ and val/. Lists of older releases are called train_COVIDx9A.txt and so on.
 
-    Patients are told apart within their source, whose numbers another source may use again. Without val.txt a fifth of
+    Patient numbers count within their source, since another source may use the same. Without val.txt a fifth of
     train.txt validates, as published drawn by image; here by patient unless --split published asks for the former.
     """
     tables = []
