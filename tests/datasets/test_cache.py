@@ -327,6 +327,8 @@ def test_checking_reads_the_cache_and_changes_nothing(tree):
     (severity, message), (other, _) = check()
     assert severity == "error" and message.startswith(f"{path}: the cache is damaged (picture 2); del")
     assert other == "note" and path.read_bytes() == before
+    path.write_bytes(before[:-1])
+    assert [found[0] for found in check()] == ["error"]
     Reflacx(tree).files(1).image.unlink()
     [(severity, message)] = check()
     assert "image1" in message

@@ -20,7 +20,7 @@ from datasets.shown import training_dataset
 from datasets.single_image import single_image
 from models_cxrmim import CXRMIM
 from scripts import visualize
-from scripts.visualize import main, mean_targets
+from scripts.visualize import errors, main, mean_targets
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.masking import mask_generator
@@ -109,7 +109,9 @@ def test_error_of_patches_is_the_loss(model):
     fine, batch = CXRMIM(**SMALL | {"scale_list": (4.0, 1.0)}), make_batch()
     mask = (torch.arange(16).repeat(2, 1) % 3 == 0).float()
     found = reconstruct(fine, batch, mask)
-    assert found.error[found.masked].mean() == pytest.approx(fine(batch, mask=mask).item(), rel=1e-5)
+    loss = fine(batch, mask=mask).item()
+    assert found.error[found.masked].mean() == pytest.approx(loss, rel=1e-5)
+    assert errors(found, ...) == f"{loss:.4f} of the model"
     assert fine.training
 
 
@@ -125,17 +127,18 @@ def test_reconstruction_of_a_coarse_scale(model):
 # ---------------------------------------------------------------- what training saw
 
 
-def test_training_batch_comes_back_exactly(model, tree):
+@pytest.mark.parametrize("ranks", [{}, {"rank": 1, "world_size": 2}])
+def test_training_batch_comes_back_exactly(model, tree, ranks):
     """Crops, flips and masks of a step equal those of the loader and the generator that training uses."""
     seen = build_dataset(tree, input_size=64, seed=ARGS["seed"], use_cache=False)
-    sampler = TrainBatches(len(seen), 2, seed=ARGS["seed"], epochs=2)
+    sampler = TrainBatches(len(seen), 2, seed=ARGS["seed"], epochs=2, **ranks)
     batches = list(DataLoader(seen, batch_sampler=sampler))
     dataset = training_dataset(ARGS, [str(tree)], 64, augment=True)
-    for epoch, step in [(0, 1), (1, 2)]:
+    for epoch, step in [(0, 0), (1, sampler.steps_per_epoch - 1)]:
         expected = batches[epoch * sampler.steps_per_epoch + step]
-        shown = training_batch(model, dataset, ARGS, epoch=epoch, step=step)
+        shown = training_batch(model, dataset, ARGS, epoch=epoch, step=step, **ranks)
         assert all(torch.equal(shown.batch[key], expected[key]) for key in expected)
-        generator = mask_generator(ARGS["seed"], epoch, step, 0, "cpu")
+        generator = mask_generator(ARGS["seed"], epoch, step, ranks.get("rank", 0), "cpu")
         assert torch.equal(shown.mask, model.draw_mask(model.prepare_batch(expected), 0.5, 0.5, generator))
         assert len(shown.indices) == 2
 
