@@ -131,6 +131,11 @@ def analyze(
             f"no abnormality is marked with a certainty of {min_certainty} or more (EGD-CXR marks none): no ellipse sizes "
             "and no density ratios"
         )
+    elif readings.reindex(columns=[*REGIONS]).isna().all(axis=None):
+        raise UserError(
+            f"{root}: at --size {size} no ellipse covers a part of its image only; choose a larger one, or look where "
+            "the ellipses are"
+        )
     else:
         edges = (-np.inf, small, medium, np.inf)
         ellipses["size"] = pd.cut(ellipses["area_share"], edges, right=False, labels=SIZES)

@@ -186,10 +186,11 @@ def test_egd_has_no_ellipses_and_says_so(tmp_path, capsys):
     "options, message",
     [
         (["--size_thresholds", "0.05", "0.01"], "--size_thresholds"),
+        (["--size", "1"], "at --size 1 no ellipse covers a part"),
         (["--split", "validate"], "no usable reading of split 'validate'"),
     ],
 )
 def test_options_out_of_range(tmp_path, options, message):
-    study = make_study(tmp_path, 2, size=SMALL)
+    study = make_study(tmp_path, 2, size=SMALL, normal_fraction=0)
     with pytest.raises(UserError, match=message):
         analyze_gaze.main(["--raw", str(study.raw), "--out", str(tmp_path / "out"), *options])
