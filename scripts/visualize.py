@@ -219,7 +219,7 @@ def reconstruction_figure(found: Reconstruction, names: Sequence[str], title: st
     inches, rows = side * columns, math.ceil(images / across)
     captions = [fit_lines(f"{name}\n{caption(found, i)}", inches, points) for i, name in enumerate(names)]
     height = lines * (side + 0.2) + points / 45 * max(map(len, captions))
-    figure = Figure((max(across * inches, 5), rows * height + 1.1), dpi=200, layout="constrained")
+    figure = Figure((max(across * inches, 5), rows * height + 1.1), dpi=110, layout="constrained")
     set_title(figure, f"{title}, {images} image{'s' * (images > 1)}", 9)
     for i, band in zip(range(images), figure.subfigures(rows, across, squeeze=False).flat):
         band.suptitle("\n".join(captions[i]), fontsize=points, x=0.005, ha="left")
