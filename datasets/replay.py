@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import default_collate
 
-from datasets.sampler import ORDER, TrainBatches
+from datasets.sampler import train_batches
 from datasets.shown import Shown, draw_mask
 from util.errors import UserError
 
@@ -34,8 +34,7 @@ def training_batch(
     Raises:
         UserError: no such step or rank in this run.
     """
-    order = {name: args[name] for name in ORDER if name in args}
-    batches = TrainBatches(len(dataset), world_size=world_size, rank=rank % world_size, **order)
+    batches = train_batches(dataset, args, rank=rank % world_size, world_size=world_size)
     had = {"rank": (rank, world_size), "epoch": (epoch, batches.epochs), "step": (step, batches.steps_per_epoch)}
     for name, (value, n) in had.items():
         if not 0 <= value < n:

@@ -11,7 +11,7 @@ from util.distributed import Ranks
 from util.errors import UserError
 from util.loading import SampleLoader
 
-ORDER = ("batch_size", "seed", "epochs", "accum_iter")  # options on which the order of the samples depends
+ORDER = ("batch_size", "seed", "epochs", "accum_iter")  # options of a run that `TrainBatches` takes
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -78,6 +78,11 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, index) for index in batch]
 
 
+def train_batches(dataset: Dataset, options: Mapping[str, Any], **place: int) -> TrainBatches:
+    """`TrainBatches` of a run's `options`, which may have others; `place`: rank, world_size and where it starts."""
+    return TrainBatches(len(dataset), **place, **{name: options[name] for name in ORDER if name in options})
+
+
 def train_loader(dataset: Dataset, options: Mapping[str, Any], ranks: Ranks, *, epoch: int, step: int) -> SampleLoader:
     """This rank's batches from a place, (`epoch`, `step`), to the end of training; its `batch_sampler` is a
     `TrainBatches`.
@@ -89,9 +94,8 @@ def train_loader(dataset: Dataset, options: Mapping[str, Any], ranks: Ranks, *, 
     Raises:
         UserError: the data set doesn't fill a single optimiser step, or an epoch has no such step.
     """
-    order = {name: options[name] for name in ORDER if name in options}
-    sampler = TrainBatches(
-        len(dataset), rank=ranks.rank, world_size=ranks.world_size, start_epoch=epoch, start_step=step, **order
+    sampler = train_batches(
+        dataset, options, rank=ranks.rank, world_size=ranks.world_size, start_epoch=epoch, start_step=step
     )
     if step >= sampler.steps_per_epoch:
         raise UserError(
