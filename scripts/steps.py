@@ -94,9 +94,10 @@ class Steps:
         """A signal goes on to the command, once and as TERM (torchrun dies of USR1), and its end is waited for."""
         log, told = Path(self.out, "steps", f"{name}.txt"), False
         print(f"   its output goes into {log}" if self.quiet else shlex.join(command), flush=True)
-        output = log.open("a") if self.quiet else None
-        # A session of its own, so that Ctrl-C comes here only.
-        child = subprocess.Popen(command, start_new_session=True, pass_fds=[self.lock], stdout=output, stderr=output)
+        with log.open("a") if self.quiet else contextlib.nullcontext() as output:  # None: as this program's
+            streams = {"stdout": output, "stderr": output}
+            # A session of its own, so that Ctrl-C comes here only.
+            child = subprocess.Popen(command, start_new_session=True, pass_fds=[self.lock], **streams)
         while (status := child.poll()) is None:
             if self.signals.request and not told:
                 child.terminate()
